@@ -1,0 +1,45 @@
+"""featurestore: a cache of dense features in plain HDF5 shards.
+
+>>> import featurestore
+>>> store = featurestore.open("features/train")
+>>> store.features(0)          # (C, h, w), zero copy where uncompressed
+>>> store[0].mask              # (H, W) uint8
+
+The format is described in ``docs/format.md``. The library needs numpy, h5py and
+pandas alone; ``featurestore.dataset`` is the one module that imports torch.
+"""
+
+from featurestore.errors import (
+    FeatureStoreError,
+    FormatVersionError,
+    IncompleteStoreError,
+    SampleError,
+    ShardCorruptError,
+    SpecMismatchError,
+    StoreExistsError,
+    StoreNotFoundError,
+)
+from featurestore.reader import FeatureStore, Sample, open
+from featurestore.schema import FORMAT_VERSION, StoreSpec, fingerprint
+from featurestore.statistics import Statistics
+from featurestore.writer import StoreWriter, create
+
+__all__ = [
+    "FORMAT_VERSION",
+    "FeatureStore",
+    "FeatureStoreError",
+    "FormatVersionError",
+    "IncompleteStoreError",
+    "Sample",
+    "SampleError",
+    "ShardCorruptError",
+    "SpecMismatchError",
+    "Statistics",
+    "StoreExistsError",
+    "StoreNotFoundError",
+    "StoreSpec",
+    "StoreWriter",
+    "create",
+    "fingerprint",
+    "open",
+]

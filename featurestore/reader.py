@@ -1,0 +1,229 @@
+"""Reading a store: random access to samples, zero copy where the shards are uncompressed."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featurestore.errors import (
+    IncompleteStoreError,
+    ShardCorruptError,
+    SpecMismatchError,
+    StoreNotFoundError,
+)
+from featurestore.index import INDEX_NAME, ShardRecord, read_index
+from featurestore.schema import FEATURES, IMAGES, MASKS, StoreSpec
+from featurestore.shard import Shard, file_sha256
+from featurestore.statistics import Statistics
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample: features (C, h, w), mask (H, W) uint8, image (H, W, 3) uint8 or None."""
+
+    id: str
+    view: str
+    features: np.ndarray
+    mask: np.ndarray
+    image: np.ndarray | None
+
+
+def open(path: str | Path) -> FeatureStore:
+    """Open a store's folder, or a single shard of one.
+
+    Opening is cheap: it reads the index and looks at the shards' sizes, not at their
+    contents (that is :meth:`FeatureStore.verify`).
+
+    Raises
+    ------
+    StoreNotFoundError
+        When there is nothing at ``path``.
+    IncompleteStoreError, FormatVersionError, ShardCorruptError
+        When what is there is not a whole store.
+    """
+    return FeatureStore(Path(path))
+
+
+class FeatureStore:
+    """A store of samples, open for reading; made by :func:`featurestore.open`.
+
+    It holds no file handles of its own until a sample is read, and none that a fork
+    or a pickle would carry over, so it can be handed to worker processes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._shards: dict[int, Shard] = {}
+        self._pid = os.getpid()
+        if path.is_dir():
+            if not (path / INDEX_NAME).is_file():
+                raise IncompleteStoreError(f"no {INDEX_NAME} in this folder, so no finished store; write it again", path=path)
+            index = read_index(path)
+            self.folder = path
+            self.spec: StoreSpec = index.spec
+            self.records: tuple[ShardRecord, ...] = index.shards
+            self.fingerprint = index.fingerprint
+            self._statistics: Statistics | None = index.statistics
+            self._check_sizes()
+        elif path.is_file():
+            shard = Shard(path)
+            self.folder = path.parent
+            self.spec = shard.spec
+            self.records = (ShardRecord(path.name, len(shard), path.stat().st_size, ""),)
+            self.fingerprint = ""
+            self._statistics = None
+        else:
+            raise StoreNotFoundError("there is no feature store here; run the extract stage first", path=path)
+        self._ends = list(itertools.accumulate(record.samples for record in self.records))
+
+    def _check_sizes(self) -> None:
+        for record in self.records:
+            file = self.folder / record.file
+            size = file.stat().st_size if file.is_file() else None
+            if size is None:
+                raise IncompleteStoreError("the index lists this shard, but it is gone; write the store again", path=file)
+            if size != record.bytes:
+                message = f"{size} bytes long, but the index says {record.bytes}; write the store again"
+                raise IncompleteStoreError(message, path=file, expected=record.bytes, found=size)
+
+    # -- samples ---------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[position] for position in range(len(self)))
+
+    def __getitem__(self, position: int) -> Sample:
+        """Sample at ``position`` (negative ones count from the end).
+
+        Raises
+        ------
+        IndexError
+            When there is no such position.
+        """
+        shard, row = self._locate(position)
+        image = shard.read(IMAGES, row) if self.spec.has_images else None
+        return Sample(shard.ids[row], shard.views[row], shard.read(FEATURES, row), shard.read(MASKS, row), image)
+
+    def features(self, position: int) -> np.ndarray:
+        """(C, h, w) features; a read-only view of the file's pages where the store is uncompressed."""
+        shard, row = self._locate(position)
+        return shard.read(FEATURES, row)
+
+    def mask(self, position: int) -> np.ndarray:
+        """(H, W) uint8 mask."""
+        shard, row = self._locate(position)
+        return shard.read(MASKS, row)
+
+    def image(self, position: int) -> np.ndarray:
+        """(H, W, 3) uint8 image.
+
+        Raises
+        ------
+        SpecMismatchError
+            When the store was written without images.
+        """
+        if not self.spec.has_images:
+            raise SpecMismatchError("this store has no images; extract with store_images: true", path=self.path)
+        shard, row = self._locate(position)
+        return shard.read(IMAGES, row)
+
+    @property
+    def ids(self) -> list[str]:
+        """Every sample's id, in order."""
+        return [id for number in range(len(self.records)) for id in self._shard(number).ids]
+
+    @property
+    def views(self) -> list[str]:
+        """Every sample's view (``identity`` or ``hflip``), in order."""
+        return [view for number in range(len(self.records)) for view in self._shard(number).views]
+
+    @property
+    def stats(self) -> Statistics:
+        """Per-channel and per-class statistics; those of the index, or for a single shard computed on first use."""
+        if self._statistics is None:
+            parts = (Statistics.of_sample(self.spec, sample.features, sample.mask) for sample in self)
+            self._statistics = Statistics.merge_all(parts)
+        return self._statistics
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One row a sample: id, view, shard, and each class's share of the mask's pixels (0..1), void included."""
+        import pandas
+
+        rows: list[dict[str, Any]] = []
+        for position, (id, view) in enumerate(zip(self.ids, self.views, strict=True)):
+            shares = np.bincount(self.mask(position).reshape(-1), minlength=256) / np.prod(self.spec.mask_shape)
+            file = self.records[bisect.bisect_right(self._ends, position)].file
+            classes = {name: shares[value] for value, name in enumerate(self.spec.class_names)}
+            rows.append({"id": id, "view": view, "shard": file, **classes, "void": shares[self.spec.void_index]})
+        return pandas.DataFrame(rows)
+
+    # -- integrity -------------------------------------------------------------------------------
+
+    def verify(self, progress: Callable[[int], object] | None = None) -> None:
+        """Compare every byte with the index.
+
+        Parameters
+        ----------
+        progress
+            Called after each shard with the shard's size in bytes.
+
+        Raises
+        ------
+        ShardCorruptError
+            For the first shard whose sha256 is not the recorded one.
+        SpecMismatchError
+            When this is a single shard: its hash is in the index of its folder.
+        """
+        if self.path.is_file():
+            raise SpecMismatchError("a single shard carries no hash of itself; verify the store's folder", path=self.path)
+        for number, record in enumerate(self.records):
+            file = self.folder / record.file
+            found = file_sha256(file)
+            if found != record.sha256:
+                message = f"damaged: sha256 {found[:12]}..., but the index says {record.sha256[:12]}...; write the store again"
+                raise ShardCorruptError(message, path=file, expected=record.sha256, found=found)
+            self._shard(number)
+            if progress is not None:
+                progress(record.bytes)
+
+    # -- shards, opened on first use, once a process --------------------------------------------------
+
+    def _locate(self, position: int) -> tuple[Shard, int]:
+        position = int(position)
+        if position < 0:
+            position += len(self)
+        if not 0 <= position < len(self):
+            raise IndexError(f"sample {position} of a store with {len(self)}")
+        number = bisect.bisect_right(self._ends, position)
+        return self._shard(number), position - (self._ends[number] - self.records[number].samples)
+
+    def _shard(self, number: int) -> Shard:
+        if self._pid != os.getpid():  # HDF5 handles opened before a fork give wrong data
+            self._shards, self._pid = {}, os.getpid()
+        if number not in self._shards:
+            record = self.records[number]
+            shard = Shard(self.folder / record.file)
+            if (shard.spec, len(shard)) != (self.spec, record.samples):
+                message = "the shard's own description is not the index's; write the store again"
+                raise ShardCorruptError(message, path=shard.path, expected=self.spec, found=shard.spec)
+            self._shards[number] = shard
+        return self._shards[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shards": {}}
+
+    def __repr__(self) -> str:
+        channels, height, width = self.spec.feature_shape
+        return f"FeatureStore({str(self.path)!r}: {len(self)} samples of {channels} x {height} x {width}, {self.spec.backbone})"

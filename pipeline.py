@@ -1,0 +1,302 @@
+"""The command line: one command a stage, and a few to look at what the stages made.
+
+``dvc repro`` calls these commands in order and only where something changed.
+Nothing heavy is imported before a command runs, so ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+DATASET, FEATURES, GAN, DECODERS = Path("dataset"), Path("features"), Path("models/gan"), Path("models/decoders")
+METRICS, REPORTS, LOGS = Path("metrics"), Path("reports"), Path("logs")
+PRESETS = Path(__file__).parent / "presets"
+
+# Where each section of params.yaml is described: module, and the name of its type there.
+SECTIONS = {
+    "prepare": ("stages.prepare", "PrepareConfig"),
+    "extract": ("stages.extract", "ExtractConfig"),
+    "train_gan": ("stages.train_gan", "TrainGanConfig"),
+    "train_decoder": ("stages.train_decoder", "TrainDecoderConfig"),
+    "variants": ("stages.train_decoder", "VariantConfig"),
+    "compare": ("stages.report", "CompareConfig"),
+    "report": ("stages.report", "ReportConfig"),
+}
+
+
+class UserErrors(click.Group):
+    """Turns the project's own errors into one line: exit code 2 for parameters and options, 1 for data."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            from featurestore.errors import FeatureStoreError
+            from stages.errors import ConfigError, DataError
+
+            if not isinstance(error, (ConfigError, DataError, FeatureStoreError)):
+                raise
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def option(*names: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A click option that shows its default and its environment variable."""
+    return click.option(*names, show_default=True, show_envvar="envvar" in settings, **settings)
+
+
+params_option = option(
+    "--params", type=click.Path(path_type=Path), default=Path("params.yaml"), envvar="FEATUREGAN_PARAMS", help="The parameters' file."
+)
+scratch_option = option(
+    "--scratch",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("scratch"),
+    envvar="FEATUREGAN_SCRATCH",
+    help="Folder for unfinished work, from which an interrupted stage goes on.",
+)
+workers_option = option(
+    "--workers",
+    type=click.IntRange(0, 256),
+    default=2,
+    envvar="FEATUREGAN_WORKERS",
+    help="Processes or threads that read and decode; results do not depend on it. 0: none beside the main one.",
+)
+device_option = option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    envvar="FEATUREGAN_DEVICE",
+    help="Where networks run. auto: CUDA where there is one.",
+)
+checkpoint_option = option(
+    "--checkpoint-minutes",
+    type=click.FloatRange(0),
+    default=5.0,
+    envvar="FEATUREGAN_CHECKPOINT_MINUTES",
+    help="Keep the state of the training at the end of an epoch, but no more often than this. 0: after every epoch.",
+)
+
+
+def load_params(path: Path) -> dict[str, Any]:
+    """All sections of the parameters, each of its own type: every stage checks all of them before it starts."""
+    from stages.config import parse_section, read_params
+    from stages.errors import ConfigError
+
+    values = read_params(path)
+    for name in values:
+        if name not in SECTIONS:
+            raise ConfigError(str(name), f"unknown section in {path}; known are {', '.join(SECTIONS)}")
+    sections = {}
+    for name, (module, kind) in SECTIONS.items():
+        found = getattr(importlib.import_module(module), kind)
+        sections[name] = parse_section(values, name, dict[str, found] if name == "variants" else found)
+    unknown = [name for name in sections["compare"].variants if name not in sections["variants"]]
+    if unknown:
+        raise ConfigError("compare.variants", f"{unknown[0]!r} is not described in variants ({', '.join(sections['variants'])})")
+    return sections
+
+
+@click.group(cls=UserErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="featuregan", message="%(package)s %(version)s")
+def main() -> None:
+    """FeatureGAN: cache a frozen backbone's features, learn to generate more of them, train a better decoder.
+
+    The stages run in this order; `dvc repro` runs those whose inputs changed:
+
+    \b
+      prepare        photographs and masks        -> dataset/
+      extract        frozen backbone, once        -> features/{train,val,test}/
+      train-gan      FeatureGAN alone             -> models/gan/
+      train-decoder  one variant, one seed        -> models/decoders/VARIANT-SEED/
+      report         tables, curves, pictures     -> reports/
+
+    What is computed is in params.yaml (`init` writes one); options say how this machine computes it.
+    """
+
+
+@main.command()
+@click.argument("preset", required=False)
+@click.option("--list", "list_them", is_flag=True, help="List the presets and stop.")
+@click.option("--force", is_flag=True, help="Replace a params.yaml that is there.")
+@params_option
+def init(preset: str | None, list_them: bool, force: bool, params: Path) -> None:
+    """Write params.yaml from PRESET (quickstart, if none is named)."""
+    presets = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
+    if list_them:
+        for name, path in presets.items():
+            first = path.read_text(encoding="utf-8").splitlines()[0]
+            click.echo(f"{name:16} {first.removeprefix('# ')}")
+        return
+    name = preset or "quickstart"
+    if name not in presets:
+        raise click.UsageError(f"unknown preset {name!r}; choose from {', '.join(presets)}")
+    if params.exists() and not force:
+        raise click.UsageError(f"{params} is there already; add --force to replace it")
+    shutil.copyfile(presets[name], params)
+    click.echo(f"wrote {params} from preset {name}; next: `dvc repro`, or `python pipeline.py prepare`")
+
+
+@main.command()
+@params_option
+@scratch_option
+@workers_option
+def prepare(params: Path, scratch: Path, workers: int) -> None:
+    """Find or draw the photographs and masks, check every one, write dataset/manifest.csv."""
+    sections = load_params(params)
+    from stages.prepare import run
+
+    summary = run(sections["prepare"], out=DATASET, scratch=scratch, workers=workers)
+    sizes = ", ".join(f"{split} {part['images']}" for split, part in summary["splits"].items())
+    click.echo(f"{DATASET}: {summary['images']} photographs ({sizes}), {len(summary['classes'])} classes, all checked")
+
+
+@main.command()
+@params_option
+@scratch_option
+@workers_option
+@device_option
+def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
+    """Run the frozen backbone once over every photograph; write features and masks to features/."""
+    sections = load_params(params)
+    from stages.extract import run
+
+    stores = run(sections["extract"], dataset=DATASET, out=FEATURES, scratch=scratch, device=device, workers=workers)
+    for store in stores.values():
+        size = sum(record.bytes for record in store.records)
+        click.echo(f"{store.path}: {len(store)} samples of {' x '.join(map(str, store.spec.feature_shape))}, {size / 1e6:.1f} MB")
+
+
+@main.command("train-gan")
+@params_option
+@scratch_option
+@workers_option
+@device_option
+@checkpoint_option
+def train_gan(params: Path, scratch: Path, workers: int, device: str, checkpoint_minutes: float) -> None:
+    """Train FeatureGAN alone on the cached features (Algorithm 1, the first frozen_epochs epochs)."""
+    sections = load_params(params)
+    from stages.train_gan import run
+
+    losses = run(
+        sections["train_gan"],
+        features=FEATURES / "train",
+        out=GAN,
+        metrics=METRICS / "train-gan",
+        logs=LOGS,
+        scratch=scratch,
+        device=device,
+        workers=workers,
+        checkpoint_minutes=checkpoint_minutes,
+    )
+    click.echo(f"{GAN}: " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+
+
+@main.command("train-decoder")
+@click.option("--variant", required=True, help="Name of an entry of `variants` in the parameters.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of initial weights, order and noise.")
+@params_option
+@scratch_option
+@workers_option
+@device_option
+@checkpoint_option
+def train_decoder(
+    variant: str, seed: int, params: Path, scratch: Path, workers: int, device: str, checkpoint_minutes: float
+) -> None:
+    """Train one decoder: VARIANT baseline on real features alone, the others on generated ones too."""
+    sections = load_params(params)
+    if variant not in sections["variants"]:
+        raise click.UsageError(f"unknown variant {variant!r}; {params} describes {', '.join(sections['variants'])}")
+    from stages.train_decoder import run
+
+    name = f"{variant}-{seed}"
+    scores = run(
+        sections["train_decoder"],
+        sections["variants"][variant],
+        name=variant,
+        seed=seed,
+        features=FEATURES,
+        gan=GAN,
+        out=DECODERS / name,
+        metrics=METRICS / name,
+        logs=LOGS,
+        scratch=scratch,
+        device=device,
+        workers=workers,
+        checkpoint_minutes=checkpoint_minutes,
+    )
+    absent = f" (absent from test: {', '.join(scores.absent)})" if scores.absent else ""
+    click.echo(f"{DECODERS / name}: test PA {100 * scores.pixel_accuracy:.2f}, mIoU {100 * scores.miou:.2f}{absent}")
+
+
+@main.command()
+@params_option
+@device_option
+def report(params: Path, device: str) -> None:
+    """Compare the decoders: reports/index.html, comparison.json and .csv, and the table on this terminal."""
+    sections = load_params(params)
+    from stages.report import run
+
+    table = run(
+        sections["report"], sections["compare"], features=FEATURES, gan=GAN, decoders=DECODERS, metrics=METRICS, out=REPORTS, device=device
+    )
+    click.echo(table)
+    click.echo(f"\nThe whole report: {(REPORTS / 'index.html').resolve()}")
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
+def inspect(store: Path) -> None:
+    """Show what STORE (a folder such as features/train, or one shard) holds."""
+    import featurestore
+
+    opened = featurestore.open(store)
+    spec, stats = opened.spec, opened.stats
+    size = sum(record.bytes for record in opened.records)
+    channels, height, width = spec.feature_shape
+    click.echo(f"{store}: {len(opened)} samples in {len(opened.records)} shards, {size / 1e6:.1f} MB")
+    click.echo(f"  features    {channels} x {height} x {width} {spec.feature_dtype}{', >= 0' if spec.nonnegative else ''}")
+    click.echo(f"  masks       {spec.mask_shape[0]} x {spec.mask_shape[1]} uint8, void {spec.void_index}")
+    click.echo(f"  images      {'yes' if spec.has_images else 'no'}")
+    click.echo(f"  backbone    {spec.backbone}, weights {spec.weights_digest[:12]}, {spec.compute}, output stride {spec.output_stride}")
+    click.echo(f"  resize      {spec.resize}")
+    click.echo(f"  compression {spec.compression}")
+    click.echo(f"  values      {stats.minimum.min():.3g} to {stats.maximum.max():.3g}, mean {stats.mean.mean():.3g}")
+    labelled = max(1, int(stats.class_pixels.sum()))
+    click.echo(f"\n  {'class':20} {'pixels':>8} {'samples':>8}")
+    for name, pixels, samples in zip(spec.class_names, stats.class_pixels, stats.class_samples, strict=True):
+        click.echo(f"  {name:20} {pixels / labelled:8.2%} {samples:8d}")
+    click.echo(f"  {'(void)':20} {stats.void_pixels / (labelled + stats.void_pixels):8.2%}")
+    click.echo(f"\n  {'shard':20} {'samples':>8} {'MB':>8}  sha256")
+    for record in opened.records:
+        click.echo(f"  {record.file:20} {record.samples:8d} {record.bytes / 1e6:8.1f}  {record.sha256[:16]}")
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
+def verify(store: Path) -> None:
+    """Compare every byte of STORE with the hashes in its index; exit code 1 if one differs."""
+    from tqdm import tqdm
+
+    import featurestore
+
+    opened = featurestore.open(store)
+    size = sum(record.bytes for record in opened.records)
+    with tqdm(total=size, desc=f"verify: {store}", unit="B", unit_scale=True, disable=None) as bar:
+        opened.verify(progress=bar.update)
+    click.echo(f"{store}: {len(opened.records)} shards, {len(opened)} samples, {size / 1e6:.1f} MB: every byte as written")
+
+
+
+if __name__ == "__main__":
+    main(prog_name=f"python {Path(sys.argv[0]).name}")

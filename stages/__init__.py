@@ -1,0 +1,1 @@
+"""The pipeline's stages and what they are made of."""

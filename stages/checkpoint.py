@@ -1,0 +1,199 @@
+"""Saving and loading: the state of a running training, and the networks that a stage leaves behind.
+
+Nothing is unpickled: tensors are read with ``weights_only=True`` or from safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stages.errors import DataError
+from stages.gan import Networks, build_networks
+from stages.models.decoder import Decoder
+from stages.models.generator import Generator
+
+CONFIG_NAME = "config.json"
+OPTIMIZERS_NAME = "optimizers.pt"
+
+
+# -- the state of a running training -----------------------------------------------------------------
+
+
+class Checkpoint:
+    """A training's state in its scratch folder, so that a killed run goes on at its last finished epoch.
+
+    Parameters
+    ----------
+    folder
+        One folder a run: its name must hold the fingerprint of everything the run depends on.
+    minutes
+        Save no more often than this.
+    """
+
+    def __init__(self, folder: Path, *, minutes: float) -> None:
+        self.path = folder / "checkpoint.pt"
+        self.minutes = minutes
+        self.saved_at = time.monotonic()
+
+    def load(self, device: torch.device) -> dict[str, Any] | None:
+        """The last saved state, or None; global random states are set to the saved ones."""
+        if not self.path.is_file():
+            return None
+        try:
+            state = torch.load(self.path, map_location=device, weights_only=True)
+        except Exception as error:  # zip, pickle and OS errors
+            message = f"cannot be read ({' '.join(str(error).split())[:100]}); remove it to train from the start"
+            raise DataError(self.path, message) from error
+        torch.set_rng_state(state["rng"]["cpu"].cpu())
+        if "cuda" in state["rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu())
+        return state
+
+    def save(self, **state: Any) -> None:
+        """Save if it is time: whole or not at all."""
+        if time.monotonic() - self.saved_at < 60 * self.minutes:
+            return
+        state["rng"] = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["rng"]["cuda"] = torch.cuda.get_rng_state()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        save_atomically(state, self.path)
+        self.saved_at = time.monotonic()
+
+    def remove(self) -> None:
+        """Drop the state: the stage has left its results."""
+        shutil.rmtree(self.path.parent, ignore_errors=True)
+
+
+def save_atomically(state: Any, path: Path) -> None:
+    """``torch.save`` under a temporary name, then rename."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+# -- networks -----------------------------------------------------------------------------------------
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """A network's weights and buffers as safetensors."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}, path)
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """The inverse of :func:`save_weights`.
+
+    Raises
+    ------
+    DataError
+        When the file is missing, damaged, or of another network.
+    """
+    network.load_state_dict(_read_tensors(path, network))
+
+
+def _read_tensors(path: Path, network: nn.Module) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise DataError(path, "there is no such weights file; run the stage that makes it") from None
+    except Exception as error:  # safetensors raises its own error type, and OS errors
+        raise DataError(path, f"cannot be read as safetensors ({error}); run the stage that makes it again") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise DataError(path, f"does not fit its {CONFIG_NAME}: tensor {differing[0]!r} differs", expected=expected, found=found)
+    return tensors
+
+
+def save_gan(folder: Path, networks: Networks, config: Mapping[str, Any], optimizers: Mapping[str, Any]) -> None:
+    """Write generator, discriminator, image encoder, optimizers and config into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, network in networks.by_name().items():
+        save_weights(network, folder / f"{name}.safetensors")
+    save_atomically(dict(optimizers), folder / OPTIMIZERS_NAME)
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's ``config.json``.
+
+    Raises
+    ------
+    DataError
+        When it is missing or damaged.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(path, "there is no trained model here; run the stage that makes it") from None
+    except ValueError as error:
+        raise DataError(path, f"is not valid JSON ({error}); run the stage that makes it again") from error
+
+
+def load_gan(folder: Path) -> tuple[Networks, dict[str, Any], dict[str, Any]]:
+    """Networks, config and optimizer states as :func:`save_gan` wrote them, on the CPU."""
+    config = read_config(folder)
+    networks = build_networks(config["architecture"])
+    for name, network in networks.by_name().items():
+        load_weights(network, folder / f"{name}.safetensors")
+    optimizers = torch.load(folder / OPTIMIZERS_NAME, map_location="cpu", weights_only=True)
+    return networks, config, optimizers
+
+
+def load_generator(path: str | Path, *, weights: str = "generator") -> Generator:
+    """A trained generator, ready to use.
+
+    >>> generator = load_generator("models/gan")
+    >>> features = generator.generate(masks)  # (B, H, W) uint8 -> (B, C, h, w), like a store's
+
+    Parameters
+    ----------
+    path
+        Folder that ``train-gan`` wrote, or the ``gan`` folder of a jointly trained decoder.
+    weights
+        ``generator``, or ``generator-initial`` for the untrained one.
+
+    Returns
+    -------
+    Generator
+        In evaluation mode, on the CPU, without gradients.
+
+    Raises
+    ------
+    DataError
+        When there is no trained GAN at ``path``, or it is damaged.
+    """
+    folder = Path(path)
+    generator = build_networks(read_config(folder)["architecture"]).generator
+    load_weights(generator, folder / f"{weights}.safetensors")
+    return generator.eval().requires_grad_(False)
+
+
+def load_decoder(path: str | Path, *, weights: str = "decoder") -> Decoder:
+    """A trained decoder in evaluation mode, on the CPU; ``weights`` is ``decoder`` (last epoch) or ``decoder-best``.
+
+    Raises
+    ------
+    DataError
+        When there is no trained decoder at ``path``, or it is damaged.
+    """
+    folder = Path(path)
+    settings = read_config(folder)["architecture"]
+    decoder = Decoder(**{**settings, "atrous_rates": tuple(settings["atrous_rates"])})
+    load_weights(decoder, folder / f"{weights}.safetensors")
+    return decoder.eval().requires_grad_(False)

@@ -1,0 +1,87 @@
+"""params.yaml: one section a stage, each read into a frozen, typed object with exact errors."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from stages.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of all sections: frozen, no unknown keys, no silent conversion ("12" is no number)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Section = TypeVar("Section")
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """params.yaml (YAML 1.2, so ``5e-4`` is a number) as plain values.
+
+    Raises
+    ------
+    ConfigError
+        When the file is missing or is not YAML with sections.
+    """
+    try:
+        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(str(path), "there is no such file; `python pipeline.py init` writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), f"cannot be read ({error})") from error
+    except YAMLError as error:
+        raise ConfigError(str(path), f"is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(str(path), "must hold one section a stage; `python pipeline.py init` writes a whole one")
+    return values
+
+
+def parse_section(params: Mapping[str, Any], name: str, kind: type[Section] | Any) -> Any:
+    """Section ``name`` of the parameters as an object of type ``kind``.
+
+    Raises
+    ------
+    ConfigError
+        For the first wrong key: its name, what is wrong with it, and what would be right.
+    """
+    if name not in params:
+        raise ConfigError(name, "this section is missing from the parameters; `python pipeline.py init` writes a whole file")
+    try:
+        return TypeAdapter(kind).validate_python(params[name])
+    except ValidationError as error:
+        raise _first_error(name, kind, error) from error
+
+
+def _first_error(section: str, kind: Any, error: ValidationError) -> ConfigError:
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    key = ".".join([section, *(str(part) for part in first["loc"])])
+    more = f" (and {len(problems) - 1} more wrong keys)" if len(problems) > 1 else ""
+    found = first["input"]
+    if first["type"] == "extra_forbidden":
+        known = sorted(_fields_at(kind, first["loc"][:-1]))
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+        return ConfigError(key, f"unknown key; {hint}{more}", expected=known, found=found)
+    if first["type"] == "missing":
+        return ConfigError(key, f"this key is missing{more}")
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return ConfigError(key, f"{message}, found {found!r}{more}", expected=first["msg"], found=found)
+
+
+def _fields_at(kind: Any, location: tuple[int | str, ...]) -> set[str]:
+    """Names of the keys that are allowed at a place inside a section."""
+    for part in location:
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
+            kind = kind.model_fields[str(part)].annotation
+        else:
+            kind = next((item for item in getattr(kind, "__args__", ()) if isinstance(item, type) and issubclass(item, Config)), kind)
+    return set(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else set()

@@ -1,0 +1,111 @@
+"""Photographs and masks: decoding with exact errors, and the resize rules."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from stages.errors import DataError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
+RESIZE_RULES = ("stretch", "pad", "crop")
+VOID = 255  # in every decoded mask, whatever value the files use
+
+
+def read_bytes(path: Path, what: str) -> bytes:
+    """A file's bytes.
+
+    Raises
+    ------
+    DataError
+        When it is missing or cannot be read; ``what`` says what it was to be.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(path, f"this {what} is missing; add it, or take its id off the list") from None
+    except OSError as error:
+        raise DataError(path, f"this {what} cannot be read ({error.strerror})") from error
+
+
+def decode_image(content: bytes, path: Path) -> np.ndarray:
+    """A photograph as (height, width, 3) uint8, turned as its EXIF tag says.
+
+    Raises
+    ------
+    DataError
+        When the bytes are no whole image.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(path, f"not a readable image, or a truncated one ({error}); replace it") from error
+
+
+def decode_mask(content: bytes, path: Path, *, num_classes: int, void_index: int) -> np.ndarray:
+    """A mask as (height, width) uint8 class indices; the files' void value becomes 255.
+
+    Raises
+    ------
+    DataError
+        When the bytes are no whole image, hold colours instead of indices, or a value that is no class and not void.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            mode, mask = image.mode, np.asarray(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(path, f"not a readable mask, or a truncated one ({error}); replace it") from error
+    if mode not in ("P", "L", "1", "I;16", "I") or mask.ndim != 2:
+        message = f"the mask has mode {mode} (colours), expected one channel of class indices (mode P or L); convert it"
+        raise DataError(path, message, expected="P or L", found=mode)
+    values = np.unique(mask)
+    unknown = values[((values < 0) | (values >= num_classes)) & (values != void_index)]
+    if unknown.size:
+        message = (
+            f"mask value {int(unknown[0])} is no class (0 to {num_classes - 1}) and not void ({void_index}); "
+            "correct the mask or the class list"
+        )
+        raise DataError(path, message, expected=num_classes, found=int(unknown[0]))
+    return np.where(mask == void_index, VOID, mask).astype(np.uint8)
+
+
+def resize_pair(
+    image: np.ndarray, mask: np.ndarray, *, size: tuple[int, int], rule: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bring a photograph and its mask to (H, W) = ``size``: bilinear with antialiasing, nearest for the mask.
+
+    ``stretch`` ignores the aspect ratio; ``pad`` keeps it and fills up with black and void, right and below;
+    ``crop`` keeps it, covers (H, W) and cuts the centre out.
+
+    Returns
+    -------
+    (H, W, 3) uint8, (H, W) uint8
+    """
+    height, width = size
+    picture, labels = Image.fromarray(image), Image.fromarray(mask)
+    if rule == "stretch":
+        box = (width, height)
+    else:
+        ratios = (width / picture.width, height / picture.height)
+        ratio = min(ratios) if rule == "pad" else max(ratios)
+        fit = min if rule == "pad" else max  # rounding must not leave the frame, or a gap in it
+        box = (fit(width, round(picture.width * ratio)), fit(height, round(picture.height * ratio)))
+        box = (max(1, box[0]), max(1, box[1]))
+    small_image = np.asarray(picture.resize(box, Image.Resampling.BILINEAR))
+    small_mask = np.asarray(labels.resize(box, Image.Resampling.NEAREST))
+    if rule == "pad":
+        below, right = height - box[1], width - box[0]
+        small_image = np.pad(small_image, ((0, below), (0, right), (0, 0)))
+        small_mask = np.pad(small_mask, ((0, below), (0, right)), constant_values=VOID)
+    elif rule == "crop":
+        top, left = (box[1] - height) // 2, (box[0] - width) // 2
+        small_image = small_image[top : top + height, left : left + width]
+        small_mask = small_mask[top : top + height, left : left + width]
+    return small_image, small_mask

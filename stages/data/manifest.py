@@ -1,0 +1,82 @@
+"""The manifest: which photographs and masks there are, which split each is in, and what is in them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from stages.errors import DataError
+
+SPLITS = ("train", "val", "test")
+MANIFEST_NAME = "manifest.csv"
+SUMMARY_NAME = "summary.json"
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What mask values mean: names and colours (red, green, blue; 0..255) by value, and the value for no label."""
+
+    names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    void_index: int = 255
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One photograph with its mask, before anything was checked."""
+
+    id: str
+    image: Path
+    mask: Path
+    split: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the manifest; sizes in pixels, hashes are sha256 of the files."""
+
+    id: str
+    image: str
+    mask: str
+    split: str
+    width: int
+    height: int
+    image_sha256: str
+    mask_sha256: str
+
+
+def write_manifest(folder: Path, entries: list[Entry], summary: dict[str, Any]) -> None:
+    """Write ``manifest.csv`` and ``summary.json`` into a folder."""
+    with open(folder / MANIFEST_NAME, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Entry)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(entry) for entry in entries)
+    (folder / SUMMARY_NAME).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> tuple[list[Entry], Classes]:
+    """The entries in order, and the classes.
+
+    Raises
+    ------
+    DataError
+        When there is no manifest, or it is not one that ``prepare`` wrote.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            entries = [Entry(**{**row, "width": int(row["width"]), "height": int(row["height"])}) for row in csv.DictReader(file)]  # type: ignore[arg-type]
+        summary = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
+        classes = Classes(
+            names=tuple(summary["classes"]),
+            palette=tuple((red, green, blue) for red, green, blue in summary["palette"]),
+            void_index=summary["void_index"],
+        )
+    except FileNotFoundError as error:
+        raise DataError(error.filename, "there is no manifest here; run the prepare stage first") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(path, f"is not a manifest that prepare wrote ({error}); run the prepare stage again") from error
+    return entries, classes

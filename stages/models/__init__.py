@@ -1,0 +1,1 @@
+"""Networks; these files import torch, torchvision and timm alone."""

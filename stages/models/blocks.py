@@ -1,0 +1,52 @@
+"""Small parts that several networks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+VOID = 255
+
+
+def xavier_(module: nn.Module, gain: float) -> nn.Module:
+    """Xavier-normal weights and zero biases for every convolution and linear layer below ``module``."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_normal_(layer.weight, gain)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return module
+
+
+def spectral(layer: nn.Conv2d, gain: float) -> nn.Module:
+    """A Xavier-initialised convolution under spectral normalisation (Miyato et al. 2018).
+
+    The order matters: the power iteration starts from the initial weights.
+    """
+    return spectral_norm(xavier_(layer, gain))
+
+
+def one_hot(masks: Tensor, num_classes: int, size: tuple[int, int] | None = None) -> Tensor:
+    """Masks (B, H, W) uint8, 255 = void, as (B, num_classes + 1, h, w) float; void is the last channel.
+
+    ``size`` (h, w) picks the nearest pixels first, which equals resizing the one-hot map by nearest neighbour.
+    """
+    labels = masks.unsqueeze(1)  # (B, H, W) -> (B, 1, H, W)
+    if size is not None and size != masks.shape[-2:]:
+        labels = F.interpolate(labels, size=size, mode="nearest")
+    values = torch.arange(num_classes + 1, dtype=torch.uint8, device=masks.device)
+    values[-1] = VOID
+    return (labels == values.view(1, -1, 1, 1)).to(torch.get_default_dtype())
+
+
+def parameter_free_norm(kind: str, channels: int) -> nn.Module:
+    """``batch`` (SPADE's choice) or ``instance`` normalisation without learned scale and shift."""
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "batch": lambda: nn.BatchNorm2d(channels, affine=False),
+        "instance": lambda: nn.InstanceNorm2d(channels, affine=False),
+    }
+    return makers[kind]()

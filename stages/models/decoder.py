@@ -1,0 +1,66 @@
+"""Segmentation decoders: features in, class scores for every pixel out."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.segmentation.deeplabv3 import ASPP
+from torchvision.models.segmentation.fcn import FCNHead
+
+from stages.models.blocks import xavier_
+
+HEADS = ("deeplab", "fcn")
+
+
+class Decoder(nn.Module):
+    """A torchvision head, its scores brought to the masks' size bilinearly.
+
+    At ``width`` 256 the ``deeplab`` head's tensors are those of torchvision's
+    ``deeplabv3_resnet*``, under the name ``head`` in place of ``classifier``.
+
+    Parameters
+    ----------
+    head
+        ``deeplab`` (atrous spatial pyramid pooling, Chen et al. 2017) or ``fcn``.
+    in_channels
+        C.
+    num_classes
+        Scores a pixel.
+    width
+        Channels of the ASPP's branches.
+    atrous_rates
+        Dilations of its 3 x 3 branches.
+    """
+
+    def __init__(
+        self, *, head: str, in_channels: int, num_classes: int, width: int = 256, atrous_rates: tuple[int, ...] = (12, 24, 36)
+    ) -> None:
+        super().__init__()
+        if head == "fcn":
+            self.head: nn.Module = FCNHead(in_channels, num_classes)
+        else:
+            self.head = nn.Sequential(
+                ASPP(in_channels, list(atrous_rates), width),
+                nn.Conv2d(width, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Conv2d(width, num_classes, 1),
+            )
+        xavier_(self, gain=1.0)
+
+    def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """Score every pixel.
+
+        Parameters
+        ----------
+        features
+            (B, C, h, w) in the backbone's own scale.
+        size
+            (H, W) of the masks.
+
+        Returns
+        -------
+        Tensor
+            (B, K, H, W) unnormalised scores.
+        """
+        return F.interpolate(self.head(features), size=size, mode="bilinear", align_corners=False)

@@ -1,0 +1,132 @@
+"""The FeatureGAN generator: noise and a mask in, backbone features out (thesis section 3.1.1, figure 3.3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stages.models.blocks import one_hot, xavier_
+from stages.models.spade import SPADEResBlk
+
+UPSAMPLING = 4  # the first block works at h/4 x w/4
+
+
+class Generator(nn.Module):
+    """SPADE blocks at h/4, h/2, h/2 and h with nearest up-sampling between them, then a convolution to C channels.
+
+    Parameters
+    ----------
+    num_classes
+        Classes of the masks, void not counted (it gets a channel of its own).
+    feature_shape
+        (C, h, w) of the features; h and w multiples of 4.
+    nonnegative
+        Whether the features are >= 0, so that the last layer is a ReLU.
+    feature_scale
+        (C,) > 0: what a feature channel is divided by before the GAN sees it.
+    z_dim
+        Length of the noise vector.
+    ngf
+        Width: every block has 16 * ngf channels (1024 at the thesis's 64).
+    spade_hidden
+        Channels of SPADE's mask embedding.
+    norm
+        ``batch`` or ``instance``.
+    init_gain
+        Of the Xavier initialisation.
+
+    Raises
+    ------
+    ValueError
+        When h or w is no multiple of 4.
+    """
+
+    feature_scale: Tensor
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        feature_shape: tuple[int, int, int],
+        nonnegative: bool,
+        feature_scale: Tensor,
+        z_dim: int = 256,
+        ngf: int = 64,
+        spade_hidden: int = 128,
+        norm: str = "batch",
+        init_gain: float = 0.02,
+    ) -> None:
+        super().__init__()
+        channels, height, width = feature_shape
+        if height % UPSAMPLING or width % UPSAMPLING:
+            raise ValueError(f"features of {height} x {width} do not divide by {UPSAMPLING}")
+        self.num_classes = num_classes
+        self.feature_size = (height, width)
+        self.nonnegative = nonnegative
+        self.z_dim = z_dim
+        self.start = (16 * ngf, height // UPSAMPLING, width // UPSAMPLING)
+        self.register_buffer("feature_scale", feature_scale.reshape(1, channels, 1, 1).float())
+
+        def block() -> SPADEResBlk:
+            return SPADEResBlk(
+                in_channels=16 * ngf,
+                out_channels=16 * ngf,
+                label_channels=num_classes + 1,
+                hidden=spade_hidden,
+                norm=norm,
+                gain=init_gain,
+            )
+
+        self.noise = xavier_(nn.Linear(z_dim, self.start[0] * self.start[1] * self.start[2]), init_gain)
+        self.quarter, self.half_0, self.half_1, self.full = block(), block(), block(), block()
+        self.to_features = xavier_(nn.Conv2d(16 * ngf, channels, 3, padding=1), init_gain)
+
+    def forward(self, z: Tensor, masks: Tensor) -> Tensor:
+        """Generate scaled features, as the discriminator sees them.
+
+        Parameters
+        ----------
+        z
+            (k*B, z_dim) noise, k draws a mask.
+        masks
+            (B, H, W) uint8, 255 = void.
+
+        Returns
+        -------
+        Tensor
+            (k*B, C, h, w); times :attr:`feature_scale` they are the backbone's. Draw j of mask i is row j*B + i.
+        """
+        height, width = self.feature_size
+        labels = {part: one_hot(masks, self.num_classes, (height // part, width // part)).to(z.dtype) for part in (4, 2, 1)}
+        x = self.noise(z).view(-1, *self.start)  # (k*B, 16*ngf * h/4 * w/4) -> (k*B, 16*ngf, h/4, w/4)
+        x = self.quarter(x, labels[4])
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        x = self.half_0(x, labels[2])
+        x = self.half_1(x, labels[2])
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        x = self.full(x, labels[1])
+        x = self.to_features(F.leaky_relu(x, 0.2))
+        return F.relu(x) if self.nonnegative else x
+
+    @torch.no_grad()
+    def generate(self, masks: Tensor, *, z: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Generate features in the backbone's own scale, for use outside of training.
+
+        Parameters
+        ----------
+        masks
+            (B, H, W) uint8, 255 = void.
+        z
+            (k*B, z_dim); default: one draw a mask.
+        generator
+            Source of the default draw.
+
+        Returns
+        -------
+        Tensor
+            (k*B, C, h, w), like the features of a store.
+        """
+        if z is None:
+            z = torch.randn(len(masks), self.z_dim, generator=generator, device=masks.device)
+        return self(z, masks) * self.feature_scale

@@ -1,0 +1,91 @@
+"""SPADE: normalisation modulated by a segmentation mask, and the residual block made of it (Park et al. 2019)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stages.models.blocks import parameter_free_norm, spectral, xavier_
+
+
+class SPADE(nn.Module):
+    """Spatially adaptive denormalisation: ``norm(x) * (1 + gamma(mask)) + beta(mask)`` (Park et al. 2019, eq. 1).
+
+    Parameters
+    ----------
+    channels
+        Channels of the features.
+    label_channels
+        Channels of the one-hot mask.
+    hidden
+        Channels of the mask's embedding.
+    norm
+        ``batch`` or ``instance``, without parameters of its own.
+    gain
+        Of the Xavier initialisation.
+    """
+
+    def __init__(self, *, channels: int, label_channels: int, hidden: int, norm: str, gain: float) -> None:
+        super().__init__()
+        self.norm = parameter_free_norm(norm, channels)
+        self.shared = xavier_(nn.Conv2d(label_channels, hidden, 3, padding=1), gain)
+        # gamma and beta in one convolution: the same values as two, in one pass over the embedding.
+        self.gamma_beta = nn.Conv2d(hidden, 2 * channels, 3, padding=1)
+        for half in self.gamma_beta.weight.data.split(channels):
+            nn.init.xavier_normal_(half, gain)
+        nn.init.zeros_(self.gamma_beta.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Modulate.
+
+        Parameters
+        ----------
+        x
+            (k*B, C, h, w), k groups of features that share B masks.
+        labels
+            (B, L, h, w) one-hot masks at the features' resolution.
+
+        Returns
+        -------
+        Tensor
+            (k*B, C, h, w).
+        """
+        gamma, beta = self.gamma_beta(F.relu(self.shared(labels))).chunk(2, dim=1)
+        if len(x) != len(labels):  # once a mask, not once a draw
+            groups = len(x) // len(labels)
+            gamma, beta = gamma.repeat(groups, 1, 1, 1), beta.repeat(groups, 1, 1, 1)
+        return self.norm(x) * (1 + gamma) + beta
+
+
+class SPADEResBlk(nn.Module):
+    """Residual block of two SPADE layers and two spectrally normalised convolutions, with a learned shortcut where widths differ.
+
+    Parameters
+    ----------
+    in_channels, out_channels
+        Widths.
+    label_channels, hidden, norm, gain
+        See :class:`SPADE`.
+    """
+
+    def __init__(self, *, in_channels: int, out_channels: int, label_channels: int, hidden: int, norm: str, gain: float) -> None:
+        super().__init__()
+
+        def spade(channels: int) -> SPADE:
+            return SPADE(channels=channels, label_channels=label_channels, hidden=hidden, norm=norm, gain=gain)
+
+        middle = min(in_channels, out_channels)
+        self.spade_0, self.spade_1 = spade(in_channels), spade(middle)
+        self.conv_0 = spectral(nn.Conv2d(in_channels, middle, 3, padding=1), gain)
+        self.conv_1 = spectral(nn.Conv2d(middle, out_channels, 3, padding=1), gain)
+        self.learned_shortcut = in_channels != out_channels
+        if self.learned_shortcut:
+            self.spade_s = spade(in_channels)
+            self.conv_s = spectral(nn.Conv2d(in_channels, out_channels, 1, bias=False), gain)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """(k*B, in_channels, h, w) and (B, L, h, w) -> (k*B, out_channels, h, w)."""
+        shortcut = self.conv_s(self.spade_s(x, labels)) if self.learned_shortcut else x
+        x = self.conv_0(F.leaky_relu(self.spade_0(x, labels), 0.2))
+        x = self.conv_1(F.leaky_relu(self.spade_1(x, labels), 0.2))
+        return shortcut + x
