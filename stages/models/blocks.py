@@ -30,17 +30,16 @@ def spectral(layer: nn.Conv2d, gain: float) -> nn.Module:
     return spectral_norm(xavier_(layer, gain))
 
 
-def one_hot(masks: Tensor, num_classes: int, size: tuple[int, int] | None = None) -> Tensor:
-    """Masks (B, H, W) uint8, 255 = void, as (B, num_classes + 1, h, w) float; void is the last channel.
+def one_hot(masks: Tensor, num_classes: int, *, dtype: torch.dtype, size: tuple[int, int] | None = None) -> Tensor:
+    """Masks (B, H, W) uint8, 255 = void, as (B, num_classes + 1, h, w), channels last in memory; void is the last channel.
 
     ``size`` (h, w) picks the nearest pixels first, which equals resizing the one-hot map by nearest neighbour.
     """
-    labels = masks.unsqueeze(1)  # (B, H, W) -> (B, 1, H, W)
     if size is not None and size != masks.shape[-2:]:
-        labels = F.interpolate(labels, size=size, mode="nearest")
+        masks = F.interpolate(masks.unsqueeze(1), size=size, mode="nearest").squeeze(1)
     values = torch.arange(num_classes + 1, dtype=torch.uint8, device=masks.device)
     values[-1] = VOID
-    return (labels == values.view(1, -1, 1, 1)).to(torch.get_default_dtype())
+    return (masks.unsqueeze(-1) == values).to(dtype).permute(0, 3, 1, 2)  # (B, h, w, K+1) -> (B, K+1, h, w)
 
 
 def parameter_free_norm(kind: str, channels: int) -> nn.Module:

@@ -69,7 +69,7 @@ class Discriminator(nn.Module):
         intermediates
             Each layer's activations, for the feature matching loss (eq. 3.5).
         """
-        embedded = one_hot(masks, self.num_classes).to(features.dtype)
+        embedded = one_hot(masks, self.num_classes, dtype=features.dtype)
         for layer in self.mask_layers:
             embedded = F.leaky_relu(layer(embedded), 0.2)
         embedded = embedded.repeat(len(features) // len(masks), 1, 1, 1)  # embedded once a mask, not once a group

@@ -98,7 +98,8 @@ class Generator(nn.Module):
             (k*B, C, h, w); times :attr:`feature_scale` they are the backbone's. Draw j of mask i is row j*B + i.
         """
         height, width = self.feature_size
-        labels = {part: one_hot(masks, self.num_classes, (height // part, width // part)).to(z.dtype) for part in (4, 2, 1)}
+        sizes = {part: (height // part, width // part) for part in (4, 2, 1)}
+        labels = {part: one_hot(masks, self.num_classes, dtype=z.dtype, size=size) for part, size in sizes.items()}
         x = self.noise(z).view(-1, *self.start)  # (k*B, 16*ngf * h/4 * w/4) -> (k*B, 16*ngf, h/4, w/4)
         x = self.quarter(x, labels[4])
         x = F.interpolate(x, scale_factor=2, mode="nearest")

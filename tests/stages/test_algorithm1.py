@@ -1,0 +1,171 @@
+"""One training step of each branch equals a literal transcription of the thesis's Algorithm 1."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from stages.augment.featuregan import JointFeatureGAN
+from stages.gan import Networks, Objective, Trainer, build_networks
+from stages.losses import cross_entropy
+from stages.models.decoder import Decoder
+from stages.runtime import make_accelerator
+
+BATCH, CLASSES, CHANNELS, SIDE = 3, 4, 12, 8
+LAMBDA_FEAT, LAMBDA_KLD = 7.0, 0.05
+LR = {"generator": 2e-4, "discriminator": 8e-4, "decoder": 5e-4}
+
+
+def architecture(*, image_encoder: bool) -> dict:
+    return {
+        "num_classes": CLASSES,
+        "feature_shape": [CHANNELS, SIDE, SIDE],
+        "output_stride": 8,
+        "nonnegative": True,
+        "z_dim": 6,
+        "ngf": 1,
+        "spade_hidden": 8,
+        "norm": "batch",
+        "ndf": 4,
+        "discriminator_layers": 3,
+        "image_encoder": image_encoder,
+        "nef": 2,
+        "init_gain": 0.5,
+    }
+
+
+def literal_step(
+    networks: Networks,
+    decoder: nn.Module | None,
+    optimizers: dict[str, torch.optim.Adam],
+    *,
+    features: Tensor,
+    masks: Tensor,
+    images: Tensor,
+    rng: torch.Generator,
+    ratio: int,
+) -> None:
+    """Algorithm 1, line by line; ``decoder`` None is its first branch. Nothing is shared between passes but the weights."""
+    generator, discriminator, encoder = networks.generator, networks.discriminator, networks.image_encoder
+    scale = generator.feature_scale
+    f_real = features / scale
+    noise = torch.randn(ratio * len(masks), generator.z_dim, generator=rng)
+    many = masks.repeat(ratio, 1, 1)
+    # cached(): spectral norm's power iteration moves once a step, however many passes there are.
+    with parametrize.cached():
+        if encoder is not None:
+            mu, logvar = encoder(images)
+            z = torch.cat([mu] * ratio) + noise * torch.exp(torch.cat([logvar] * ratio) / 2)
+        else:
+            z = noise
+        f_fake = generator(z, many)
+        p_real, d_real = discriminator(f_real, masks)
+        p_fake, d_fake = discriminator(f_fake, many)
+
+        # train generator (and segmentation model)
+        l_kld = LAMBDA_KLD * (-0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum() / len(mu)) if encoder is not None else 0.0
+        l_g = -p_fake.mean()
+        l_fm = sum((torch.cat([real.detach()] * ratio) - fake).abs().mean() for real, fake in zip(d_real, d_fake, strict=True))
+        l_tot = l_kld + l_g + LAMBDA_FEAT * l_fm
+        if decoder is not None:
+            labels = masks.long()
+            size = masks.shape[-2:]
+            l_tot = l_tot + F.cross_entropy(decoder(f_real * scale, size), labels, ignore_index=255)
+            for f in f_fake.chunk(ratio):
+                l_tot = l_tot + F.cross_entropy(decoder(f * scale, size), labels, ignore_index=255)
+        for name in ("generator", *(["decoder"] if decoder is not None else [])):
+            optimizers[name].zero_grad()
+        l_tot.backward(retain_graph=True)
+        optimizers["generator"].step()
+        if decoder is not None:
+            optimizers["decoder"].step()
+
+        # train discriminator, on the features generated above
+        p_real, _ = discriminator(f_real, masks)
+        p_fake, _ = discriminator(f_fake.detach(), many)
+        l_d_real = -torch.clamp(-1 + p_real, max=0).mean()
+        l_d_fake = -torch.clamp(-1 - p_fake, max=0).mean()
+        optimizers["discriminator"].zero_grad()
+        (l_d_real + l_d_fake).backward()
+        optimizers["discriminator"].step()
+
+
+def assert_same_parameters(ours: nn.Module, literal: nn.Module, start: nn.Module, lr: float) -> None:
+    """Parameters agree. Adam's first step is lr * sign(gradient), so where the gradient is rounding noise only the size can."""
+    theirs, before = dict(literal.named_parameters()), dict(start.named_parameters())
+    noise = 1e-5 * max(float(parameter.grad.abs().max()) for parameter in literal.parameters())  # float32 sums in another order
+    compared = 0
+    for name, parameter in ours.named_parameters():
+        gradient = theirs[name].grad
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=noise, msg=lambda text, name=name: f"{name}: {text}")
+        certain = gradient.abs() > 20 * noise
+        compared += int(certain.sum())
+        torch.testing.assert_close(parameter[certain], theirs[name][certain], rtol=1e-5, atol=1e-6)
+        assert (parameter - before[name]).abs().max() <= 1.01 * lr
+    assert compared > 0.3 * sum(parameter.numel() for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize("ratio", [1, 2])
+@pytest.mark.parametrize("image_encoder", [False, True])
+@pytest.mark.parametrize("branch", ["gan", "joint"])
+def test_a_step_equals_algorithm_1(branch: str, image_encoder: bool, ratio: int) -> None:
+    torch.manual_seed(0)
+    scale = torch.rand(CHANNELS) + 0.5
+    networks = build_networks(architecture(image_encoder=image_encoder), scale)
+    decoder = Decoder(head="deeplab", in_channels=CHANNELS, num_classes=CLASSES, width=8, atrous_rates=(2, 3))
+    decoder.head[0].project[3].p = 0.0  # dropout draws from the global generator, once a pass
+    features = torch.rand(BATCH, CHANNELS, SIDE, SIDE)
+    masks = torch.randint(0, CLASSES, (BATCH, 8 * SIDE, 8 * SIDE), dtype=torch.uint8)
+    masks[:, :5] = 255
+    images = torch.randint(0, 256, (BATCH, 3, 8 * SIDE, 8 * SIDE), dtype=torch.uint8)
+
+    literal, literal_decoder = copy.deepcopy(networks), copy.deepcopy(decoder)
+    start, start_decoder = copy.deepcopy(networks), copy.deepcopy(decoder)
+    trained = [*literal.generator.parameters(), *(literal.image_encoder.parameters() if literal.image_encoder else [])]
+    optimizers = {
+        "generator": torch.optim.Adam(trained, LR["generator"], (0.0, 0.9)),
+        "discriminator": torch.optim.Adam(literal.discriminator.parameters(), LR["discriminator"], (0.0, 0.9)),
+        "decoder": torch.optim.Adam(literal_decoder.parameters(), LR["decoder"]),
+    }
+    literal_step(
+        literal,
+        literal_decoder if branch == "joint" else None,
+        optimizers,
+        features=features,
+        masks=masks,
+        images=images,
+        rng=torch.Generator().manual_seed(7),
+        ratio=ratio,
+    )
+
+    objective = Objective("hinge", LAMBDA_FEAT, LAMBDA_KLD)
+    trainer = Trainer(
+        make_accelerator("cpu", "no"),
+        networks,
+        objective,
+        generator_lr=LR["generator"],
+        discriminator_lr=LR["discriminator"],
+        betas=(0.0, 0.9),
+    )
+    rng = torch.Generator().manual_seed(7)
+    if branch == "gan":
+        trainer.update(trainer.forward(features, masks, images, ratio=ratio, rng=rng))
+    else:
+        optimizer = torch.optim.Adam(decoder.parameters(), LR["decoder"])
+        augmenter = JointFeatureGAN(trainer, ratio=ratio, weight=1.0)
+        augmented = augmenter.augment(features, masks, images, rng)
+        loss = cross_entropy(decoder(features, masks.shape[-2:]), masks)
+        for generated in augmented.features:
+            loss = loss + augmented.weight * cross_entropy(decoder(generated, masks.shape[-2:]), masks)
+        augmenter.backward(loss, list(decoder.parameters()))
+        optimizer.step()
+        assert_same_parameters(decoder, literal_decoder, start_decoder, LR["decoder"])
+    assert_same_parameters(networks.generator, literal.generator, start.generator, LR["generator"])
+    assert_same_parameters(networks.discriminator, literal.discriminator, start.discriminator, LR["discriminator"])
+    if networks.image_encoder is not None:
+        assert_same_parameters(networks.image_encoder, literal.image_encoder, start.image_encoder, LR["generator"])
