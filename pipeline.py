@@ -104,6 +104,10 @@ def load_params(path: Path) -> dict[str, Any]:
     unknown = [name for name in sections["compare"].variants if name not in sections["variants"]]
     if unknown:
         raise ConfigError("compare.variants", f"{unknown[0]!r} is not described in variants ({', '.join(sections['variants'])})")
+    from stages.models.backbone import OUTPUT_STRIDE
+    from stages.train_gan import check_input_size
+
+    check_input_size(sections["extract"].size, OUTPUT_STRIDE)
     return sections
 
 

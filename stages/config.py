@@ -62,7 +62,8 @@ def parse_section(params: Mapping[str, Any], name: str, kind: type[Section] | An
 
 def _first_error(section: str, kind: Any, error: ValidationError) -> ConfigError:
     problems = error.errors(include_url=False)
-    first = problems[0]
+    # A misspelt key is both unknown and missing; the former says more.
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     key = ".".join([section, *(str(part) for part in first["loc"])])
     more = f" (and {len(problems) - 1} more wrong keys)" if len(problems) > 1 else ""
     found = first["input"]
@@ -73,7 +74,8 @@ def _first_error(section: str, kind: Any, error: ValidationError) -> ConfigError
         return ConfigError(key, f"unknown key; {hint}{more}", expected=known, found=found)
     if first["type"] == "missing":
         return ConfigError(key, f"this key is missing{more}")
-    message = first["msg"][0].lower() + first["msg"][1:]
+    text = first["msg"].removeprefix("Value error, ")
+    message = text[0].lower() + text[1:]
     return ConfigError(key, f"{message}, found {found!r}{more}", expected=first["msg"], found=found)
 
 

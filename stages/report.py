@@ -1,13 +1,197 @@
+"""report: the comparison table, the curves and the pictures, in one self-contained HTML file and as CSV and JSON."""
+
+from __future__ import annotations
+
+import base64
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import jinja2
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+
+import featurestore
+from featurestore import FeatureStore
+from stages.analysis import figures, tables
+from stages.analysis.feature_grid import normalised_pair, subsample_channels
+from stages.analysis.projection import project, sample_vectors
+from stages.checkpoint import load_decoder, load_generator
 from stages.config import Config
+from stages.runtime import generator as random_generator
+from stages.runtime import make_accelerator, write_json
+
+VECTORS_A_SAMPLE = 50  # feature vectors of one sample in the projection
+
+
 class CompareConfig(Config):
-    variants: list[str]
-    seeds: list[int]
+    """Section ``compare`` of params.yaml: which variants are trained, each with which seeds."""
+
+    variants: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)]
+
+    @field_validator("variants", "seeds")
+    @classmethod
+    def _unique(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("an entry stands twice")
+        return values
+
+
 class ReportConfig(Config):
-    headline_classes: list[str]
-    pictures: int
-    umap_points: int
-    umap_neighbors: int
-    umap_min_dist: float
-    grid_samples: int
-    grid_channels: int
-    seed: int
+    """Section ``report`` of params.yaml."""
+
+    headline_classes: Annotated[tuple[str, ...], Field(strict=False)]
+    pictures: int = Field(ge=1, le=50)
+    umap_points: int = Field(ge=50)
+    umap_neighbors: int = Field(ge=2)
+    umap_min_dist: float = Field(ge=0, le=1)
+    grid_samples: int = Field(ge=1, le=32)
+    grid_channels: int = Field(ge=1)
+    seed: int = Field(ge=0)
+
+
+def run(
+    config: ReportConfig,
+    compared: CompareConfig,
+    *,
+    features: Path,
+    gan: Path,
+    decoders: Path,
+    metrics: Path,
+    out: Path,
+    device: str,
+) -> str:
+    """Write the report into ``out``.
+
+    Parameters
+    ----------
+    config, compared
+        What is shown, of which decoders.
+    features, gan, decoders, metrics
+        What the other stages left.
+    out
+        Folder of ``index.html``, ``comparison.json``, ``comparison.csv``, ``comparison.txt``, ``metrics.json`` and
+        ``per_class.csv``.
+    device
+        Where features are generated and masks predicted.
+
+    Returns
+    -------
+    str
+        The comparison as a table for a terminal.
+
+    Raises
+    ------
+    ConfigError, DataError, FeatureStoreError
+        A class that does not exist; a missing or damaged result.
+    """
+    # The tables.
+    results = tables.read_results(metrics, compared.variants, compared.seeds)
+    rows = tables.compare(results, config.headline_classes)
+    by_class = tables.per_class(results)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "comparison.json", rows)
+    write_json(out / "metrics.json", {row["variant"]: {"pa": row["pa"]["mean"], "miou": row["miou"]["mean"]} for row in rows})
+    tables.flat(rows).to_csv(out / "comparison.csv", index=False, float_format="%.4f")
+    by_class.to_csv(out / "per_class.csv", float_format="%.4f")
+    text = tables.as_text(rows)
+    (out / "comparison.txt").write_text(text + "\n", encoding="utf-8")
+
+    # The pictures.
+    accelerator = make_accelerator(device, "no")
+    train, test = featurestore.open(features / "train"), featurestore.open(features / "test")
+    pictures = {
+        "gan_curves": figures.gan_curves(figures.read_curves(metrics / "train-gan")),
+        "decoder_curves": figures.decoder_curves(
+            {name: [figures.read_curves(metrics / f"{name}-{seed}") for seed in compared.seeds] for name in compared.variants}
+        ),
+        **_generated_pictures(config, train, gan, accelerator.device),
+        "predictions": _predictions(config, compared, test, decoders, accelerator.device),
+    }
+
+    # One file.
+    template = jinja2.Template(resources.files("stages.analysis").joinpath("report.html").read_text(encoding="utf-8"), autoescape=True)
+    page = template.render(
+        headings=tables.HEADINGS,
+        rows=[tables.cells(row) for row in rows],
+        headline=config.headline_classes,
+        absent=sorted({name for row in rows for name in row["absent_classes"]}),
+        all_classes=[(row["variant"], f"{row['miou_all']['mean']:.2f}") for row in rows],
+        by_class=by_class,
+        best_of=lambda values: values.max(),
+        isnan=np.isnan,
+        swatches=[
+            (name, "#{:02x}{:02x}{:02x}".format(*colour)) for name, colour in zip(test.spec.class_names, test.spec.palette, strict=True)
+        ],
+        pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
+        store={"train": train, "test": test},
+        seeds=compared.seeds,
+    )
+    (out / "index.html").write_text(page, encoding="utf-8")
+    return text
+
+
+def _generated_pictures(config: ReportConfig, store: FeatureStore, gan: Path, device: torch.device) -> dict[str, bytes]:
+    """UMAP before and after the GAN's training, by class too, and the feature grids; all of training masks."""
+    rng = np.random.default_rng(config.seed)
+    wanted = max(config.grid_samples, -(-config.umap_points // VECTORS_A_SAMPLE))
+    chosen = rng.choice(len(store), size=min(wanted, len(store)), replace=False)
+    masks = np.stack([store.mask(position) for position in chosen])
+    groups = {"real": np.stack([store.features(position) for position in chosen]).astype(np.float32)}
+    for name, weights in (("before", "generator-initial"), ("after", "generator")):
+        network = load_generator(gan, weights=weights).to(device)
+        draws = random_generator(device, config.seed)
+        parts = [
+            network.generate(torch.from_numpy(part).to(device), generator=draws).float().cpu().numpy()
+            for part in np.array_split(masks, -(-len(masks) // 8))
+        ]
+        groups[name] = np.concatenate(parts)
+
+    # Vectors at random positions, each scaled as the GAN sees it, in one common embedding.
+    scale = load_generator(gan).feature_scale.numpy()
+    sampled = {name: sample_vectors(group / scale, masks, config.umap_points, rng) for name, group in groups.items()}
+    points = dict(
+        zip(
+            sampled,
+            project(
+                [vectors for vectors, _ in sampled.values()],
+                neighbors=config.umap_neighbors,
+                min_dist=config.umap_min_dist,
+                seed=config.seed,
+            ),
+            strict=True,
+        )
+    )
+
+    # Grids of the first samples.
+    few = slice(config.grid_samples)
+    channels = subsample_channels(store.spec.feature_shape[0], config.grid_channels)
+    real, generated = normalised_pair(groups["real"][few][:, channels], groups["after"][few][:, channels])
+    images = np.stack([store.image(position) for position in chosen[few]]) if store.spec.has_images else None
+    palette = store.spec.palette
+    return {
+        "umap": figures.projections(points["real"], points["before"], points["after"]),
+        "umap_classes": figures.projections_by_class(
+            (points["real"], sampled["real"][1]), (points["after"], sampled["after"][1]), store.spec.class_names, palette
+        ),
+        "grids": figures.grids(real, generated, figures.colour_masks(masks[few], palette), images),
+    }
+
+
+@torch.no_grad()
+def _predictions(config: ReportConfig, compared: CompareConfig, store: FeatureStore, decoders: Path, device: torch.device) -> bytes:
+    """Masks predicted by each variant's first seed on evenly spaced test images (not chosen by their looks)."""
+    positions = np.linspace(0, len(store) - 1, min(config.pictures, len(store))).round().astype(int)
+    palette = store.spec.palette
+    columns: dict[str, list[np.ndarray]] = {}
+    if store.spec.has_images:
+        columns["photograph"] = [store.image(position) for position in positions]
+    columns["truth"] = [figures.colour_masks(store.mask(position), palette) for position in positions]
+    features = torch.from_numpy(np.stack([store.features(position) for position in positions]).astype(np.float32)).to(device)
+    for variant in compared.variants:
+        decoder = load_decoder(decoders / f"{variant}-{compared.seeds[0]}").to(device)
+        predicted = decoder(features, store.spec.mask_shape).argmax(1).to(torch.uint8).cpu().numpy()
+        columns[variant] = list(figures.colour_masks(predicted, palette))
+    return figures.predictions(columns)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
 from stages.errors import ConfigError
@@ -43,6 +44,8 @@ def make_accelerator(device: str, mixed_precision: str, **options: Any) -> Accel
     cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     if cpu and mixed_precision == "fp16":
         raise ConfigError("mixed_precision", "fp16 needs CUDA; use bf16 or no on the CPU", expected="no or bf16", found="fp16")
+    # accelerate keeps the first accelerator's settings for the whole process; a notebook may run stages with others.
+    AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=cpu, mixed_precision=mixed_precision, **options)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import featurestore
 from featurestore import FeatureStore, SpecMismatchError
-from featurestore.dataset import Batch, BatchOrder, loader
+from featurestore.dataset import Batch, loader
 from stages.augment.base import Augmenter
 from stages.augment.featuregan import FrozenFeatureGAN, JointFeatureGAN
 from stages.augment.none import NoAugmenter
@@ -111,8 +111,6 @@ def run(
         raise SpecMismatchError(message, path=gan, expected=train.fingerprint, found=gan_config["store"])
     images = networks is not None and networks.image_encoder is not None
     batches = loader(train, config.batch_size, seed=seed, drop_last=True, images=images, workers=workers)
-    order = batches.batch_sampler
-    assert isinstance(order, BatchOrder)
     batches = accelerator.prepare(batches)
     held_out = {split: accelerator.prepare(loader(stores[split], config.batch_size, workers=workers)) for split in ("val", "test")}
 
@@ -166,10 +164,10 @@ def run(
     history = History(accelerator, f"{name}-{seed}", live=metrics, rows=state["history"] if state else [])
 
     # Train.
-    bar = progress((), f"train-decoder: {name} {seed}", config.epochs * len(order), "step")
-    bar.update(len(history.rows) * len(order))
+    bar = progress((), f"train-decoder: {name} {seed}", config.epochs * len(batches), "step")
+    bar.update(len(history.rows) * len(batches))
     for epoch in range(len(history.rows), config.epochs):
-        order.set_epoch(epoch)
+        batches.set_epoch(epoch)  # its order is a function of seed and epoch, also when a resumed run starts here
         rng = random_generator(accelerator.device, seed, epoch, 1)
         means = Means()
         decoder.train()

@@ -11,7 +11,7 @@ from pydantic import Field
 
 import featurestore
 from featurestore import FeatureStore, SpecMismatchError
-from featurestore.dataset import BatchOrder, loader
+from featurestore.dataset import loader
 from stages.checkpoint import Checkpoint, save_gan, save_weights
 from stages.config import Config
 from stages.errors import ConfigError
@@ -99,8 +99,6 @@ def run(
     store = featurestore.open(features)
     check_store(config, store)
     batches = loader(store, config.batch_size, seed=config.seed, drop_last=True, images=config.image_encoder, workers=workers)
-    order = batches.batch_sampler
-    assert isinstance(order, BatchOrder)
     batches = accelerator.prepare(batches)
 
     # Networks and optimizers.
@@ -129,10 +127,10 @@ def run(
     history = History(accelerator, "train-gan", live=metrics, rows=state["history"] if state else [])
 
     # Train.
-    bar = progress((), "train-gan", config.frozen_epochs * len(order), "step")
-    bar.update(len(history.rows) * len(order))
+    bar = progress((), "train-gan", config.frozen_epochs * len(batches), "step")
+    bar.update(len(history.rows) * len(batches))
     for epoch in range(len(history.rows), config.frozen_epochs):
-        order.set_epoch(epoch)
+        batches.set_epoch(epoch)  # its order is a function of seed and epoch, also when a resumed run starts here
         rng = random_generator(accelerator.device, config.seed, epoch)
         means = Means()
         for batch in batches:
@@ -162,16 +160,26 @@ def check_store(config: TrainGanConfig, store: FeatureStore) -> None:
     SpecMismatchError
         When the image encoder needs images and the store has none.
     """
-    _, height, width = store.spec.feature_shape
-    if height % UPSAMPLING or width % UPSAMPLING:
-        stride = store.spec.output_stride * UPSAMPLING
-        message = f"gives features of {height} x {width}; the generator needs multiples of {UPSAMPLING}: choose a multiple of {stride}"
-        raise ConfigError("extract.input_size", message, expected=stride, found=store.spec.mask_shape)
+    check_input_size(store.spec.mask_shape, store.spec.output_stride)
     if len(store) < config.batch_size:
         message = f"{config.batch_size} is more than the {len(store)} samples of {store.path}; lower it"
         raise ConfigError("train_gan.batch_size", message, expected=len(store), found=config.batch_size)
     if config.image_encoder and not store.spec.has_images:
         raise SpecMismatchError("train_gan.image_encoder needs images; set extract.store_images to true", path=store.path)
+
+
+def check_input_size(size: tuple[int, int], output_stride: int) -> None:
+    """Refuse photographs (H, W) whose features the generator cannot make.
+
+    Raises
+    ------
+    ConfigError
+        When H or W is no multiple of the backbone's stride times the generator's up-sampling.
+    """
+    step = output_stride * UPSAMPLING
+    if size[0] % step or size[1] % step:
+        message = f"must be a multiple of {step} (backbone stride {output_stride} times the generator's up-sampling), found {size}"
+        raise ConfigError("extract.input_size", message, expected=step, found=size)
 
 
 def describe(config: TrainGanConfig, store: FeatureStore) -> dict[str, Any]:

@@ -1,0 +1,116 @@
+"""A small data set of drawn photographs, and one whole project that DVC has run on it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stages.data import wastesim
+from tests.imports import ROOT
+
+os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+
+TINY = {
+    "dataset: wastesim ": "dataset: folder ",
+    "root: data/wastesim ": "root: photos ",
+    "input_size: 128 ": "input_size: 64 ",
+    "frozen_epochs: 15 ": "frozen_epochs: 2 ",
+    "spade_hidden: 64": "spade_hidden: 8",
+    "ngf: 8 ": "ngf: 1 ",
+    "ndf: 32": "ndf: 4",
+    "z_dim: 64": "z_dim: 8",
+    "  epochs: 10\n": "  epochs: 2\n",
+    "  batch_size: 8\n": "  batch_size: 4\n",
+    "width: 64": "width: 8",
+    "seeds: [0, 1]": "seeds: [0]",
+    "umap_points: 1000": "umap_points: 60",
+    "grid_samples: 8": "grid_samples: 3",
+    "grid_channels: 12": "grid_channels: 4",
+}
+
+
+def tiny_params() -> str:
+    """The quickstart, made small enough for tests."""
+    text = (ROOT / "presets" / "quickstart.yaml").read_text()
+    for before, after in TINY.items():
+        assert before in text, f"the quickstart no longer says {before!r}"
+        text = text.replace(before, after)
+    return text
+
+
+def write_photos(root: Path, counts: dict[str, int], size: int = 64) -> None:
+    """A ``folder`` data set with drawn scenes: images/SPLIT/*.jpg, masks/SPLIT/*.png, classes.csv."""
+    abundances = wastesim.read_abundances(ROOT / "data" / "wastesim")
+    for split, count in counts.items():
+        for number in range(count):
+            image, mask = wastesim.draw_scene(np.random.default_rng([len(split), number]), abundances, size, (3, 5))
+            for folder, name, pixels in (("images", f"{number}.jpg", image), ("masks", f"{number}.png", mask)):
+                path = root / folder / split / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    colours = (f"{name},{red},{green},{blue}" for name, (red, green, blue) in zip(wastesim.CLASSES.names, wastesim.CLASSES.palette, strict=True))
+    (root / "classes.csv").write_text("\n".join(["name,red,green,blue", *colours]) + "\n")
+
+
+def run(*command: str, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of this environment (python, dvc, git) and return what it printed."""
+    program = shutil.which(command[0], path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert program is not None, f"{command[0]} is not installed"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        [program, *command[1:]], cwd=cwd, text=True, capture_output=True, env={**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", **environment}
+    )
+    assert not check or result.returncode == 0, f"{command}: {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def copy_project(target: Path) -> None:
+    """A git repository with the project's files, the tiny parameters and drawn photographs; nothing has run in it yet."""
+    target.mkdir(parents=True)
+    for name in ("featurestore", "stages", "presets", "data", "notebooks", "pipeline.py", "dvc.yaml", ".dvcignore", ".gitignore"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, target / name)
+    (target / "params.yaml").write_text(tiny_params())
+    write_photos(target / "photos", {"train": 10, "val": 4, "test": 4})
+    (target / ".dvc").mkdir()
+    shutil.copy(ROOT / ".dvc" / "config", target / ".dvc" / "config")
+    run("git", "init", "-q", cwd=target)
+    run("git", "config", "user.email", "test@example.org", cwd=target)
+    run("git", "config", "user.name", "test", cwd=target)
+    run("git", "add", "-A", cwd=target)
+    run("git", "commit", "-qm", "start", cwd=target)
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in which ``dvc repro`` has run through; tests must leave its files as they are."""
+    target = tmp_path_factory.mktemp("dvc") / "project"
+    copy_project(target)
+    run("dvc", "repro", cwd=target)
+    return target
+
+
+@pytest.fixture()
+def photos(tmp_path: Path) -> Path:
+    """A fresh ``folder`` data set: 6 training, 3 validation and 3 test pairs of 64 x 64."""
+    write_photos(tmp_path / "photos", {"train": 6, "val": 3, "test": 3})
+    return tmp_path / "photos"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real photographs (``voc2012-partial``, ``camvid``); skips where FEATUREGAN_TEST_DATA is unset."""
+    root = os.environ.get("FEATUREGAN_TEST_DATA")
+    if not root:
+        pytest.skip("FEATUREGAN_TEST_DATA is not set")
+    return Path(root)

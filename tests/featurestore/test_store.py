@@ -1,0 +1,344 @@
+"""A store gives back what was written, or says exactly what is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+import featurestore
+from featurestore import (
+    FeatureStoreError,
+    FormatVersionError,
+    IncompleteStoreError,
+    SampleError,
+    ShardCorruptError,
+    SpecMismatchError,
+    StoreExistsError,
+    StoreNotFoundError,
+    StoreSpec,
+)
+
+SPEC = StoreSpec(
+    feature_shape=(6, 4, 5),
+    mask_shape=(32, 40),
+    class_names=("belt", "Größe", "纸"),
+    palette=((0, 0, 0), (10, 20, 30), (255, 0, 7)),
+    backbone="resnet50",
+    weights_digest="ab" * 32,
+    output_stride=8,
+    normalization_mean=(0.485, 0.456, 0.406),
+    normalization_std=(0.229, 0.224, 0.225),
+    resize="stretch",
+    compute="fp32",
+    nonnegative=True,
+    has_images=True,
+)
+
+
+def sample(number: int, spec: StoreSpec = SPEC) -> dict:
+    rng = np.random.default_rng(number)
+    mask = rng.integers(0, spec.num_classes, spec.mask_shape).astype(np.uint8)
+    mask[0, :3] = 255
+    image = rng.integers(0, 256, (*spec.mask_shape, 3)).astype(np.uint8) if spec.has_images else None
+    features = rng.random(spec.feature_shape).astype(spec.feature_dtype)
+    return {"id": f"photo {number} é", "features": features, "mask": mask, "image": image, "view": "hflip" if number % 3 == 2 else "identity"}
+
+
+def write(path: Path, count: int = 7, spec: StoreSpec = SPEC, **options) -> featurestore.FeatureStore:
+    with featurestore.create(path, spec, samples_per_shard=3, **options) as writer:
+        for number in range(count):
+            writer.append(**sample(number, spec))
+    return featurestore.open(path)
+
+
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("compression", ["none", "lz4", "zstd"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("has_images", [True, False])
+def test_round_trip(tmp_path: Path, compression: str, dtype: str, has_images: bool) -> None:
+    spec = dataclasses.replace(SPEC, compression=compression, feature_dtype=dtype, has_images=has_images)
+    store = write(tmp_path / "store", spec=spec)
+    assert len(store) == 7
+    assert store.spec == spec
+    for number, found in enumerate(store):
+        expected = sample(number, spec)
+        assert (found.id, found.view) == (expected["id"], expected["view"])
+        assert found.features.dtype == np.dtype(dtype)
+        np.testing.assert_array_equal(found.features, expected["features"])
+        np.testing.assert_array_equal(found.mask, expected["mask"])
+        if has_images:
+            np.testing.assert_array_equal(found.image, expected["image"])
+        else:
+            assert found.image is None
+    np.testing.assert_array_equal(store[-1].features, store[6].features)
+    with pytest.raises(IndexError):
+        store[7]
+    store.verify()
+
+
+def test_uncompressed_features_are_views_of_the_file(tmp_path: Path) -> None:
+    features = write(tmp_path / "store").features(4)
+    assert not features.flags.writeable
+    assert not features.flags.owndata
+    base = features
+    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+        base = base.base
+    assert isinstance(base, np.memmap)
+
+
+def test_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    write(tmp_path / "b")
+    assert shard_bytes(tmp_path / "a") == shard_bytes(tmp_path / "b")
+
+
+def test_any_hdf5_tool_can_read_a_shard(tmp_path: Path) -> None:
+    write(tmp_path / "store")
+    with h5py.File(tmp_path / "store" / "shard-00001.h5") as file:
+        assert sorted(file) == ["features", "ids", "images", "masks", "views"]
+        assert file["features"].shape == (3, 6, 4, 5)
+        assert file["features"].chunks is None  # contiguous
+        assert file["ids"].asstr()[0] == "photo 3 é"
+        assert file.attrs["backbone"] == "resnet50"
+        assert [name.decode() for name in file.attrs["class_names"]] == list(SPEC.class_names)
+        assert file.attrs["palette"].tolist() == [list(colour) for colour in SPEC.palette]
+        assert file.attrs["format_version"] == featurestore.FORMAT_VERSION
+
+
+def test_a_single_shard_opens_by_itself(tmp_path: Path) -> None:
+    write(tmp_path / "store")
+    shard = featurestore.open(tmp_path / "store" / "shard-00002.h5")
+    assert shard.ids == ["photo 6 é"]
+    assert shard.spec == SPEC
+    np.testing.assert_array_equal(shard.features(0), sample(6)["features"])
+    with pytest.raises(SpecMismatchError, match="verify the store's folder"):
+        shard.verify()
+
+
+def test_statistics_are_numpys(tmp_path: Path) -> None:
+    store = write(tmp_path / "store")
+    samples = [sample(number) for number in range(7)]
+    values = np.stack([part["features"] for part in samples]).astype(np.float64)
+    np.testing.assert_allclose(store.stats.mean, values.mean(axis=(0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(store.stats.std, values.std(axis=(0, 2, 3)), rtol=1e-5)
+    np.testing.assert_array_equal(store.stats.minimum, values.min(axis=(0, 2, 3)))
+    np.testing.assert_array_equal(store.stats.maximum, values.max(axis=(0, 2, 3)))
+    masks = np.stack([part["mask"] for part in samples])
+    assert store.stats.class_pixels.tolist() == [(masks == value).sum() for value in range(3)]
+    assert store.stats.void_pixels == (masks == 255).sum() == 21
+    alone = featurestore.open(tmp_path / "store" / "shard-00000.h5").stats
+    np.testing.assert_allclose(alone.mean, values[:3].mean(axis=(0, 2, 3)), rtol=1e-6)
+
+
+def test_frame_has_a_row_a_sample_and_shares_of_classes(tmp_path: Path) -> None:
+    frame = write(tmp_path / "store").to_frame()
+    assert list(frame.columns) == ["id", "view", "shard", *SPEC.class_names, "void"]
+    assert frame["shard"].tolist() == ["shard-00000.h5"] * 3 + ["shard-00001.h5"] * 3 + ["shard-00002.h5"]
+    np.testing.assert_allclose(frame[[*SPEC.class_names, "void"]].sum(axis=1), 1)
+    assert frame["belt"][2] == (sample(2)["mask"] == 0).mean()
+
+
+# -- writing -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"features": np.full(SPEC.feature_shape, np.nan, np.float32)}, "not finite"),
+        ({"features": np.full(SPEC.feature_shape, 7e4, np.float32)}, "70000 does not fit float16"),
+        ({"features": np.full(SPEC.feature_shape, -1, np.float32)}, "negative"),
+        ({"features": np.zeros((6, 4, 4), np.float32)}, r"expected \(6, 4, 5\)"),
+        ({"mask": np.full(SPEC.mask_shape, 3, np.uint8)}, "mask value 3 is no class"),
+        ({"mask": np.zeros((32, 41), np.uint8)}, "mask is uint8"),
+        ({"image": None}, "image is None"),
+        ({"view": "rotated"}, "view 'rotated'"),
+        ({"id": ""}, "id must have"),
+    ],
+)
+def test_a_sample_that_does_not_fit_is_refused_by_name(tmp_path: Path, change: dict, words: str) -> None:
+    good = sample(0)
+    with pytest.raises(SampleError, match=words) as caught, featurestore.create(tmp_path / "store", SPEC) as writer:
+        writer.append(**{**good, **change})
+    assert repr(change.get("id", good["id"])) in str(caught.value)
+    assert not (tmp_path / "store").exists()
+
+
+def test_nothing_is_published_after_an_exception(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), featurestore.create(tmp_path / "store", SPEC, samples_per_shard=1) as writer:
+        writer.append(**sample(0))
+        raise RuntimeError
+    assert not (tmp_path / "store").exists()
+    with pytest.raises(StoreNotFoundError):
+        featurestore.open(tmp_path / "store")
+
+
+def test_an_empty_store_is_not_published(tmp_path: Path) -> None:
+    with pytest.raises(IncompleteStoreError, match="no sample"), featurestore.create(tmp_path / "store", SPEC):
+        pass
+
+
+def test_an_existing_store_is_kept_unless_asked(tmp_path: Path) -> None:
+    write(tmp_path / "store")
+    with pytest.raises(StoreExistsError):
+        featurestore.create(tmp_path / "store", SPEC)
+    assert len(write(tmp_path / "store", count=2, overwrite=True)) == 2
+
+
+def interrupted(path: Path, scratch: Path, stop_after: int, fingerprint: str = "f") -> None:
+    with pytest.raises(KeyboardInterrupt), featurestore.create(path, SPEC, scratch=scratch, fingerprint=fingerprint, samples_per_shard=3) as writer:
+        for number in range(stop_after):
+            writer.append(**sample(number))
+        raise KeyboardInterrupt
+
+
+def resumed(path: Path, scratch: Path, fingerprint: str = "f") -> list[range]:
+    with featurestore.create(path, SPEC, scratch=scratch, fingerprint=fingerprint, samples_per_shard=3) as writer:
+        missing = writer.resume(7)
+        for span in missing:
+            for number in span:
+                writer.append(**sample(number))
+    return missing
+
+
+def test_a_resumed_store_takes_finished_shards_over_and_equals_an_undisturbed_one(tmp_path: Path) -> None:
+    write(tmp_path / "whole", fingerprint="f", scratch=tmp_path / "other")
+    interrupted(tmp_path / "store", tmp_path / "scratch", stop_after=5)
+    assert resumed(tmp_path / "store", tmp_path / "scratch") == [range(3, 6), range(6, 7)]
+    assert shard_bytes(tmp_path / "store") == shard_bytes(tmp_path / "whole")
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_missing_shard_in_the_middle_is_made_again(tmp_path: Path) -> None:
+    write(tmp_path / "whole", fingerprint="f", scratch=tmp_path / "other")
+    interrupted(tmp_path / "store", tmp_path / "scratch", stop_after=6)
+    (tmp_path / "scratch" / "shard-00000.h5").unlink()
+    assert resumed(tmp_path / "store", tmp_path / "scratch") == [range(0, 3), range(6, 7)]
+    assert shard_bytes(tmp_path / "store") == shard_bytes(tmp_path / "whole")
+
+
+def test_shards_of_other_inputs_or_with_changed_bytes_are_not_taken_over(tmp_path: Path) -> None:
+    interrupted(tmp_path / "store", tmp_path / "scratch", stop_after=6, fingerprint="other inputs")
+    assert resumed(tmp_path / "store", tmp_path / "scratch") == [range(0, 3), range(3, 6), range(6, 7)]
+    interrupted(tmp_path / "second", tmp_path / "scratch", stop_after=6)
+    shard = tmp_path / "scratch" / "shard-00001.h5"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert resumed(tmp_path / "second", tmp_path / "scratch") == [range(3, 6), range(6, 7)]
+
+
+def test_announced_samples_that_never_came_are_noticed(tmp_path: Path) -> None:
+    with (
+        pytest.raises(IncompleteStoreError, match="5 of the 7 samples"),
+        featurestore.create(tmp_path / "store", SPEC, fingerprint="f", samples_per_shard=3) as writer,
+    ):
+        writer.resume(7)
+        writer.append(**sample(0))
+        writer.append(**sample(1))
+    assert not (tmp_path / "store").exists()
+
+
+# -- damage --------------------------------------------------------------------------------------------
+
+
+def test_every_changed_byte_is_found(tmp_path: Path) -> None:
+    write(tmp_path / "store")
+    rng = np.random.default_rng(0)
+    for file in sorted((tmp_path / "store").iterdir()):
+        content = file.read_bytes()
+        for position in rng.integers(0, len(content), 40):
+            changed = bytearray(content)
+            changed[position] ^= int(rng.integers(1, 256))
+            file.write_bytes(changed)
+            with pytest.raises(FeatureStoreError):
+                featurestore.open(tmp_path / "store").verify()
+        file.write_bytes(content)
+    featurestore.open(tmp_path / "store").verify()
+
+
+def test_a_damaged_shard_is_named_with_both_hashes(tmp_path: Path) -> None:
+    store = write(tmp_path / "store")
+    shard = tmp_path / "store" / "shard-00001.h5"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 255
+    shard.write_bytes(content)
+    with pytest.raises(ShardCorruptError, match="shard-00001.h5: damaged") as caught:
+        featurestore.open(tmp_path / "store").verify()
+    assert caught.value.path == shard
+    assert caught.value.expected == store.records[1].sha256
+
+
+def test_missing_and_shortened_shards_are_refused_on_opening(tmp_path: Path) -> None:
+    write(tmp_path / "store")
+    shard = tmp_path / "store" / "shard-00000.h5"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(IncompleteStoreError, match="bytes long, but the index says"):
+        featurestore.open(tmp_path / "store")
+    shard.unlink()
+    with pytest.raises(IncompleteStoreError, match="it is gone"):
+        featurestore.open(tmp_path / "store")
+
+
+def test_a_folder_without_an_index_is_no_store(tmp_path: Path) -> None:
+    write(tmp_path / "store")
+    (tmp_path / "store" / "index.json").unlink()
+    with pytest.raises(IncompleteStoreError, match="no index.json"):
+        featurestore.open(tmp_path / "store")
+
+
+def test_another_format_version_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "store")
+    index = tmp_path / "store" / "index.json"
+    body = json.loads(index.read_text())
+    index.write_text(json.dumps({**body, "format_version": 99}))
+    with pytest.raises(FormatVersionError, match="format version 99") as caught:
+        featurestore.open(tmp_path / "store")
+    assert (caught.value.expected, caught.value.found) == (featurestore.FORMAT_VERSION, 99)
+    shard = tmp_path / "store" / "shard-00000.h5"
+    with h5py.File(shard, "r+") as file:
+        file.attrs["format_version"] = 99
+    with pytest.raises(FormatVersionError):
+        featurestore.open(shard)
+
+
+@pytest.mark.parametrize("garbage", [b"", b"{}", b"[]", b"null", b"\xff\xfe", b'{"format": "featurestore", "format_version": 1}', b"[" * 100_000])
+def test_garbage_as_index_or_shard_is_an_error_of_ours(tmp_path: Path, garbage: bytes) -> None:
+    write(tmp_path / "store")
+    (tmp_path / "store" / "shard-00000.h5").write_bytes(garbage)
+    with pytest.raises(FeatureStoreError):
+        featurestore.open(tmp_path / "store" / "shard-00000.h5")
+    (tmp_path / "store" / "index.json").write_bytes(garbage)
+    with pytest.raises(FeatureStoreError):
+        featurestore.open(tmp_path / "store")
+
+
+# -- processes -----------------------------------------------------------------------------------------
+
+
+def _read_features(store: featurestore.FeatureStore, position: int, queue) -> None:
+    queue.put(store.features(position).tolist())
+
+
+@pytest.mark.parametrize("compression", ["none", "lz4"])
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_an_open_store_can_be_handed_to_other_processes(tmp_path: Path, start: str, compression: str) -> None:
+    store = write(tmp_path / "store", spec=dataclasses.replace(SPEC, compression=compression))
+    store.features(5)  # opens a shard in this process first
+    context = multiprocessing.get_context(start)
+    queue = context.Queue()
+    process = context.Process(target=_read_features, args=(store, 5, queue))
+    process.start()
+    assert queue.get(timeout=60) == sample(5)["features"].tolist()
+    process.join()
+    assert len(pickle.loads(pickle.dumps(store))) == 7

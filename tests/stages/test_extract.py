@@ -1,0 +1,205 @@
+"""extract caches what the backbone gives, survives kills, and names the photograph that is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import featurestore
+from featurestore import ShardCorruptError
+from stages import extract
+from stages.data.manifest import read_manifest
+from stages.errors import ConfigError, DataError
+from stages.models.backbone import build_backbone
+from tests.conftest import write_photos
+from tests.imports import ROOT
+from tests.stages.test_prepare import config as prepare_config
+from tests.stages.test_prepare import prepare
+
+
+def config(**changes) -> extract.ExtractConfig:
+    settings = {
+        "backbone": "efficientnet_lite0",
+        "weights": "default",
+        "input_size": 64,
+        "resize": "stretch",
+        "views": ["identity"],
+        "compute": "fp32",
+        "batch_size": 2,
+        "feature_dtype": "float16",
+        "compression": "none",
+        "store_images": True,
+    }
+    return extract.ExtractConfig(**{**settings, **changes})
+
+
+def run(settings: extract.ExtractConfig, tmp_path: Path, *, workers: int = 0, out: str = "features") -> dict[str, featurestore.FeatureStore]:
+    return extract.run(
+        settings, dataset=tmp_path / "dataset", out=tmp_path / out, scratch=tmp_path / "scratch", device="cpu", workers=workers
+    )
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*.*"))}
+
+
+@pytest.fixture()
+def prepared(photos: Path, tmp_path: Path) -> Path:
+    """``tmp_path`` with a prepared data set of 6 + 3 + 3 photographs."""
+    prepare(prepare_config(photos), tmp_path)
+    return tmp_path
+
+
+def test_features_are_the_backbones_own(prepared: Path) -> None:
+    stores = run(config(feature_dtype="float32"), prepared)
+    assert {split: len(store) for split, store in stores.items()} == {"train": 6, "val": 3, "test": 3}
+    store = stores["train"]
+    assert store.spec.feature_shape == (320, 8, 8)
+    assert store.spec.class_names[1] == "paper"
+    backbone = build_backbone(name="efficientnet_lite0", weights="default")
+    assert store.spec.weights_digest == backbone.digest()
+    for sample in store:
+        expected = backbone(torch.from_numpy(sample.image.copy()).permute(2, 0, 1)[None])[0]
+        torch.testing.assert_close(torch.from_numpy(sample.features.copy()), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_bytes_do_not_depend_on_workers_and_a_second_run_computes_nothing(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(config(), prepared, out="a")
+    run(config(), prepared, out="b", workers=2)
+    assert digests(prepared / "a") == digests(prepared / "b")
+    monkeypatch.setattr(featurestore, "create", lambda *_, **__: pytest.fail("extracted again"))
+    run(config(), prepared, out="a")
+
+
+def test_a_mirrored_view_is_a_sample_of_its_own_for_training_alone(prepared: Path) -> None:
+    stores = run(config(views=["identity", "hflip"]), prepared)
+    train = stores["train"]
+    assert (len(train), len(stores["val"]), len(stores["test"])) == (12, 3, 3)
+    assert train.views == ["identity"] * 6 + ["hflip"] * 6
+    assert train.ids[:6] == train.ids[6:]
+    np.testing.assert_array_equal(train.mask(6), train.mask(0)[:, ::-1])
+    np.testing.assert_array_equal(train.image(6), train.image(0)[:, ::-1])
+    assert not np.array_equal(train.features(6), train.features(0)[:, :, ::-1])  # the network saw the mirrored image
+
+
+def test_compression_and_bf16_read_back_through_the_same_interface(prepared: Path) -> None:
+    plain = run(config(), prepared, out="plain")["train"]
+    packed = run(config(compression="lz4", store_images=False), prepared, out="packed")["train"]
+    np.testing.assert_array_equal(plain.features(3), packed.features(3))
+    half = run(config(compute="bf16"), prepared, out="half")["train"]
+    difference = np.abs(half.features(3).astype(np.float32) - plain.features(3).astype(np.float32))
+    assert 0 < difference.mean() < 0.05 * plain.stats.std.mean()
+
+
+def test_a_non_square_size(prepared: Path) -> None:
+    store = run(config(input_size=[64, 96], resize="pad"), prepared)["train"]
+    assert store.spec.feature_shape == (320, 8, 12)
+    assert store.mask(0).shape == (64, 96)
+    assert (store.mask(0)[:, 64:] == 255).all()
+
+
+# -- bad input -----------------------------------------------------------------------------------------
+
+
+def test_a_photograph_that_changed_since_prepare_is_named(prepared: Path) -> None:
+    entry = read_manifest(prepared / "dataset")[0][2]
+    Path(entry.image).write_bytes(Path(entry.image).read_bytes() + b" ")
+    with pytest.raises(DataError, match="changed since the prepare stage") as caught:
+        run(config(), prepared)
+    assert str(caught.value).startswith(entry.image)
+
+
+@pytest.mark.parametrize(("value", "words"), [(float("nan"), "not finite"), (1e6, "does not fit float16")])
+def test_a_feature_that_cannot_be_stored_names_its_photograph(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, value: float, words: str
+) -> None:
+    third = read_manifest(prepared / "dataset")[0][2]
+    calls = []
+
+    def spoilt(self, images):
+        calls.append(len(images))
+        features = torch.zeros(len(images), 320, 8, 8)
+        if len(calls) == 2:  # the second batch of two holds the third photograph first
+            features[0, 5, 1, 1] = value
+        return features
+
+    monkeypatch.setattr("stages.models.backbone.Backbone.forward", spoilt)
+    with pytest.raises(DataError, match=words) as caught:
+        run(config(), prepared)
+    assert str(caught.value).startswith(third.image)
+    assert not (prepared / "features").exists()
+
+
+def test_weights_that_are_missing_are_named(prepared: Path) -> None:
+    with pytest.raises(DataError, match="there is no such weights file"):
+        run(config(backbone="resnet50", weights=str(prepared / "none.pth")), prepared)
+
+
+def test_weights_that_cannot_be_downloaded_say_what_to_do(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(prepared / "empty"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(ConfigError, match="cannot be downloaded .*no network.*set extract.weights to the file"):
+        run(config(backbone="resnet50"), prepared)
+
+
+def test_a_damaged_shard_is_found_and_extracted_again(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(config(), prepared)
+    before = digests(prepared / "features")
+    shard = prepared / "features" / "train" / "shard-00000.h5"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ShardCorruptError):
+        featurestore.open(shard.parent).verify()
+    run(config(), prepared)
+    assert "extracting it again" in capsys.readouterr().out
+    assert digests(prepared / "features") == before
+
+
+# -- kill -9 -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow()
+def test_killed_extractions_resume_to_byte_identical_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL after one finished shard, then after another: the rest is adopted, the result equals an undisturbed run's."""
+    write_photos(tmp_path / "photos", {"train": 12, "val": 1, "test": 1})
+    prepare(prepare_config(tmp_path / "photos"), tmp_path)
+    code = (
+        "import featurestore.writer as w; from tests.stages.test_extract import *; import sys\n"
+        "w.SHARD_BYTES = 3 * 60_000  # three samples a shard\n"
+        f"run(config(), Path({str(tmp_path)!r}), out=sys.argv[1])"
+    )
+
+    def start(out: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", code, out], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+    assert start("undisturbed").wait() == 0
+    whole = digests(tmp_path / "undisturbed")
+    assert sum(name.startswith("train/shard") for name in whole) >= 4
+    adopted: dict[str, int] = {}
+    for wanted in (1, 2):
+        process = start("features")
+        while process.poll() is None:
+            finished = sorted((tmp_path / "scratch").glob("train/*/*.finished.json"))
+            if len(finished) >= wanted:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        assert process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "features" / "train").exists()
+        shards = sorted((tmp_path / "scratch").glob("train/*/shard-*.h5"))
+        for shard in shards[:wanted]:
+            assert adopted.setdefault(shard.name, shard.stat().st_ino) == shard.stat().st_ino  # not written again
+    assert start("features").wait() == 0
+    assert digests(tmp_path / "features") == whole
+    for name, inode in adopted.items():
+        assert (tmp_path / "features" / "train" / name).stat().st_ino == inode

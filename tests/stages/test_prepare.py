@@ -1,0 +1,241 @@
+"""prepare reads each layout, and refuses every kind of bad file by name before anything else happens."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stages.data import voc, wastesim
+from stages.data.images import decode_image, decode_mask, resize_pair
+from stages.data.splits import halve, random_split
+from stages.errors import DataError
+from stages.prepare import PrepareConfig, run
+from tests.imports import ROOT
+
+SCENES = {"train": 2, "val": 1, "test": 1, "size": 64, "fewest_objects": 2, "most_objects": 4, "seed": 0}
+
+
+def config(root: Path, **changes) -> PrepareConfig:
+    settings = {
+        "dataset": "folder",
+        "root": str(root),
+        "split": "official",
+        "ratios": [0.7, 0.15, 0.15],
+        "split_seed": 0,
+        "classes": "",
+        "void_index": 255,
+        "wastesim": SCENES,
+    }
+    return PrepareConfig(**{**settings, **changes})
+
+
+def prepare(settings: PrepareConfig, tmp_path: Path) -> dict:
+    return run(settings, out=tmp_path / "dataset", scratch=tmp_path / "scratch", workers=2)
+
+
+def manifest(tmp_path: Path) -> list[dict[str, str]]:
+    with open(tmp_path / "dataset" / "manifest.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# -- layouts -------------------------------------------------------------------------------------------
+
+
+def test_folder_with_splits(photos: Path, tmp_path: Path) -> None:
+    summary = prepare(config(photos), tmp_path)
+    rows = manifest(tmp_path)
+    assert [row["split"] for row in rows] == ["train"] * 6 + ["val"] * 3 + ["test"] * 3
+    assert rows[0]["id"] == "train/0"
+    assert (rows[0]["width"], rows[0]["height"]) == ("64", "64")
+    assert len(rows[0]["image_sha256"]) == 64
+    assert json.loads((tmp_path / "dataset" / "summary.json").read_text()) == summary
+    assert summary["classes"] == list(wastesim.CLASSES.names)
+    assert sum(summary["splits"]["train"]["pixel_share"].values()) == pytest.approx(1)
+    masks = np.stack([np.asarray(Image.open(photos / "masks" / "val" / f"{number}.png")) for number in range(3)])
+    assert summary["splits"]["val"]["pixel_share"]["belt"] == pytest.approx((masks == 0).mean())
+
+
+def test_folder_without_splits_any_image_format_and_a_bare_class_list(photos: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    for kind in ("images", "masks"):
+        (flat / kind).mkdir(parents=True)
+    for number in range(6):
+        suffix = (".jpg", ".png", ".bmp", ".tif", ".webp", ".jpeg")[number]
+        Image.open(photos / "images" / "train" / f"{number}.jpg").save(flat / "images" / f"photo {number}{suffix}")
+        Image.open(photos / "masks" / "train" / f"{number}.png").save(flat / "masks" / f"photo {number}.png")
+    (flat / "classes.csv").write_text("name\n" + "\n".join(wastesim.CLASSES.names))
+    summary = prepare(config(flat, split="random", ratios=[0.5, 0.25, 0.25]), tmp_path)
+    assert {split: part["images"] for split, part in summary["splits"].items()} == {"train": 3, "val": 2, "test": 1}
+    assert len({tuple(colour) for colour in summary["palette"]}) == 7  # colours are made up, and differ
+
+
+def test_voc_layout_official_and_random(photos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    ids = [f"2007_{number:06d}" for number in range(6)]
+    for number, id in enumerate(ids):
+        Image.open(photos / "images" / "train" / f"{number}.jpg").save(root / "JPEGImages" / f"{id}.jpg")
+        mask = Image.open(photos / "masks" / "train" / f"{number}.png").convert("P")
+        mask.putpalette([part for colour in voc.CLASSES.palette for part in colour])
+        mask.save(root / "SegmentationClass" / f"{id}.png")
+    lists = root / "ImageSets" / "Segmentation"
+    for name, chosen in (("train", ids[:3]), ("val", ids[3:]), ("trainval", ids)):
+        (lists / f"{name}.txt").write_text("\n".join(chosen) + "\n")
+    prepare(config(root, dataset="voc"), tmp_path)
+    splits = {row["id"]: row["split"] for row in manifest(tmp_path)}
+    assert {id for id, split in splits.items() if split == "train"} == set(ids[:3])
+    assert sorted(splits[id] for id in ids[3:]) == ["test", "val", "val"]
+    prepare(config(root, dataset="voc", split="random", ratios=[0.5, 0.25, 0.25]), tmp_path)
+    assert sorted(row["split"] for row in manifest(tmp_path)) == ["test", "train", "train", "train", "val", "val"]
+    (lists / "trainval.txt").write_text(" ".join([*ids, ids[0]]))
+    with pytest.raises(DataError, match="2007_000000 is listed twice"):
+        prepare(config(root, dataset="voc", split="random"), tmp_path)
+
+
+def test_voc_colours_are_the_devkits() -> None:
+    known = {0: (0, 0, 0), 1: (128, 0, 0), 8: (64, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128)}
+    assert {value: voc.CLASSES.palette[value] for value in known} == known
+
+
+def test_wastesim_is_a_function_of_its_seed(tmp_path: Path) -> None:
+    settings = config(ROOT / "data" / "wastesim", dataset="wastesim")
+    prepare(settings, tmp_path)
+    first = manifest(tmp_path)
+    prepare(settings, tmp_path)
+    assert manifest(tmp_path) == first
+    other = {**SCENES, "seed": 1}
+    prepare(config(ROOT / "data" / "wastesim", dataset="wastesim", wastesim=other), tmp_path)
+    assert manifest(tmp_path)[0]["image_sha256"] != first[0]["image_sha256"]
+    assert Path(first[0]["image"]).is_file()
+
+
+def test_every_material_is_drawn_and_overlaps_hide_what_is_below() -> None:
+    abundances = wastesim.read_abundances(ROOT / "data" / "wastesim")
+    masks = [wastesim.draw_scene(np.random.default_rng(seed), abundances, 96, (4, 8)) for seed in range(12)]
+    assert {int(value) for image, mask in masks for value in np.unique(mask)} == set(range(7))
+    assert all(image.shape == (96, 96, 3) and image.std() > 10 for image, _ in masks)
+
+
+# -- splits and resizing -------------------------------------------------------------------------------
+
+
+def test_random_split_has_the_thesis_shares_and_ignores_the_order_of_ids() -> None:
+    ids = [f"{number:04d}" for number in range(2913)]
+    splits = random_split(ids, (0.7, 0.15, 0.15), seed=0)
+    counts = {name: list(splits.values()).count(name) for name in ("train", "val", "test")}
+    assert counts == {"train": 2039, "val": 437, "test": 437}
+    assert random_split(ids[::-1], (0.7, 0.15, 0.15), seed=0) == splits
+    assert random_split(ids, (0.7, 0.15, 0.15), seed=1) != splits
+    assert sorted(halve(ids[:5], 0).values()) == ["test", "test", "val", "val", "val"]
+
+
+@pytest.mark.parametrize("rule", ["stretch", "pad", "crop"])
+def test_resize_rules(rule: str) -> None:
+    image = np.zeros((40, 80, 3), np.uint8)
+    mask = np.zeros((40, 80), np.uint8)
+    image[:, 40:], mask[:, 40:] = 200, 1
+    small, labels = resize_pair(image, mask, size=(32, 32), rule=rule)
+    assert small.shape == (32, 32, 3)
+    assert labels.shape == (32, 32)
+    assert set(np.unique(labels)) == ({0, 1, 255} if rule == "pad" else {0, 1})
+    inside = labels != 255
+    assert inside.mean() == (0.5 if rule == "pad" else 1)
+    assert (labels[inside] == 1).mean() == 0.5
+    assert small[inside & (labels == 1)].mean() > 150 > 50 > small[inside & (labels == 0)].mean()
+
+
+def test_photographs_are_turned_as_their_exif_tag_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert decode_image((tmp_path / "a.jpg").read_bytes(), tmp_path / "a.jpg").shape == (30, 20, 3)
+
+
+def test_the_files_void_value_becomes_255(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 11]], np.uint8)).save(tmp_path / "a.png")
+    mask = decode_mask((tmp_path / "a.png").read_bytes(), tmp_path / "a.png", num_classes=11, void_index=11)
+    assert mask.tolist() == [[0, 255]]
+
+
+# -- bad input -----------------------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    Image.fromarray(pixels).save(path)
+
+
+BAD_FILES = {
+    "a missing image": ("images/train/1.jpg", lambda path: path.unlink(), "photograph is missing"),
+    "a missing mask": ("masks/val/2.png", lambda path: path.unlink(), "mask is missing"),
+    "sizes that differ": ("masks/train/0.png", lambda path: save(path, np.zeros((64, 63), np.uint8)), "the mask is 63 x 64 pixels"),
+    "an unknown value": ("masks/test/0.png", lambda path: save(path, np.full((64, 64), 7, np.uint8)), r"mask value 7 is no class \(0 to 6\)"),
+    "an RGB mask": ("masks/train/3.png", lambda path: save(path, np.zeros((64, 64, 3), np.uint8)), "mode RGB"),
+    "a truncated image": ("images/train/2.jpg", truncate, "not a readable image, or a truncated one"),
+    "an unreadable image": ("images/test/1.jpg", lambda path: path.write_bytes(b"no picture"), "not a readable image"),
+    "a truncated mask": ("masks/train/5.png", truncate, "not a readable mask, or a truncated one"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_named_with_its_remedy(photos: Path, tmp_path: Path, case: str) -> None:
+    name, spoil, words = BAD_FILES[case]
+    spoil(photos / name)
+    with pytest.raises(DataError, match=words) as caught:
+        prepare(config(photos), tmp_path)
+    assert str(caught.value).startswith(str(photos / name))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_all_problems_are_listed_not_only_the_first(photos: Path, tmp_path: Path) -> None:
+    for name, spoil, _ in BAD_FILES.values():
+        spoil(photos / name)
+    with pytest.raises(DataError, match="and 7 more problems") as caught:
+        prepare(config(photos), tmp_path)
+    listed = (tmp_path / "scratch" / "problems.txt").read_text().splitlines()
+    assert len(listed) == 8
+    assert "\n" not in str(caught.value)
+
+
+def test_duplicate_ids_and_empty_splits(photos: Path, tmp_path: Path) -> None:
+    (photos / "images" / "train" / "0.png").write_bytes((photos / "images" / "train" / "0.jpg").read_bytes())
+    with pytest.raises(DataError, match=r"has the same id \(0\)"):
+        prepare(config(photos), tmp_path)
+    (photos / "images" / "train" / "0.png").unlink()
+    for file in (*(photos / "images" / "val").iterdir(), *(photos / "masks" / "val").iterdir()):
+        file.unlink()
+    with pytest.raises(DataError, match="no photographs for the split 'val'"):
+        prepare(config(photos), tmp_path)
+
+
+def test_a_wrong_root_and_class_list(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no such folder"):
+        prepare(config(tmp_path / "nowhere"), tmp_path)
+    (photos / "classes.csv").unlink()
+    with pytest.raises(DataError, match="class list is missing"):
+        prepare(config(photos), tmp_path)
+    (photos / "classes.csv").write_text("name,red,green,blue\nbelt,0,0,300\n")
+    with pytest.raises(DataError, match="colour of class 'belt'"):
+        prepare(config(photos), tmp_path)
+    (photos / "classes.csv").write_text("name\nbelt\nbelt\n")
+    with pytest.raises(DataError, match="stands twice"):
+        prepare(config(photos), tmp_path)
+
+
+def test_a_failed_run_leaves_the_earlier_result(photos: Path, tmp_path: Path) -> None:
+    prepare(config(photos), tmp_path)
+    before = manifest(tmp_path)
+    (photos / "masks" / "train" / "0.png").unlink()
+    with pytest.raises(DataError):
+        prepare(config(photos), tmp_path)
+    assert manifest(tmp_path) == before

@@ -1,0 +1,347 @@
+"""Training resumes to the same bits, keeps its promises to the comparison, and refuses what does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import featurestore
+from featurestore import IncompleteStoreError, SpecMismatchError
+from featurestore.dataset import loader
+from stages import train_decoder, train_gan
+from stages.analysis.figures import read_curves
+from stages.checkpoint import Checkpoint, load_decoder, load_generator
+from stages.errors import ConfigError, DataError
+from stages.metrics import Scores, confusion_matrix, score
+from stages.train_decoder import TrainDecoderConfig, VariantConfig
+from stages.train_gan import TrainGanConfig
+from tests.featurestore.test_store import SPEC
+from tests.imports import ROOT
+
+GAN = {
+    "frozen_epochs": 3,
+    "batch_size": 4,
+    "z_dim": 6,
+    "ngf": 1,
+    "spade_hidden": 8,
+    "norm": "batch",
+    "ndf": 4,
+    "discriminator_layers": 3,
+    "image_encoder": False,
+    "nef": 2,
+    "init_gain": 0.02,
+    "feature_scale": "channel",
+    "adversarial_loss": "hinge",
+    "lambda_feat": 7.0,
+    "lambda_kld": 0.05,
+    "generator_lr": 2e-4,
+    "discriminator_lr": 8e-4,
+    "betas": [0.0, 0.9],
+    "mixed_precision": "no",
+    "seed": 0,
+}
+DECODER = {
+    "epochs": 3,
+    "batch_size": 4,
+    "decoder": "deeplab",
+    "width": 8,
+    "atrous_rates": [2, 3],
+    "lr": 5e-3,
+    "betas": [0.9, 0.999],
+    "mixed_precision": "no",
+}
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stores whose features tell the classes apart, with noise: 10 training, 4 validation and 4 test samples of 12 x 8 x 8."""
+    import dataclasses
+
+    root = tmp_path_factory.mktemp("features")
+    spec = dataclasses.replace(SPEC, feature_shape=(12, 8, 8), mask_shape=(64, 64))
+    rng = np.random.default_rng(0)
+    centres = rng.random((3, 12)) * 3
+    for split, count in (("train", 10), ("val", 4), ("test", 4)):
+        with featurestore.create(root / split, spec, fingerprint=split, samples_per_shard=4) as writer:
+            for number in range(count):
+                labels = rng.integers(0, 3, (8, 8))
+                values = np.maximum(centres[labels].transpose(2, 0, 1) + 0.3 * rng.standard_normal((12, 8, 8)), 0)
+                mask = labels.repeat(8, 0).repeat(8, 1).astype(np.uint8)
+                mask[:2] = 255
+                writer.append(id=f"{split} {number}", features=values.astype(np.float32), mask=mask, image=rng.integers(0, 256, (64, 64, 3)).astype(np.uint8))
+    return root
+
+
+def run_gan(features: Path, root: Path, **changes) -> dict[str, float]:
+    return train_gan.run(
+        TrainGanConfig(**{**GAN, **changes}),
+        features=features / "train",
+        out=root / "gan",
+        metrics=root / "metrics" / "train-gan",
+        logs=root / "logs",
+        scratch=root / "scratch",
+        device="cpu",
+        workers=0,
+        checkpoint_minutes=0,
+    )
+
+
+def run_decoder(features: Path, root: Path, variant: dict, *, name: str, seed: int = 0, **changes) -> Scores:
+    return train_decoder.run(
+        TrainDecoderConfig(**{**DECODER, **changes}),
+        VariantConfig(**variant),
+        name=name,
+        seed=seed,
+        features=features,
+        gan=root / "gan",
+        out=root / "decoders" / f"{name}-{seed}",
+        metrics=root / "metrics" / f"{name}-{seed}",
+        logs=root / "logs",
+        scratch=root / "scratch",
+        device="cpu",
+        workers=0,
+        checkpoint_minutes=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a trained GAN."""
+    root = tmp_path_factory.mktemp("trained")
+    run_gan(features, root)
+    return root
+
+
+def with_gan(trained: Path, root: Path) -> Path:
+    shutil.copytree(trained / "gan", root / "gan")
+    return root
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
+    """Make the process die (as far as the stage can tell) right after so many saved epochs."""
+    saved = []
+    save = Checkpoint.save
+
+    def dying(self: Checkpoint, **state) -> None:
+        save(self, **state)
+        saved.append(1)
+        if len(saved) == epochs:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "save", dying)
+
+
+# -- train-gan -----------------------------------------------------------------------------------------
+
+
+def test_gan_leaves_networks_config_and_curves(features: Path, trained: Path) -> None:
+    names = {"generator.safetensors", "generator-initial.safetensors", "discriminator.safetensors", "optimizers.pt", "config.json"}
+    assert {file.name for file in (trained / "gan").iterdir()} == names
+    curves = read_curves(trained / "metrics" / "train-gan")
+    assert set(curves) == {"generator/adversarial", "generator/feature_matching", "discriminator/real", "discriminator/fake"}
+    assert all(list(curve.index) == [0, 1, 2] for curve in curves.values())
+    assert list((trained / "logs").rglob("events.out.tfevents*"))
+    assert not (trained / "scratch" / "train-gan").exists() or not list((trained / "scratch" / "train-gan").iterdir())
+
+
+def test_a_loaded_generator_makes_features_like_the_stores(features: Path, trained: Path) -> None:
+    store = featurestore.open(features / "train")
+    generator = load_generator(trained / "gan")
+    masks = torch.from_numpy(np.stack([store.mask(position) for position in range(3)]))
+    generated = generator.generate(masks, generator=torch.Generator().manual_seed(0))
+    assert generated.shape == (3, 12, 8, 8)
+    assert generated.min() >= 0
+    assert torch.equal(generated, generator.generate(masks, generator=torch.Generator().manual_seed(0)))
+    root_mean_square = np.sqrt(store.stats.mean**2 + store.stats.variance)
+    np.testing.assert_allclose(generator.feature_scale.flatten(), root_mean_square, rtol=1e-6)
+    untrained = load_generator(trained / "gan", weights="generator-initial").generate(masks)
+    assert not torch.allclose(untrained, generated)
+
+
+def test_longer_training_brings_generated_statistics_closer(features: Path, tmp_path: Path) -> None:
+    run_gan(features, tmp_path, frozen_epochs=40)
+    store = featurestore.open(features / "train")
+    masks = torch.from_numpy(np.stack([store.mask(position) for position in range(10)]))
+    distances = []
+    for weights in ("generator-initial", "generator"):
+        generated = load_generator(tmp_path / "gan", weights=weights).generate(masks, generator=torch.Generator().manual_seed(0))
+        distances.append(float(np.abs(generated.mean((0, 2, 3)).numpy() - store.stats.mean).mean()))
+    assert distances[1] < 0.5 * distances[0]
+
+
+def test_a_killed_gan_training_resumes_to_the_same_bits(features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 2)
+        run_gan(features, tmp_path)
+    run_gan(features, tmp_path)
+    ours, undisturbed = files(tmp_path / "gan"), files(trained / "gan")
+    assert {name for name in ours if ours[name] != undisturbed[name]} <= {"optimizers.pt"}  # a zip file: compared by value below
+    states = [torch.load(root / "gan" / "optimizers.pt", weights_only=True) for root in (tmp_path, trained)]
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    curves = [read_curves(root / "metrics" / "train-gan") for root in (tmp_path, trained)]
+    for name in curves[0]:
+        pd.testing.assert_series_equal(curves[0][name], curves[1][name])
+
+
+@pytest.mark.parametrize("loss", ["wasserstein-clip", "wasserstein-gp"])
+def test_ablation_losses_and_the_image_encoder_train(features: Path, tmp_path: Path, loss: str) -> None:
+    losses = run_gan(features, tmp_path, frozen_epochs=1, adversarial_loss=loss, image_encoder=True)
+    assert np.isfinite(list(losses.values())).all()
+    assert "generator/kld" in losses
+    assert ("discriminator/gradient_penalty" in losses) == (loss == "wasserstein-gp")
+    assert (tmp_path / "gan" / "image_encoder.safetensors").is_file()
+    if loss == "wasserstein-clip":
+        from safetensors.torch import load_file
+
+        discriminator = load_file(tmp_path / "gan" / "discriminator.safetensors")
+        assert max(float(tensor.abs().max()) for name, tensor in discriminator.items() if "original" in name or name.endswith("bias")) <= 0.01
+
+
+def test_bf16_autocast_trains(features: Path, tmp_path: Path) -> None:
+    assert np.isfinite(list(run_gan(features, tmp_path, frozen_epochs=1, mixed_precision="bf16").values())).all()
+
+
+def test_what_the_gan_refuses(features: Path, tmp_path: Path) -> None:
+    import dataclasses
+
+    with pytest.raises(ConfigError, match="64 is more than the 10 samples"):
+        run_gan(features, tmp_path, batch_size=64)
+    odd = dataclasses.replace(SPEC, feature_shape=(12, 9, 8), mask_shape=(72, 64), has_images=False)
+    for name, spec in (("odd", odd), ("plain", dataclasses.replace(odd, feature_shape=(12, 8, 8), mask_shape=(64, 64)))):
+        with featurestore.create(tmp_path / name / "train", spec) as writer:
+            for number in range(4):
+                writer.append(id=str(number), features=np.ones(spec.feature_shape, np.float32), mask=np.zeros(spec.mask_shape, np.uint8))
+    with pytest.raises(ConfigError, match=r"extract.input_size: must be a multiple of 32"):
+        run_gan(tmp_path / "odd", tmp_path)
+    with pytest.raises(SpecMismatchError, match="store_images"):
+        run_gan(tmp_path / "plain", tmp_path, image_encoder=True)
+    with pytest.raises(ConfigError, match="fp16 needs CUDA"):
+        run_gan(features, tmp_path, mixed_precision="fp16")
+    assert not (tmp_path / "gan").exists()
+
+
+def test_a_damaged_shard_stops_training_by_name(features: Path, tmp_path: Path) -> None:
+    shutil.copytree(features, tmp_path / "features")
+    shard = tmp_path / "features" / "train" / "shard-00001.h5"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(IncompleteStoreError, match=r"shard-00001.h5"):
+        run_gan(tmp_path / "features", tmp_path)
+
+
+# -- train-decoder -------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "baseline": {"augmenter": "none"},
+    "featuregan-1x": {"augmenter": "featuregan"},
+    "featuregan-2x": {"augmenter": "featuregan", "ratio": 2},
+    "frozen": {"augmenter": "featuregan", "generator": "frozen"},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_killed_decoder_training_resumes_to_the_same_bits(
+    features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    whole, killed = with_gan(trained, tmp_path / "whole"), with_gan(trained, tmp_path / "killed")
+    expected = run_decoder(features, whole, VARIANTS[name], name=name)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 1)
+        run_decoder(features, killed, VARIANTS[name], name=name)
+    assert run_decoder(features, killed, VARIANTS[name], name=name) == expected
+    ours, undisturbed = files(killed / "decoders"), files(whole / "decoders")
+    assert ours.keys() == undisturbed.keys()
+    assert {path for path in ours if ours[path] != undisturbed[path]} <= {f"{name}-0/gan/optimizers.pt"}
+    assert files(killed / "metrics" / f"{name}-0") == files(whole / "metrics" / f"{name}-0")
+
+
+def test_variants_of_a_seed_start_alike_and_take_equal_steps(features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = with_gan(trained, tmp_path)
+    starts: dict[str, list[torch.Tensor]] = {}
+    orders: dict[str, list[list[int]]] = {}
+    decoder_class = train_decoder.Decoder
+    for name, variant in VARIANTS.items():
+        built, seen = [], []
+
+        def build(built=built, **settings):
+            built.append(decoder_class(**settings))
+            return built[0]
+
+        def collect(self, positions, seen=seen, original=train_decoder.loader.__globals__["FeatureDataset"].__getitems__):
+            seen.append(list(positions))
+            return original(self, positions)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_decoder, "Decoder", build)
+            patch.setattr("featurestore.dataset.FeatureDataset.__getitems__", collect)
+            # Learning is off, so that the weights at the end are those at the start.
+            run_decoder(features, root, variant, name=name, epochs=1, lr=1e-30)
+        starts[name] = [parameter.detach().clone() for parameter in built[0].parameters()]
+        orders[name] = seen
+    for name in VARIANTS:
+        assert orders[name] == orders["baseline"]
+        assert all(torch.allclose(ours, theirs, rtol=0, atol=1e-20) for ours, theirs in zip(starts[name], starts["baseline"], strict=True))
+
+
+def test_scores_are_those_of_the_saved_decoder_on_the_whole_test_split(features: Path, tmp_path: Path) -> None:
+    scores = run_decoder(features, tmp_path, VARIANTS["baseline"], name="baseline", epochs=40)
+    assert scores.miou > 0.6  # the classes are easy to tell apart
+    decoder = load_decoder(tmp_path / "decoders" / "baseline-0")
+    total = torch.zeros(3, 3, dtype=torch.long)
+    for batch in loader(featurestore.open(features / "test"), 3):
+        total += confusion_matrix(decoder(batch.features.float(), (64, 64)).argmax(1), batch.masks, 3)
+    assert score(total, SPEC.class_names) == scores
+    result = json.loads((tmp_path / "metrics" / "baseline-0" / "test.json").read_text())
+    assert result["miou"] == scores.miou
+    assert result["confusion"] == scores.confusion
+    curves = read_curves(tmp_path / "metrics" / "baseline-0")
+    assert result["best_on_val"]["epoch"] == int(curves["val/miou"].idxmax())
+
+
+def test_joint_training_moves_the_gan_and_frozen_does_not(features: Path, trained: Path, tmp_path: Path) -> None:
+    root = with_gan(trained, tmp_path)
+    before = load_generator(root / "gan").state_dict()
+    run_decoder(features, root, VARIANTS["featuregan-1x"], name="joint", epochs=1)
+    after = load_generator(root / "decoders" / "joint-0" / "gan").state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(tensor, load_generator(root / "gan").state_dict()[name]) for name, tensor in before.items())
+    run_decoder(features, root, VARIANTS["frozen"], name="frozen", epochs=1)
+    assert not (root / "decoders" / "frozen-0" / "gan").exists()
+    curves = read_curves(root / "metrics" / "frozen-0")
+    assert set(curves) == {"decoder/ce_real", "decoder/ce_generated", "val/pixel_accuracy", "val/miou"}
+
+
+def test_what_the_decoder_refuses(features: Path, trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no trained model here"):
+        run_decoder(features, tmp_path, VARIANTS["featuregan-1x"], name="x")
+    with pytest.raises(ConfigError, match="11 is more than the 10 samples"):
+        run_decoder(features, tmp_path, VARIANTS["baseline"], name="x", batch_size=11)
+    root = with_gan(trained, tmp_path)
+    other = tmp_path / "features"
+    shutil.copytree(features, other)
+    shutil.rmtree(other / "train")
+    shutil.copytree(other / "val", other / "train")
+    with pytest.raises(SpecMismatchError, match="trained on other features"):
+        run_decoder(other, root, VARIANTS["featuregan-1x"], name="x")
+    weights = root / "gan" / "generator.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"generator.safetensors: cannot be read"):
+        run_decoder(features, root, VARIANTS["featuregan-1x"], name="x")
+
+
+def test_no_pickle_is_ever_loaded() -> None:
+    """torch.load without weights_only=True, and pickle itself, occur nowhere in the sources."""
+    for file in (*ROOT.glob("stages/**/*.py"), *ROOT.glob("featurestore/*.py"), ROOT / "pipeline.py"):
+        text = file.read_text()
+        assert "import pickle" not in text
+        for start in (position for position in range(len(text)) if text.startswith("torch.load(", position)):
+            assert "weights_only=True" in text[start : start + 120], file

@@ -1,0 +1,177 @@
+"""The command line: instant help, one clear line for every mistake, the right exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import pipeline
+from tests.conftest import tiny_params
+from tests.imports import ROOT
+
+COMMANDS = ("init", "prepare", "extract", "train-gan", "train-decoder", "report", "inspect", "verify")
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(pipeline.main, arguments)
+
+
+def one_line(result: Result) -> str:
+    """The single line that a failed command printed."""
+    assert not isinstance(result.exception, Exception), result.exception
+    lines = [line for line in result.stderr.splitlines() if line and not line.startswith(("Usage:", "Try "))]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture()
+def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the tiny parameters, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text(tiny_params())
+    return tmp_path / "params.yaml"
+
+
+def change(params: Path, before: str, after: str) -> None:
+    text = params.read_text()
+    assert before in text
+    params.write_text(text.replace(before, after, 1))
+
+
+@pytest.mark.parametrize("command", [(), *((command,) for command in COMMANDS)])
+def test_help_imports_nothing_heavy(command: tuple[str, ...]) -> None:
+    code = (
+        "import sys, pipeline\n"
+        f"try: pipeline.main([*{command!r}, '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'pandas', 'h5py', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("Usage:")
+
+
+def test_help_names_stages_options_and_environment_variables() -> None:
+    assert all(command in call("--help").output for command in COMMANDS)
+    text = call("train-gan", "--help").output
+    for words in ("[auto|cpu|cuda]", "FEATUREGAN_DEVICE", "FEATUREGAN_WORKERS", "FEATUREGAN_SCRATCH", "x>=0"):
+        assert words in text
+    assert "featuregan 0." in call("--version").output
+
+
+def test_init_lists_and_writes_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    listed = call("init", "--list").output
+    for preset in ("quickstart", "voc2012-thesis", "voc2012-lite", "camvid-lite"):
+        assert preset in listed
+        assert call("init", preset, "--force").exit_code == 0
+        assert pipeline.load_params(Path("params.yaml"))["train_gan"].lambda_feat == 7.0
+    refused = call("init", "quickstart")
+    assert refused.exit_code == 2
+    assert "--force" in one_line(refused)
+    assert "choose from" in one_line(call("init", "nonsense", "--force"))
+
+
+def test_the_committed_parameters_are_the_quickstart() -> None:
+    assert (ROOT / "params.yaml").read_text() == (ROOT / "presets" / "quickstart.yaml").read_text()
+
+
+def test_the_thesis_preset_has_the_thesis_figures() -> None:
+    sections = pipeline.load_params(ROOT / "presets" / "voc2012-thesis.yaml")
+    gan, decoder, extract, prepare = (sections[name] for name in ("train_gan", "train_decoder", "extract", "prepare"))
+    assert (gan.frozen_epochs, gan.lambda_feat, gan.lambda_kld, gan.batch_size) == (75, 7.0, 0.05, 32)
+    assert (gan.generator_lr, gan.discriminator_lr, gan.betas) == (2e-4, 8e-4, (0.0, 0.9))
+    assert (gan.z_dim, gan.ngf, gan.spade_hidden, gan.adversarial_loss, gan.image_encoder) == (256, 64, 128, "hinge", False)
+    assert (decoder.lr, decoder.batch_size, decoder.width) == (5e-4, 32, 256)
+    assert (extract.backbone, extract.size) == ("resnet101", (256, 256))
+    assert (prepare.split, prepare.ratios) == ("random", (0.7, 0.15, 0.15))
+    assert [sections["variants"][name].ratio for name in ("featuregan-1x", "featuregan-2x")] == [1, 2]
+
+
+BAD_PARAMETERS = {
+    "an unknown key": ("  z_dim: 8", "  z_dims: 8", "train_gan.z_dims: unknown key; did you mean z_dim?"),
+    "an unknown section": ("report:", "raport:", "raport: unknown section"),
+    "a wrong type": ("  z_dim: 8", "  z_dim: '8'", "train_gan.z_dim: input should be a valid integer, found '8'"),
+    "a value out of range": ("  lambda_feat: 7.0", "  lambda_feat: -1.0", "train_gan.lambda_feat: input should be greater than or equal to 0"),
+    "a choice that does not exist": ("norm: batch", "norm: layer", "train_gan.norm: input should be 'batch' or 'instance', found 'layer'"),
+    "ratios that do not add up": ("[0.7, 0.15, 0.15]", "[0.7, 0.2, 0.15]", "prepare: ratios must add up to 1"),
+    "an unknown variant": ("[baseline, featuregan-1x", "[baseline, featuregan-3x", "compare.variants: 'featuregan-3x' is not described"),
+    "an unknown backbone": ("backbone: efficientnet_lite0", "backbone: resnet1001", "extract.backbone: unknown backbone"),
+    "an input size that the stride cannot take": ("input_size: 64 ", "input_size: 60 ", "extract.input_size"),
+    "an input size that the generator cannot take": ("input_size: 64 ", "input_size: 72 ", "multiple of 32"),
+    "a batch of one": ("  batch_size: 4\n  decoder", "  batch_size: 1\n  decoder", "train_decoder.batch_size: input should be greater than or equal to 2"),
+    "no YAML": ("prepare:", "prepare: [", "is not valid YAML"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PARAMETERS)
+@pytest.mark.parametrize("command", ["prepare", "extract"])
+def test_bad_parameters_stop_every_stage_before_it_starts(params: Path, command: str, case: str) -> None:
+    before, after, words = BAD_PARAMETERS[case]
+    change(params, before, after)
+    result = call(command)
+    assert result.exit_code == 2
+    assert words in one_line(result)
+    assert not Path("dataset").exists()
+
+
+def test_a_missing_params_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call("prepare")
+    assert result.exit_code == 2
+    assert "init` writes one" in one_line(result)
+
+
+def test_options_out_of_range_are_usage_errors(params: Path) -> None:
+    assert call("prepare", "--workers", "-1").exit_code == 2
+    assert call("extract", "--device", "tpu").exit_code == 2
+    assert call("train-decoder").exit_code == 2
+    unknown = call("train-decoder", "--variant", "nonsense")
+    assert unknown.exit_code == 2
+    assert "describes baseline" in one_line(unknown)
+
+
+def test_cuda_that_is_not_there_is_a_usage_error(params: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in (("extract",), ("train-gan",), ("train-decoder", "--variant", "baseline")):
+        result = call(*command, "--device", "cuda")
+        assert result.exit_code == 2
+        assert "no CUDA device" in one_line(result)
+
+
+def test_stages_out_of_order_say_what_to_run_first(params: Path) -> None:
+    for command, words in (
+        (("extract",), "run the prepare stage first"),
+        (("train-gan",), "run the extract stage first"),
+        (("train-decoder", "--variant", "baseline"), "run the extract stage first"),
+        (("report",), "train-decoder --variant baseline --seed 0"),
+    ):
+        result = call(*command)
+        assert result.exit_code == 1
+        assert words in one_line(result)
+
+
+def test_bad_data_exits_with_1_and_names_the_file(params: Path, photos: Path) -> None:
+    (photos / "masks" / "train" / "0.png").unlink()
+    result = call("prepare")
+    assert result.exit_code == 1
+    assert "photos/masks/train/0.png: this mask is missing" in one_line(result)
+
+
+def test_inspect_and_verify(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(project)
+    shown = call("inspect", "features/train").output
+    for words in ("10 samples", "320 x 8 x 8 float16", "efficientnet_lite0", "plastic bottle", "shard-00000.h5"):
+        assert words in shown
+    assert "10 samples" in call("inspect", "features/train/shard-00000.h5").output
+    assert "every byte as written" in call("verify", "features/test").output
+    missing = call("verify", str(tmp_path / "nothing"))
+    assert missing.exit_code == 1
+    assert "there is no feature store here" in one_line(missing)
