@@ -99,8 +99,8 @@ def load_params(path: Path) -> dict[str, Any]:
             raise ConfigError(str(name), f"unknown section in {path}; known are {', '.join(SECTIONS)}")
     sections = {}
     for name, (module, kind) in SECTIONS.items():
-        found = getattr(importlib.import_module(module), kind)
-        sections[name] = parse_section(values, name, dict[str, found] if name == "variants" else found)
+        section: Any = getattr(importlib.import_module(module), kind)
+        sections[name] = parse_section(values, name, dict[str, section] if name == "variants" else section)
     unknown = [name for name in sections["compare"].variants if name not in sections["variants"]]
     if unknown:
         raise ConfigError("compare.variants", f"{unknown[0]!r} is not described in variants ({', '.join(sections['variants'])})")
@@ -214,9 +214,7 @@ def train_gan(params: Path, scratch: Path, workers: int, device: str, checkpoint
 @workers_option
 @device_option
 @checkpoint_option
-def train_decoder(
-    variant: str, seed: int, params: Path, scratch: Path, workers: int, device: str, checkpoint_minutes: float
-) -> None:
+def train_decoder(variant: str, seed: int, params: Path, scratch: Path, workers: int, device: str, checkpoint_minutes: float) -> None:
     """Train one decoder: VARIANT baseline on real features alone, the others on generated ones too."""
     sections = load_params(params)
     if variant not in sections["variants"]:
@@ -299,7 +297,6 @@ def verify(store: Path) -> None:
     with tqdm(total=size, desc=f"verify: {store}", unit="B", unit_scale=True, disable=None) as bar:
         opened.verify(progress=bar.update)
     click.echo(f"{store}: {len(opened.records)} shards, {len(opened)} samples, {size / 1e6:.1f} MB: every byte as written")
-
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def _write_array(file: h5py.File, name: str, array: np.ndarray, compression: str
         return
     import hdf5plugin
 
-    filters = hdf5plugin.Bitshuffle(cname=compression)
+    filters = hdf5plugin.Bitshuffle(cname="zstd" if compression == "zstd" else "lz4")
     file.create_dataset(name, data=array, chunks=(1, *array.shape[1:]), compression=filters)
 
 

@@ -116,9 +116,7 @@ class StoreWriter:
         self._start_shard()
         return missing
 
-    def append(
-        self, *, id: str, features: np.ndarray, mask: np.ndarray, image: np.ndarray | None = None, view: str = "identity"
-    ) -> None:
+    def append(self, *, id: str, features: np.ndarray, mask: np.ndarray, image: np.ndarray | None = None, view: str = "identity") -> None:
         """Add one sample.
 
         Parameters
@@ -148,6 +146,7 @@ class StoreWriter:
         self._features[row] = stored
         self._masks[row] = mask
         if self._images is not None:
+            assert image is not None  # _checked saw to it
             self._images[row] = image
         self._parts.append(Statistics.of_sample(self.spec, stored, mask))
         if len(self._ids) == self._capacity:
@@ -192,6 +191,7 @@ class StoreWriter:
 
     def _start_shard(self) -> None:
         """Make room for the next missing shard; its arrays are reused."""
+        self._number: int | None
         self._number, self._capacity = next(self._missing, (None, 0))
         self._ids: list[str] = []
         self._views: list[str] = []

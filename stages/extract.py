@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -92,7 +92,9 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
     try:
         backbone = build_backbone(name=config.backbone, weights=config.weights)
     except BackboneError as error:
-        raise (ConfigError("extract.backbone", str(error)) if config.weights == "default" else DataError(config.weights, str(error))) from error
+        raise (
+            ConfigError("extract.backbone", str(error)) if config.weights == "default" else DataError(config.weights, str(error))
+        ) from error
     backbone = backbone.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     digest = backbone.digest()
     spec = _spec(config, backbone, digest, classes)
@@ -101,7 +103,7 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
     stores = {}
     for split in SPLITS:
         views = config.views if split == "train" else ("identity",)
-        samples = [(entry, view) for view in views for entry in entries if entry.split == split]
+        samples: list[tuple[Entry, str]] = [(entry, view) for view in views for entry in entries if entry.split == split]
         identity = featurestore.fingerprint(
             format_version=featurestore.FORMAT_VERSION,
             spec=spec.to_dict(),
@@ -111,9 +113,7 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
             device=accelerator.device.type,
         )
         if not _is_there(out / split, identity):
-            writer = featurestore.create(
-                out / split, spec, scratch=scratch / split / identity[:16], fingerprint=identity, overwrite=True
-            )
+            writer = featurestore.create(out / split, spec, scratch=scratch / split / identity[:16], fingerprint=identity, overwrite=True)
             with writer:
                 missing = writer.resume(len(samples))
                 # A batch never crosses a shard, so that a resumed run computes the very same batches.
@@ -224,6 +224,3 @@ def _stack(samples: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, 
     """(B, 3, H, W) uint8 photographs (stored channels last), (B, H, W) uint8 masks."""
     images = torch.from_numpy(np.stack([image for image, _ in samples])).permute(0, 3, 1, 2)
     return images, np.stack([mask for _, mask in samples])
-
-
-__all__: list[Any] = ["ExtractConfig", "run"]

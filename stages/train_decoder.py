@@ -155,7 +155,7 @@ def run(
     )
     checkpoint = Checkpoint(scratch / "train-decoder" / f"{name}-{seed}-{identity[:16]}", minutes=checkpoint_minutes)
     state = checkpoint.load(accelerator.device)
-    best = {"miou": -1.0, "epoch": -1, "weights": {}}
+    best: dict[str, Any] = {"miou": -1.0, "epoch": -1, "weights": {}}
     if state is not None:
         decoder.load_state_dict(state["decoder"])
         optimizer.load_state_dict(state["optimizer"])
@@ -221,7 +221,12 @@ def run(
         "seed": seed,
         "epochs": config.epochs,
         **last.to_dict(),
-        "best_on_val": {"epoch": best["epoch"], "pixel_accuracy": best_scores.pixel_accuracy, "miou": best_scores.miou, "iou": best_scores.iou},
+        "best_on_val": {
+            "epoch": best["epoch"],
+            "pixel_accuracy": best_scores.pixel_accuracy,
+            "miou": best_scores.miou,
+            "iou": best_scores.iou,
+        },
     }
     write_json(metrics / "test.json", result)
     checkpoint.remove()

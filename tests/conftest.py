@@ -55,7 +55,9 @@ def write_photos(root: Path, counts: dict[str, int], size: int = 64) -> None:
                 path = root / folder / split / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path)
-    colours = (f"{name},{red},{green},{blue}" for name, (red, green, blue) in zip(wastesim.CLASSES.names, wastesim.CLASSES.palette, strict=True))
+    colours = (
+        f"{name},{red},{green},{blue}" for name, (red, green, blue) in zip(wastesim.CLASSES.names, wastesim.CLASSES.palette, strict=True)
+    )
     (root / "classes.csv").write_text("\n".join(["name,red,green,blue", *colours]) + "\n")
 
 
@@ -65,7 +67,11 @@ def run(*command: str, cwd: Path, check: bool = True, **environment: str) -> sub
     assert program is not None, f"{command[0]} is not installed"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
-        [program, *command[1:]], cwd=cwd, text=True, capture_output=True, env={**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", **environment}
+        [program, *command[1:]],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", **environment},
     )
     assert not check or result.returncode == 0, f"{command}: {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
@@ -100,7 +106,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.fixture()
+@pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """A fresh ``folder`` data set: 6 training, 3 validation and 3 test pairs of 64 x 64."""
     write_photos(tmp_path / "photos", {"train": 6, "val": 3, "test": 3})

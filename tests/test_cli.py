@@ -28,7 +28,7 @@ def one_line(result: Result) -> str:
     return lines[0]
 
 
-@pytest.fixture()
+@pytest.fixture
 def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the tiny parameters, as the current one."""
     monkeypatch.chdir(tmp_path)
@@ -97,14 +97,22 @@ BAD_PARAMETERS = {
     "an unknown key": ("  z_dim: 8", "  z_dims: 8", "train_gan.z_dims: unknown key; did you mean z_dim?"),
     "an unknown section": ("report:", "raport:", "raport: unknown section"),
     "a wrong type": ("  z_dim: 8", "  z_dim: '8'", "train_gan.z_dim: input should be a valid integer, found '8'"),
-    "a value out of range": ("  lambda_feat: 7.0", "  lambda_feat: -1.0", "train_gan.lambda_feat: input should be greater than or equal to 0"),
+    "a value out of range": (
+        "  lambda_feat: 7.0",
+        "  lambda_feat: -1.0",
+        "train_gan.lambda_feat: input should be greater than or equal to 0",
+    ),
     "a choice that does not exist": ("norm: batch", "norm: layer", "train_gan.norm: input should be 'batch' or 'instance', found 'layer'"),
     "ratios that do not add up": ("[0.7, 0.15, 0.15]", "[0.7, 0.2, 0.15]", "prepare: ratios must add up to 1"),
     "an unknown variant": ("[baseline, featuregan-1x", "[baseline, featuregan-3x", "compare.variants: 'featuregan-3x' is not described"),
     "an unknown backbone": ("backbone: efficientnet_lite0", "backbone: resnet1001", "extract.backbone: unknown backbone"),
     "an input size that the stride cannot take": ("input_size: 64 ", "input_size: 60 ", "extract.input_size"),
     "an input size that the generator cannot take": ("input_size: 64 ", "input_size: 72 ", "multiple of 32"),
-    "a batch of one": ("  batch_size: 4\n  decoder", "  batch_size: 1\n  decoder", "train_decoder.batch_size: input should be greater than or equal to 2"),
+    "a batch of one": (
+        "  batch_size: 4\n  decoder",
+        "  batch_size: 1\n  decoder",
+        "train_decoder.batch_size: input should be greater than or equal to 2",
+    ),
     "no YAML": ("prepare:", "prepare: [", "is not valid YAML"),
 }
 

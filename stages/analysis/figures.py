@@ -77,8 +77,8 @@ def projections(real: np.ndarray, before: np.ndarray, after: np.ndarray) -> byte
     shared = None
     for number, (points, title) in enumerate(((before, "before GAN training"), (after, "after GAN training"))):
         shared = axes = figure.add_subplot(1, 2, number + 1, sharex=shared, sharey=shared)
-        axes.scatter(*real.T, s=9, marker="^", color=REAL, alpha=0.45, linewidths=0, label="real")
-        axes.scatter(*points.T, s=11, marker="x", color=GENERATED, alpha=0.55, linewidths=0.7, label="generated")
+        axes.scatter(real[:, 0], real[:, 1], s=9, marker="^", color=REAL, alpha=0.45, linewidths=0, label="real")
+        axes.scatter(points[:, 0], points[:, 1], s=11, marker="x", color=GENERATED, alpha=0.55, linewidths=0.7, label="generated")
         axes.set(title=title, xticks=[], yticks=[])
         axes.legend(frameon=False, markerscale=1.8)
     return png(figure)
@@ -98,7 +98,9 @@ def projections_by_class(
         shared = axes = figure.add_subplot(1, 2, number + 1, sharex=shared, sharey=shared)
         for value in shown:
             chosen = points[classes == value]
-            axes.scatter(*chosen.T, s=9, color=np.array(palette[value]) / 255, linewidths=0.2, edgecolors="#888", label=names[value])
+            axes.scatter(
+                chosen[:, 0], chosen[:, 1], s=9, color=np.array(palette[value]) / 255, linewidths=0.2, edgecolors="#888", label=names[value]
+            )
         axes.set(title=title, xticks=[], yticks=[])
     figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=7, frameon=False, markerscale=2, bbox_to_anchor=(0.5, -0.08))
     return png(figure)
@@ -109,7 +111,7 @@ def grids(real: np.ndarray, generated: np.ndarray, masks: np.ndarray, images: np
 
     On top of each column its photograph, where there is one, and its mask (B, H, W, 3).
     """
-    batch, channels, height, width = real.shape
+    channels = real.shape[1]
     figure = Figure(figsize=(10, 1.3 + 0.42 * channels))
     tops = [strip for strip in (images, masks) if strip is not None]
     axes = figure.subplots(len(tops) + 1, 2, height_ratios=[1.2] * len(tops) + [channels], squeeze=False)

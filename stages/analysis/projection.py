@@ -23,7 +23,7 @@ def sample_vectors(features: np.ndarray, masks: np.ndarray, count: int, rng: np.
     -------
     vectors (n, C) float32, classes (n,) uint8
     """
-    batch, channels, height, width = features.shape
+    _, channels, height, width = features.shape
     rows = (np.arange(height) * masks.shape[1]) // height  # as nearest-neighbour resizing picks them
     columns = (np.arange(width) * masks.shape[2]) // width
     classes = masks[:, rows][:, :, columns].reshape(-1)  # (B, h, w) -> (B*h*w)

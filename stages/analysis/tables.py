@@ -129,7 +129,9 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
 
     def format_line(line: list[str]) -> str:
-        first, *others = (cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        first, *others = (
+            cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
         return "  ".join([first, *others]).rstrip()
 
     rule = "  ".join("-" * width for width in widths)

@@ -76,9 +76,7 @@ def decode_mask(content: bytes, path: Path, *, num_classes: int, void_index: int
     return np.where(mask == void_index, VOID, mask).astype(np.uint8)
 
 
-def resize_pair(
-    image: np.ndarray, mask: np.ndarray, *, size: tuple[int, int], rule: str
-) -> tuple[np.ndarray, np.ndarray]:
+def resize_pair(image: np.ndarray, mask: np.ndarray, *, size: tuple[int, int], rule: str) -> tuple[np.ndarray, np.ndarray]:
     """Bring a photograph and its mask to (H, W) = ``size``: bilinear with antialiasing, nearest for the mask.
 
     ``stretch`` ignores the aspect ratio; ``pad`` keeps it and fills up with black and void, right and below;

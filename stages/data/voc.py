@@ -52,9 +52,7 @@ def pairs(root: Path, *, split: str, ratios: tuple[float, float, float], seed: i
     twice = [id for id in ids if ids.count(id) > 1] if len(set(ids)) < len(ids) else []
     if twice:
         raise DataError(lists, f"id {twice[0]} is listed twice; remove one of them", expected="unique ids", found=twice[0])
-    return [
-        Pair(id, root / "JPEGImages" / f"{id}.jpg", root / "SegmentationClass" / f"{id}.png", splits[id]) for id in sorted(ids)
-    ]
+    return [Pair(id, root / "JPEGImages" / f"{id}.jpg", root / "SegmentationClass" / f"{id}.png", splits[id]) for id in sorted(ids)]
 
 
 def _read_list(path: Path) -> list[str]:

@@ -204,7 +204,9 @@ def _cardboard(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, length: f
     torn = _box(u, v, 1.0, half) + 0.05 * _noise(rng, u.shape, 2.0)
     flutes = 0.05 * np.sin(u * rng.uniform(40, 60))
     fold = np.abs(v - rng.uniform(-0.4, 0.4)) * 6
-    colour = _plain(u.shape, np.array([0.66, 0.48, 0.3]) * rng.uniform(0.8, 1.15)) * (1 + flutes + 0.04 * _noise(rng, u.shape, 1.5))[..., None]
+    colour = (
+        _plain(u.shape, np.array([0.66, 0.48, 0.3]) * rng.uniform(0.8, 1.15)) * (1 + flutes + 0.04 * _noise(rng, u.shape, 1.5))[..., None]
+    )
     if rng.random() < 0.4:
         tape = np.abs(u - rng.uniform(-0.5, 0.5)) < 0.12
         colour[tape] = 0.6 * colour[tape] + 0.4 * np.array([0.85, 0.78, 0.6])

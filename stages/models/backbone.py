@@ -6,6 +6,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -38,6 +39,9 @@ class Backbone(nn.Module):
     nonnegative
         Whether every feature is >= 0 because the network ends in a ReLU.
     """
+
+    _scale: Tensor
+    _shift: Tensor
 
     def __init__(
         self,
@@ -159,10 +163,10 @@ def _build_lite0(weights: str) -> Backbone:
 
 
 def _build_timm(name: str, weights: str) -> Backbone:
-    options = {"features_only": True, "output_stride": OUTPUT_STRIDE}
+    options: dict[str, Any] = {"features_only": True, "output_stride": OUTPUT_STRIDE}
     short = name.removeprefix(TIMM)
     try:
-        network = timm.create_model(short, **options)
+        network: Any = timm.create_model(short, **options)
     except Exception as error:  # each timm family refuses what it cannot do in its own way
         raise BackboneError(f"{name} cannot give dense features at stride {OUTPUT_STRIDE} ({error}); choose another") from error
     if network.feature_info.reduction()[-1] != OUTPUT_STRIDE:
@@ -191,7 +195,9 @@ def _from_hub(name: str, load: Callable[[], dict[str, Tensor]]) -> dict[str, Ten
         return load()
     except Exception as error:  # URLError, HTTPError, OSError, hub errors: all mean that the download failed
         reason = " ".join(str(error).split())[:200]
-        message = f"the default weights of {name} cannot be downloaded ({reason}); download them elsewhere and set extract.weights to the file"
+        message = (
+            f"the default weights of {name} cannot be downloaded ({reason}); download them elsewhere and set extract.weights to the file"
+        )
         raise BackboneError(message) from error
 
 

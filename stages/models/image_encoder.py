@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,8 +30,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         widths = [3, nef, 2 * nef, 4 * nef, 8 * nef, 8 * nef, 8 * nef]
         self.layers = nn.ModuleList(
-            spectral(nn.Conv2d(before, after, 3, stride=2, padding=1), init_gain)
-            for before, after in zip(widths[:-1], widths[1:], strict=True)
+            spectral(nn.Conv2d(before, after, 3, stride=2, padding=1), init_gain) for before, after in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.InstanceNorm2d(width) for width in widths[1:])
         flat = widths[-1] * (SIDE // 2**6) ** 2

@@ -42,7 +42,9 @@ def config(**changes) -> extract.ExtractConfig:
     return extract.ExtractConfig(**{**settings, **changes})
 
 
-def run(settings: extract.ExtractConfig, tmp_path: Path, *, workers: int = 0, out: str = "features") -> dict[str, featurestore.FeatureStore]:
+def run(
+    settings: extract.ExtractConfig, tmp_path: Path, *, workers: int = 0, out: str = "features"
+) -> dict[str, featurestore.FeatureStore]:
     return extract.run(
         settings, dataset=tmp_path / "dataset", out=tmp_path / out, scratch=tmp_path / "scratch", device="cpu", workers=workers
     )
@@ -52,7 +54,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*.*"))}
 
 
-@pytest.fixture()
+@pytest.fixture
 def prepared(photos: Path, tmp_path: Path) -> Path:
     """``tmp_path`` with a prepared data set of 6 + 3 + 3 photographs."""
     prepare(prepare_config(photos), tmp_path)
@@ -168,7 +170,7 @@ def test_a_damaged_shard_is_found_and_extracted_again(prepared: Path, capsys: py
 # -- kill -9 -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow()
+@pytest.mark.slow
 def test_killed_extractions_resume_to_byte_identical_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL after one finished shard, then after another: the rest is adopted, the result equals an undisturbed run's."""
     write_photos(tmp_path / "photos", {"train": 12, "val": 1, "test": 1})

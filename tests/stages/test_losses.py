@@ -47,5 +47,7 @@ def test_cross_entropy_is_torchs_and_zero_without_labels() -> None:
 
 def test_gradient_penalty_of_a_linear_critic() -> None:
     weights = torch.randn(3, 4, 4)
-    penalty = losses.gradient_penalty(lambda x: (x * weights).sum((1, 2, 3), keepdim=True), torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.rand(2))
+    penalty = losses.gradient_penalty(
+        lambda x: (x * weights).sum((1, 2, 3), keepdim=True), torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.rand(2)
+    )
     torch.testing.assert_close(penalty, (weights.norm() - 1) ** 2)

@@ -20,7 +20,15 @@ from stages.models.spade import SPADE
 
 
 def generator(**changes) -> Generator:
-    settings = {"num_classes": 5, "feature_shape": (20, 8, 12), "nonnegative": True, "feature_scale": torch.rand(20) + 0.5, "z_dim": 7, "ngf": 1, "spade_hidden": 8}
+    settings = {
+        "num_classes": 5,
+        "feature_shape": (20, 8, 12),
+        "nonnegative": True,
+        "feature_scale": torch.rand(20) + 0.5,
+        "z_dim": 7,
+        "ngf": 1,
+        "spade_hidden": 8,
+    }
     return Generator(**{**settings, **changes})
 
 
@@ -124,7 +132,7 @@ def deeplab() -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.slow()
+@pytest.mark.slow
 def test_cached_resnet101_features_give_torchvisions_logits(deeplab: nn.Module, tmp_path: Path) -> None:
     torch.save(deeplab.state_dict(), tmp_path / "deeplab.pth")
     backbone = build_backbone(name="resnet101", weights=str(tmp_path / "deeplab.pth"))
@@ -196,7 +204,7 @@ def test_weights_that_do_not_fit_or_cannot_be_read_are_named(tmp_path: Path) -> 
         build_backbone(name="resnet1001", weights="default")
 
 
-@pytest.mark.slow()
+@pytest.mark.slow
 def test_the_hubs_cache_is_used_when_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     state = torchvision.models.resnet50(weights=None).state_dict()

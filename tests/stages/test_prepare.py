@@ -178,7 +178,11 @@ BAD_FILES = {
     "a missing image": ("images/train/1.jpg", lambda path: path.unlink(), "photograph is missing"),
     "a missing mask": ("masks/val/2.png", lambda path: path.unlink(), "mask is missing"),
     "sizes that differ": ("masks/train/0.png", lambda path: save(path, np.zeros((64, 63), np.uint8)), "the mask is 63 x 64 pixels"),
-    "an unknown value": ("masks/test/0.png", lambda path: save(path, np.full((64, 64), 7, np.uint8)), r"mask value 7 is no class \(0 to 6\)"),
+    "an unknown value": (
+        "masks/test/0.png",
+        lambda path: save(path, np.full((64, 64), 7, np.uint8)),
+        r"mask value 7 is no class \(0 to 6\)",
+    ),
     "an RGB mask": ("masks/train/3.png", lambda path: save(path, np.zeros((64, 64, 3), np.uint8)), "mode RGB"),
     "a truncated image": ("images/train/2.jpg", truncate, "not a readable image, or a truncated one"),
     "an unreadable image": ("images/test/1.jpg", lambda path: path.write_bytes(b"no picture"), "not a readable image"),

@@ -74,7 +74,12 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 values = np.maximum(centres[labels].transpose(2, 0, 1) + 0.3 * rng.standard_normal((12, 8, 8)), 0)
                 mask = labels.repeat(8, 0).repeat(8, 1).astype(np.uint8)
                 mask[:2] = 255
-                writer.append(id=f"{split} {number}", features=values.astype(np.float32), mask=mask, image=rng.integers(0, 256, (64, 64, 3)).astype(np.uint8))
+                writer.append(
+                    id=f"{split} {number}",
+                    features=values.astype(np.float32),
+                    mask=mask,
+                    image=rng.integers(0, 256, (64, 64, 3)).astype(np.uint8),
+                )
     return root
 
 
@@ -179,7 +184,9 @@ def test_longer_training_brings_generated_statistics_closer(features: Path, tmp_
     assert distances[1] < 0.5 * distances[0]
 
 
-def test_a_killed_gan_training_resumes_to_the_same_bits(features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_gan_training_resumes_to_the_same_bits(
+    features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 2)
         run_gan(features, tmp_path)
@@ -204,7 +211,9 @@ def test_ablation_losses_and_the_image_encoder_train(features: Path, tmp_path: P
         from safetensors.torch import load_file
 
         discriminator = load_file(tmp_path / "gan" / "discriminator.safetensors")
-        assert max(float(tensor.abs().max()) for name, tensor in discriminator.items() if "original" in name or name.endswith("bias")) <= 0.01
+        assert (
+            max(float(tensor.abs().max()) for name, tensor in discriminator.items() if "original" in name or name.endswith("bias")) <= 0.01
+        )
 
 
 def test_bf16_autocast_trains(features: Path, tmp_path: Path) -> None:
@@ -264,7 +273,9 @@ def test_a_killed_decoder_training_resumes_to_the_same_bits(
     assert files(killed / "metrics" / f"{name}-0") == files(whole / "metrics" / f"{name}-0")
 
 
-def test_variants_of_a_seed_start_alike_and_take_equal_steps(features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants_of_a_seed_start_alike_and_take_equal_steps(
+    features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = with_gan(trained, tmp_path)
     starts: dict[str, list[torch.Tensor]] = {}
     orders: dict[str, list[list[int]]] = {}

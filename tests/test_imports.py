@@ -1,0 +1,35 @@
+"""The architecture holds: who may import whom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.imports import ROOT, imported_modules
+
+STAGES = ("prepare", "extract", "train_gan", "train_decoder", "report")
+SOURCES = sorted([*ROOT.glob("featurestore/*.py"), *ROOT.glob("stages/**/*.py")])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    imported = imported_modules(path)
+    tops = {name.split(".")[0] for name in imported}
+    assert "pipeline" not in tops
+    if tops & {"featurestore"} or "stages" in tops:
+        stages_imported = {name.split(".")[1] for name in imported if name.startswith("stages.")} & set(STAGES)
+        assert not stages_imported, f"{module} imports a stage"
+    if module.startswith("featurestore"):
+        assert "stages" not in tops
+        assert "torch" not in tops or module == "featurestore.dataset"
+    if module.startswith("stages.models"):
+        ours = {name for name in imported if name.split(".")[0] in ("featurestore", "stages")}
+        assert all(name.startswith("stages.models") for name in ours)
+        assert not tops & {"accelerate", "h5py", "pandas", "click"}
+
+
+def test_files_stay_readable_in_one_sitting() -> None:
+    for path in [*SOURCES, ROOT / "pipeline.py"]:
+        assert len(path.read_text().splitlines()) <= 350, path

@@ -1,0 +1,127 @@
+"""The report: right figures, one self-contained file, pictures that show something."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from stages.analysis import tables
+from stages.analysis.feature_grid import feature_grid, normalised_pair, subsample_channels
+from stages.analysis.projection import project as umap_project
+from stages.analysis.projection import sample_vectors
+from stages.errors import ConfigError, DataError
+
+
+def result(variant: str, seed: int, iou: dict[str, float | None], pa: float) -> dict:
+    present = [value for value in iou.values() if value is not None]
+    miou = sum(present) / len(present)
+    best = {"epoch": 0, "pixel_accuracy": pa, "miou": miou, "iou": iou}
+    return {
+        "variant": variant,
+        "seed": seed,
+        "pixel_accuracy": pa,
+        "miou": miou,
+        "iou": iou,
+        "absent": [name for name, value in iou.items() if value is None],
+        "best_on_val": best,
+    }
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Path:
+    figures = {
+        ("baseline", 0): ({"a": 0.5, "b": 0.3, "c": None}, 0.8),
+        ("baseline", 1): ({"a": 0.6, "b": 0.4, "c": None}, 0.82),
+        ("featuregan-1x", 0): ({"a": 0.55, "b": 0.35, "c": None}, 0.81),
+        ("featuregan-1x", 1): ({"a": 0.61, "b": 0.43, "c": 0.0}, 0.83),
+    }
+    for (variant, seed), (iou, pa) in figures.items():
+        folder = tmp_path / f"{variant}-{seed}"
+        folder.mkdir()
+        (folder / "test.json").write_text(json.dumps(result(variant, seed, iou, pa)))
+    return tmp_path
+
+
+def test_comparison_by_hand(metrics: Path) -> None:
+    rows = tables.compare(tables.read_results(metrics, ["baseline", "featuregan-1x"], [0, 1]), ["a", "b"])
+    assert [row["variant"] for row in rows] == ["baseline", "featuregan-1x"]
+    assert rows[0]["miou"]["values"] == pytest.approx([40, 50])
+    assert rows[0]["miou"]["std"] == pytest.approx(statistics.stdev([40, 50]))
+    assert rows[1]["miou"]["values"] == pytest.approx([45, 52])
+    assert rows[1]["delta_miou"] == pytest.approx((5 + 2) / 2)
+    assert rows[1]["pa"]["mean"] == pytest.approx(82)
+    assert rows[1]["seeds"] == [0, 1]
+    assert rows[1]["miou_all"]["values"] == pytest.approx([45, 100 * (0.61 + 0.43 + 0) / 3])
+    assert rows[1]["absent_classes"] == ["c"]
+    text = tables.as_text(rows)
+    assert re.search(r"featuregan-1x +82.00 ± 1.41 +48.50 ± 4.95 +\+3.50", text)
+
+
+def test_a_missing_result_or_class_is_named(metrics: Path) -> None:
+    with pytest.raises(DataError, match="train-decoder --variant baseline --seed 2"):
+        tables.read_results(metrics, ["baseline"], [0, 2])
+    with pytest.raises(ConfigError, match="'dragon' is no class of this data set"):
+        tables.compare(tables.read_results(metrics, ["baseline"], [0]), ["dragon"])
+
+
+def test_per_class_means_leave_absent_ones_empty(metrics: Path) -> None:
+    frame = tables.per_class(tables.read_results(metrics, ["baseline", "featuregan-1x"], [0, 1]))
+    assert frame.loc["a", "baseline"] == pytest.approx(55)
+    assert np.isnan(frame.loc["c", "baseline"])
+
+
+def test_feature_grid_stacks_channels_and_lines_samples_up() -> None:
+    features = np.arange(2 * 3 * 2 * 2).reshape(2, 3, 2, 2)
+    grid = feature_grid(features)
+    assert grid.shape == (6, 4)
+    for sample in range(2):
+        for channel in range(3):
+            np.testing.assert_array_equal(grid[2 * channel : 2 * channel + 2, 2 * sample : 2 * sample + 2], features[sample, channel])
+    assert subsample_channels(2048, 5).tolist() == [0, 512, 1024, 1535, 2047]
+    real, generated = normalised_pair(*np.random.default_rng(0).random((2, 2, 3, 4, 4)))
+    assert real.min() >= 0
+    assert generated.max() <= 1
+
+
+def test_sampled_vectors_carry_their_positions_class() -> None:
+    masks = np.random.default_rng(0).integers(0, 3, (2, 2, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
+    features = masks[:, None, ::8, ::8].repeat(4, 1).astype(np.float32)  # every channel is the class itself
+    vectors, classes = sample_vectors(features, masks, 100, np.random.default_rng(0))
+    assert vectors.shape == (12, 4)
+    np.testing.assert_array_equal(vectors[:, 0], classes)
+
+
+@pytest.mark.slow
+def test_umap_separates_what_differs_and_repeats_itself() -> None:
+    rng = np.random.default_rng(0)
+    groups = [rng.standard_normal((40, 10)), rng.standard_normal((40, 10)) + 20]
+    first, second = umap_project(groups, neighbors=10, min_dist=0.1, seed=0)
+    assert np.linalg.norm(first.mean(0) - second.mean(0)) > 3 * max(first.std(), second.std()) / 2
+    np.testing.assert_array_equal(umap_project(groups, neighbors=10, min_dist=0.1, seed=0)[0], first)
+
+
+@pytest.mark.slow
+def test_the_page_is_whole_and_self_contained(project: Path) -> None:
+    page = (project / "reports" / "index.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    rows = json.loads((project / "reports" / "comparison.json").read_text())
+    assert [row["variant"] for row in rows] == ["baseline", "featuregan-1x", "featuregan-2x"]
+    for row in rows:
+        assert f"<td>{row['miou']['mean']:.2f}" in page
+        stored = json.loads((project / "metrics" / f"{row['variant']}-0" / "test.json").read_text())
+        assert row["pa"]["values"] == [pytest.approx(100 * stored["pixel_accuracy"])]
+        assert row["miou"]["values"] == [pytest.approx(100 * stored["miou"])]
+    pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in re.findall(r"data:image/png;base64,([^\"]+)", page)]
+    assert len(pictures) == 6
+    assert all(picture[..., :3].std() > 10 and min(picture.shape[:2]) > 200 for picture in pictures)
+    assert pd.read_csv(project / "reports" / "comparison.csv")["variant"].tolist() == [row["variant"] for row in rows]
+    assert (project / "reports" / "comparison.txt").read_text().startswith("variant")
