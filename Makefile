@@ -8,6 +8,8 @@ demo: install            ## the whole quickstart pipeline, then its table
 	. $(BIN)/activate && dvc repro
 	@echo
 	@cat reports/comparison.txt
+	@echo
+	@echo "The whole report: $(CURDIR)/reports/index.html"
 
 test: $(VENV)/.installed-test   ## every test
 	. $(BIN)/activate && python -m pytest

@@ -31,8 +31,15 @@ SECTIONS = {
 }
 
 
-class UserErrors(click.Group):
-    """Turns the project's own errors into one line: exit code 2 for parameters and options, 1 for data."""
+class Pipeline(click.Group):
+    """Lists commands in the order of the stages, and turns the project's own errors into one line.
+
+    The exit code is 2 for parameters and options, 1 for data.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Commands in the order in which they are defined."""
+        return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
@@ -88,8 +95,8 @@ checkpoint_option = option(
 )
 
 
-def load_params(path: Path) -> dict[str, Any]:
-    """All sections of the parameters, each of its own type: every stage checks all of them before it starts."""
+def load_params(path: Path, device: str = "auto") -> dict[str, Any]:
+    """All sections of the parameters, each of its own type: every stage checks all of them, and its device, before it starts."""
     from stages.config import parse_section, read_params
     from stages.errors import ConfigError
 
@@ -105,13 +112,15 @@ def load_params(path: Path) -> dict[str, Any]:
     if unknown:
         raise ConfigError("compare.variants", f"{unknown[0]!r} is not described in variants ({', '.join(sections['variants'])})")
     from stages.models.backbone import OUTPUT_STRIDE
+    from stages.runtime import check_device
     from stages.train_gan import check_input_size
 
-    check_input_size(sections["extract"].size, OUTPUT_STRIDE)
+    check_input_size(sections["extract"].input_size, OUTPUT_STRIDE)
+    check_device(device)
     return sections
 
 
-@click.group(cls=UserErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Pipeline, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="featuregan", message="%(package)s %(version)s")
 def main() -> None:
     """FeatureGAN: cache a frozen backbone's features, learn to generate more of them, train a better decoder.
@@ -129,7 +138,7 @@ def main() -> None:
     """
 
 
-@main.command()
+@main.command(short_help="Write params.yaml from a preset.")
 @click.argument("preset", required=False)
 @click.option("--list", "list_them", is_flag=True, help="List the presets and stop.")
 @click.option("--force", is_flag=True, help="Replace a params.yaml that is there.")
@@ -151,7 +160,7 @@ def init(preset: str | None, list_them: bool, force: bool, params: Path) -> None
     click.echo(f"wrote {params} from preset {name}; next: `dvc repro`, or `python pipeline.py prepare`")
 
 
-@main.command()
+@main.command(short_help="Find or draw photographs and masks; check them all.")
 @params_option
 @scratch_option
 @workers_option
@@ -165,14 +174,14 @@ def prepare(params: Path, scratch: Path, workers: int) -> None:
     click.echo(f"{DATASET}: {summary['images']} photographs ({sizes}), {len(summary['classes'])} classes, all checked")
 
 
-@main.command()
+@main.command(short_help="Cache the frozen backbone's features.")
 @params_option
 @scratch_option
 @workers_option
 @device_option
 def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
     """Run the frozen backbone once over every photograph; write features and masks to features/."""
-    sections = load_params(params)
+    sections = load_params(params, device)
     from stages.extract import run
 
     stores = run(sections["extract"], dataset=DATASET, out=FEATURES, scratch=scratch, device=device, workers=workers)
@@ -181,7 +190,7 @@ def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
         click.echo(f"{store.path}: {len(store)} samples of {' x '.join(map(str, store.spec.feature_shape))}, {size / 1e6:.1f} MB")
 
 
-@main.command("train-gan")
+@main.command("train-gan", short_help="Train FeatureGAN on cached features.")
 @params_option
 @scratch_option
 @workers_option
@@ -189,9 +198,11 @@ def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
 @checkpoint_option
 def train_gan(params: Path, scratch: Path, workers: int, device: str, checkpoint_minutes: float) -> None:
     """Train FeatureGAN alone on the cached features (Algorithm 1, the first frozen_epochs epochs)."""
-    sections = load_params(params)
+    sections = load_params(params, device)
+    from stages.extract import check_spec
     from stages.train_gan import run
 
+    check_spec(sections["extract"], FEATURES / "train")
     losses = run(
         sections["train_gan"],
         features=FEATURES / "train",
@@ -206,9 +217,9 @@ def train_gan(params: Path, scratch: Path, workers: int, device: str, checkpoint
     click.echo(f"{GAN}: " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
 
 
-@main.command("train-decoder")
+@main.command("train-decoder", short_help="Train one decoder, alone or with the GAN.")
 @click.option("--variant", required=True, help="Name of an entry of `variants` in the parameters.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of initial weights, order and noise.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of initial weights, order and noise.")
 @params_option
 @scratch_option
 @workers_option
@@ -216,11 +227,14 @@ def train_gan(params: Path, scratch: Path, workers: int, device: str, checkpoint
 @checkpoint_option
 def train_decoder(variant: str, seed: int, params: Path, scratch: Path, workers: int, device: str, checkpoint_minutes: float) -> None:
     """Train one decoder: VARIANT baseline on real features alone, the others on generated ones too."""
-    sections = load_params(params)
+    sections = load_params(params, device)
     if variant not in sections["variants"]:
         raise click.UsageError(f"unknown variant {variant!r}; {params} describes {', '.join(sections['variants'])}")
+    from stages.extract import check_spec
     from stages.train_decoder import run
 
+    for split in ("train", "val", "test"):
+        check_spec(sections["extract"], FEATURES / split)
     name = f"{variant}-{seed}"
     scores = run(
         sections["train_decoder"],
@@ -241,12 +255,12 @@ def train_decoder(variant: str, seed: int, params: Path, scratch: Path, workers:
     click.echo(f"{DECODERS / name}: test PA {100 * scores.pixel_accuracy:.2f}, mIoU {100 * scores.miou:.2f}{absent}")
 
 
-@main.command()
+@main.command(short_help="Compare the decoders: table, curves, pictures.")
 @params_option
 @device_option
 def report(params: Path, device: str) -> None:
     """Compare the decoders: reports/index.html, comparison.json and .csv, and the table on this terminal."""
-    sections = load_params(params)
+    sections = load_params(params, device)
     from stages.report import run
 
     table = run(
@@ -256,7 +270,7 @@ def report(params: Path, device: str) -> None:
     click.echo(f"\nThe whole report: {(REPORTS / 'index.html').resolve()}")
 
 
-@main.command()
+@main.command(short_help="Show what a feature store holds.")
 @click.argument("store", type=click.Path(path_type=Path))
 def inspect(store: Path) -> None:
     """Show what STORE (a folder such as features/train, or one shard) holds."""
@@ -284,7 +298,7 @@ def inspect(store: Path) -> None:
         click.echo(f"  {record.file:20} {record.samples:8d} {record.bytes / 1e6:8.1f}  {record.sha256[:16]}")
 
 
-@main.command()
+@main.command(short_help="Compare a store's every byte with its index.")
 @click.argument("store", type=click.Path(path_type=Path))
 def verify(store: Path) -> None:
     """Compare every byte of STORE with the hashes in its index; exit code 1 if one differs."""

@@ -20,12 +20,13 @@ from featurestore.errors import (
     StoreNotFoundError,
 )
 from featurestore.reader import FeatureStore, Sample, open
-from featurestore.schema import FORMAT_VERSION, StoreSpec, fingerprint
+from featurestore.schema import FORMAT_VERSION, VOID, StoreSpec, fingerprint
 from featurestore.statistics import Statistics
 from featurestore.writer import StoreWriter, create
 
 __all__ = [
     "FORMAT_VERSION",
+    "VOID",
     "FeatureStore",
     "FeatureStoreError",
     "FormatVersionError",

@@ -142,6 +142,7 @@ def loader(
         batch_sampler=BatchOrder(len(store), batch_size, seed=seed, drop_last=drop_last),
         collate_fn=_as_it_is,
         num_workers=workers,
+        generator=torch.Generator().manual_seed(0),  # else every epoch would draw from the global one, which dropout uses
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )

@@ -23,6 +23,10 @@ class FeatureStoreError(Exception):
         self.expected = expected
         self.found = found
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes whole."""
+        return _restore, (type(self), self.args, self.__dict__)
+
 
 class StoreNotFoundError(FeatureStoreError):
     """There is no store at this path."""
@@ -50,3 +54,9 @@ class SpecMismatchError(FeatureStoreError):
 
 class SampleError(FeatureStoreError):
     """A sample that was to be written does not fit the store's spec."""
+
+
+def _restore(kind: type[FeatureStoreError], args: tuple[Any, ...], attributes: dict[str, Any]) -> FeatureStoreError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 FORMAT_VERSION = 1
+VOID = 255  # mask value of pixels without a label
 
 FEATURES, MASKS, IMAGES, IDS, VIEWS = "features", "masks", "images", "ids", "views"
 
@@ -51,7 +52,7 @@ class StoreSpec:
     feature_dtype
         ``float16`` or ``float32``.
     void_index
-        Mask value of pixels without a label.
+        Mask value of pixels without a label: 255 in every store.
     has_images
         Whether the samples' images are stored too.
     compression
@@ -71,7 +72,7 @@ class StoreSpec:
     compute: str
     nonnegative: bool
     feature_dtype: str = "float16"
-    void_index: int = 255
+    void_index: int = VOID
     has_images: bool = False
     compression: str = "none"
 
@@ -88,8 +89,8 @@ class StoreSpec:
             raise ValueError(f"between 1 and 255 classes fit a uint8 mask with a void value, not {len(self.class_names)}")
         if len(self.palette) != len(self.class_names):
             raise ValueError(f"{len(self.class_names)} classes but {len(self.palette)} colours in the palette")
-        if not len(self.class_names) <= self.void_index <= 255:
-            raise ValueError(f"void_index must lie between the number of classes and 255, not {self.void_index}")
+        if self.void_index != VOID:
+            raise ValueError(f"void_index must be {VOID}, not {self.void_index}; change the masks' values before storing them")
 
     @property
     def num_classes(self) -> int:

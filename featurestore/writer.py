@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,12 +15,13 @@ from types import TracebackType
 import numpy as np
 
 from featurestore.errors import IncompleteStoreError, SampleError, StoreExistsError
-from featurestore.index import INDEX_NAME, Index, ShardRecord, sync_folder, write_atomically, write_index
+from featurestore.index import Index, ShardRecord, sync_folder, write_atomically, write_index
 from featurestore.schema import VIEW_NAMES, StoreSpec
 from featurestore.shard import file_sha256, write_shard
 from featurestore.statistics import Statistics
 
 SHARD_BYTES = 256 << 20  # uncompressed target size of a shard
+OUR_FILES = re.compile(r"(shard-\d+\.h5(\.finished\.json)?|index\.json)(\.partial)?")
 RECEIPT_SUFFIX = ".finished.json"  # beside a finished shard, until the store is whole
 
 
@@ -87,18 +89,35 @@ class StoreWriter:
         self.fingerprint = fingerprint
         self.samples_per_shard = samples_per_shard
         self.scratch = scratch or path.with_name(f".{path.name}.unfinished")
-        if not fingerprint and self.scratch.exists():  # what lies there cannot be told to be ours
-            shutil.rmtree(self.scratch)
+        if self.scratch.exists():
+            self._refuse_foreign_files()
+            if not fingerprint:  # nothing that lies there can be told to be ours
+                shutil.rmtree(self.scratch)
         self.scratch.mkdir(parents=True, exist_ok=True)
         self._finished: dict[int, tuple[ShardRecord, Statistics]] = {}
         self._announced: int | None = None
+        self._rank = 0
         self._missing: Iterator[tuple[int, int]] = ((number, samples_per_shard) for number in itertools.count())
         self._start_shard()
 
+    def _refuse_foreign_files(self) -> None:
+        foreign = [file.name for file in self.scratch.iterdir() if not OUR_FILES.fullmatch(file.name)]
+        if foreign:
+            message = f"holds {foreign[0]!r}, which no writer left; choose another scratch folder"
+            raise StoreExistsError(message, path=self.scratch, found=foreign[0])
+
     # -- filling ---------------------------------------------------------------------------------
 
-    def resume(self, samples: int) -> list[range]:
+    def resume(self, samples: int, *, rank: int = 0, ranks: int = 1) -> list[range]:
         """Say how many samples there will be, and take over the finished shards that lie in ``scratch``.
+
+        Parameters
+        ----------
+        samples
+            Of the whole store.
+        rank, ranks
+            This process, of how many that write the store together into one scratch folder: shard i belongs to
+            rank i mod ``ranks``. Rank 0 publishes; its block must end after the others' last sample.
 
         Returns
         -------
@@ -106,11 +125,13 @@ class StoreWriter:
             The positions (0 to ``samples`` - 1) of the samples still to be appended, one range a missing shard, in
             the order in which :meth:`append` then expects them.
         """
-        self._announced = samples
+        if ranks > 1 and not self.fingerprint:
+            raise ValueError("several writers of one store need a fingerprint")
+        self._announced, self._rank = samples, rank
         missing: list[range] = []
         for number, start in enumerate(range(0, samples, self.samples_per_shard)):
             positions = range(start, min(start + self.samples_per_shard, samples))
-            if not self._adopt(number, len(positions)):
+            if number % ranks == rank and not self._adopt(number, len(positions)):
                 missing.append(positions)
         self._missing = iter([(span.start // self.samples_per_shard, len(span)) for span in missing])
         self._start_shard()
@@ -196,7 +217,10 @@ class StoreWriter:
         self._ids: list[str] = []
         self._views: list[str] = []
         self._parts: list[Statistics] = []
-        if not hasattr(self, "_features"):
+        if self._number is None:  # nothing more to come: give the memory back
+            self._features = self._masks = np.empty(0)
+            self._images = None
+        elif not hasattr(self, "_features"):
             rows = self.samples_per_shard  # pages of rows that stay unused are never touched
             self._features = np.empty((rows, *self.spec.feature_shape), self.spec.feature_dtype)
             self._masks = np.empty((rows, *self.spec.mask_shape), np.uint8)
@@ -251,6 +275,11 @@ class StoreWriter:
     def _publish(self) -> None:
         if self._ids and self._announced is None:
             self._finish_shard()  # the last shard of an open-ended store may be short
+        if self._rank != 0:
+            return
+        for number, start in enumerate(range(0, self._announced or 0, self.samples_per_shard)):  # those of other ranks
+            if number not in self._finished:
+                self._adopt(number, min(self.samples_per_shard, (self._announced or 0) - start))
         numbers = sorted(self._finished)
         samples = sum(self._finished[number][0].samples for number in numbers)
         if self._announced not in (None, samples):
@@ -265,10 +294,8 @@ class StoreWriter:
             shards=tuple(self._finished[number][0] for number in numbers),
             statistics=Statistics.merge_all(self._finished[number][1] for number in numbers),
         )
-        keep = {INDEX_NAME, *(shard.file for shard in index.shards)}
-        for file in self.scratch.iterdir():
-            if file.name not in keep and not file.name.endswith(RECEIPT_SUFFIX):
-                file.unlink()  # left by a killed writer
+        for file in self.scratch.glob("*.partial"):
+            file.unlink()  # left by a killed writer
         write_index(self.scratch, index)
         move_into_place(self.scratch, self.path)
 
@@ -290,7 +317,7 @@ def move_into_place(source: Path, target: Path) -> None:
             shutil.rmtree(leftover)
     moved = source
     if source.stat().st_dev != target.parent.stat().st_dev:
-        shutil.copytree(source, copied, ignore=shutil.ignore_patterns("*" + RECEIPT_SUFFIX))
+        shutil.copytree(source, copied, ignore=shutil.ignore_patterns("*" + RECEIPT_SUFFIX), copy_function=_copy_synced)
         moved = copied
     if target.exists():
         os.rename(target, replaced)
@@ -301,3 +328,10 @@ def move_into_place(source: Path, target: Path) -> None:
             shutil.rmtree(leftover)
     for receipt in target.glob("*" + RECEIPT_SUFFIX):
         receipt.unlink()
+
+
+def _copy_synced(source: str, target: str) -> None:
+    """Copy a file and wait until it is on disk: its source is removed next."""
+    shutil.copyfile(source, target)
+    with open(target, "rb") as file:
+        os.fsync(file.fileno())

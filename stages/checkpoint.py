@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from featurestore.index import sync_folder
 from stages.errors import DataError
 from stages.gan import Networks, build_networks
 from stages.models.decoder import Decoder
@@ -45,18 +46,18 @@ class Checkpoint:
         self.minutes = minutes
         self.saved_at = time.monotonic()
 
-    def load(self, device: torch.device) -> dict[str, Any] | None:
-        """The last saved state, or None; global random states are set to the saved ones."""
+    def load(self) -> dict[str, Any] | None:
+        """The last saved state, on the CPU, or None; global random states are set to the saved ones."""
         if not self.path.is_file():
             return None
         try:
-            state = torch.load(self.path, map_location=device, weights_only=True)
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:  # zip, pickle and OS errors
             message = f"cannot be read ({' '.join(str(error).split())[:100]}); remove it to train from the start"
             raise DataError(self.path, message) from error
-        torch.set_rng_state(state["rng"]["cpu"].cpu())
+        torch.set_rng_state(state["rng"]["cpu"])
         if "cuda" in state["rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu())
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
         return state
 
     def save(self, **state: Any) -> None:
@@ -83,6 +84,7 @@ def save_atomically(state: Any, path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    sync_folder(path.parent)
 
 
 # -- networks -----------------------------------------------------------------------------------------
@@ -145,14 +147,34 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise DataError(path, f"is not valid JSON ({error}); run the stage that makes it again") from error
 
 
-def load_gan(folder: Path) -> tuple[Networks, dict[str, Any], dict[str, Any]]:
-    """Networks, config and optimizer states as :func:`save_gan` wrote them, on the CPU."""
+def load_gan(folder: Path) -> tuple[Networks, dict[str, Any]]:
+    """Networks and config as :func:`save_gan` wrote them, on the CPU.
+
+    Raises
+    ------
+    DataError
+        When there is no trained GAN, or it is damaged.
+    """
     config = read_config(folder)
     networks = build_networks(config["architecture"])
     for name, network in networks.by_name().items():
         load_weights(network, folder / f"{name}.safetensors")
-    optimizers = torch.load(folder / OPTIMIZERS_NAME, map_location="cpu", weights_only=True)
-    return networks, config, optimizers
+    return networks, config
+
+
+def load_optimizers(folder: Path) -> dict[str, Any]:
+    """The states of the GAN's optimizers, on the CPU.
+
+    Raises
+    ------
+    DataError
+        When they are missing or damaged.
+    """
+    path = folder / OPTIMIZERS_NAME
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and OS errors
+        raise DataError(path, f"cannot be read ({' '.join(str(error).split())[:100]}); run train-gan again") from error
 
 
 def load_generator(path: str | Path, *, weights: str = "generator") -> Generator:

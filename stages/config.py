@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -17,10 +17,11 @@ from stages.errors import ConfigError
 class Config(BaseModel):
     """Base of all sections: frozen, no unknown keys, no silent conversion ("12" is no number)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 Section = TypeVar("Section")
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 
 def read_params(path: Path) -> dict[str, Any]:

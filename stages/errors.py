@@ -40,3 +40,13 @@ class DataError(Exception):
         self.path = Path(path)
         self.expected = expected
         self.found = found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes whole."""
+        return _restore, (self.args, self.__dict__)
+
+
+def _restore(args: tuple[Any, ...], attributes: dict[str, Any]) -> DataError:
+    error = DataError.__new__(DataError, *args)
+    error.__dict__.update(attributes)
+    return error

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import featurestore
-from featurestore import FeatureStore, FeatureStoreError, SampleError, StoreSpec
+import stages.data.images
+import stages.models.backbone
+from featurestore import FeatureStore, FeatureStoreError, SampleError, SpecMismatchError, StoreSpec
 from stages.config import Config
 from stages.data.images import decode_image, decode_mask, read_bytes, resize_pair
 from stages.data.manifest import SPLITS, Classes, Entry, read_manifest
 from stages.errors import ConfigError, DataError
 from stages.models.backbone import OUTPUT_STRIDE, Backbone, BackboneError, build_backbone, known_backbone
-from stages.runtime import make_accelerator, progress
+from stages.runtime import make_accelerator, progress, source_digest
 
-Side = Annotated[int, Field(ge=32, le=4096, multiple_of=OUTPUT_STRIDE)]
+Side = Annotated[int, Field(ge=64, le=4096, multiple_of=OUTPUT_STRIDE)]
+
+
+def _both(size: object) -> object:
+    """One number stands for height and width."""
+    return (size, size) if isinstance(size, int) else size
 
 
 class ExtractConfig(Config):
@@ -29,7 +38,7 @@ class ExtractConfig(Config):
 
     backbone: str
     weights: str
-    input_size: Side | Annotated[tuple[Side, Side], Field(strict=False)]
+    input_size: Annotated[tuple[Side, Side], BeforeValidator(_both), Field(strict=False)]
     resize: Literal["stretch", "pad", "crop"]
     views: Annotated[tuple[Literal["identity", "hflip"], ...], Field(strict=False, min_length=1)]
     compute: Literal["fp32", "bf16"]
@@ -52,11 +61,6 @@ class ExtractConfig(Config):
             raise ValueError("a view stands twice")
         return views
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) of every photograph as it enters the backbone."""
-        return (self.input_size, self.input_size) if isinstance(self.input_size, int) else self.input_size
-
 
 def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, device: str, workers: int) -> dict[str, FeatureStore]:
     """Write the stores ``out/train``, ``out/val`` and ``out/test``; the hflip view is made of train alone.
@@ -74,7 +78,8 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
     device
         ``auto``, ``cpu`` or ``cuda``.
     workers
-        Processes that decode photographs; the bytes written do not depend on it.
+        Processes that decode photographs; the bytes written do not depend on it, nor on how many processes a
+        launcher (torchrun, SLURM) starts: shard i is made by rank i modulo their number.
 
     Returns
     -------
@@ -88,59 +93,69 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
     """
     # The network, on its device.
     accelerator = make_accelerator(device, "bf16" if config.compute == "bf16" else "no")
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    torch.backends.cudnn.deterministic = True
     entries, classes = read_manifest(dataset)
     try:
         backbone = build_backbone(name=config.backbone, weights=config.weights)
     except BackboneError as error:
-        raise (
-            ConfigError("extract.backbone", str(error)) if config.weights == "default" else DataError(config.weights, str(error))
-        ) from error
+        if config.weights == "default":
+            raise ConfigError("extract.backbone", str(error)) from error
+        raise DataError(config.weights, str(error).removeprefix(f"{config.weights}: ")) from error
     backbone = backbone.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     digest = backbone.digest()
     spec = _spec(config, backbone, digest, classes)
 
-    # One store a split.
-    stores = {}
-    for split in SPLITS:
-        views = config.views if split == "train" else ("identity",)
-        samples: list[tuple[Entry, str]] = [(entry, view) for view in views for entry in entries if entry.split == split]
-        identity = featurestore.fingerprint(
-            format_version=featurestore.FORMAT_VERSION,
-            spec=spec.to_dict(),
-            batch_size=config.batch_size,
-            samples=[(entry.id, entry.image_sha256, entry.mask_sha256, view) for entry, view in samples],
-            torch=torch.__version__,
-            device=accelerator.device.type,
-        )
-        if not _is_there(out / split, identity):
+    code = source_digest(sys.modules[__name__], stages.data.images, stages.models.backbone)
+
+    # All splits are extracted before the first is published: an interrupted run finds every finished shard again,
+    # and not one of them where DVC removes a stage's outputs before it starts.
+    with ExitStack() as unpublished:
+        for split in SPLITS:
+            views = config.views if split == "train" else ("identity",)
+            samples: list[tuple[Entry, str]] = [(entry, view) for view in views for entry in entries if entry.split == split]
+            identity = featurestore.fingerprint(
+                format_version=featurestore.FORMAT_VERSION,
+                spec=spec.to_dict(),
+                batch_size=config.batch_size,
+                samples=[(entry.id, entry.image_sha256, entry.mask_sha256, view) for entry, view in samples],
+                code=code,
+                torch=torch.__version__,
+                device=accelerator.device.type,
+            )
+            if _is_there(out / split, identity):
+                continue
             writer = featurestore.create(out / split, spec, scratch=scratch / split / identity[:16], fingerprint=identity, overwrite=True)
-            with writer:
-                missing = writer.resume(len(samples))
-                # A batch never crosses a shard, so that a resumed run computes the very same batches.
-                batches = [
-                    list(span[start : start + config.batch_size]) for span in missing for start in range(0, len(span), config.batch_size)
-                ]
-                loader = DataLoader(
-                    _Photographs(samples, classes, config.size, config.resize),
-                    batch_sampler=batches,
-                    num_workers=workers,
-                    collate_fn=_stack,
-                    pin_memory=accelerator.device.type == "cuda",
-                )
-                bar = progress((), f"extract: {split}", len(samples), "image")
-                bar.update(len(samples) - sum(len(span) for span in missing))
-                for positions, (images, masks) in zip(batches, loader, strict=True):
-                    with accelerator.autocast():
-                        features = backbone(images.to(accelerator.device, memory_format=torch.channels_last))
-                    _append(writer, samples, positions, features.float().cpu().numpy(), masks, images)
-                    bar.update(len(positions))
-                bar.close()
-        stores[split] = featurestore.open(out / split)
-    return stores
+            unpublished.enter_context(writer)
+            missing = writer.resume(len(samples), rank=accelerator.process_index, ranks=accelerator.num_processes)
+            # A batch never crosses a shard, so that a resumed run computes the very same batches.
+            batches = [
+                list(span[start : start + config.batch_size]) for span in missing for start in range(0, len(span), config.batch_size)
+            ]
+            loader = DataLoader(
+                _Photographs(samples, classes, config.input_size, config.resize),
+                batch_sampler=batches,
+                num_workers=workers,
+                collate_fn=_stack,
+                pin_memory=accelerator.device.type == "cuda",
+            )
+            bar = progress((), f"extract: {split}", sum(len(span) for span in missing), "image")
+            for positions, batch in zip(batches, loader, strict=True):
+                if isinstance(batch, DataError):
+                    raise batch
+                images, masks = batch
+                with accelerator.autocast():
+                    features = backbone(images.to(accelerator.device, memory_format=torch.channels_last))
+                _append(writer, samples, positions, features.float().cpu().numpy(), masks, images)
+                bar.update(len(positions))
+            bar.close()
+        accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # rank 0 has published
+    return {split: featurestore.open(out / split) for split in SPLITS}
 
 
 def _spec(config: ExtractConfig, backbone: Backbone, digest: str, classes: Classes) -> StoreSpec:
-    height, width = config.size
+    height, width = config.input_size
     return StoreSpec(
         feature_shape=(backbone.channels, height // OUTPUT_STRIDE, width // OUTPUT_STRIDE),
         mask_shape=(height, width),
@@ -158,6 +173,30 @@ def _spec(config: ExtractConfig, backbone: Backbone, digest: str, classes: Class
         has_images=config.store_images,
         compression=config.compression,
     )
+
+
+def check_spec(config: ExtractConfig, path: Path) -> None:
+    """Refuse a store that was extracted with other parameters than the present ones.
+
+    Raises
+    ------
+    FeatureStoreError
+        When there is no sound store at ``path``, or its spec differs; the text names the parameter.
+    """
+    spec = featurestore.open(path).spec
+    wanted = {
+        "backbone": (spec.backbone, config.backbone),
+        "input_size": (spec.mask_shape, config.input_size),
+        "resize": (spec.resize, config.resize),
+        "compute": (spec.compute, config.compute),
+        "feature_dtype": (spec.feature_dtype, config.feature_dtype),
+        "compression": (spec.compression, config.compression),
+        "store_images": (spec.has_images, config.store_images),
+    }
+    for key, (found, expected) in wanted.items():
+        if found != expected:
+            message = f"was extracted with {key} {found}, but the parameters say {expected}; run the extract stage again"
+            raise SpecMismatchError(message, path=path, expected=expected, found=found)
 
 
 def _is_there(path: Path, identity: str) -> bool:
@@ -191,8 +230,11 @@ def _append(
             raise DataError(entry.image, f"{error}; is this photograph sound, and extract.weights right?") from error
 
 
-class _Photographs(Dataset[tuple[np.ndarray, np.ndarray]]):
-    """Photographs and masks at the backbone's size, read, checked against the manifest, resized, flipped."""
+class _Photographs(Dataset[tuple[np.ndarray, np.ndarray] | DataError]):
+    """Photographs and masks at the backbone's size, read, checked against the manifest, resized, flipped.
+
+    A bad file comes as a value, not as an exception: PyTorch's worker processes would wrap it in a traceback.
+    """
 
     def __init__(self, samples: list[tuple[Entry, str]], classes: Classes, size: tuple[int, int], rule: str) -> None:
         self.samples = samples
@@ -203,9 +245,14 @@ class _Photographs(Dataset[tuple[np.ndarray, np.ndarray]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray] | DataError:
         """(H, W, 3) uint8 photograph, (H, W) uint8 mask."""
-        entry, view = self.samples[position]
+        try:
+            return self._read(*self.samples[position])
+        except DataError as problem:
+            return problem
+
+    def _read(self, entry: Entry, view: str) -> tuple[np.ndarray, np.ndarray]:
         image_path, mask_path = Path(entry.image), Path(entry.mask)
         image_bytes, mask_bytes = read_bytes(image_path, "photograph"), read_bytes(mask_path, "mask")
         for path, content, sha256 in ((image_path, image_bytes, entry.image_sha256), (mask_path, mask_bytes, entry.mask_sha256)):
@@ -220,7 +267,12 @@ class _Photographs(Dataset[tuple[np.ndarray, np.ndarray]]):
         return np.ascontiguousarray(image), np.ascontiguousarray(mask)
 
 
-def _stack(samples: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, np.ndarray]:
-    """(B, 3, H, W) uint8 photographs (stored channels last), (B, H, W) uint8 masks."""
-    images = torch.from_numpy(np.stack([image for image, _ in samples])).permute(0, 3, 1, 2)
-    return images, np.stack([mask for _, mask in samples])
+def _stack(samples: list[tuple[np.ndarray, np.ndarray] | DataError]) -> tuple[torch.Tensor, np.ndarray] | DataError:
+    """(B, 3, H, W) uint8 photographs (stored channels last), (B, H, W) uint8 masks; or the first problem."""
+    images, masks = [], []
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+        images.append(sample[0])
+        masks.append(sample[1])
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), np.stack(masks)

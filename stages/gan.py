@@ -243,8 +243,9 @@ class Trainer:
         total = step.generator_loss if extra_loss is None else step.generator_loss + extra_loss
         self.generator_optimizer.zero_grad()
         self.discriminator_optimizer.zero_grad()
-        self.accelerator.backward(total, inputs=[*self.generator_parameters, *(also or [])], retain_graph=True)
-        self.accelerator.backward(step.discriminator_loss, inputs=self.discriminator_parameters)
+        # The discriminator's goes first: the larger graph is then freed by its own back-propagation.
+        self.accelerator.backward(step.discriminator_loss, inputs=self.discriminator_parameters, retain_graph=True)
+        self.accelerator.backward(total, inputs=[*self.generator_parameters, *(also or [])])
         self.generator_optimizer.step()
         self.discriminator_optimizer.step()
         if self.objective.adversarial_loss == "wasserstein-clip":

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ADVERSARIAL_LOSSES = ("hinge", "wasserstein-clip", "wasserstein-gp")
+from featurestore import VOID
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
     return -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum(dim=1).mean()
 
 
-def cross_entropy(logits: Tensor, masks: Tensor, void: int = 255) -> Tensor:
+def cross_entropy(logits: Tensor, masks: Tensor, void: int = VOID) -> Tensor:
     """Equation 3.7: mean over the labelled pixels of the whole batch; 0 where there is none.
 
     Parameters

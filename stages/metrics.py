@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from featurestore import VOID
 
-def confusion_matrix(predicted: Tensor, masks: Tensor, num_classes: int, void: int = 255) -> Tensor:
+
+def confusion_matrix(predicted: Tensor, masks: Tensor, num_classes: int, void: int = VOID) -> Tensor:
     """(K, K) int64 pixel counts, row: true class, column: predicted class; void pixels are left out.
 
     Parameters

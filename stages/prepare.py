@@ -13,12 +13,15 @@ import numpy as np
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from stages.config import Config
+from featurestore.writer import move_into_place
+from stages.config import Config, Seed
 from stages.data import folder, voc, wastesim
 from stages.data.images import VOID, decode_image, decode_mask, read_bytes
 from stages.data.manifest import SPLITS, Classes, Entry, Pair, write_manifest
 from stages.errors import DataError
 
+Channel = Annotated[int, Field(ge=0, le=255)]
+Colour = Annotated[tuple[Channel, Channel, Channel], Field(strict=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -31,7 +34,7 @@ class WastesimConfig(Config):
     size: int = Field(ge=64, le=2048)
     fewest_objects: int = Field(ge=1)
     most_objects: int = Field(ge=1, le=100)
-    seed: int = Field(ge=0)
+    seed: Seed
 
     @model_validator(mode="after")
     def _ordered(self) -> WastesimConfig:
@@ -47,8 +50,8 @@ class PrepareConfig(Config):
     root: str
     split: Literal["official", "random"]
     ratios: Annotated[tuple[Share, Share, Share], Field(strict=False)]
-    split_seed: int = Field(ge=0)
-    classes: str
+    split_seed: Seed
+    classes: dict[str, Colour]
     void_index: int = Field(ge=1, le=255)
     wastesim: WastesimConfig
 
@@ -56,6 +59,8 @@ class PrepareConfig(Config):
     def _whole(self) -> PrepareConfig:
         if abs(sum(self.ratios) - 1) > 1e-6:
             raise ValueError("ratios must add up to 1")
+        if len(self.classes) > self.void_index:
+            raise ValueError(f"{len(self.classes)} classes leave no room for void_index {self.void_index}")
         return self
 
 
@@ -110,10 +115,11 @@ def run(config: PrepareConfig, *, out: Path, scratch: Path, workers: int) -> dic
 
     # The manifest, the summary, and the folder's final name.
     summary = _summary(config, list(entries), np.stack(pixels), classes)
+    for split, part in summary["splits"].items():
+        if part["void_share"] == 1:
+            raise DataError(root, f"the masks of split {split!r} hold not one labelled pixel; check prepare.void_index and the split")
     write_manifest(building, list(entries), summary)
-    shutil.rmtree(out, ignore_errors=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(building, out)
+    move_into_place(building, out)
     return summary
 
 
@@ -126,8 +132,10 @@ def _find_pairs(config: PrepareConfig, root: Path, building: Path) -> tuple[list
         return pairs, wastesim.CLASSES
     if config.dataset == "voc":
         return voc.pairs(root, split=config.split, ratios=config.ratios, seed=config.split_seed), voc.CLASSES
-    class_list = Path(config.classes) if config.classes else root / folder.CLASS_LIST
-    classes = folder.read_classes(class_list, config.void_index)
+    if config.classes:
+        classes = Classes(tuple(config.classes), tuple(config.classes.values()), config.void_index)
+    else:
+        classes = folder.read_classes(root / folder.CLASS_LIST, config.void_index)
     return folder.pairs(root, split=config.split, ratios=config.ratios, seed=config.split_seed), classes
 
 

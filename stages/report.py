@@ -18,7 +18,7 @@ from stages.analysis import figures, tables
 from stages.analysis.feature_grid import normalised_pair, subsample_channels
 from stages.analysis.projection import project, sample_vectors
 from stages.checkpoint import load_decoder, load_generator
-from stages.config import Config
+from stages.config import Config, Seed
 from stages.runtime import generator as random_generator
 from stages.runtime import make_accelerator, write_json
 
@@ -29,7 +29,7 @@ class CompareConfig(Config):
     """Section ``compare`` of params.yaml: which variants are trained, each with which seeds."""
 
     variants: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
 
     @field_validator("variants", "seeds")
     @classmethod
@@ -49,7 +49,7 @@ class ReportConfig(Config):
     umap_min_dist: float = Field(ge=0, le=1)
     grid_samples: int = Field(ge=1, le=32)
     grid_channels: int = Field(ge=1)
-    seed: int = Field(ge=0)
+    seed: Seed
 
 
 def run(
@@ -129,6 +129,7 @@ def run(
         store={"train": train, "test": test},
         seeds=compared.seeds,
     )
+    (out / "index.html").unlink(missing_ok=True)  # it may be a hard link into DVC's cache
     (out / "index.html").write_text(page, encoding="utf-8")
     return text
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
 from stages.errors import ConfigError
-
-DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = ("no", "bf16", "fp16")
 
 Item = TypeVar("Item")
 
@@ -42,11 +43,32 @@ def make_accelerator(device: str, mixed_precision: str, **options: Any) -> Accel
     """
     check_device(device)
     cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    if cpu and mixed_precision == "fp16":
-        raise ConfigError("mixed_precision", "fp16 needs CUDA; use bf16 or no on the CPU", expected="no or bf16", found="fp16")
     # accelerate keeps the first accelerator's settings for the whole process; a notebook may run stages with others.
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=cpu, mixed_precision=mixed_precision, **options)
+
+
+def refuse_several_processes(accelerator: Accelerator) -> None:
+    """Stop a launcher's second process before it disturbs the first.
+
+    Raises
+    ------
+    ConfigError
+        When there is more than one process.
+    """
+    if accelerator.num_processes > 1:
+        message = "this stage runs in one process; start it without a launcher (extract takes several)"
+        raise ConfigError("torchrun", message, expected=1, found=accelerator.num_processes)
+
+
+def source_digest(*modules: ModuleType) -> str:
+    """sha256 of the source files of modules, and of all files below packages: unfinished work of other code is never taken over."""
+    sha = hashlib.sha256()
+    for module in modules:
+        file = Path(module.__file__ or "")
+        for path in sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]:
+            sha.update(path.read_bytes())
+    return sha.hexdigest()
 
 
 def seed_everything(seed: int) -> None:
@@ -56,8 +78,8 @@ def seed_everything(seed: int) -> None:
 
 def generator(device: torch.device, *seeds: int) -> torch.Generator:
     """A random generator of its own, for a purpose named by several numbers."""
-    mixed = int.from_bytes(b"".join(number.to_bytes(8, "little") for number in seeds)[:24], "little")
-    return torch.Generator(device).manual_seed(mixed % (2**63 - 25))
+    mixed = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(mixed)
 
 
 def progress(items: Iterable[Item], what: str, total: int, unit: str) -> tqdm[Item]:
@@ -67,7 +89,5 @@ def progress(items: Iterable[Item], what: str, total: int, unit: str) -> tqdm[It
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON-ready values, indented."""
-    import json
-
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -14,12 +14,14 @@ from pydantic import Field
 from torch import Tensor
 
 import featurestore
+import stages
 from featurestore import FeatureStore, SpecMismatchError
 from featurestore.dataset import Batch, loader
+from featurestore.shard import file_sha256
 from stages.augment.base import Augmenter
 from stages.augment.featuregan import FrozenFeatureGAN, JointFeatureGAN
 from stages.augment.none import NoAugmenter
-from stages.checkpoint import CONFIG_NAME, Checkpoint, load_gan, save_gan, save_weights
+from stages.checkpoint import CONFIG_NAME, Checkpoint, load_gan, load_optimizers, save_gan, save_weights
 from stages.config import Config
 from stages.errors import ConfigError
 from stages.gan import Objective, Trainer
@@ -27,7 +29,7 @@ from stages.losses import cross_entropy
 from stages.metrics import Scores, confusion_matrix, score
 from stages.models.decoder import Decoder
 from stages.runtime import generator as random_generator
-from stages.runtime import make_accelerator, progress, seed_everything, write_json
+from stages.runtime import make_accelerator, progress, refuse_several_processes, seed_everything, source_digest, write_json
 from stages.tracking import TRACKERS, History, Means
 
 
@@ -41,7 +43,7 @@ class TrainDecoderConfig(Config):
     atrous_rates: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)]
     lr: float = Field(gt=0)
     betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)]
-    mixed_precision: Literal["no", "bf16", "fp16"]
+    mixed_precision: Literal["no", "bf16"]
 
 
 class VariantConfig(Config):
@@ -102,10 +104,13 @@ def run(
     """
     # Data.
     accelerator = make_accelerator(device, config.mixed_precision, log_with=list(TRACKERS), project_dir=logs)
+    refuse_several_processes(accelerator)
     stores = {split: featurestore.open(features / split) for split in ("train", "val", "test")}
     train, spec = stores["train"], stores["train"].spec
     check_stores(config, stores)
-    networks, gan_config, optimizers = load_gan(gan) if variant.augmenter == "featuregan" else (None, {}, {})
+    for store in stores.values():
+        store.verify()
+    networks, gan_config = load_gan(gan) if variant.augmenter == "featuregan" else (None, {})
     if networks is not None and gan_config["store"] != train.fingerprint:
         message = "this GAN was trained on other features than those of the training store; run train-gan again"
         raise SpecMismatchError(message, path=gan, expected=train.fingerprint, found=gan_config["store"])
@@ -141,7 +146,7 @@ def run(
             discriminator_lr=settings["discriminator_lr"],
             betas=settings["betas"],
         )
-        trainer.load_optimizer_state(optimizers)
+        trainer.load_optimizer_state(load_optimizers(gan))
         augmenter = JointFeatureGAN(trainer, ratio=variant.ratio, weight=variant.weight)
 
     # Resume, or start anew.
@@ -150,11 +155,12 @@ def run(
         variant=variant.model_dump(),
         seed=seed,
         stores=[store.fingerprint for store in stores.values()],
-        gan=gan_config,
+        gan=[file_sha256(file) for file in sorted(gan.glob("*.safetensors"))] if networks is not None else [],
         torch=torch.__version__,
+        code=source_digest(stages, featurestore),
     )
     checkpoint = Checkpoint(scratch / "train-decoder" / f"{name}-{seed}-{identity[:16]}", minutes=checkpoint_minutes)
-    state = checkpoint.load(accelerator.device)
+    state = checkpoint.load()
     best: dict[str, Any] = {"miou": -1.0, "epoch": -1, "weights": {}}
     if state is not None:
         decoder.load_state_dict(state["decoder"])
@@ -188,7 +194,8 @@ def run(
                 means.add({"decoder/ce_generated": torch.stack(extra_losses).mean()})
             bar.update()
         scores = evaluate(accelerator, decoder, held_out["val"], spec.class_names)
-        history.log({**means.result(), "val/pixel_accuracy": scores.pixel_accuracy, "val/miou": scores.miou})
+        by_class = {f"val/iou/{class_name.replace(' ', '_')}": iou for class_name, iou in scores.iou.items() if iou is not None}
+        history.log({**means.result(), "val/pixel_accuracy": scores.pixel_accuracy, "val/miou": scores.miou, **by_class})
         if scores.miou > best["miou"]:
             weights = {key: tensor.detach().cpu().clone() for key, tensor in decoder.state_dict().items()}
             best = {"miou": scores.miou, "epoch": epoch, "weights": weights}
@@ -203,6 +210,7 @@ def run(
 
     # Test: the last epoch is what is reported, the best on val stands beside it.
     last = evaluate(accelerator, decoder, held_out["test"], spec.class_names)
+    last_on_val = evaluate(accelerator, decoder, held_out["val"], spec.class_names)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     save_weights(decoder, out / "decoder.safetensors")
@@ -221,6 +229,7 @@ def run(
         "seed": seed,
         "epochs": config.epochs,
         **last.to_dict(),
+        "val": last_on_val.to_dict(),
         "best_on_val": {
             "epoch": best["epoch"],
             "pixel_accuracy": best_scores.pixel_accuracy,
@@ -254,7 +263,7 @@ def check_stores(config: TrainDecoderConfig, stores: dict[str, FeatureStore]) ->
     Raises
     ------
     SpecMismatchError
-        When two splits have different specs.
+        When two splits have different specs, or one has no label at all.
     ConfigError
         When there are fewer training samples than a batch.
     """
@@ -263,6 +272,8 @@ def check_stores(config: TrainDecoderConfig, stores: dict[str, FeatureStore]) ->
         if store.spec != train.spec:
             message = f"its spec differs from that of {train.path}; run the extract stage again"
             raise SpecMismatchError(message, path=store.path, expected=train.spec, found=store.spec)
+        if not store.stats.class_pixels.any():
+            raise SpecMismatchError("not one labelled pixel in its masks, so nothing to learn or to score", path=store.path)
     if len(train) < config.batch_size:
         message = f"{config.batch_size} is more than the {len(train)} samples of {train.path}; lower it"
         raise ConfigError("train_decoder.batch_size", message, expected=len(train), found=config.batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,15 +11,16 @@ import torch
 from pydantic import Field
 
 import featurestore
+import stages
 from featurestore import FeatureStore, SpecMismatchError
 from featurestore.dataset import loader
 from stages.checkpoint import Checkpoint, save_gan, save_weights
-from stages.config import Config
+from stages.config import Config, Seed
 from stages.errors import ConfigError
 from stages.gan import Objective, Trainer, build_networks, feature_scale
 from stages.models.generator import UPSAMPLING
 from stages.runtime import generator as random_generator
-from stages.runtime import make_accelerator, progress, seed_everything
+from stages.runtime import make_accelerator, progress, refuse_several_processes, seed_everything, source_digest
 from stages.tracking import TRACKERS, History, Means
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -45,8 +47,8 @@ class TrainGanConfig(Config):
     generator_lr: float = Field(gt=0)
     discriminator_lr: float = Field(gt=0)
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)]
-    mixed_precision: Literal["no", "bf16", "fp16"]
-    seed: int = Field(ge=0)
+    mixed_precision: Literal["no", "bf16"]
+    seed: Seed
 
 
 ARCHITECTURE = ("z_dim", "ngf", "spade_hidden", "norm", "ndf", "discriminator_layers", "image_encoder", "nef", "init_gain")
@@ -96,8 +98,10 @@ def run(
     """
     # Data.
     accelerator = make_accelerator(device, config.mixed_precision, log_with=list(TRACKERS), project_dir=logs)
+    refuse_several_processes(accelerator)
     store = featurestore.open(features)
     check_store(config, store)
+    store.verify()  # seconds now, against a night on damaged features
     batches = loader(store, config.batch_size, seed=config.seed, drop_last=True, images=config.image_encoder, workers=workers)
     batches = accelerator.prepare(batches)
 
@@ -105,6 +109,7 @@ def run(
     seed_everything(config.seed)
     architecture = describe(config, store)
     networks = build_networks(architecture, feature_scale(store, config.feature_scale))
+    untrained = copy.deepcopy(networks.generator)
     objective = Objective(config.adversarial_loss, config.lambda_feat, config.lambda_kld)
     trainer = Trainer(
         accelerator,
@@ -116,12 +121,10 @@ def run(
     )
 
     # Resume, or start anew.
-    identity = featurestore.fingerprint(config=config.model_dump(), store=store.fingerprint, torch=torch.__version__)
+    code = source_digest(stages, featurestore)
+    identity = featurestore.fingerprint(config=config.model_dump(), store=store.fingerprint, torch=torch.__version__, code=code)
     checkpoint = Checkpoint(scratch / "train-gan" / identity[:16], minutes=checkpoint_minutes)
-    state = checkpoint.load(accelerator.device)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    save_weights(networks.generator, out / "generator-initial.safetensors")
+    state = checkpoint.load()
     if state is not None:
         trainer.load_state(state["gan"])
     history = History(accelerator, "train-gan", live=metrics, rows=state["history"] if state else [])
@@ -143,6 +146,9 @@ def run(
     bar.close()
 
     # Save.
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    save_weights(untrained, out / "generator-initial.safetensors")
     settings = {"architecture": architecture, "training": config.model_dump(), "store": store.fingerprint}
     save_gan(out, networks, settings, trainer.optimizer_state())
     accelerator.end_training()
@@ -177,8 +183,8 @@ def check_input_size(size: tuple[int, int], output_stride: int) -> None:
         When H or W is no multiple of the backbone's stride times the generator's up-sampling.
     """
     step = output_stride * UPSAMPLING
-    if size[0] % step or size[1] % step:
-        message = f"must be a multiple of {step} (backbone stride {output_stride} times the generator's up-sampling), found {size}"
+    if size[0] % step or size[1] % step or min(size) < 2 * step:  # smaller maps leave the discriminator a single pixel
+        message = f"must be a multiple of {step} from {2 * step} on (backbone stride times the generator's up-sampling), found {size}"
         raise ConfigError("extract.input_size", message, expected=step, found=size)
 
 

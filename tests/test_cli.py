@@ -88,7 +88,7 @@ def test_the_thesis_preset_has_the_thesis_figures() -> None:
     assert (gan.generator_lr, gan.discriminator_lr, gan.betas) == (2e-4, 8e-4, (0.0, 0.9))
     assert (gan.z_dim, gan.ngf, gan.spade_hidden, gan.adversarial_loss, gan.image_encoder) == (256, 64, 128, "hinge", False)
     assert (decoder.lr, decoder.batch_size, decoder.width) == (5e-4, 32, 256)
-    assert (extract.backbone, extract.size) == ("resnet101", (256, 256))
+    assert (extract.backbone, extract.input_size) == ("resnet101", (256, 256))
     assert (prepare.split, prepare.ratios) == ("random", (0.7, 0.15, 0.15))
     assert [sections["variants"][name].ratio for name in ("featuregan-1x", "featuregan-2x")] == [1, 2]
 
@@ -108,6 +108,12 @@ BAD_PARAMETERS = {
     "an unknown backbone": ("backbone: efficientnet_lite0", "backbone: resnet1001", "extract.backbone: unknown backbone"),
     "an input size that the stride cannot take": ("input_size: 64 ", "input_size: 60 ", "extract.input_size"),
     "an input size that the generator cannot take": ("input_size: 64 ", "input_size: 72 ", "multiple of 32"),
+    "an input size too small for the discriminator": (
+        "input_size: 64 ",
+        "input_size: [64, 32] ",
+        "extract.input_size.1: input should be greater",
+    ),
+    "an infinite number": ("lambda_feat: 7.0", "lambda_feat: .inf", "train_gan.lambda_feat: input should be a finite number"),
     "a batch of one": (
         "  batch_size: 4\n  decoder",
         "  batch_size: 1\n  decoder",
@@ -171,6 +177,21 @@ def test_bad_data_exits_with_1_and_names_the_file(params: Path, photos: Path) ->
     result = call("prepare")
     assert result.exit_code == 1
     assert "photos/masks/train/0.png: this mask is missing" in one_line(result)
+
+
+@pytest.mark.slow
+def test_a_store_of_other_parameters_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(project)
+    other = tmp_path / "other.yaml"
+    for before, after, words in (
+        ("input_size: 64 ", "input_size: 96 ", "was extracted with input_size (64, 64), but the parameters say (96, 96)"),
+        ("backbone: efficientnet_lite0", "backbone: resnet50", "was extracted with backbone efficientnet_lite0"),
+    ):
+        other.write_text(tiny_params().replace(before, after))
+        for command in (("train-gan",), ("train-decoder", "--variant", "baseline")):
+            result = call(*command, "--params", str(other), "--scratch", str(tmp_path))
+            assert result.exit_code == 1
+            assert words in one_line(result)
 
 
 def test_inspect_and_verify(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

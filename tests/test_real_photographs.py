@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ruamel.yaml import YAML
 
 from stages import extract
 from stages.prepare import run as prepare
@@ -39,7 +40,8 @@ def test_camvid_extracts_and_a_linear_probe_sees_its_classes(real_data: Path, tm
             folder.mkdir(parents=True)
             for file in sorted((real_data / "camvid" / kind / split).glob(f"*.{suffix}"))[:: 20 if split == "train" else 25][:count]:
                 (folder / file.name).symlink_to(file)
-    settings = prepare_config(tmp_path / "camvid", dataset="folder", classes=str(ROOT / "presets" / "camvid-classes.csv"), void_index=11)
+    classes = YAML(typ="safe").load((ROOT / "presets" / "camvid-lite.yaml").read_text())["prepare"]["classes"]
+    settings = prepare_config(tmp_path / "camvid", dataset="folder", classes=classes, void_index=11)
     prepare(settings, out=tmp_path / "dataset", scratch=tmp_path / "scratch", workers=2)
     stores = extract.run(
         extract_config(input_size=[256, 352]),

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from featurestore import VOID
 from stages.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
-RESIZE_RULES = ("stretch", "pad", "crop")
-VOID = 255  # in every decoded mask, whatever value the files use
 
 
 def read_bytes(path: Path, what: str) -> bytes:
@@ -49,7 +48,7 @@ def decode_image(content: bytes, path: Path) -> np.ndarray:
 
 
 def decode_mask(content: bytes, path: Path, *, num_classes: int, void_index: int) -> np.ndarray:
-    """A mask as (height, width) uint8 class indices; the files' void value becomes 255.
+    """A mask as (height, width) uint8 class indices; whatever void value the files use, it becomes 255.
 
     Raises
     ------

@@ -175,7 +175,10 @@ def _build_timm(name: str, weights: str) -> Backbone:
         state = _from_hub(name, lambda: timm.create_model(short, pretrained=True, **options).state_dict())
         network.load_state_dict(state)
     else:
-        _fit(network, _read_state(weights), weights, ignored=("fc.", "classifier.", "head.", "conv_head.", "bn2.", "norm_head."))
+        # With features_only timm flattens some networks: stages.0.x becomes stages_0.x.
+        flattened = {_unflattened(tensor): tensor for tensor in network.state_dict()}
+        state = {flattened.get(_unflattened(tensor), tensor): value for tensor, value in _read_state(weights).items()}
+        _fit(network, state, weights, ignored=("fc.", "classifier.", "head.", "conv_head.", "bn2.", "norm_head.", "norm."))
     settings = network.pretrained_cfg
     backbone = Backbone(
         name=name,
@@ -188,6 +191,10 @@ def _build_timm(name: str, weights: str) -> Backbone:
     noise = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     backbone.nonnegative = bool((backbone(noise) >= 0).all())  # only a final ReLU has no negative value on noise
     return backbone
+
+
+def _unflattened(name: str) -> str:
+    return name.replace("_", ".")
 
 
 def _from_hub(name: str, load: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -9,8 +9,6 @@ from torchvision.models.segmentation.fcn import FCNHead
 
 from stages.models.blocks import xavier_
 
-HEADS = ("deeplab", "fcn")
-
 
 class Decoder(nn.Module):
     """A torchvision head, its scores brought to the masks' size bilinearly.

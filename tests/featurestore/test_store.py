@@ -246,6 +246,34 @@ def test_shards_of_other_inputs_or_with_changed_bytes_are_not_taken_over(tmp_pat
     assert resumed(tmp_path / "second", tmp_path / "scratch") == [range(3, 6), range(6, 7)]
 
 
+def test_foreign_files_in_the_scratch_folder_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "thesis.docx").write_text("years of work")
+    for fingerprint in ("", "f"):
+        with pytest.raises(StoreExistsError, match="thesis.docx"):
+            featurestore.create(tmp_path / "store", SPEC, scratch=tmp_path / "scratch", fingerprint=fingerprint)
+    assert (tmp_path / "scratch" / "thesis.docx").exists()
+
+
+def test_several_ranks_share_a_store(tmp_path: Path) -> None:
+    write(tmp_path / "whole", fingerprint="f", scratch=tmp_path / "other")
+    options = {"scratch": tmp_path / "scratch", "fingerprint": "f", "samples_per_shard": 3}
+    for rank in (1, 0):
+        with featurestore.create(tmp_path / "store", SPEC, **options) as writer:
+            spans = writer.resume(7, rank=rank, ranks=2)
+            assert spans == ([range(3, 6)] if rank else [range(3), range(6, 7)])
+            for number in (number for span in spans for number in span):
+                writer.append(**sample(number))
+        assert (tmp_path / "store").exists() == (rank == 0)
+    assert shard_bytes(tmp_path / "store") == shard_bytes(tmp_path / "whole")
+
+
+def test_errors_travel_between_processes() -> None:
+    error = ShardCorruptError("damaged", path="a/b", expected=1, found=2)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), copy.path, copy.expected, copy.found) == (type(error), "a/b: damaged", Path("a/b"), 1, 2)
+
+
 def test_announced_samples_that_never_came_are_noticed(tmp_path: Path) -> None:
     with (
         pytest.raises(IncompleteStoreError, match="5 of the 7 samples"),

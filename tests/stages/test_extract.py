@@ -19,7 +19,7 @@ from featurestore import ShardCorruptError
 from stages import extract
 from stages.data.manifest import read_manifest
 from stages.errors import ConfigError, DataError
-from stages.models.backbone import build_backbone
+from stages.models.backbone import Backbone, build_backbone
 from tests.conftest import write_photos
 from tests.imports import ROOT
 from tests.stages.test_prepare import config as prepare_config
@@ -112,11 +112,12 @@ def test_a_non_square_size(prepared: Path) -> None:
 # -- bad input -----------------------------------------------------------------------------------------
 
 
-def test_a_photograph_that_changed_since_prepare_is_named(prepared: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_photograph_that_changed_since_prepare_is_named(prepared: Path, workers: int) -> None:
     entry = read_manifest(prepared / "dataset")[0][2]
     Path(entry.image).write_bytes(Path(entry.image).read_bytes() + b" ")
     with pytest.raises(DataError, match="changed since the prepare stage") as caught:
-        run(config(), prepared)
+        run(config(), prepared, workers=workers)
     assert str(caught.value).startswith(entry.image)
 
 
@@ -168,6 +169,41 @@ def test_a_damaged_shard_is_found_and_extracted_again(prepared: Path, capsys: py
 
 
 # -- kill -9 -------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_published_before_all_splits_are_extracted(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC removes a stage's outputs before it starts: what was published early would be lost with them."""
+    run(config(), prepared, out="undisturbed")
+    entry = next(entry for entry in read_manifest(prepared / "dataset")[0] if entry.split == "test")
+    content = Path(entry.image).read_bytes()
+    Path(entry.image).write_bytes(b"damaged")
+    with pytest.raises(DataError):
+        run(config(), prepared)
+    assert not (prepared / "features").exists()
+    Path(entry.image).write_bytes(content)
+    forward, calls = Backbone.forward, []
+    monkeypatch.setattr(Backbone, "forward", lambda self, images: calls.append(len(images)) or forward(self, images))
+    run(config(), prepared)
+    assert sum(calls) == 3  # the test split's: those of train and val were taken over
+    assert digests(prepared / "features") == digests(prepared / "undisturbed")
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_same_bytes_as_one(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", {"train": 10, "val": 1, "test": 1})
+    prepare(prepare_config(tmp_path / "photos"), tmp_path)
+    code = (
+        "import featurestore.writer as w, sys; from tests.stages.test_extract import *\n"
+        "w.SHARD_BYTES = 3 * 60_000  # three samples a shard\n"
+        f"run(config(), Path({str(tmp_path)!r}), out=sys.argv[1])\n"
+    )
+    (tmp_path / "extract_here.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
+    for out, command in (("one", [sys.executable]), ("two", launcher)):
+        subprocess.run([*command, str(tmp_path / "extract_here.py"), out], cwd=ROOT, env=environment, check=True)
+    assert digests(tmp_path / "two") == digests(tmp_path / "one")
+    assert len(digests(tmp_path / "two")) >= 7
 
 
 @pytest.mark.slow

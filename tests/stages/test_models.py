@@ -191,6 +191,16 @@ def test_any_timm_model_with_dense_features_is_a_backbone(tmp_path: Path) -> Non
     assert not known_backbone("resnet1001")
 
 
+def test_timm_networks_that_flatten_their_names_take_weights_too(tmp_path: Path) -> None:
+    import timm
+
+    state = timm.create_model("convnext_atto").state_dict()
+    torch.save(state, tmp_path / "convnext.pth")
+    backbone = build_backbone(name="timm/convnext_atto", weights=str(tmp_path / "convnext.pth"))
+    assert torch.equal(backbone.network.state_dict()["stem_0.weight"], state["stem.0.weight"])
+    assert not backbone.nonnegative
+
+
 def test_weights_that_do_not_fit_or_cannot_be_read_are_named(tmp_path: Path) -> None:
     torch.save(torchvision.models.resnet50(weights=None).state_dict(), tmp_path / "r50.pth")
     with pytest.raises(BackboneError, match=r"r50.pth: does not fit this backbone: it lacks tensor 'layer3.6"):

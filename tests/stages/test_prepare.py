@@ -27,7 +27,7 @@ def config(root: Path, **changes) -> PrepareConfig:
         "split": "official",
         "ratios": [0.7, 0.15, 0.15],
         "split_seed": 0,
-        "classes": "",
+        "classes": {},
         "void_index": 255,
         "wastesim": SCENES,
     }
@@ -72,6 +72,14 @@ def test_folder_without_splits_any_image_format_and_a_bare_class_list(photos: Pa
     summary = prepare(config(flat, split="random", ratios=[0.5, 0.25, 0.25]), tmp_path)
     assert {split: part["images"] for split, part in summary["splits"].items()} == {"train": 3, "val": 2, "test": 1}
     assert len({tuple(colour) for colour in summary["palette"]}) == 7  # colours are made up, and differ
+
+
+def test_classes_can_stand_in_the_parameters(photos: Path, tmp_path: Path) -> None:
+    (photos / "classes.csv").unlink()
+    named = {name: list(colour) for name, colour in zip(wastesim.CLASSES.names, wastesim.CLASSES.palette, strict=True)}
+    summary = prepare(config(photos, classes=named), tmp_path)
+    assert summary["classes"] == list(wastesim.CLASSES.names)
+    assert summary["palette"][3] == list(wastesim.CLASSES.palette[3])
 
 
 def test_voc_layout_official_and_random(photos: Path, tmp_path: Path) -> None:
@@ -219,6 +227,13 @@ def test_duplicate_ids_and_empty_splits(photos: Path, tmp_path: Path) -> None:
     for file in (*(photos / "images" / "val").iterdir(), *(photos / "masks" / "val").iterdir()):
         file.unlink()
     with pytest.raises(DataError, match="no photographs for the split 'val'"):
+        prepare(config(photos), tmp_path)
+
+
+def test_a_split_without_a_label_is_refused(photos: Path, tmp_path: Path) -> None:
+    for file in (photos / "masks" / "test").iterdir():
+        save(file, np.full((64, 64), 255, np.uint8))
+    with pytest.raises(DataError, match="split 'test' hold not one labelled pixel"):
         prepare(config(photos), tmp_path)
 
 
