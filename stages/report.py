@@ -22,7 +22,8 @@ from stages.config import Config, Seed
 from stages.runtime import generator as random_generator
 from stages.runtime import make_accelerator, write_json
 
-VECTORS_A_SAMPLE = 50  # feature vectors of one sample in the projection
+VECTORS_A_SAMPLE = 10  # in the projection; vectors of one photograph resemble each other, so few of many
+WEIGHTS = {"before": "generator-initial", "after": "generator"}  # of the GAN's own training
 
 
 class CompareConfig(Config):
@@ -136,28 +137,32 @@ def run(
 
 def _generated_pictures(config: ReportConfig, store: FeatureStore, gan: Path, device: torch.device) -> dict[str, bytes]:
     """UMAP before and after the GAN's training, by class too, and the feature grids; all of training masks."""
-    rng = np.random.default_rng(config.seed)
+    generators = {name: load_generator(gan, weights=weights).to(device) for name, weights in WEIGHTS.items()}
+    draws = {name: random_generator(device, config.seed) for name in generators}
+    scale = generators["after"].feature_scale.cpu().numpy()
     wanted = max(config.grid_samples, -(-config.umap_points // VECTORS_A_SAMPLE))
-    chosen = rng.choice(len(store), size=min(wanted, len(store)), replace=False)
-    masks = np.stack([store.mask(position) for position in chosen])
-    groups = {"real": np.stack([store.features(position) for position in chosen]).astype(np.float32)}
-    for name, weights in (("before", "generator-initial"), ("after", "generator")):
-        network = load_generator(gan, weights=weights).to(device)
-        draws = random_generator(device, config.seed)
-        parts = [
-            network.generate(torch.from_numpy(part).to(device), generator=draws).float().cpu().numpy()
-            for part in np.array_split(masks, -(-len(masks) // 8))
-        ]
-        groups[name] = np.concatenate(parts)
+    chosen = np.random.default_rng(config.seed).choice(len(store), size=min(wanted, len(store)), replace=False)
 
-    # Vectors at random positions, each scaled as the GAN sees it, in one common embedding.
-    scale = load_generator(gan).feature_scale.numpy()
-    sampled = {name: sample_vectors(group / scale, masks, config.umap_points, rng) for name, group in groups.items()}
+    # A few samples at a time: vectors at the same random positions of each group, scaled as the GAN sees them.
+    groups: dict[str, list[np.ndarray]] = {"real": [], "before": [], "after": []}
+    vectors: dict[str, list[np.ndarray]] = {name: [] for name in groups}
+    classes: list[np.ndarray] = []
+    for part in np.array_split(chosen, -(-len(chosen) // 8)):
+        masks = np.stack([store.mask(position) for position in part])
+        features = {"real": np.stack([store.features(position) for position in part]).astype(np.float32)}
+        for name, network in generators.items():
+            features[name] = network.generate(torch.from_numpy(masks).to(device), generator=draws[name]).float().cpu().numpy()
+        for name, group in features.items():
+            sampled, found = sample_vectors(group / scale, masks, VECTORS_A_SAMPLE * len(part), np.random.default_rng(part))
+            vectors[name].append(sampled)
+            if sum(map(len, groups[name])) < config.grid_samples:
+                groups[name].append(group)
+        classes.append(found)
     points = dict(
         zip(
-            sampled,
+            vectors,
             project(
-                [vectors for vectors, _ in sampled.values()],
+                [np.concatenate(parts) for parts in vectors.values()],
                 neighbors=config.umap_neighbors,
                 min_dist=config.umap_min_dist,
                 seed=config.seed,
@@ -167,17 +172,18 @@ def _generated_pictures(config: ReportConfig, store: FeatureStore, gan: Path, de
     )
 
     # Grids of the first samples.
-    few = slice(config.grid_samples)
+    few = chosen[: config.grid_samples]
     channels = subsample_channels(store.spec.feature_shape[0], config.grid_channels)
-    real, generated = normalised_pair(groups["real"][few][:, channels], groups["after"][few][:, channels])
-    images = np.stack([store.image(position) for position in chosen[few]]) if store.spec.has_images else None
-    palette = store.spec.palette
+    real, generated = normalised_pair(*(np.concatenate(groups[name])[: len(few), channels] for name in ("real", "after")))
+    images = np.stack([store.image(position) for position in few]) if store.spec.has_images else None
+    names, palette = store.spec.class_names, store.spec.palette
+    labels = np.concatenate(classes)
     return {
         "umap": figures.projections(points["real"], points["before"], points["after"]),
-        "umap_classes": figures.projections_by_class(
-            (points["real"], sampled["real"][1]), (points["after"], sampled["after"][1]), store.spec.class_names, palette
+        "umap_classes": figures.projections_by_class((points["real"], labels), (points["after"], labels), names, palette),
+        "grids": figures.grids(
+            real, generated, figures.colour_masks(np.stack([store.mask(position) for position in few]), palette), images
         ),
-        "grids": figures.grids(real, generated, figures.colour_masks(masks[few], palette), images),
     }
 
 
