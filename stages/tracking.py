@@ -7,7 +7,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from scmrepo.exceptions import SCMError
 from torch import Tensor
+
+from stages.errors import ConfigError
 
 TRACKERS = ("dvclive", "tensorboard")
 
@@ -25,13 +28,22 @@ class History:
         Folder of DVCLive's ``metrics.json`` and ``plots``; emptied first.
     rows
         Rows of the epochs that a resumed run has behind it.
+
+    Raises
+    ------
+    ConfigError
+        In a git repository without a commit.
     """
 
     def __init__(self, accelerator: Accelerator, name: str, *, live: Path, rows: list[dict[str, float]]) -> None:
         self.accelerator = accelerator
         self.rows: list[dict[str, float]] = []
         options = {"dir": str(live), "dvcyaml": None, "report": None, "save_dvc_exp": False, "monitor_system": False}
-        accelerator.init_trackers(name, init_kwargs={"dvclive": options})
+        try:
+            accelerator.init_trackers(name, init_kwargs={"dvclive": options})
+        except SCMError as error:
+            message = f"DVCLive cannot record this run ({error}); commit something first, or train outside of a git repository"
+            raise ConfigError("git", message) from error
         for row in rows:
             self.log(row)
 

@@ -21,7 +21,7 @@ from featurestore.shard import file_sha256
 from stages.augment.base import Augmenter
 from stages.augment.featuregan import FrozenFeatureGAN, JointFeatureGAN
 from stages.augment.none import NoAugmenter
-from stages.checkpoint import CONFIG_NAME, Checkpoint, load_gan, load_optimizers, save_gan, save_weights
+from stages.checkpoint import CONFIG_NAME, Checkpoint, load_gan, load_optimizers, read_config, save_gan, save_weights
 from stages.config import Config
 from stages.errors import ConfigError
 from stages.gan import Objective, Trainer
@@ -110,16 +110,12 @@ def run(
     check_stores(config, stores)
     for store in stores.values():
         store.verify()
-    networks, gan_config = load_gan(gan) if variant.augmenter == "featuregan" else (None, {})
-    if networks is not None and gan_config["store"] != train.fingerprint:
-        message = "this GAN was trained on other features than those of the training store; run train-gan again"
-        raise SpecMismatchError(message, path=gan, expected=train.fingerprint, found=gan_config["store"])
-    images = networks is not None and networks.image_encoder is not None
-    batches = loader(train, config.batch_size, seed=seed, drop_last=True, images=images, workers=workers)
+    augmenter = build_augmenter(accelerator, variant, gan, train)
+    batches = loader(train, config.batch_size, seed=seed, drop_last=True, images=augmenter.needs_images, workers=workers)
     batches = accelerator.prepare(batches)
     held_out = {split: accelerator.prepare(loader(stores[split], config.batch_size, workers=workers)) for split in ("val", "test")}
 
-    # The decoder first, so that its initial weights are the same for every variant of a seed.
+    # The decoder: its initial weights are the same for every variant of a seed.
     seed_everything(seed)
     architecture = {
         "head": config.decoder,
@@ -131,23 +127,6 @@ def run(
     decoder = Decoder(**architecture).to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload, arg-type]
     parameters = list(decoder.parameters())
     optimizer = torch.optim.Adam(parameters, config.lr, config.betas)
-    augmenter: Augmenter
-    if networks is None:
-        augmenter = NoAugmenter(accelerator)
-    elif variant.generator == "frozen":
-        augmenter = FrozenFeatureGAN(accelerator, networks, ratio=variant.ratio, weight=variant.weight)
-    else:
-        settings = gan_config["training"]
-        trainer = Trainer(
-            accelerator,
-            networks,
-            Objective(settings["adversarial_loss"], settings["lambda_feat"], settings["lambda_kld"]),
-            generator_lr=settings["generator_lr"],
-            discriminator_lr=settings["discriminator_lr"],
-            betas=settings["betas"],
-        )
-        trainer.load_optimizer_state(load_optimizers(gan))
-        augmenter = JointFeatureGAN(trainer, ratio=variant.ratio, weight=variant.weight)
 
     # Resume, or start anew.
     identity = featurestore.fingerprint(
@@ -155,7 +134,7 @@ def run(
         variant=variant.model_dump(),
         seed=seed,
         stores=[store.fingerprint for store in stores.values()],
-        gan=[file_sha256(file) for file in sorted(gan.glob("*.safetensors"))] if networks is not None else [],
+        gan=[file_sha256(file) for file in sorted(gan.glob("*.safetensors"))] if variant.augmenter == "featuregan" else [],
         torch=torch.__version__,
         code=source_digest(stages, featurestore),
     )
@@ -216,8 +195,7 @@ def run(
     save_weights(decoder, out / "decoder.safetensors")
     (out / CONFIG_NAME).write_text(json.dumps({"architecture": architecture, "variant": name, "seed": seed}, indent=1) + "\n")
     if isinstance(augmenter, JointFeatureGAN):
-        trainer = augmenter.trainer
-        save_gan(out / "gan", trainer.networks, gan_config, trainer.optimizer_state())
+        save_gan(out / "gan", augmenter.trainer.networks, read_config(gan), augmenter.trainer.optimizer_state())
     decoder.load_state_dict(best["weights"])
     save_weights(decoder, out / "decoder-best.safetensors")
     best_scores = evaluate(accelerator, decoder, held_out["test"], spec.class_names)
@@ -240,6 +218,37 @@ def run(
     write_json(metrics / "test.json", result)
     checkpoint.remove()
     return last
+
+
+def build_augmenter(accelerator: Accelerator, variant: VariantConfig, gan: Path, train: FeatureStore) -> Augmenter:
+    """The augmenter of a variant, on the accelerator's device.
+
+    Raises
+    ------
+    DataError
+        When the variant needs a GAN and there is none, or a damaged one.
+    SpecMismatchError
+        When the GAN was trained on other features than those of ``train``.
+    """
+    if variant.augmenter == "none":
+        return NoAugmenter(accelerator)
+    networks, config = load_gan(gan)
+    if config["store"] != train.fingerprint:
+        message = "this GAN was trained on other features than those of the training store; run train-gan again"
+        raise SpecMismatchError(message, path=gan, expected=train.fingerprint, found=config["store"])
+    if variant.generator == "frozen":
+        return FrozenFeatureGAN(accelerator, networks, ratio=variant.ratio, weight=variant.weight)
+    settings = config["training"]
+    trainer = Trainer(
+        accelerator,
+        networks,
+        Objective(settings["adversarial_loss"], settings["lambda_feat"], settings["lambda_kld"]),
+        generator_lr=settings["generator_lr"],
+        discriminator_lr=settings["discriminator_lr"],
+        betas=settings["betas"],
+    )
+    trainer.load_optimizer_state(load_optimizers(gan))
+    return JointFeatureGAN(trainer, ratio=variant.ratio, weight=variant.weight)
 
 
 @torch.no_grad()

@@ -29,7 +29,15 @@ class Augmented:
 
 
 class Augmenter(Protocol):
-    """Gives more features, and back-propagates the decoder's loss, because it may learn from it too."""
+    """Gives more features, and back-propagates the decoder's loss, because it may learn from it too.
+
+    Attributes
+    ----------
+    needs_images
+        Whether :meth:`augment` wants the photographs.
+    """
+
+    needs_images: bool
 
     def augment(self, features: Tensor, masks: Tensor, images: Tensor | None, rng: torch.Generator) -> Augmented:
         """More features for real ones (B, C, h, w), masks (B, H, W) uint8 and images (B, 3, H, W) uint8 or None."""

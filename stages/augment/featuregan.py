@@ -33,6 +33,7 @@ class JointFeatureGAN:
 
     def __init__(self, trainer: Trainer, *, ratio: int, weight: float) -> None:
         self.trainer = trainer
+        self.needs_images = trainer.networks.image_encoder is not None
         self.ratio = ratio
         self.weight = weight
         self._step: Step | None = None
@@ -71,6 +72,7 @@ class FrozenFeatureGAN:
 
     def __init__(self, accelerator: Accelerator, networks: Networks, *, ratio: int, weight: float) -> None:
         self.accelerator = accelerator
+        self.needs_images = networks.image_encoder is not None
         self.generator = networks.generator.to(accelerator.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.encoder = None if networks.image_encoder is None else networks.image_encoder.to(accelerator.device).eval()
         self.ratio = ratio

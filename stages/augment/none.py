@@ -16,6 +16,7 @@ class NoAugmenter:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+        self.needs_images = False
 
     def augment(self, features: Tensor, masks: Tensor, images: Tensor | None, rng: torch.Generator) -> Augmented:
         """Nothing more."""

@@ -22,6 +22,7 @@ from stages.metrics import Scores, confusion_matrix, score
 from stages.runtime import generator as random_generator
 from stages.train_decoder import TrainDecoderConfig, VariantConfig
 from stages.train_gan import TrainGanConfig
+from tests.conftest import run
 from tests.featurestore.test_store import SPEC
 from tests.imports import ROOT
 
@@ -236,6 +237,14 @@ def test_what_the_gan_refuses(features: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecMismatchError, match="store_images"):
         run_gan(tmp_path / "plain", tmp_path, image_encoder=True)
     assert not (tmp_path / "gan").exists()
+
+
+def test_a_repository_without_a_commit_is_explained(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "new").mkdir()
+    run("git", "init", "-q", cwd=tmp_path / "new")
+    monkeypatch.chdir(tmp_path / "new")
+    with pytest.raises(ConfigError, match="commit something first"):
+        run_gan(features, tmp_path)
 
 
 def test_a_damaged_shard_stops_training_by_name(features: Path, tmp_path: Path) -> None:
