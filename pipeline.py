@@ -7,6 +7,7 @@ Nothing heavy is imported before a command runs, so ``--help`` is instant.
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -77,7 +78,7 @@ workers_option = option(
     type=click.IntRange(0, 256),
     default=2,
     envvar="FEATUREGAN_WORKERS",
-    help="Processes or threads that read and decode; results do not depend on it. 0: none beside the main one.",
+    help="Threads that read, decode and check; results do not depend on it. 0: none beside the main one.",
 )
 device_option = option(
     "--device",
@@ -85,6 +86,13 @@ device_option = option(
     default="auto",
     envvar="FEATUREGAN_DEVICE",
     help="Where networks run. auto: CUDA where there is one.",
+)
+cache_option = option(
+    "--cache",
+    type=click.Choice(["none", "host", "device"]),
+    default="none",
+    envvar="FEATUREGAN_CACHE",
+    help="Where the features stay between epochs. none: in the files; host: in memory, decoded once; device: on the GPU.",
 )
 checkpoint_option = option(
     "--checkpoint-minutes",
@@ -181,6 +189,8 @@ def prepare(params: Path, scratch: Path, workers: int) -> None:
 @device_option
 def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
     """Run the frozen backbone once over every photograph; write features and masks to features/."""
+    # Before PyTorch is loaded: its threads must not spin for work while others decode and write.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sections = load_params(params, device)
     from stages.extract import run
 
@@ -195,8 +205,9 @@ def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
 @scratch_option
 @workers_option
 @device_option
+@cache_option
 @checkpoint_option
-def train_gan(params: Path, scratch: Path, workers: int, device: str, checkpoint_minutes: float) -> None:
+def train_gan(params: Path, scratch: Path, workers: int, device: str, cache: str, checkpoint_minutes: float) -> None:
     """Train FeatureGAN alone on the cached features (Algorithm 1, the first frozen_epochs epochs)."""
     sections = load_params(params, device)
     from stages.extract import check_spec
@@ -212,6 +223,7 @@ def train_gan(params: Path, scratch: Path, workers: int, device: str, checkpoint
         scratch=scratch,
         device=device,
         workers=workers,
+        cache=cache,
         checkpoint_minutes=checkpoint_minutes,
     )
     click.echo(f"{GAN}: " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
@@ -224,8 +236,11 @@ def train_gan(params: Path, scratch: Path, workers: int, device: str, checkpoint
 @scratch_option
 @workers_option
 @device_option
+@cache_option
 @checkpoint_option
-def train_decoder(variant: str, seed: int, params: Path, scratch: Path, workers: int, device: str, checkpoint_minutes: float) -> None:
+def train_decoder(
+    variant: str, seed: int, params: Path, scratch: Path, workers: int, device: str, cache: str, checkpoint_minutes: float
+) -> None:
     """Train one decoder: VARIANT baseline on real features alone, the others on generated ones too."""
     sections = load_params(params, device)
     if variant not in sections["variants"]:
@@ -249,6 +264,7 @@ def train_decoder(variant: str, seed: int, params: Path, scratch: Path, workers:
         scratch=scratch,
         device=device,
         workers=workers,
+        cache=cache,
         checkpoint_minutes=checkpoint_minutes,
     )
     absent = f" (absent from test: {', '.join(scores.absent)})" if scores.absent else ""
@@ -300,7 +316,8 @@ def inspect(store: Path) -> None:
 
 @main.command(short_help="Compare a store's every byte with its index.")
 @click.argument("store", type=click.Path(path_type=Path))
-def verify(store: Path) -> None:
+@workers_option
+def verify(store: Path, workers: int) -> None:
     """Compare every byte of STORE with the hashes in its index; exit code 1 if one differs."""
     from tqdm import tqdm
 
@@ -309,7 +326,7 @@ def verify(store: Path) -> None:
     opened = featurestore.open(store)
     size = sum(record.bytes for record in opened.records)
     with tqdm(total=size, desc=f"verify: {store}", unit="B", unit_scale=True, disable=None) as bar:
-        opened.verify(progress=bar.update)
+        opened.verify(workers=workers, progress=bar.update)
     click.echo(f"{store}: {len(opened.records)} shards, {len(opened)} samples, {size / 1e6:.1f} MB: every byte as written")
 
 

@@ -16,8 +16,11 @@ from featurestore.errors import (
     SampleError,
     ShardCorruptError,
     SpecMismatchError,
+    StoreBusyError,
     StoreExistsError,
+    StoreMemoryError,
     StoreNotFoundError,
+    StoreWriteError,
 )
 from featurestore.reader import FeatureStore, Sample, open
 from featurestore.schema import FORMAT_VERSION, VOID, StoreSpec, fingerprint
@@ -36,9 +39,12 @@ __all__ = [
     "ShardCorruptError",
     "SpecMismatchError",
     "Statistics",
+    "StoreBusyError",
     "StoreExistsError",
+    "StoreMemoryError",
     "StoreNotFoundError",
     "StoreSpec",
+    "StoreWriteError",
     "StoreWriter",
     "create",
     "fingerprint",

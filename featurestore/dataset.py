@@ -1,23 +1,29 @@
-"""Feature stores in PyTorch: a map-style data set, an order of batches, a loader."""
+"""Feature stores in PyTorch: a map-style data set, an order of batches, and a loader that gathers them ahead."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import psutil
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
+from featurestore.errors import SpecMismatchError, StoreMemoryError
+from featurestore.prefetch import prefetch
 from featurestore.reader import FeatureStore
+from featurestore.schema import FEATURES, IMAGES, MASKS
+
+CACHES = ("none", "host", "device")
 
 
 @dataclass
 class Batch:
     """B samples: features (B, C, h, w) of the store's type, masks (B, H, W) uint8, images (B, 3, H, W) uint8 or None.
 
-    ``positions`` (B,) int64 are the samples' places in the store.
+    ``positions`` (B,) int64 are the samples' places in the store, on the CPU.
     """
 
     positions: torch.Tensor
@@ -25,36 +31,38 @@ class Batch:
     masks: torch.Tensor
     images: torch.Tensor | None
 
-    def to(self, device: torch.device, non_blocking: bool = True) -> Batch:
-        """The same batch on ``device``; copies from pinned memory do not block."""
-        moved = (None if part is None else part.to(device, non_blocking=non_blocking) for part in (self.features, self.masks, self.images))
-        return Batch(self.positions, *moved)  # type: ignore[arg-type]
+    def __len__(self) -> int:
+        return len(self.positions)
 
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked host memory (the loader calls this where CUDA is there)."""
-        images = None if self.images is None else self.images.pin_memory()
-        return Batch(self.positions, self.features.pin_memory(), self.masks.pin_memory(), images)
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``; copies from pinned memory do not block."""
+        images = None if self.images is None else self.images.to(device, non_blocking=True)
+        return Batch(self.positions, self.features.to(device, non_blocking=True), self.masks.to(device, non_blocking=True), images)
 
 
 class FeatureDataset(Dataset[Batch]):
-    """A store's samples for a :class:`torch.utils.data.DataLoader`.
+    """A store for a :class:`torch.utils.data.DataLoader` of your own (``collate_fn=lambda batch: batch``).
 
-    A batch is gathered at once (``__getitems__``), each sample copied once, from the
-    file's pages straight into the batch.
+    Training uses :class:`FeatureLoader`, which copies a sample once; a DataLoader's
+    worker processes copy it again into shared memory.
 
     Parameters
     ----------
     store
         The store.
     images
-        Whether to read the images too; the store must have them.
+        Whether to read the images too.
+
+    Raises
+    ------
+    SpecMismatchError
+        When there are no images.
     """
 
     def __init__(self, store: FeatureStore, *, images: bool = False) -> None:
         self.store = store
         self.images = images
-        if images and len(store):
-            store.image(0)  # raises SpecMismatchError now rather than in a worker
+        check_images(store, images)
 
     def __len__(self) -> int:
         return len(self.store)
@@ -64,89 +72,234 @@ class FeatureDataset(Dataset[Batch]):
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """Batch of the samples at ``positions``, in that order."""
-        store, spec, count = self.store, self.store.spec, len(positions)
-        features = np.empty((count, *spec.feature_shape), spec.feature_dtype)
-        masks = np.empty((count, *spec.mask_shape), np.uint8)
-        images = np.empty((count, *spec.mask_shape, 3), np.uint8) if self.images else None
-        for row, position in enumerate(positions):
-            features[row] = store.features(position)
-            masks[row] = store.mask(position)
-            if images is not None:
-                images[row] = store.image(position)
-        return Batch(
-            positions=torch.tensor(positions, dtype=torch.int64),
-            features=torch.from_numpy(features),
-            masks=torch.from_numpy(masks),
-            # (B, H, W, 3) -> (B, 3, H, W)
-            images=None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2),
-        )
+        arrays = {name: self.store.gather(name, positions) for name in names_of(self.images)}
+        return as_batch(positions, {name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
-class BatchOrder(Sampler[list[int]]):
-    """Which samples make up which batch: a pure function of seed and epoch.
+class BatchOrder:
+    """Which samples make up which batch: a pure function of seed and epoch, and the same for any number of ranks.
 
     Parameters
     ----------
     samples
         Number of samples in the store.
     batch_size
-        Samples a batch.
+        Samples a batch, of all ranks together.
     seed
-        None: in the store's order. Else shuffled anew each epoch (:meth:`set_epoch`).
+        None: in the store's order. Else shuffled anew each epoch.
     drop_last
         Leave out a last batch that is not full.
+    rank, ranks
+        Which part of each batch is this process's, of how many.
+
+    Raises
+    ------
+    ValueError
+        When the ranks cannot share the batches evenly.
     """
 
-    def __init__(self, samples: int, batch_size: int, *, seed: int | None = None, drop_last: bool = False) -> None:
+    def __init__(
+        self, samples: int, batch_size: int, *, seed: int | None = None, drop_last: bool = False, rank: int = 0, ranks: int = 1
+    ) -> None:
+        if batch_size % ranks:
+            raise ValueError(f"a batch of {batch_size} cannot be divided evenly over {ranks} processes")
         self.samples = samples
         self.batch_size = batch_size
         self.seed = seed
         self.drop_last = drop_last
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration takes."""
-        self.epoch = epoch
+        self.rank, self.ranks = rank, ranks
 
     def __len__(self) -> int:
         return self.samples // self.batch_size if self.drop_last else -(-self.samples // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """Positions of each batch of an epoch, this rank's part of them (which a short last batch may leave empty).
+
+        Within a batch, where order means nothing, they ascend: files are read forwards, neighbours at once.
+        """
         order = np.arange(self.samples)
         if self.seed is not None:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.samples)
-        for number in range(len(self)):
-            yield order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.samples)
+        batches = (np.sort(order[number * self.batch_size : (number + 1) * self.batch_size]) for number in range(len(self)))
+        return [np.array_split(batch, self.ranks)[self.rank].tolist() for batch in batches]
 
 
-def loader(
-    store: FeatureStore,
-    batch_size: int,
-    *,
-    seed: int | None = None,
-    drop_last: bool = False,
-    images: bool = False,
-    workers: int = 0,
-) -> DataLoader[Batch]:
-    """A loader of :class:`Batch`; call ``loader.batch_sampler.set_epoch(epoch)`` before each epoch.
+class FeatureLoader:
+    """A store's batches, shuffled each epoch, gathered ahead by threads, on a device.
+
+    Threads and not processes: gathering is copying (or decoding), which runs without
+    Python's lock, and each sample goes straight into the batch's own memory, page-locked
+    where the device is a GPU (``benchmarks/store.py`` compares both).
 
     Parameters
     ----------
-    store, batch_size, seed, drop_last, images
-        See :class:`FeatureDataset` and :class:`BatchOrder`.
+    store
+        The store.
+    batch_size
+        Samples a batch, of all ranks together.
+    seed, drop_last, rank, ranks
+        See :class:`BatchOrder`.
+    images
+        Whether to read the images too.
     workers
-        Worker processes. The order and the contents do not depend on it.
+        Threads; up to three times as many batches are in memory. Neither order nor contents depend on it.
+    device
+        Where the batches are wanted.
+    cache
+        ``none``: read the files (the operating system keeps what it can in memory). ``host``, ``device``: read the
+        store once into memory of the machine or of the device, then only pick from there; worth it where decoding a
+        compressed store, or the copy to the device, is what training waits for.
+
+    Raises
+    ------
+    SpecMismatchError
+        When there are no images.
+    StoreMemoryError
+        When the store does not fit into the memory that is free there.
     """
-    return DataLoader(
-        FeatureDataset(store, images=images),
-        batch_sampler=BatchOrder(len(store), batch_size, seed=seed, drop_last=drop_last),
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        generator=torch.Generator().manual_seed(0),  # else every epoch would draw from the global one, which dropout uses
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        drop_last: bool = False,
+        images: bool = False,
+        workers: int = 2,
+        device: torch.device | str = "cpu",
+        cache: str = "none",
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        check_images(store, images)
+        self.store = store
+        self.order = BatchOrder(len(store), batch_size, seed=seed, drop_last=drop_last, rank=rank, ranks=ranks)
+        self.workers = workers
+        self.device = torch.device(device)
+        self.names = names_of(images)
+        self._pool = _Pool(self.device)
+        self._resident = None if cache == "none" else self._read_all(self.device if cache == "device" else torch.device("cpu"))
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.epoch(0)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch; without a seed all epochs are the same."""
+        ready = prefetch(self._gather, self.order.epoch(epoch), workers=self.workers, ahead=2 * self.workers)
+        if self.device.type == "cpu":
+            yield from ready
+            return
+        # The copy of the next batch is on its way while the caller works with this one.
+        moved: Batch | None = None
+        for batch in ready:
+            upcoming = batch.to(self.device)
+            if moved is not None:
+                yield moved
+            moved = upcoming
+        if moved is not None:
+            yield moved
+
+    def _gather(self, positions: list[int]) -> Batch:
+        tensors: dict[str, torch.Tensor] = {}
+        for name in self.names:
+            if self._resident is not None:
+                whole = self._resident[name]
+                if whole.device.type == "cpu":  # NumPy: PyTorch's own threads would come on top of ours
+                    tensors[name] = self._pool.take((len(positions), *whole.shape[1:]), whole.dtype)
+                    np.take(whole.numpy(), positions, axis=0, out=tensors[name].numpy(), mode="clip")
+                else:
+                    tensors[name] = whole[torch.tensor(positions, dtype=torch.int64, device=whole.device)]
+            else:
+                shape, dtype = self.store.spec.row(name)
+                tensors[name] = self._pool.take((len(positions), *shape), getattr(torch, dtype))
+                self.store.gather(name, positions, out=tensors[name].numpy())
+        return as_batch(positions, tensors)
+
+    def _read_all(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The whole store as tensors on ``device``, a few samples at a time."""
+        rows = {name: self.store.spec.row(name) for name in self.names}
+        needed = len(self.store) * sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in rows.values())
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        if needed > 0.9 * free:
+            where = "the device" if device.type == "cuda" else "memory"
+            message = f"{needed / 1e9:.1f} GB do not fit into {where} ({free / 1e9:.1f} GB are free); use --cache none"
+            raise StoreMemoryError(message, path=self.store.path, expected=needed, found=free)
+        whole = {
+            name: torch.empty((len(self.store), *shape), dtype=getattr(torch, dtype), device=device)
+            for name, (shape, dtype) in rows.items()
+        }
+
+        def read(positions: range) -> None:
+            for name, tensor in whole.items():
+                part = tensor[positions.start : positions.stop]
+                if device.type == "cpu":
+                    self.store.gather(name, positions, out=part.numpy())
+                else:
+                    part.copy_(torch.from_numpy(self.store.gather(name, positions)))
+
+        parts = [range(start, min(start + 8, len(self.store))) for start in range(0, len(self.store), 8)]
+        for _ in prefetch(read, parts, workers=self.workers):
+            pass
+        return whole
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+class _Pool:
+    """Memory for batches that is used again once nothing refers to a batch any more.
+
+    Fresh memory costs a page fault every 4 KB, which is as dear as the copy into it.
+    PyTorch's allocator of page-locked memory keeps a pool of its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.pinned = device.type == "cuda"
+        self._free: dict[tuple[tuple[int, ...], torch.dtype], list[np.ndarray]] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor on the CPU."""
+        if self.pinned:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        free = self._free.setdefault((shape, dtype), [])
+        try:
+            memory = free.pop()  # atomic, so threads need no lock
+        except IndexError:
+            memory = _aligned(shape, dtype)
+        view = memory.view()
+        weakref.finalize(view, free.append, memory).atexit = False  # the tensor and all tensors that share its memory hold the view
+        return torch.from_numpy(view)
+
+
+def _aligned(shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
+    """Fresh memory that starts on a cache line. NumPy asks the kernel for huge pages where it is large, PyTorch does not."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(str(dtype).removeprefix("torch.")).reshape(shape)
+
+
+def names_of(images: bool) -> tuple[str, ...]:
+    """Datasets of a batch."""
+    return (FEATURES, MASKS, IMAGES) if images else (FEATURES, MASKS)
+
+
+def as_batch(positions: Sequence[int], tensors: dict[str, torch.Tensor]) -> Batch:
+    """A batch of the tensors by name; images (B, H, W, 3) become (B, 3, H, W), channels last in memory."""
+    images = tensors.get(IMAGES)
+    where = torch.tensor(positions, dtype=torch.int64)
+    return Batch(where, tensors[FEATURES], tensors[MASKS], None if images is None else images.permute(0, 3, 1, 2))
+
+
+def check_images(store: FeatureStore, images: bool) -> None:
+    """Refuse a store without images where they are wanted.
+
+    Raises
+    ------
+    SpecMismatchError
+        When there are none.
+    """
+    if images and not store.spec.has_images:
+        raise SpecMismatchError("this store has no images; extract with store_images: true", path=store.path)

@@ -36,6 +36,10 @@ class StoreExistsError(FeatureStoreError):
     """There is something at the path that a new store was to be written to."""
 
 
+class StoreBusyError(FeatureStoreError):
+    """Another process is writing this very store."""
+
+
 class IncompleteStoreError(FeatureStoreError):
     """The index is missing or unreadable, or a shard that it lists is missing or has another size."""
 
@@ -50,6 +54,14 @@ class ShardCorruptError(FeatureStoreError):
 
 class SpecMismatchError(FeatureStoreError):
     """The store is sound but does not hold what the caller needs."""
+
+
+class StoreWriteError(FeatureStoreError):
+    """The file system did not take what was written: it is full, read-only, or gone."""
+
+
+class StoreMemoryError(FeatureStoreError):
+    """The store does not fit into the memory that it was to be kept in."""
 
 
 class SampleError(FeatureStoreError):

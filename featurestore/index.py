@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.errors import FormatVersionError, IncompleteStoreError
+from featurestore.files import write_atomically
 from featurestore.schema import FORMAT_VERSION, StoreSpec
 from featurestore.statistics import Statistics
 
@@ -108,23 +109,3 @@ def _parse(body: Mapping[str, Any]) -> Index:
         shards=shards,
         statistics=Statistics.from_dict(body["statistics"]),
     )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under its final name only once all its bytes are on disk."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries (new names, renames) to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,11 @@ from featurestore.errors import (
     SpecMismatchError,
     StoreNotFoundError,
 )
+from featurestore.files import file_sha256
 from featurestore.index import INDEX_NAME, ShardRecord, read_index
+from featurestore.prefetch import prefetch
 from featurestore.schema import FEATURES, IMAGES, MASKS, StoreSpec
-from featurestore.shard import Shard, file_sha256
+from featurestore.shard import Shard
 from featurestore.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -68,6 +71,7 @@ class FeatureStore:
         if path.is_dir():
             if not (path / INDEX_NAME).is_file():
                 raise IncompleteStoreError(f"no {INDEX_NAME} in this folder, so no finished store; write it again", path=path)
+            self._written = _state_of(path / INDEX_NAME)
             index = read_index(path)
             self.folder = path
             self.spec: StoreSpec = index.spec
@@ -77,6 +81,7 @@ class FeatureStore:
             self._check_sizes()
         elif path.is_file():
             shard = Shard(path)
+            self._written = None
             self.folder = path.parent
             self.spec = shard.spec
             self.records = (ShardRecord(path.name, len(shard), path.stat().st_size, ""),)
@@ -85,6 +90,7 @@ class FeatureStore:
         else:
             raise StoreNotFoundError("there is no feature store here; run the extract stage first", path=path)
         self._ends = list(itertools.accumulate(record.samples for record in self.records))
+        self._starts = [0, *self._ends[:-1]]
 
     def _check_sizes(self) -> None:
         for record in self.records:
@@ -134,10 +140,52 @@ class FeatureStore:
         SpecMismatchError
             When the store was written without images.
         """
-        if not self.spec.has_images:
-            raise SpecMismatchError("this store has no images; extract with store_images: true", path=self.path)
+        self._check_images()
         shard, row = self._locate(position)
         return shard.read(IMAGES, row)
+
+    def _check_images(self) -> None:
+        if not self.spec.has_images:
+            raise SpecMismatchError("this store has no images; extract with store_images: true", path=self.path)
+
+    def gather(self, name: str, positions: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
+        """Several samples' ``features``, ``masks`` or ``images`` in one array: each is copied, or decoded, once.
+
+        Parameters
+        ----------
+        name
+            Which of the three.
+        positions
+            B of them, in any order.
+        out
+            (B, ...) contiguous array of the right type that takes them, page-locked memory for example; by default a
+            fresh one.
+
+        Raises
+        ------
+        IndexError
+            When there is no such position.
+        SpecMismatchError
+            When there are no images.
+        ShardCorruptError
+            When a sample cannot be decoded.
+        """
+        if name == IMAGES:
+            self._check_images()
+        if out is None:
+            shape, dtype = self.spec.row(name)
+            out = np.empty((len(positions), *shape), dtype)
+        where = np.asarray(positions, np.int64)
+        if where.size and not (where.min() >= 0 and where.max() < len(self)):
+            raise IndexError(f"samples {list(positions)} of a store with {len(self)}")
+        # Neighbours in one shard are read by one call, during which other threads run.
+        numbers = np.searchsorted(self._ends, where, side="right")
+        places = where - np.asarray(self._starts)[numbers]
+        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(where)]
+        for first, last in itertools.pairwise(edges):
+            if first < last:
+                self._shard(int(numbers[first])).gather_into(name, places[first:last], out[first:last])
+        return out
 
     @property
     def ids(self) -> list[str]:
@@ -171,13 +219,15 @@ class FeatureStore:
 
     # -- integrity -------------------------------------------------------------------------------
 
-    def verify(self, progress: Callable[[int], object] | None = None) -> None:
+    def verify(self, *, workers: int = 2, progress: Callable[[int], object] | None = None) -> None:
         """Compare every byte with the index.
 
         Parameters
         ----------
+        workers
+            Threads that read and hash, one shard each.
         progress
-            Called after each shard with the shard's size in bytes.
+            Called with the number of bytes of each block that was read, from one thread at a time.
 
         Raises
         ------
@@ -188,15 +238,28 @@ class FeatureStore:
         """
         if self.path.is_file():
             raise SpecMismatchError("a single shard carries no hash of itself; verify the store's folder", path=self.path)
-        for number, record in enumerate(self.records):
+
+        lock = threading.Lock()
+
+        def count(size: int) -> None:
+            if progress is not None:
+                with lock:
+                    progress(size)
+
+        def check(record: ShardRecord) -> None:
             file = self.folder / record.file
-            found = file_sha256(file)
+            try:
+                found = file_sha256(file, count)
+            except OSError as error:
+                raise ShardCorruptError(f"cannot be read ({error.strerror}); write the store again", path=file) from error
             if found != record.sha256:
                 message = f"damaged: sha256 {found[:12]}..., but the index says {record.sha256[:12]}...; write the store again"
                 raise ShardCorruptError(message, path=file, expected=record.sha256, found=found)
+
+        for _ in prefetch(check, self.records, workers=workers):
+            pass
+        for number in range(len(self.records)):
             self._shard(number)
-            if progress is not None:
-                progress(record.bytes)
 
     # -- shards, opened on first use, once a process --------------------------------------------------
 
@@ -207,19 +270,25 @@ class FeatureStore:
         if not 0 <= position < len(self):
             raise IndexError(f"sample {position} of a store with {len(self)}")
         number = bisect.bisect_right(self._ends, position)
-        return self._shard(number), position - (self._ends[number] - self.records[number].samples)
+        return self._shard(number), position - self._starts[number]
 
     def _shard(self, number: int) -> Shard:
-        if self._pid != os.getpid():  # HDF5 handles opened before a fork give wrong data
-            self._shards, self._pid = {}, os.getpid()
+        self._forget_what_a_fork_brought()
         if number not in self._shards:
             record = self.records[number]
             shard = Shard(self.folder / record.file)
+            if self._written is not None and _state_of(self.path / INDEX_NAME) != self._written:
+                raise IncompleteStoreError("the store was written anew since it was opened; open it again", path=self.path)
             if (shard.spec, len(shard)) != (self.spec, record.samples):
                 message = "the shard's own description is not the index's; write the store again"
                 raise ShardCorruptError(message, path=shard.path, expected=self.spec, found=shard.spec)
             self._shards[number] = shard
         return self._shards[number]
+
+    def _forget_what_a_fork_brought(self) -> None:
+        """HDF5 handles that were opened before a fork give wrong data."""
+        if self._pid != os.getpid():
+            self._shards, self._pid = {}, os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": {}}
@@ -227,3 +296,12 @@ class FeatureStore:
     def __repr__(self) -> str:
         channels, height, width = self.spec.feature_shape
         return f"FeatureStore({str(self.path)!r}: {len(self)} samples of {channels} x {height} x {width}, {self.spec.backbone})"
+
+
+def _state_of(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written anew: inode, size, time of its last change; None where it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns

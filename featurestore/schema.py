@@ -17,7 +17,7 @@ VOID = 255  # mask value of pixels without a label
 FEATURES, MASKS, IMAGES, IDS, VIEWS = "features", "masks", "images", "ids", "views"
 
 FEATURE_DTYPES = ("float16", "float32")
-COMPRESSIONS = ("none", "lz4", "zstd")
+COMPRESSIONS = ("none", "zeros", "lz4", "zstd", "int8")
 VIEW_NAMES = ("identity", "hflip")
 
 
@@ -56,7 +56,9 @@ class StoreSpec:
     has_images
         Whether the samples' images are stored too.
     compression
-        ``none`` (contiguous, memory-mapped), ``lz4`` or ``zstd`` (one-sample chunks, bit-shuffled).
+        ``none`` (contiguous, memory-mapped), ``zeros`` (a bit a value that says whether it is zero, then those that
+        are not), ``lz4`` or ``zstd`` (one-sample chunks, bit-shuffled), or ``int8`` (8 bits a value, a scale for each
+        sample and channel; the only one that loses something).
     """
 
     feature_shape: tuple[int, int, int]
@@ -103,6 +105,14 @@ class StoreSpec:
         pixels = self.mask_shape[0] * self.mask_shape[1]
         features = int(np.prod(self.feature_shape)) * np.dtype(self.feature_dtype).itemsize
         return features + pixels + (3 * pixels if self.has_images else 0)
+
+    def row(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and type of one sample's ``features``, ``masks`` or ``images``, as they are read."""
+        return {
+            FEATURES: (self.feature_shape, self.feature_dtype),
+            MASKS: (self.mask_shape, "uint8"),
+            IMAGES: ((*self.mask_shape, 3), "uint8"),
+        }[name]
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as JSON-ready values (tuples become lists)."""

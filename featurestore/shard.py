@@ -1,96 +1,31 @@
-"""One shard: an HDF5 file of samples, written atomically, read through a memory map."""
+"""One shard: an HDF5 file of samples, read through a memory map."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
+from featurestore import codec
 from featurestore.errors import FeatureStoreError, FormatVersionError, ShardCorruptError, StoreNotFoundError
-from featurestore.index import ShardRecord, sync_folder
 from featurestore.schema import FEATURES, FORMAT_VERSION, IDS, IMAGES, MASKS, VIEWS, StoreSpec
 
-PAGE = 4096  # datasets start on a memory page, so that a map of one is aligned
-
-
-def write_shard(
-    path: Path,
-    spec: StoreSpec,
-    *,
-    ids: Sequence[str],
-    views: Sequence[str],
-    features: np.ndarray,
-    masks: np.ndarray,
-    images: np.ndarray | None = None,
-) -> ShardRecord:
-    """Write N samples as one shard; it appears under its name only once it is whole.
-
-    Parameters
-    ----------
-    path
-        The shard's final name.
-    ids, views
-        N names each.
-    features
-        (N, C, h, w) of the spec's type.
-    masks
-        (N, H, W) uint8.
-    images
-        (N, H, W, 3) uint8, where the spec has images.
-
-    Returns
-    -------
-    ShardRecord
-        Size and sha256 of the finished file. The same arguments give the same bytes.
-    """
-    partial = path.with_name(path.name + ".partial")
-    with h5py.File(partial, "w", alignment_threshold=PAGE, alignment_interval=PAGE) as file:
-        for key, value in spec.to_attributes().items():
-            file.attrs[key] = value
-        for name, texts in ((IDS, ids), (VIEWS, views)):
-            encoded = [text.encode() for text in texts]
-            dtype = h5py.string_dtype("utf-8", length=max(len(text) for text in encoded))
-            file.create_dataset(name, data=np.array(encoded, dtype=dtype))
-        _write_array(file, FEATURES, features, spec.compression)
-        _write_array(file, MASKS, masks, spec.compression)
-        if images is not None:
-            _write_array(file, IMAGES, images, spec.compression)
-    with open(partial, "rb") as written:
-        os.fsync(written.fileno())
-    record = ShardRecord(path.name, len(ids), partial.stat().st_size, file_sha256(partial))
-    os.replace(partial, path)
-    sync_folder(path.parent)
-    return record
-
-
-def _write_array(file: h5py.File, name: str, array: np.ndarray, compression: str) -> None:
-    if compression == "none":
-        file.create_dataset(name, data=array)
-        return
-    import hdf5plugin
-
-    filters = hdf5plugin.Bitshuffle(cname="zstd" if compression == "zstd" else "lz4")
-    file.create_dataset(name, data=array, chunks=(1, *array.shape[1:]), compression=filters)
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+BITS, VALUES, STARTS = "feature_bits", "feature_values", "feature_starts"  # in place of FEATURES where zeros are packed
+SCALES = "feature_scales"  # beside FEATURES where they are int8
 
 
 class Shard:
     """A shard that is open for reading.
 
-    Uncompressed datasets are memory maps (no HDF5 handle stays open, so a fork is
-    harmless); compressed ones are read through h5py.
+    All but chunked datasets are memory maps (no HDF5 handle stays open, so a fork is
+    harmless); chunked ones (``lz4``, ``zstd``) are read through h5py.
+
+    Attributes
+    ----------
+    plain
+        By name, those of ``features``, ``masks`` and ``images`` that lie in the file as they are, (N, ...) each.
 
     Raises
     ------
@@ -125,51 +60,108 @@ class Shard:
                     found=version,
                 )
             self.spec = spec = StoreSpec.from_attributes(file.attrs)
-            if spec.compression != "none":
+            chunked = spec.compression in ("lz4", "zstd")
+            if chunked:
                 import hdf5plugin  # noqa: F401  (registers its filters with HDF5)
             self.ids = [text.decode() for text in file[IDS][()].tolist()]
             self.views = [text.decode() for text in file[VIEWS][()].tolist()]
-            shapes = {FEATURES: (spec.feature_shape, spec.feature_dtype), MASKS: (spec.mask_shape, "uint8")}
-            if spec.has_images:
-                shapes[IMAGES] = ((*spec.mask_shape, 3), "uint8")
+            if len(self.views) != len(self.ids):
+                self._refuse(VIEWS, len(self.views), len(self.ids))
             self._arrays: dict[str, np.ndarray | h5py.Dataset] = {}
-            for name, (shape, dtype) in shapes.items():
+            for name, (shape, dtype) in self._layout(file).items():
                 dataset = file[name]
-                expected = ((len(self.ids), *shape), np.dtype(dtype))
-                if (dataset.shape, dataset.dtype) != expected or len(self.views) != len(self.ids):
-                    found = (dataset.shape, dataset.dtype)
-                    message = f"dataset {name!r} is {found}, but its spec says {expected}"
-                    raise ShardCorruptError(message, path=path, expected=expected, found=found)
-                self._arrays[name] = dataset if spec.compression != "none" else _mapped(path, dataset)
+                found, expected = (dataset.shape, dataset.dtype), (shape, np.dtype(dtype))
+                if found != expected:
+                    self._refuse(name, found, expected)
+                self._arrays[name] = dataset if chunked else _mapped(path, dataset)
+            packed = (FEATURES,) if spec.compression == "int8" else ()
+            self.plain = {name: array for name, array in self._arrays.items() if isinstance(array, np.ndarray) and name not in packed}
         except BaseException:
             file.close()
             raise
-        if spec.compression == "none":
+        if not chunked:
             file.close()
+
+    def _layout(self, file: h5py.File) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and type of each dataset that the attributes promise."""
+        spec, count = self.spec, len(self.ids)
+        features: dict[str, tuple[tuple[int, ...], str]] = {FEATURES: ((count, *spec.feature_shape), spec.feature_dtype)}
+        if spec.compression == "zeros":
+            self._starts = np.asarray(file[STARTS][()])
+            ordered = self._starts.shape == (count + 1,) and self._starts[0] == 0 and (np.diff(self._starts) >= 0).all()
+            if not ordered:
+                self._refuse(STARTS, self._starts.shape, (count + 1,))
+            packed = -(-int(np.prod(spec.feature_shape)) // 8)
+            features = {BITS: ((count, packed), "uint8"), VALUES: ((int(self._starts[-1]),), spec.feature_dtype)}
+        elif spec.compression == "int8":
+            codes = "uint8" if spec.nonnegative else "int8"
+            features = {FEATURES: ((count, *spec.feature_shape), codes), SCALES: ((count, spec.feature_shape[0]), "float32")}
+        layout = {**features, MASKS: ((count, *spec.mask_shape), "uint8")}
+        if spec.has_images:
+            layout[IMAGES] = ((count, *spec.mask_shape, 3), "uint8")
+        return layout
+
+    def _refuse(self, name: str, found: object, expected: object) -> None:
+        message = f"dataset {name!r} is {found}, but the shard's attributes say {expected}; write the store again"
+        raise ShardCorruptError(message, path=self.path, expected=expected, found=found)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def read(self, name: str, row: int) -> np.ndarray:
-        """Row ``row`` of a dataset: a read-only view where uncompressed, else a fresh array.
+        """Row ``row`` of ``features``, ``masks`` or ``images``: a read-only view of the file where it lies there as it is.
 
         Raises
         ------
         ShardCorruptError
-            When a compressed chunk cannot be decoded.
+            When a row cannot be decoded.
         """
-        array = self._arrays[name]
-        if isinstance(array, np.ndarray):
-            return array[row]
+        if name in self.plain:
+            return self.plain[name][row]
+        shape, dtype = self.spec.row(name)
+        out = np.empty(shape, dtype)
+        self._decode(name, row, out)
+        return out
+
+    def gather_into(self, name: str, rows: np.ndarray, out: np.ndarray) -> None:
+        """Several rows, copied or decoded straight into ``out`` (B, ...), contiguous.
+
+        Raises
+        ------
+        ShardCorruptError
+            When a row cannot be decoded.
+        """
+        if name in self.plain:
+            np.take(self.plain[name], rows, axis=0, out=out, mode="clip")  # rows are inside; "raise" would copy twice
+        else:
+            for row, target in zip(rows.tolist(), out, strict=True):
+                self._decode(name, row, target)
+
+    def _decode(self, name: str, row: int, out: np.ndarray) -> None:
+        """One row that does not lie in the file as it is.
+
+        Raises
+        ------
+        ShardCorruptError
+            When a row cannot be decoded.
+        """
+        arrays: dict[str, Any] = self._arrays
         try:
-            return array[row]
-        except OSError as error:
+            if name == FEATURES and self.spec.compression == "zeros":
+                codec.unpack_zeros(arrays[BITS][row], arrays[VALUES][self._starts[row] : self._starts[row + 1]], out)
+            elif name == FEATURES and self.spec.compression == "int8":
+                codec.dequantise(arrays[FEATURES][row], arrays[SCALES][row], out)
+            else:
+                arrays[name].read_direct(out, np.s_[row])
+        except (OSError, ValueError) as error:
             message = f"row {row} of {name!r} cannot be decoded ({error}); write the store again"
             raise ShardCorruptError(message, path=self.path) from error
 
 
 def _mapped(path: Path, dataset: h5py.Dataset) -> np.ndarray:
-    """(N, ...) read-only map of a contiguous dataset's bytes in the file."""
+    """Read-only map of a contiguous dataset's bytes in the file."""
+    if dataset.size == 0:  # no bytes, so no place in the file
+        return np.empty(dataset.shape, dataset.dtype)
     offset = dataset.id.get_offset()
     if offset is None or offset + dataset.nbytes > path.stat().st_size:
         raise ShardCorruptError(f"dataset {dataset.name!r} reaches past the end of the file", path=path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from featurestore.codec import as_float32
 from featurestore.schema import StoreSpec
 
 
@@ -46,7 +47,7 @@ class Statistics:
     @classmethod
     def of_sample(cls, spec: StoreSpec, features: np.ndarray, mask: np.ndarray) -> Statistics:
         """Statistics of one sample: features (C, h, w), mask (H, W)."""
-        flat = features.reshape(features.shape[0], -1).astype(np.float32)  # (C, h, w) -> (C, h*w)
+        flat = as_float32(features).reshape(features.shape[0], -1)  # (C, h, w) -> (C, h*w)
         mean = flat.mean(axis=1, dtype=np.float64)
         centred = flat - mean[:, None].astype(np.float32)
         pixels = np.bincount(mask.reshape(-1), minlength=256)

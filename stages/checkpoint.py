@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from featurestore.index import sync_folder
+from featurestore.files import sync_folder
 from stages.errors import DataError
 from stages.gan import Networks, build_networks
 from stages.models.decoder import Decoder

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from pydantic import BeforeValidator, Field, field_validator
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import featurestore
 import stages.data.images
 import stages.models.backbone
 from featurestore import FeatureStore, FeatureStoreError, SampleError, SpecMismatchError, StoreSpec
+from featurestore.codec import all_finite
+from featurestore.prefetch import prefetch
 from stages.config import Config
 from stages.data.images import decode_image, decode_mask, read_bytes, resize_pair
 from stages.data.manifest import SPLITS, Classes, Entry, read_manifest
@@ -44,7 +50,7 @@ class ExtractConfig(Config):
     compute: Literal["fp32", "bf16"]
     batch_size: int = Field(ge=1)
     feature_dtype: Literal["float16", "float32"]
-    compression: Literal["none", "lz4", "zstd"]
+    compression: Literal["none", "zeros", "lz4", "zstd", "int8"]
     store_images: bool
 
     @field_validator("backbone")
@@ -78,7 +84,7 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
     device
         ``auto``, ``cpu`` or ``cuda``.
     workers
-        Processes that decode photographs; the bytes written do not depend on it, nor on how many processes a
+        Threads that decode photographs; the bytes written do not depend on it, nor on how many processes a
         launcher (torchrun, SLURM) starts: shard i is made by rank i modulo their number.
 
     Returns
@@ -106,6 +112,7 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
     digest = backbone.digest()
     spec = _spec(config, backbone, digest, classes)
 
+    dtype = getattr(torch, config.feature_dtype)
     code = source_digest(sys.modules[__name__], stages.data.images, stages.models.backbone)
 
     # All splits are extracted before the first is published: an interrupted run finds every finished shard again,
@@ -125,30 +132,34 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
             )
             if _is_there(out / split, identity):
                 continue
-            writer = featurestore.create(out / split, spec, scratch=scratch / split / identity[:16], fingerprint=identity, overwrite=True)
+            with accelerator.main_process_first():  # rank 0 holds the lock: the others follow once it has it
+                writer = featurestore.create(
+                    out / split,
+                    spec,
+                    scratch=scratch / split / identity[:16],
+                    fingerprint=identity,
+                    overwrite=True,
+                    rank=accelerator.process_index,
+                    ranks=accelerator.num_processes,
+                )
             unpublished.enter_context(writer)
-            missing = writer.resume(len(samples), rank=accelerator.process_index, ranks=accelerator.num_processes)
-            # A batch never crosses a shard, so that a resumed run computes the very same batches.
-            batches = [
-                list(span[start : start + config.batch_size]) for span in missing for start in range(0, len(span), config.batch_size)
-            ]
-            loader = DataLoader(
-                _Photographs(samples, classes, config.input_size, config.resize),
-                batch_sampler=batches,
-                num_workers=workers,
-                collate_fn=_stack,
-                pin_memory=accelerator.device.type == "cuda",
-            )
-            bar = progress((), f"extract: {split}", sum(len(span) for span in missing), "image")
-            for positions, batch in zip(batches, loader, strict=True):
-                if isinstance(batch, DataError):
-                    raise batch
-                images, masks = batch
-                with accelerator.autocast():
-                    features = backbone(images.to(accelerator.device, memory_format=torch.channels_last))
-                _append(writer, samples, positions, features.float().cpu().numpy(), masks, images)
-                bar.update(len(positions))
-            bar.close()
+            missing = writer.resume(len(samples))
+            todo = [samples[position] for span in missing for position in span]
+            # Three things at once: threads decode photographs, the backbone computes, a thread writes what it gave. On the
+            # CPU two batches are computed at once, each by half of the threads: while one waits for its slowest thread,
+            # which may be held up by decoding, the other goes on. A GPU has a queue of its own.
+            read = partial(_read_pair, classes=classes, size=config.input_size, rule=config.resize)
+            pairs = prefetch(read, todo, workers=workers, ahead=2 * config.batch_size)
+            batches = (list(islice(pairs, size)) for size in _batch_sizes(missing, config.batch_size))
+            forward = partial(_forward, accelerator=accelerator, backbone=backbone, dtype=dtype)
+            streams, threads = (0 if accelerator.device.type == "cuda" else 2), torch.get_num_threads()
+            half = partial(torch.set_num_threads, max(1, threads // 2))
+            computed = prefetch(forward, batches, workers=streams, initializer=half)
+            write = partial(_append, writer, iter(todo))
+            with progress((), f"extract: {split}", len(todo), "image") as bar:
+                for written in prefetch(write, computed, workers=1, ahead=2):  # two wait while a shard goes to disk
+                    bar.update(written)
+            torch.set_num_threads(threads)
         accelerator.wait_for_everyone()
     accelerator.wait_for_everyone()  # rank 0 has published
     return {split: featurestore.open(out / split) for split in SPLITS}
@@ -213,66 +224,69 @@ def _is_there(path: Path, identity: str) -> bool:
     return True
 
 
-def _append(
-    writer: featurestore.StoreWriter,
-    samples: list[tuple[Entry, str]],
-    positions: list[int],
-    features: np.ndarray,
-    masks: np.ndarray,
-    images: torch.Tensor,
-) -> None:
-    pictures = images.permute(0, 2, 3, 1).numpy() if writer.spec.has_images else [None] * len(positions)  # (B, H, W, 3)
-    for position, feature, mask, picture in zip(positions, features, masks, pictures, strict=True):
-        entry, view = samples[position]
+@dataclass
+class _Computed:
+    """One batch on its way from the device to the store."""
+
+    images: torch.Tensor  # (B, 3, H, W) uint8, on the CPU
+    masks: np.ndarray  # (B, H, W) uint8
+    features: torch.Tensor  # (B, C, h, w) as computed, on the device
+    stored: torch.Tensor  # the same in the store's type, on the CPU
+    arrived: torch.cuda.Event | None  # when ``stored`` is there
+
+
+def _batch_sizes(missing: list[range], batch_size: int) -> Iterator[int]:
+    """Sizes of the batches. None crosses a shard, so that a resumed run computes the very same batches."""
+    for span in missing:
+        for start in range(0, len(span), batch_size):
+            yield min(batch_size, len(span) - start)
+
+
+def _forward(batch: list[tuple[np.ndarray, np.ndarray]], *, accelerator: Accelerator, backbone: Backbone, dtype: torch.dtype) -> _Computed:
+    """Photographs and masks through the backbone; on a GPU nothing here waits for it."""
+    cuda = accelerator.device.type == "cuda"
+    # (B, H, W, 3) -> (B, 3, H, W), channels last in memory
+    images = torch.from_numpy(np.stack([image for image, _ in batch])).permute(0, 3, 1, 2)
+    moved = (images.pin_memory() if cuda else images).to(accelerator.device, non_blocking=True)
+    with accelerator.autocast():
+        features = backbone(moved)
+    converted = torch.empty(features.shape, dtype=dtype, device=features.device)
+    torch.mul(features, 1, out=converted)  # vectorised on the CPU, which ``Tensor.half`` is not
+    stored, arrived = converted, None
+    if cuda:
+        stored = torch.empty(converted.shape, dtype=dtype, pin_memory=True)
+        stored.copy_(converted, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+    return _Computed(images, np.stack([mask for _, mask in batch]), features, stored, arrived)
+
+
+def _append(writer: featurestore.StoreWriter, samples: Iterator[tuple[Entry, str]], batch: _Computed) -> int:
+    """Append a batch to the store; the number of its samples."""
+    if batch.arrived is not None:
+        batch.arrived.synchronize()
+    pictures = batch.images.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+    for row, features in enumerate(batch.stored.numpy()):
+        entry, view = next(samples)
+        if not all_finite(features):  # beyond float16's range all look infinite: the value itself says more
+            features = batch.features[row].float().cpu().numpy()
+        picture = pictures[row] if writer.spec.has_images else None
         try:
-            writer.append(id=entry.id, features=feature, mask=mask, image=picture, view=view)
+            writer.append(id=entry.id, features=features, mask=batch.masks[row], image=picture, view=view)
         except SampleError as error:
             raise DataError(entry.image, f"{error}; is this photograph sound, and extract.weights right?") from error
+    return len(batch.masks)
 
 
-class _Photographs(Dataset[tuple[np.ndarray, np.ndarray] | DataError]):
-    """Photographs and masks at the backbone's size, read, checked against the manifest, resized, flipped.
-
-    A bad file comes as a value, not as an exception: PyTorch's worker processes would wrap it in a traceback.
-    """
-
-    def __init__(self, samples: list[tuple[Entry, str]], classes: Classes, size: tuple[int, int], rule: str) -> None:
-        self.samples = samples
-        self.classes = classes
-        self.size = size
-        self.rule = rule
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray] | DataError:
-        """(H, W, 3) uint8 photograph, (H, W) uint8 mask."""
-        try:
-            return self._read(*self.samples[position])
-        except DataError as problem:
-            return problem
-
-    def _read(self, entry: Entry, view: str) -> tuple[np.ndarray, np.ndarray]:
-        image_path, mask_path = Path(entry.image), Path(entry.mask)
-        image_bytes, mask_bytes = read_bytes(image_path, "photograph"), read_bytes(mask_path, "mask")
-        for path, content, sha256 in ((image_path, image_bytes, entry.image_sha256), (mask_path, mask_bytes, entry.mask_sha256)):
-            if hashlib.sha256(content).hexdigest() != sha256:
-                raise DataError(path, "this file changed since the prepare stage; run `dvc repro`, or prepare again")
-        classes = self.classes
-        image = decode_image(image_bytes, image_path)
-        mask = decode_mask(mask_bytes, mask_path, num_classes=len(classes.names), void_index=classes.void_index)
-        image, mask = resize_pair(image, mask, size=self.size, rule=self.rule)
-        if view == "hflip":
-            image, mask = image[:, ::-1], mask[:, ::-1]
-        return np.ascontiguousarray(image), np.ascontiguousarray(mask)
-
-
-def _stack(samples: list[tuple[np.ndarray, np.ndarray] | DataError]) -> tuple[torch.Tensor, np.ndarray] | DataError:
-    """(B, 3, H, W) uint8 photographs (stored channels last), (B, H, W) uint8 masks; or the first problem."""
-    images, masks = [], []
-    for sample in samples:
-        if isinstance(sample, DataError):
-            return sample
-        images.append(sample[0])
-        masks.append(sample[1])
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), np.stack(masks)
+def _read_pair(sample: tuple[Entry, str], *, classes: Classes, size: tuple[int, int], rule: str) -> tuple[np.ndarray, np.ndarray]:
+    """A photograph (H, W, 3) uint8 and its mask (H, W) uint8: read, checked against the manifest, resized, flipped."""
+    entry, view = sample
+    image_path, mask_path = Path(entry.image), Path(entry.mask)
+    image_bytes, mask_bytes = read_bytes(image_path, "photograph"), read_bytes(mask_path, "mask")
+    for path, content, sha256 in ((image_path, image_bytes, entry.image_sha256), (mask_path, mask_bytes, entry.mask_sha256)):
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise DataError(path, "this file changed since the prepare stage; run `dvc repro`, or prepare again")
+    picture = decode_image(image_bytes, image_path)
+    mask = decode_mask(mask_bytes, mask_path, num_classes=len(classes.names), void_index=classes.void_index)
+    image, mask = resize_pair(picture, mask, size=size, rule=rule)
+    return (image[:, ::-1], mask[:, ::-1]) if view == "hflip" else (image, mask)

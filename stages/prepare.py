@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from featurestore.writer import move_into_place
+from featurestore.files import move_into_place
 from stages.config import Config, Seed
 from stages.data import folder, voc, wastesim
 from stages.data.images import VOID, decode_image, decode_mask, read_bytes
@@ -157,10 +157,10 @@ def _check_pair(pair: Pair, classes: Classes, out: Path, building: Path) -> tupl
     image_bytes, mask_bytes = read_bytes(pair.image, "photograph"), read_bytes(pair.mask, "mask")
     image = decode_image(image_bytes, pair.image)
     mask = decode_mask(mask_bytes, pair.mask, num_classes=len(classes.names), void_index=classes.void_index)
-    if image.shape[:2] != mask.shape:
-        sizes = [f"{shape[1]} x {shape[0]}" for shape in (mask.shape, image.shape)]
+    if (image.height, image.width) != mask.shape:
+        sizes = [f"{width} x {height}" for height, width in (mask.shape, (image.height, image.width))]
         message = f"the mask is {sizes[0]} pixels, its photograph {pair.image} is {sizes[1]}; they must be of one size"
-        raise DataError(pair.mask, message, expected=image.shape[:2], found=mask.shape)
+        raise DataError(pair.mask, message, expected=(image.height, image.width), found=mask.shape)
     image_path, mask_path = (
         out / path.relative_to(building) if path.is_relative_to(building) else path for path in (pair.image, pair.mask)
     )
@@ -169,8 +169,8 @@ def _check_pair(pair: Pair, classes: Classes, out: Path, building: Path) -> tupl
         image=image_path.as_posix(),
         mask=mask_path.as_posix(),
         split=pair.split,
-        width=image.shape[1],
-        height=image.shape[0],
+        width=image.width,
+        height=image.height,
         image_sha256=hashlib.sha256(image_bytes).hexdigest(),
         mask_sha256=hashlib.sha256(mask_bytes).hexdigest(),
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,8 @@ from tqdm import tqdm
 from stages.errors import ConfigError
 
 Item = TypeVar("Item")
+# Of glibc's malloc.h: map nothing below 1 GB by itself, give nothing back below 2 GB, grow by 64 MB, share one arena.
+MALLOC = {-3: 1 << 30, -1: (1 << 31) - 1, -2: 64 << 20, -8: 1}
 
 
 def check_device(device: str) -> None:
@@ -42,10 +46,23 @@ def make_accelerator(device: str, mixed_precision: str, **options: Any) -> Accel
         When the device is not there, or cannot compute in this precision.
     """
     check_device(device)
+    _keep_freed_memory()
     cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     # accelerate keeps the first accelerator's settings for the whole process; a notebook may run stages with others.
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=cpu, mixed_precision=mixed_precision, **options)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep memory that is freed, for the next allocation, instead of giving it back to the system.
+
+    By default every large tensor is mapped anew, and each of its pages zeroed, in every step: on two CPU cores that
+    is half of EfficientNet-Lite0's forward pass at 256 x 256. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and sys.platform == "linux":
+        for parameter, size in MALLOC.items():
+            mallopt(parameter, size)
 
 
 def refuse_several_processes(accelerator: Accelerator) -> None:

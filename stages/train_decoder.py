@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,8 +17,8 @@ from torch import Tensor
 import featurestore
 import stages
 from featurestore import FeatureStore, SpecMismatchError
-from featurestore.dataset import Batch, loader
-from featurestore.shard import file_sha256
+from featurestore.dataset import Batch, FeatureLoader
+from featurestore.files import file_sha256
 from stages.augment.base import Augmenter
 from stages.augment.featuregan import FrozenFeatureGAN, JointFeatureGAN
 from stages.augment.none import NoAugmenter
@@ -69,6 +70,7 @@ def run(
     scratch: Path,
     device: str,
     workers: int,
+    cache: str,
     checkpoint_minutes: float,
 ) -> Scores:
     """Train one decoder and leave it in ``out``, its scores in ``metrics``.
@@ -89,7 +91,7 @@ def run(
         and ``gan/`` of a jointly trained GAN.
     metrics
         Folder of DVCLive's files and of ``test.json``.
-    logs, scratch, device, workers, checkpoint_minutes
+    logs, scratch, device, workers, cache, checkpoint_minutes
         As for ``train-gan``.
 
     Returns
@@ -111,9 +113,9 @@ def run(
     for store in stores.values():
         store.verify()
     augmenter = build_augmenter(accelerator, variant, gan, train)
-    batches = loader(train, config.batch_size, seed=seed, drop_last=True, images=augmenter.needs_images, workers=workers)
-    batches = accelerator.prepare(batches)
-    held_out = {split: accelerator.prepare(loader(stores[split], config.batch_size, workers=workers)) for split in ("val", "test")}
+    load = partial(FeatureLoader, batch_size=config.batch_size, workers=workers, device=accelerator.device, cache=cache)
+    batches = load(train, seed=seed, drop_last=True, images=augmenter.needs_images)
+    held_out = {split: load(stores[split]) for split in ("val", "test")}
 
     # The decoder: its initial weights are the same for every variant of a seed.
     seed_everything(seed)
@@ -152,11 +154,10 @@ def run(
     bar = progress((), f"train-decoder: {name} {seed}", config.epochs * len(batches), "step")
     bar.update(len(history.rows) * len(batches))
     for epoch in range(len(history.rows), config.epochs):
-        batches.set_epoch(epoch)  # its order is a function of seed and epoch, also when a resumed run starts here
         rng = random_generator(accelerator.device, seed, epoch, 1)
         means = Means()
         decoder.train()
-        for batch in batches:
+        for batch in batches.epoch(epoch):  # its order is a function of seed and epoch, also when a resumed run starts here
             real = batch.features.float().contiguous(memory_format=torch.channels_last)
             augmented = augmenter.augment(real, batch.masks, batch.images, rng)
             # Real and generated features pass separately, so that BatchNorm never mixes them (Algorithm 1).

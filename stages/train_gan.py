@@ -13,7 +13,7 @@ from pydantic import Field
 import featurestore
 import stages
 from featurestore import FeatureStore, SpecMismatchError
-from featurestore.dataset import loader
+from featurestore.dataset import FeatureLoader
 from stages.checkpoint import Checkpoint, save_gan, save_weights
 from stages.config import Config, Seed
 from stages.errors import ConfigError
@@ -64,6 +64,7 @@ def run(
     scratch: Path,
     device: str,
     workers: int,
+    cache: str,
     checkpoint_minutes: float,
 ) -> dict[str, float]:
     """Train FeatureGAN on a store's features and leave its networks in ``out``.
@@ -81,8 +82,8 @@ def run(
         Folders of DVCLive's and TensorBoard's files.
     scratch
         Where the state is kept at the end of epochs; a killed run goes on from there.
-    device, workers
-        Belong to the machine.
+    device, workers, cache
+        Belong to the machine; for the last two see :class:`featurestore.dataset.FeatureLoader`.
     checkpoint_minutes
         Save the state no more often than this.
 
@@ -102,8 +103,16 @@ def run(
     store = featurestore.open(features)
     check_store(config, store)
     store.verify()  # seconds now, against a night on damaged features
-    batches = loader(store, config.batch_size, seed=config.seed, drop_last=True, images=config.image_encoder, workers=workers)
-    batches = accelerator.prepare(batches)
+    batches = FeatureLoader(
+        store,
+        config.batch_size,
+        seed=config.seed,
+        drop_last=True,
+        images=config.image_encoder,
+        workers=workers,
+        device=accelerator.device,
+        cache=cache,
+    )
 
     # Networks and optimizers.
     seed_everything(config.seed)
@@ -133,10 +142,9 @@ def run(
     bar = progress((), "train-gan", config.frozen_epochs * len(batches), "step")
     bar.update(len(history.rows) * len(batches))
     for epoch in range(len(history.rows), config.frozen_epochs):
-        batches.set_epoch(epoch)  # its order is a function of seed and epoch, also when a resumed run starts here
         rng = random_generator(accelerator.device, config.seed, epoch)
         means = Means()
-        for batch in batches:
+        for batch in batches.epoch(epoch):  # its order is a function of seed and epoch, also when a resumed run starts here
             step = trainer.forward(batch.features, batch.masks, batch.images, ratio=1, rng=rng)
             trainer.update(step)
             means.add(step.terms)

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from featurestore import VOID
 from stages.errors import DataError
@@ -31,8 +31,8 @@ def read_bytes(path: Path, what: str) -> bytes:
         raise DataError(path, f"this {what} cannot be read ({error.strerror})") from error
 
 
-def decode_image(content: bytes, path: Path) -> np.ndarray:
-    """A photograph as (height, width, 3) uint8, turned as its EXIF tag says.
+def decode_image(content: bytes, path: Path) -> Image.Image:
+    """A photograph in RGB, turned as its EXIF tag says.
 
     Raises
     ------
@@ -40,9 +40,11 @@ def decode_image(content: bytes, path: Path) -> np.ndarray:
         When the bytes are no whole image.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        with Image.open(io.BytesIO(content)) as file:
+            file.load()
+            turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            image = ImageOps.exif_transpose(file) if turned else file
+            return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(path, f"not a readable image, or a truncated one ({error}); replace it") from error
 
@@ -64,7 +66,7 @@ def decode_mask(content: bytes, path: Path, *, num_classes: int, void_index: int
     if mode not in ("P", "L", "1", "I;16", "I") or mask.ndim != 2:
         message = f"the mask has mode {mode} (colours), expected one channel of class indices (mode P or L); convert it"
         raise DataError(path, message, expected="P or L", found=mode)
-    values = np.unique(mask)
+    values = np.bincount(mask.reshape(-1)).nonzero()[0] if mask.dtype == np.uint8 else np.unique(mask)  # counting beats sorting
     unknown = values[((values < 0) | (values >= num_classes)) & (values != void_index)]
     if unknown.size:
         message = (
@@ -72,10 +74,10 @@ def decode_mask(content: bytes, path: Path, *, num_classes: int, void_index: int
             "correct the mask or the class list"
         )
         raise DataError(path, message, expected=num_classes, found=int(unknown[0]))
-    return np.where(mask == void_index, VOID, mask).astype(np.uint8)
+    return mask if mask.dtype == np.uint8 and void_index == VOID else np.where(mask == void_index, VOID, mask).astype(np.uint8)
 
 
-def resize_pair(image: np.ndarray, mask: np.ndarray, *, size: tuple[int, int], rule: str) -> tuple[np.ndarray, np.ndarray]:
+def resize_pair(image: Image.Image, mask: np.ndarray, *, size: tuple[int, int], rule: str) -> tuple[np.ndarray, np.ndarray]:
     """Bring a photograph and its mask to (H, W) = ``size``: bilinear with antialiasing, nearest for the mask.
 
     ``stretch`` ignores the aspect ratio; ``pad`` keeps it and fills up with black and void, right and below;
@@ -86,16 +88,16 @@ def resize_pair(image: np.ndarray, mask: np.ndarray, *, size: tuple[int, int], r
     (H, W, 3) uint8, (H, W) uint8
     """
     height, width = size
-    picture, labels = Image.fromarray(image), Image.fromarray(mask)
+    labels = Image.fromarray(mask)
     if rule == "stretch":
         box = (width, height)
     else:
-        ratios = (width / picture.width, height / picture.height)
+        ratios = (width / image.width, height / image.height)
         ratio = min(ratios) if rule == "pad" else max(ratios)
         fit = min if rule == "pad" else max  # rounding must not leave the frame, or a gap in it
-        box = (fit(width, round(picture.width * ratio)), fit(height, round(picture.height * ratio)))
+        box = (fit(width, round(image.width * ratio)), fit(height, round(image.height * ratio)))
         box = (max(1, box[0]), max(1, box[1]))
-    small_image = np.asarray(picture.resize(box, Image.Resampling.BILINEAR))
+    small_image = np.asarray(image.resize(box, Image.Resampling.BILINEAR))
     small_mask = np.asarray(labels.resize(box, Image.Resampling.NEAREST))
     if rule == "pad":
         below, right = height - box[1], width - box[0]

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
-from featurestore import SpecMismatchError
-from featurestore.dataset import BatchOrder, FeatureDataset, loader
+from featurestore import SpecMismatchError, StoreMemoryError
+from featurestore.dataset import BatchOrder, FeatureDataset, FeatureLoader
 from tests.featurestore.test_store import SPEC, sample, write
 
 
-def test_batches_hold_the_samples_of_their_positions(tmp_path: Path) -> None:
-    store = write(tmp_path / "store")
-    batches = list(loader(store, 3, seed=5, images=True))
-    assert [len(batch.positions) for batch in batches] == [3, 3, 1]
+@pytest.mark.parametrize("compression", ["none", "zeros", "lz4"])
+@pytest.mark.parametrize("cache", ["none", "host", "device"])
+@pytest.mark.parametrize("workers", [0, 3])
+def test_batches_hold_the_samples_of_their_positions(tmp_path: Path, workers: int, cache: str, compression: str) -> None:
+    store = write(tmp_path / "store", spec=dataclasses.replace(SPEC, compression=compression))
+    batches = list(FeatureLoader(store, 3, seed=5, images=True, workers=workers, cache=cache).epoch(2))
+    assert [len(batch) for batch in batches] == [3, 3, 1]
     assert sorted(position for batch in batches for position in batch.positions.tolist()) == list(range(7))
     for batch in batches:
         for row, position in enumerate(batch.positions.tolist()):
@@ -30,25 +37,82 @@ def test_the_order_depends_on_seed_and_epoch_alone(tmp_path: Path, workers: int)
     store = write(tmp_path / "store")
 
     def order(seed: int | None, epoch: int) -> list[list[int]]:
-        batches = loader(store, 2, seed=seed, workers=workers)
-        batches.batch_sampler.set_epoch(epoch)
-        return [batch.positions.tolist() for batch in batches]
+        return [batch.positions.tolist() for batch in FeatureLoader(store, 2, seed=seed, workers=workers).epoch(epoch)]
 
-    expected = BatchOrder(7, 2, seed=1)
-    expected.set_epoch(3)
-    assert order(1, 3) == list(expected)
+    assert order(1, 3) == BatchOrder(7, 2, seed=1).epoch(3)
     assert order(1, 4) != order(1, 3)
     assert order(2, 3) != order(1, 3)
     assert order(None, 3) == [[0, 1], [2, 3], [4, 5], [6]]
 
 
+def test_ranks_share_the_batches_of_a_single_process() -> None:
+    whole = BatchOrder(11, 4, seed=3).epoch(5)
+    parts = [BatchOrder(11, 4, seed=3, rank=rank, ranks=2).epoch(5) for rank in range(2)]
+    assert [first + second for first, second in zip(*parts, strict=True)] == whole
+    assert [len(batch) for batch in parts[0]] == [2, 2, 2]
+    with pytest.raises(ValueError, match="cannot be divided evenly over 3"):
+        BatchOrder(11, 4, ranks=3)
+
+
 def test_a_short_last_batch_is_left_out_on_request() -> None:
-    assert [len(batch) for batch in BatchOrder(7, 3, seed=0, drop_last=True)] == [3, 3]
+    assert [len(batch) for batch in BatchOrder(7, 3, seed=0, drop_last=True).epoch(0)] == [3, 3]
+
+
+def test_memory_is_used_again_only_when_nothing_refers_to_it(tmp_path: Path) -> None:
+    store = write(tmp_path / "store")
+    loader = FeatureLoader(store, 2, workers=0)
+    kept = [batch.features[1:] for batch in loader.epoch(0) if len(batch) == 2]  # views outlive their batches
+    for batch in loader.epoch(0):
+        del batch
+    for number, part in enumerate(kept):
+        np.testing.assert_array_equal(part[0], sample(2 * number + 1)["features"])
+    places = {part.untyped_storage().data_ptr() for part in kept}
+    del kept, part
+    gc.collect()
+    again = {batch.features.untyped_storage().data_ptr() for batch in loader.epoch(0) if len(batch) == 2}
+    assert again <= places
+
+
+def test_an_abandoned_epoch_leaves_no_thread(tmp_path: Path) -> None:
+    import threading
+
+    store = write(tmp_path / "store")
+    for batch in FeatureLoader(store, 1, workers=3).epoch(0):
+        assert len(batch) == 1
+        break
+    gc.collect()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_a_store_that_does_not_fit_into_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = write(tmp_path / "store")
+    memory = type("Memory", (), {"available": 1000})
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    with pytest.raises(StoreMemoryError, match="do not fit into memory .*use --cache none"):
+        FeatureLoader(store, 2, cache="host")
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("compression", ["none", "zeros", "lz4"])
+def test_pytorchs_own_loader_with_worker_processes(tmp_path: Path, start: str, compression: str) -> None:
+    store = write(tmp_path / "store", spec=dataclasses.replace(SPEC, compression=compression))
+    store.features(0)  # handles that are open before the workers start
+    loader = DataLoader(FeatureDataset(store, images=True), batch_size=3, num_workers=2, collate_fn=as_it_is, multiprocessing_context=start)
+    seen = {}
+    for batch in loader:
+        for row, position in enumerate(batch.positions.tolist()):
+            seen[position] = batch.features[row].clone()
+    assert sorted(seen) == list(range(7))
+    for position, features in seen.items():
+        torch.testing.assert_close(features, torch.from_numpy(sample(position)["features"]), rtol=0, atol=0)
+
+
+def as_it_is(batch: object) -> object:
+    return batch
 
 
 def test_images_that_are_not_there_are_refused_at_once(tmp_path: Path) -> None:
-    import dataclasses
-
     store = write(tmp_path / "store", spec=dataclasses.replace(SPEC, has_images=False))
-    with pytest.raises(SpecMismatchError, match="store_images"):
-        FeatureDataset(store, images=True)
+    for maker in (lambda: FeatureDataset(store, images=True), lambda: FeatureLoader(store, 2, images=True)):
+        with pytest.raises(SpecMismatchError, match="store_images"):
+            maker()

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import multiprocessing
 import pickle
+import shutil
+import subprocess
 from pathlib import Path
 
 import h5py
@@ -119,6 +121,18 @@ def test_any_hdf5_tool_can_read_a_shard(tmp_path: Path) -> None:
         assert [name.decode() for name in file.attrs["class_names"]] == list(SPEC.class_names)
         assert file.attrs["palette"].tolist() == [list(colour) for colour in SPEC.palette]
         assert file.attrs["format_version"] == featurestore.FORMAT_VERSION
+
+
+@pytest.mark.skipif(shutil.which("h5dump") is None, reason="h5dump and h5ls come with the package hdf5-tools")
+@pytest.mark.parametrize("compression", ["none", "zeros", "int8"])
+def test_the_hdf5_groups_own_tools_read_a_shard(tmp_path: Path, compression: str) -> None:
+    store = write(tmp_path / "store", spec=dataclasses.replace(SPEC, compression=compression))
+    shard = str(store.folder / "shard-00000.h5")
+    listed = subprocess.run(["h5ls", shard], capture_output=True, text=True, check=True).stdout
+    assert "masks                    Dataset {3, 32, 40}" in listed
+    dumped = subprocess.run(["h5dump", "-d", "masks", "-y", "-w", "0", shard], capture_output=True, text=True, check=True).stdout
+    numbers = dumped.split("DATA {")[1].split("}")[0].replace(",", " ").split()
+    np.testing.assert_array_equal(np.array(numbers, np.uint8).reshape(3, 32, 40), np.stack([sample(n)["mask"] for n in range(3)]))
 
 
 def test_a_single_shard_opens_by_itself(tmp_path: Path) -> None:
@@ -259,8 +273,8 @@ def test_several_ranks_share_a_store(tmp_path: Path) -> None:
     write(tmp_path / "whole", fingerprint="f", scratch=tmp_path / "other")
     options = {"scratch": tmp_path / "scratch", "fingerprint": "f", "samples_per_shard": 3}
     for rank in (1, 0):
-        with featurestore.create(tmp_path / "store", SPEC, **options) as writer:
-            spans = writer.resume(7, rank=rank, ranks=2)
+        with featurestore.create(tmp_path / "store", SPEC, rank=rank, ranks=2, **options) as writer:
+            spans = writer.resume(7)
             assert spans == ([range(3, 6)] if rank else [range(3), range(6, 7)])
             for number in (number for span in spans for number in span):
                 writer.append(**sample(number))

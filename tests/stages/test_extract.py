@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import featurestore
-from featurestore import ShardCorruptError
+from featurestore import ShardCorruptError, StoreBusyError
 from stages import extract
 from stages.data.manifest import read_manifest
 from stages.errors import ConfigError, DataError
@@ -186,6 +186,27 @@ def test_nothing_is_published_before_all_splits_are_extracted(prepared: Path, mo
     run(config(), prepared)
     assert sum(calls) == 3  # the test split's: those of train and val were taken over
     assert digests(prepared / "features") == digests(prepared / "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_second_extraction_into_the_same_scratch_folder_says_so_and_stops(prepared: Path) -> None:
+    code = (
+        "import time; from tests.stages.test_extract import *\n"
+        "Backbone.forward = lambda self, images: time.sleep(60)\n"
+        f"run(config(), Path({str(prepared)!r}))"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    )
+    try:
+        while first.poll() is None and not list((prepared / "scratch").glob("train/*.lock")):
+            time.sleep(0.05)
+        with pytest.raises(StoreBusyError, match=f"process {first.pid} on .* is writing this store; wait for it or stop it"):
+            run(config(), prepared)
+    finally:
+        first.kill()
+        first.wait()
+    assert len(run(config(), prepared)["train"]) == 6  # a killed process holds nothing
 
 
 @pytest.mark.slow

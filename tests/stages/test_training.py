@@ -13,7 +13,7 @@ import torch
 
 import featurestore
 from featurestore import IncompleteStoreError, ShardCorruptError, SpecMismatchError
-from featurestore.dataset import loader
+from featurestore.dataset import FeatureLoader
 from stages import train_decoder, train_gan
 from stages.analysis.figures import read_curves
 from stages.checkpoint import Checkpoint, load_decoder, load_generator
@@ -95,6 +95,7 @@ def run_gan(features: Path, root: Path, **changes) -> dict[str, float]:
         scratch=root / "scratch",
         device="cpu",
         workers=0,
+        cache="none",
         checkpoint_minutes=0,
     )
 
@@ -113,6 +114,7 @@ def run_decoder(features: Path, root: Path, variant: dict, *, name: str, seed: i
         scratch=root / "scratch",
         device="cpu",
         workers=workers,
+        cache="none",
         checkpoint_minutes=0,
     )
 
@@ -302,13 +304,13 @@ def test_variants_of_a_seed_start_alike_and_take_equal_steps(
             built.append(decoder_class(**settings))
             return built[0]
 
-        def collect(self, positions, seen=seen, original=train_decoder.loader.__globals__["FeatureDataset"].__getitems__):
+        def collect(self, positions, seen=seen, original=FeatureLoader._gather):
             seen.append(list(positions))
             return original(self, positions)
 
         with monkeypatch.context() as patch:
             patch.setattr(train_decoder, "Decoder", build)
-            patch.setattr("featurestore.dataset.FeatureDataset.__getitems__", collect)
+            patch.setattr(FeatureLoader, "_gather", collect)
             # Learning is off, so that the weights at the end are those at the start.
             run_decoder(features, root, variant, name=name, epochs=1, lr=1e-30)
         starts[name] = [parameter.detach().clone() for parameter in built[0].parameters()]
@@ -323,7 +325,7 @@ def test_scores_are_those_of_the_saved_decoder_on_the_whole_test_split(features:
     assert scores.miou > 0.6  # the classes are easy to tell apart
     decoder = load_decoder(tmp_path / "decoders" / "baseline-0")
     total = torch.zeros(3, 3, dtype=torch.long)
-    for batch in loader(featurestore.open(features / "test"), 3):
+    for batch in FeatureLoader(featurestore.open(features / "test"), 3):
         total += confusion_matrix(decoder(batch.features.float(), (64, 64)).argmax(1), batch.masks, 3)
     assert score(total, SPEC.class_names) == scores
     result = json.loads((tmp_path / "metrics" / "baseline-0" / "test.json").read_text())

@@ -1,0 +1,173 @@
+"""``extract`` against its limit: the bare backbone's forward pass on tensors that are ready.
+
+    python -m benchmarks.extract --dataset dataset [--backbone resnet101] [--json FILE]
+
+``--dataset`` is a folder that ``python pipeline.py prepare`` wrote. Its training photographs are extracted, as many
+times over as it takes, into a scratch folder: N of them, and ten times N. The rate of extraction is the
+difference of the two runs (so starting up does not count), the rate of the backbone the median of batches run before
+and after them. Peak memory is each process's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+
+def extract(config: dict[str, Any], work: Path, device: str, workers: int) -> dict[str, float]:
+    """Seconds of one extraction, and this process's peak memory; runs in a process of its own."""
+    from stages import extract as stage
+
+    start = time.perf_counter()
+    stage.run(
+        stage.ExtractConfig(**config),
+        dataset=work / "dataset",
+        out=work / "features",
+        scratch=work / "scratch",
+        device=device,
+        workers=workers,
+    )
+    seconds = time.perf_counter() - start
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    peak = next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return {"seconds": seconds, "peak_rss_mb": peak}
+
+
+def bare(config: dict[str, Any], batches: int, device: str) -> dict[str, float]:
+    """Images a second of the backbone alone, the median of some batches; runs in a process of its own."""
+    import torch
+
+    from stages.models.backbone import build_backbone
+    from stages.runtime import make_accelerator
+
+    accelerator = make_accelerator(device, "bf16" if config["compute"] == "bf16" else "no")
+    network = build_backbone(name=config["backbone"], weights=config["weights"]).to(accelerator.device, memory_format=torch.channels_last)
+    shape = (config["batch_size"], config["input_size"], config["input_size"], 3)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8)).permute(0, 3, 1, 2).to(accelerator.device)
+    seconds = []
+    for number in range(batches + 2):
+        start = time.perf_counter()
+        with accelerator.autocast():
+            network(images)
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        if number >= 2:
+            seconds.append(time.perf_counter() - start)
+    return {"images_per_s": config["batch_size"] / statistics.median(seconds)}
+
+
+def _in_a_process(function: str, *arguments: Any) -> dict[str, float]:
+    request = pickle.dumps((function, arguments)).hex()
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # as the extract command sets it; the backbone alone runs the same
+    command = [sys.executable, "-m", "benchmarks.extract", "--measure", request]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(run.stderr)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@click.command(help=__doc__)
+@click.option("--dataset", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True, help="Folder of the manifest.")
+@click.option("--backbone", default="efficientnet_lite0", show_default=True, help="efficientnet_lite0, resnet50 or resnet101.")
+@click.option("--size", type=click.IntRange(64), default=256, show_default=True, help="extract.input_size.")
+@click.option("--compute", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="extract.compute.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="extract.batch_size.")
+@click.option("--images", type=click.IntRange(1), default=300, show_default=True, help="N.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--workers", type=click.IntRange(0), default=2, show_default=True)
+@click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Where the stores go; default: the system's.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
+def main(
+    dataset: Path,
+    backbone: str,
+    size: int,
+    compute: str,
+    batch_size: int,
+    images: int,
+    device: str,
+    workers: int,
+    scratch: Path | None,
+    file: Path | None,
+) -> None:
+    from benchmarks import common
+
+    work = Path(tempfile.mkdtemp(prefix="extract-", dir=scratch))
+    try:
+        common.backbone_for(backbone, work)
+        config = {
+            "backbone": backbone,
+            "weights": str(work / f"{backbone}.pth") if backbone.startswith("resnet") else "default",
+            "input_size": size,
+            "resize": "stretch",
+            "views": ["identity"],
+            "compute": compute,
+            "batch_size": batch_size,
+            "feature_dtype": "float16",
+            "compression": "none",
+            "store_images": True,
+        }
+        print(common.machine(), flush=True)
+        batches = max(3, images // batch_size // 2)
+        alone, runs = [_in_a_process("bare", config, batches, device)["images_per_s"]], {}
+        for count in (images, 10 * images):
+            _write_dataset(dataset, work / "dataset", count)
+            runs[count] = _in_a_process("extract", config, work, device, workers)
+            shutil.rmtree(work / "features")
+            alone.append(_in_a_process("bare", config, batches, device)["images_per_s"])
+        rate = 9 * images / (runs[10 * images]["seconds"] - runs[images]["seconds"])
+        limit = statistics.median(alone)
+        rows = [
+            {"backbone": f"{backbone} {size} {compute}", "what": "backbone alone", "images": batches * batch_size, "images_per_s": limit},
+            {
+                "backbone": f"{backbone} {size} {compute}",
+                "what": "extract",
+                "images": 9 * images,
+                "images_per_s": rate,
+                "to_backbone": rate / limit,
+            },
+        ]
+        for count, run in runs.items():
+            rows.append(
+                {
+                    "backbone": f"{backbone} {size} {compute}",
+                    "what": f"extract of {count}",
+                    "images": count,
+                    "peak_rss_mb": round(run["peak_rss_mb"]),
+                }
+            )
+        rows[-1]["growth"] = runs[10 * images]["peak_rss_mb"] / runs[images]["peak_rss_mb"] - 1
+        common.report(rows, ("backbone", "what", "images", "images_per_s", "to_backbone", "peak_rss_mb", "growth"), file)
+    finally:
+        shutil.rmtree(work)
+
+
+def _write_dataset(source: Path, target: Path, count: int) -> None:
+    """A manifest of ``count`` training photographs and one for val and test each, over again under new ids."""
+    from stages.data.manifest import SUMMARY_NAME, read_manifest, write_manifest
+
+    entries = [entry for entry in read_manifest(source)[0] if entry.split == "train"]
+    chosen = [dataclasses.replace(entries[number % len(entries)], id=f"{number}") for number in range(count)]
+    held_out = [dataclasses.replace(entries[0], id=split, split=split) for split in ("val", "test")]
+    target.mkdir(exist_ok=True)
+    write_manifest(target, chosen + held_out, json.loads((source / SUMMARY_NAME).read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        name, arguments = pickle.loads(bytes.fromhex(sys.argv[2]))
+        print(json.dumps({"bare": bare, "extract": extract}[name](*arguments)))
+    else:
+        main()

@@ -1,0 +1,105 @@
+"""What eight bits a value cost: decoders trained on the features as they are, and on the same features as ``int8``.
+
+    python -m benchmarks.int8 features [--seeds 3] [--epochs 12] [--json FILE]
+
+``features`` holds the stores ``train``, ``val`` and ``test``. Every seed trains a decoder on each; each is scored on test
+features as they are and on quantised ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+from pathlib import Path
+
+import click
+import torch
+
+import featurestore
+from featurestore.dataset import FeatureLoader
+from stages.checkpoint import load_decoder
+from stages.runtime import make_accelerator
+from stages.train_decoder import TrainDecoderConfig, VariantConfig, evaluate, run
+
+
+def quantised(source: Path, target: Path) -> None:
+    """Write the stores of ``source`` again with ``compression: int8``."""
+    for split in ("train", "val", "test"):
+        store = featurestore.open(source / split)
+        spec = dataclasses.replace(store.spec, compression="int8")
+        with featurestore.create(target / split, spec, fingerprint=f"int8 of {store.fingerprint}") as writer:
+            writer.resume(len(store))
+            for sample in store:
+                writer.append(id=sample.id, view=sample.view, features=sample.features, mask=sample.mask, image=sample.image)
+
+
+@click.command(help=__doc__)
+@click.argument("features", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=12, show_default=True)
+@click.option("--batch-size", type=click.IntRange(2), default=16, show_default=True)
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
+def main(features: Path, seeds: int, epochs: int, batch_size: int, file: Path | None) -> None:
+    from benchmarks import common
+
+    config = TrainDecoderConfig(
+        epochs=epochs,
+        batch_size=batch_size,
+        decoder="deeplab",
+        width=64,
+        atrous_rates=(12, 24, 36),
+        lr=5e-4,
+        betas=(0.9, 0.999),
+        mixed_precision="no",
+    )
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        quantised(features, work / "int8")
+        stores = {"float16": features, "int8": work / "int8"}
+        scores: dict[tuple[str, str], list[float]] = {}
+        for seed in range(seeds):
+            for trained_on, folder in stores.items():
+                out = work / f"{trained_on}-{seed}"
+                run(
+                    config,
+                    VariantConfig(augmenter="none"),
+                    name=trained_on,
+                    seed=seed,
+                    features=folder,
+                    gan=work / "none",
+                    out=out,
+                    metrics=work / "metrics",
+                    logs=work / "logs",
+                    scratch=work / "scratch",
+                    device="auto",
+                    workers=2,
+                    cache="none",
+                    checkpoint_minutes=1e9,
+                )
+                accelerator = make_accelerator("auto", "no")
+                decoder = load_decoder(out).to(accelerator.device)
+                for scored_on, held_out in stores.items():
+                    store = featurestore.open(held_out / "test")
+                    batches = FeatureLoader(store, batch_size, device=accelerator.device)
+                    with torch.no_grad():
+                        found = evaluate(accelerator, decoder, batches, store.spec.class_names)
+                    scores.setdefault((trained_on, scored_on), []).append(100 * found.miou)
+        sizes = {kind: sum(record.bytes for record in featurestore.open(folder / "train").records) for kind, folder in stores.items()}
+    plain = scores["float16", "float16"]
+    rows = [
+        {
+            "trained_on": trained_on,
+            "scored_on": scored_on,
+            "miou": f"{statistics.fmean(values):.2f}",
+            "difference": f"{statistics.fmean(a - b for a, b in zip(values, plain, strict=True)):+.2f}",
+            "by_seed": ", ".join(f"{value:.2f}" for value in values),
+            "train_store_mb": round(sizes[trained_on] / 1e6),
+        }
+        for (trained_on, scored_on), values in scores.items()
+    ]
+    common.report(rows, ("trained_on", "scored_on", "miou", "difference", "by_seed", "train_store_mb"), file)
+
+
+if __name__ == "__main__":
+    main()

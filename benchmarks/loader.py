@@ -1,0 +1,162 @@
+"""An epoch of pure reading: the training loader against plain loops and against PyTorch's DataLoader.
+
+    python -m benchmarks.loader features/train [--batch-size 16] [--json FILE]
+
+Every method reads the same shuffled batches of the same store, features and masks, in a process of its own,
+several epochs, in turns; the median epoch counts, the first is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+
+def memmap(store: Any, batch_size: int) -> Callable[[int], Iterator[Any]]:
+    """One thread, a raw file of all features and one of all masks, fancy indexing: what a plain script does."""
+    from featurestore.dataset import BatchOrder
+
+    arrays = {
+        name: np.memmap(path, store.spec.row(name)[1], "r", shape=(len(store), *store.spec.row(name)[0]))
+        for name, path in raw_files(store.path).items()
+    }
+    order = BatchOrder(len(store), batch_size, seed=0, drop_last=True)
+
+    def epoch(number: int) -> Iterator[Any]:
+        for positions in order.epoch(number):
+            yield {name: array[positions] for name, array in arrays.items()}
+
+    return epoch
+
+
+def raw_files(store: Path) -> dict[str, Path]:
+    """Where the plain script's files lie: beside the store."""
+    return {name: store.with_name(f".{store.name}-{name}.bin") for name in ("features", "masks")}
+
+
+def read_back(files: list[Path]) -> None:
+    """Drop files from the page cache and read them back: the kernel keeps them in the same way then, however they were written."""
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while file.read(1 << 20):
+                pass
+
+
+def our_loader(**options: Any) -> Callable[[Any, int], Callable[[int], Iterator[Any]]]:
+    def make(store: Any, batch_size: int) -> Callable[[int], Iterator[Any]]:
+        from featurestore.dataset import FeatureLoader
+
+        return FeatureLoader(store, batch_size, seed=0, drop_last=True, **options).epoch
+
+    return make
+
+
+def torch_loader(workers: int) -> Callable[[Any, int], Callable[[int], Iterator[Any]]]:
+    def make(store: Any, batch_size: int) -> Callable[[int], Iterator[Any]]:
+        from torch.utils.data import DataLoader
+
+        from featurestore.dataset import BatchOrder, FeatureDataset
+
+        order = BatchOrder(len(store), batch_size, seed=0, drop_last=True)
+
+        class Batches:
+            number = 0
+
+            def __iter__(self) -> Iterator[list[int]]:
+                return iter(order.epoch(self.number))
+
+        batches = Batches()
+        loader = DataLoader(
+            FeatureDataset(store),
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=lambda batch: batch,
+            persistent_workers=workers > 0,
+        )
+
+        def epoch(number: int) -> Iterator[Any]:
+            batches.number = number
+            return iter(loader)
+
+        return epoch
+
+    return make
+
+
+METHODS: dict[str, Callable[[Any, int], Callable[[int], Iterator[Any]]]] = {
+    "np.memmap, one thread": memmap,
+    "FeatureLoader, no thread": our_loader(workers=0),
+    "FeatureLoader, 1 thread": our_loader(workers=1),
+    "FeatureLoader, 2 threads": our_loader(workers=2),
+    "FeatureLoader, 2 threads, cache host": our_loader(workers=2, cache="host"),
+    "DataLoader, no process": torch_loader(0),
+    "DataLoader, 2 processes": torch_loader(2),
+}
+
+
+def measure(method: str, path: Path, batch_size: int, epochs: int) -> list[float]:
+    import featurestore
+
+    store = featurestore.open(path)
+    epoch, seconds = METHODS[method](store, batch_size), []
+    for number in range(epochs + 1):
+        start = time.perf_counter()
+        for _ in epoch(number):
+            pass
+        if number:
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+@click.command(help=__doc__)
+@click.argument("store", type=click.Path(path_type=Path, exists=True))
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=5, show_default=True, help="Epochs a process.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Processes a method, in turns.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
+def main(store: Path, batch_size: int, epochs: int, rounds: int, file: Path | None) -> None:
+    import featurestore
+    from benchmarks import common
+
+    opened = featurestore.open(store)
+    print(f"{common.machine()}\n{opened}, {opened.spec.compression}, batches of {batch_size}\n", flush=True)
+    results: dict[str, list[float]] = {}
+    for name, path in raw_files(store).items():
+        featurestore.open(store).gather(name, range(len(opened))).tofile(path)
+    read_back([*raw_files(store).values(), *store.glob("*.h5")])
+    for _ in range(rounds):
+        for method in METHODS:
+            request = pickle.dumps((method, store, batch_size, epochs)).hex()
+            run = subprocess.run(
+                [sys.executable, "-m", "benchmarks.loader", "--measure", request], capture_output=True, text=True, check=False
+            )
+            if run.returncode:
+                raise SystemExit(run.stderr)
+            results.setdefault(method, []).extend(json.loads(run.stdout.splitlines()[-1]))
+    for path in raw_files(store).values():
+        path.unlink()
+    count = len(opened) // batch_size * batch_size
+    rates = {method: count / statistics.median(seconds) for method, seconds in results.items()}
+    plain = rates["np.memmap, one thread"]
+    rows = [{"method": method, "samples_per_s": rate, "to_memmap": rate / plain} for method, rate in rates.items()]
+    common.report(rows, ("method", "samples_per_s", "to_memmap"), file)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(measure(*pickle.loads(bytes.fromhex(sys.argv[2])))))
+    else:
+        main()

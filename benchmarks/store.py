@@ -1,0 +1,373 @@
+"""Shuffled reads of dense features: our store against the formats that people use, in one run on the same features.
+
+    python -m benchmarks.store --photographs FOLDER [--backbone resnet50] [--json FILE]
+
+The features are those of real photographs (a ResNet's weights are random: nothing is downloaded).
+Every method runs in processes of its own, in turns, and reads all samples in shuffled order, several
+times over, into the same kind of memory: one buffer that is used again. The median pass counts. Files lie in the
+page cache, unless ``--cold`` drops them from it before each pass.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import pickle
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+BATCH = 8
+Reader = tuple[Callable[[int], np.ndarray], Callable[[list[int], np.ndarray], None]]
+
+
+def rowwise(read: Callable[[int], np.ndarray]) -> Reader:
+    """A reader of batches made from one of samples: each is copied into its place."""
+
+    def batch(positions: list[int], out: np.ndarray) -> None:
+        for row, position in enumerate(positions):
+            out[row] = read(position)
+
+    return read, batch
+
+
+# -- methods: write(features (N, C, h, w) float16, folder), then open(folder, shape) -> reader ------------
+
+
+def write_ours(compression: str) -> Callable[[np.ndarray, Path], None]:
+    def write(features: np.ndarray, folder: Path) -> None:
+        import featurestore
+
+        channels, height, width = features.shape[1:]
+        spec = featurestore.StoreSpec(
+            feature_shape=(channels, height, width),
+            mask_shape=(1, 1),
+            class_names=("all",),
+            palette=((0, 0, 0),),
+            backbone="benchmark",
+            weights_digest="",
+            output_stride=1,
+            normalization_mean=(0, 0, 0),
+            normalization_std=(1, 1, 1),
+            resize="stretch",
+            compute="fp32",
+            nonnegative=bool((features >= 0).all()),
+            compression=compression,
+        )
+        with featurestore.create(folder / "store", spec) as writer:
+            for number, sample in enumerate(features):
+                writer.append(id=str(number), features=sample, mask=np.zeros((1, 1), np.uint8))
+
+    return write
+
+
+def open_ours(folder: Path, shape: tuple[int, ...]) -> Reader:
+    import featurestore
+
+    store = featurestore.open(folder / "store")
+    return store.features, lambda positions, out: store.gather("features", positions, out)
+
+
+def write_memmap(features: np.ndarray, folder: Path) -> None:
+    features.tofile(folder / "features.bin")
+
+
+def open_memmap(folder: Path, shape: tuple[int, ...]) -> Reader:
+    mapped = np.memmap(folder / "features.bin", np.float16, "r", shape=shape)
+    return rowwise(mapped.__getitem__)
+
+
+def write_torch(features: np.ndarray, folder: Path) -> None:
+    import torch
+
+    for number, sample in enumerate(features):
+        torch.save(torch.from_numpy(sample), folder / f"{number}.pt")
+
+
+def open_torch(folder: Path, shape: tuple[int, ...]) -> Reader:
+    import torch
+
+    return rowwise(lambda position: torch.load(folder / f"{position}.pt", weights_only=True).numpy())
+
+
+def write_h5py(**options: Any) -> Callable[[np.ndarray, Path], None]:
+    def write(features: np.ndarray, folder: Path) -> None:
+        import h5py
+
+        settings = {**options, "chunks": (1, *features.shape[1:])} if options.get("chunks") == "sample" else options
+        with h5py.File(folder / "features.h5", "w") as file:
+            file.create_dataset("features", data=features, **settings)
+
+    return write
+
+
+def open_h5py(folder: Path, shape: tuple[int, ...]) -> Reader:
+    import h5py
+
+    dataset = h5py.File(folder / "features.h5", "r")["features"]
+    return rowwise(dataset.__getitem__)
+
+
+def write_zarr(features: np.ndarray, folder: Path) -> None:
+    import zarr
+
+    array = zarr.create_array(
+        folder / "features.zarr", shape=features.shape, chunks=(1, *features.shape[1:]), dtype=features.dtype, compressors=None
+    )
+    array[:] = features
+
+
+def open_zarr(folder: Path, shape: tuple[int, ...]) -> Reader:
+    import zarr
+
+    array = zarr.open_array(folder / "features.zarr", mode="r")
+    return rowwise(lambda position: np.asarray(array[position]))
+
+
+def write_lmdb(features: np.ndarray, folder: Path) -> None:
+    import lmdb
+
+    with lmdb.open(str(folder), map_size=2 * features.nbytes + (1 << 26)) as base, base.begin(write=True) as transaction:
+        for number, sample in enumerate(features):
+            transaction.put(b"%08d" % number, sample.tobytes())
+
+
+def open_lmdb(folder: Path, shape: tuple[int, ...]) -> Reader:
+    import lmdb
+
+    transaction = lmdb.open(str(folder), readonly=True, lock=False, readahead=False).begin(buffers=True)
+    return rowwise(lambda position: np.frombuffer(transaction.get(b"%08d" % position), np.float16).reshape(shape[1:]))
+
+
+def write_webdataset(features: np.ndarray, folder: Path) -> None:
+    with tarfile.open(folder / "features.tar", "w") as archive:
+        for number, sample in enumerate(features):
+            content = io.BytesIO()
+            np.save(content, sample)
+            entry = tarfile.TarInfo(f"{number:08d}.npy")
+            entry.size = content.tell()
+            content.seek(0)
+            archive.addfile(entry, content)
+
+
+def open_webdataset(folder: Path, shape: tuple[int, ...]) -> Reader:
+    """A tar is read in its order alone, and shuffled in a buffer: a pass is one over the whole archive, whatever is asked for."""
+    import webdataset
+
+    def stream() -> Any:
+        while True:
+            yield from webdataset.WebDataset(str(folder / "features.tar"), shardshuffle=False, empty_check=False).shuffle(50).decode()
+
+    samples = stream()
+    return rowwise(lambda position: next(samples)["npy"])
+
+
+def write_litdata(features: np.ndarray, folder: Path) -> None:
+    from litdata.streaming.writer import BinaryWriter
+
+    writer = BinaryWriter(str(folder), chunk_bytes="256MB")
+    for number, sample in enumerate(features):
+        writer.add_item(number, {"features": sample})
+    writer.done()
+    writer.merge()
+
+
+def open_litdata(folder: Path, shape: tuple[int, ...]) -> Reader:
+    from litdata import StreamingDataset
+
+    dataset = StreamingDataset(str(folder))
+    return rowwise(lambda position: dataset[position]["features"])
+
+
+def write_streaming(features: np.ndarray, folder: Path) -> None:
+    from streaming import MDSWriter
+
+    channels, height, width = features.shape[1:]
+    with MDSWriter(out=str(folder), columns={"features": f"ndarray:float16:{channels},{height},{width}"}, size_limit=256 << 20) as writer:
+        for sample in features:
+            writer.write({"features": sample})
+
+
+def open_streaming(folder: Path, shape: tuple[int, ...]) -> Reader:
+    from streaming import StreamingDataset
+
+    dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=1)
+    return rowwise(lambda position: dataset[position]["features"])
+
+
+METHODS: dict[str, tuple[str, Callable[[np.ndarray, Path], None], Callable[[Path, tuple[int, ...]], Reader]]] = {
+    "featurestore": ("", write_ours("none"), open_ours),
+    "np.memmap": ("", write_memmap, open_memmap),
+    "h5py contiguous": ("", write_h5py(), open_h5py),
+    "h5py chunked, a sample a chunk": ("", write_h5py(chunks="sample"), open_h5py),
+    "h5py chunked, automatic": ("", write_h5py(chunks=True), open_h5py),
+    "torch.load, a file a sample": ("", write_torch, open_torch),
+    "zarr 3": ("zarr", write_zarr, open_zarr),
+    "LMDB": ("lmdb", write_lmdb, open_lmdb),
+    "WebDataset (in order)": ("webdataset", write_webdataset, open_webdataset),
+    "LitData": ("litdata", write_litdata, open_litdata),
+    "MosaicML Streaming": ("streaming", write_streaming, open_streaming),
+    "featurestore zeros": ("numba", write_ours("zeros"), open_ours),
+    "featurestore lz4": ("hdf5plugin", write_ours("lz4"), open_ours),
+    "featurestore zstd": ("hdf5plugin", write_ours("zstd"), open_ours),
+    "featurestore int8 (lossy)": ("numba", write_ours("int8"), open_ours),
+    "h5py gzip": ("", write_h5py(chunks="sample", compression="gzip"), open_h5py),
+}
+
+
+def measure(method: str, read: str, folder: Path, shape: tuple[int, ...], passes: int, cold: bool) -> dict[str, Any]:
+    """Seconds of each pass over all samples in shuffled order, and this process's memory; runs in a process of its own."""
+    sample, batch = METHODS[method][2](folder, shape)
+    buffer = np.zeros((BATCH, *shape[1:]), np.float16)
+    rng, seconds = np.random.default_rng(0), []
+    for number in range(passes + 1):
+        order = rng.permutation(shape[0]).tolist()
+        if cold:
+            for file in folder.rglob("*.*"):
+                descriptor = os.open(file, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(descriptor)
+        start = time.perf_counter()
+        if read == "sample":
+            for position in order:
+                buffer[0] = sample(position)
+        else:
+            for first in range(0, len(order) - BATCH + 1, BATCH):
+                batch(order[first : first + BATCH], buffer)
+        if number:  # the first pass warms up: page faults, imports, compilation
+            seconds.append(time.perf_counter() - start)
+    memory = {
+        line.split(":")[0]: int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if " kB" in line
+    }
+    return {"seconds": seconds, "peak_rss_mb": memory["VmHWM"], "anonymous_mb": memory["RssAnon"]}
+
+
+@click.command(help=__doc__)
+@click.option("--photographs", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True, help="Folder of photographs.")
+@click.option("--backbone", default="efficientnet_lite0", show_default=True, help="efficientnet_lite0 (320 channels) or resnet50 (2048).")
+@click.option("--size", type=click.IntRange(64), default=256, show_default=True, help="Side of the photographs in pixels.")
+@click.option("--samples", type=click.IntRange(BATCH), default=200, show_default=True, help="Number of photographs.")
+@click.option("--passes", type=click.IntRange(1), default=5, show_default=True, help="Passes a process.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Processes a method, in turns.")
+@click.option("--cold", is_flag=True, help="Drop the files from the page cache before each pass.")
+@click.option("--only", multiple=True, type=click.Choice(list(METHODS)), help="Measure these methods alone.")
+@click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Where the files go; default: the system's.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
+def main(
+    photographs: Path,
+    backbone: str,
+    size: int,
+    samples: int,
+    passes: int,
+    rounds: int,
+    cold: bool,
+    only: tuple[str, ...],
+    scratch: Path | None,
+    file: Path | None,
+) -> None:
+    from benchmarks import common
+
+    work = Path(tempfile.mkdtemp(prefix="featurestore-", dir=scratch))
+    try:
+        features = _features(photographs, backbone, size, samples, work)
+        zeros = float((features == 0).mean())
+        shape, state = " x ".join(map(str, features.shape[1:])), "cold" if cold else "in page cache"
+        print(common.machine())
+        print(f"{samples} samples of {shape} float16 ({backbone}), {zeros:.0%} zeros; {state}; shuffled\n", flush=True)
+        folders = _write_all(features, only or tuple(METHODS), work)
+        whole = features.shape
+        del features
+        results: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for _ in range(rounds):
+            for method, folder in folders.items():
+                for read in ("sample", "batch"):
+                    request = pickle.dumps((method, read, folder, whole, passes, cold)).hex()
+                    run = subprocess.run(
+                        [sys.executable, "-m", "benchmarks.store", "--measure", request], capture_output=True, text=True, check=False
+                    )
+                    if run.returncode:
+                        raise SystemExit(f"{method} failed:\n{run.stderr}")
+                    results.setdefault((method, read), []).append(json.loads(run.stdout.splitlines()[-1]))
+        common.report(_rows(results, folders, whole), COLUMNS, file)
+    finally:
+        shutil.rmtree(work)
+
+
+COLUMNS = ("method", "read", "samples_per_s", "gb_per_s", "to_memmap", "bytes_per_sample", "peak_rss_mb", "anonymous_mb")
+
+
+def _features(photographs: Path, backbone: str, size: int, samples: int, work: Path) -> np.ndarray:
+    """(N, C, h, w) float16 features of real photographs."""
+    import torch
+
+    from benchmarks import common
+
+    network = common.backbone_for(backbone, work)
+    features = None
+    for number, image in enumerate(common.photographs(photographs, samples, size)):
+        computed = network(torch.tensor(image).permute(2, 0, 1)[None])[0].to(torch.float16).numpy()
+        if features is None:
+            features = np.empty((samples, *computed.shape), np.float16)
+        features[number] = computed
+    assert features is not None
+    return features
+
+
+def _write_all(features: np.ndarray, methods: tuple[str, ...], work: Path) -> dict[str, Path]:
+    folders = {}
+    for number, method in enumerate(methods):
+        needs, write, _ = METHODS[method]
+        try:
+            if needs:
+                importlib.import_module(needs)
+        except ImportError as error:
+            print(f"{method}: not measured ({error})")
+            continue
+        folder = work / str(number)
+        folder.mkdir()
+        write(features, folder)
+        folders[method] = folder
+    return folders
+
+
+def _rows(results: dict[tuple[str, str], list[dict[str, Any]]], folders: dict[str, Path], shape: tuple[int, ...]) -> list[dict[str, Any]]:
+    rows = []
+    for (method, read), runs in results.items():
+        count = shape[0] if read == "sample" else shape[0] // BATCH * BATCH
+        rate = count / statistics.median([second for run in runs for second in run["seconds"]])
+        size = sum(path.stat().st_size for path in folders[method].rglob("*") if path.is_file()) / shape[0]
+        rows.append(
+            {
+                "method": method,
+                "read": read,
+                "samples_per_s": rate,
+                "gb_per_s": rate * float(np.prod(shape[1:])) * 2 / 1e9,
+                "bytes_per_sample": round(size),
+                "peak_rss_mb": round(max(run["peak_rss_mb"] for run in runs)),
+                "anonymous_mb": round(max(run["anonymous_mb"] for run in runs)),
+            }
+        )
+    plain = {row["read"]: row["samples_per_s"] for row in rows if row["method"] == "np.memmap"}
+    for row in rows:
+        row["to_memmap"] = row["samples_per_s"] / plain[row["read"]] if plain else None
+    return rows
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(measure(*pickle.loads(bytes.fromhex(sys.argv[2])))))
+    else:
+        main()

@@ -1,0 +1,52 @@
+"""The benchmarks run and say what they promise; what they measure is not asserted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run
+from tests.imports import ROOT
+
+
+@pytest.mark.slow
+def test_store_benchmark_writes_a_row_a_method_and_read(photos: Path, tmp_path: Path) -> None:
+    names = ["featurestore", "np.memmap", "featurestore zeros"]
+    only = [word for name in names for word in ("--only", name)]
+    options = ["--photographs", str(photos), "--size", "64", "--samples", "9", "--passes", "1", "--rounds", "1", *only]
+    run(sys.executable, "-m", "benchmarks.store", *options, "--json", str(tmp_path / "rows.json"), cwd=ROOT)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["method"], row["read"]) for row in rows] == [(name, read) for name in names for read in ("sample", "batch")]
+    raw = 320 * 8 * 8 * 2
+    for row in rows:
+        assert row["samples_per_s"] > 0
+        assert row["peak_rss_mb"] > 10
+        if "zeros" not in row["method"]:
+            assert raw <= row["bytes_per_sample"] < 2 * raw
+    assert rows[2]["to_memmap"] == rows[3]["to_memmap"] == 1
+
+
+@pytest.mark.slow
+def test_loader_benchmark_compares_with_a_plain_script(project: Path, tmp_path: Path) -> None:
+    store = str(project / "features" / "train")
+    command = [
+        "-m",
+        "benchmarks.loader",
+        store,
+        "--batch-size",
+        "2",
+        "--epochs",
+        "1",
+        "--rounds",
+        "1",
+        "--json",
+        str(tmp_path / "rows.json"),
+    ]
+    run(sys.executable, *command, cwd=ROOT)
+    rows = {row["method"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows["np.memmap, one thread"]["to_memmap"] == 1
+    assert rows["FeatureLoader, 2 threads"]["samples_per_s"] > 0
+    assert not list((project / "features").glob(".*"))  # the plain script's files are gone
