@@ -6,7 +6,8 @@
 >>> store[0].mask              # (H, W) uint8
 
 The format is described in ``docs/format.md``. The library needs numpy, h5py and
-pandas alone; ``featurestore.dataset`` is the one module that imports torch.
+pandas, and what a layout needs: numba (``zeros``, ``int8``), hdf5plugin (``lz4``, ``zstd``).
+``featurestore.dataset`` is the one module that imports torch. It runs where POSIX locks are.
 """
 
 from featurestore.errors import (

@@ -142,7 +142,7 @@ class FeatureLoader:
     images
         Whether to read the images too.
     workers
-        Threads; up to three times as many batches are in memory. Neither order nor contents depend on it.
+        Threads; up to three times as many batches are in memory beside the caller's. Neither order nor contents depend on it.
     device
         Where the batches are wanted.
     cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -19,7 +20,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # h5py raises either when a disk is full
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else " ".join(str(error).split())[:200]
-        message = f"cannot be written ({reason}); make room or choose another folder, and start again: finished shards are kept"
+        message = f"cannot be written ({reason}); make room or choose another folder, and start again"
         raise StoreWriteError(message, path=path, found=reason) from error
 
 
@@ -46,26 +47,36 @@ def sync_folder(folder: Path) -> None:
 def move_into_place(source: Path, target: Path, *, leave_behind: str = "") -> None:
     """Rename a finished folder to its final name, replacing what is there; across file systems, copy first.
 
-    Files that match the pattern ``leave_behind`` are dropped last, so that after a kill on the way they are still there.
+    Files that match the pattern ``leave_behind`` are dropped last of what matters, so that after a kill on the way
+    they are still there.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    replaced, copied = (target.with_name(f".{target.name}.{word}") for word in ("replaced", "copied"))
-    for leftover in (replaced, copied):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    moved = source
-    if source.stat().st_dev != target.parent.stat().st_dev:
-        shutil.copytree(source, copied, ignore=shutil.ignore_patterns(leave_behind), copy_function=_copy_synced)
-        moved = copied
-    if target.exists():
+    replaced, arrived = (target.with_name(f".{target.name}.{word}") for word in ("replaced", "arrived"))
+    for leftover in (replaced, arrived):
+        _remove(leftover)
+    try:
+        os.rename(source, arrived)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copytree(source, arrived, copy_function=_copy_synced)
+        sync_folder(arrived)
+    if os.path.lexists(target):
         os.rename(target, replaced)
-    os.rename(moved, target)
+    os.rename(arrived, target)
     sync_folder(target.parent)
-    for leftover in (source, replaced):
-        if leftover.exists():
-            shutil.rmtree(leftover)
     for file in target.glob(leave_behind) if leave_behind else ():
         file.unlink()
+    _remove(source)
+    _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, a file or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _copy_synced(source: str, target: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from featurestore.errors import StoreBusyError
@@ -39,12 +40,16 @@ class WriterLock:
                 os.close(descriptor)
                 message = f"{holder} is writing this store; wait for it or stop it, then start again"
                 raise StoreBusyError(message, path=path, found=holder) from None
+            except BaseException:
+                os.close(descriptor)
+                raise
             if self._is_current(descriptor):
                 self._descriptor = descriptor
             else:  # the holder before us removed the file between our open and our lock
                 os.close(descriptor)
-        os.truncate(self._descriptor, 0)
-        os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        with suppress(OSError):  # on a full disk the lock holds without a note of who has it
+            os.truncate(self._descriptor, 0)
+            os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def _is_current(self, descriptor: int) -> bool:
         try:

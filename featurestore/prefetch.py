@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -37,20 +38,33 @@ def prefetch(
     Raises
     ------
     Exception
-        What ``function`` raised for an item, when that item's turn comes; nothing new is started then.
+        What ``function`` raised for an item, when that item's turn comes. From the moment it was raised no thread
+        begins another item: one that depends on those before it must not run after a failure.
     """
     if workers == 0:
         yield from map(function, items)
         return
+    failed = threading.Event()
+
+    def guarded(item: Item) -> Result:
+        if failed.is_set():
+            raise CancelledError
+        try:
+            return function(item)
+        except BaseException:
+            failed.set()
+            raise
+
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="prefetch", initializer=initializer) as pool:
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
+                waiting.append(pool.submit(guarded, item))
                 if len(waiting) >= workers + ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
+            failed.set()
             for future in waiting:
                 future.cancel()

@@ -101,9 +101,11 @@ class StoreSpec:
 
     @property
     def sample_bytes(self) -> int:
-        """Bytes of one uncompressed sample: features, mask and, where stored, image."""
+        """Bytes of one sample, features, mask and, where stored, image: exact for ``none`` and ``int8``, else unpacked."""
         pixels = self.mask_shape[0] * self.mask_shape[1]
         features = int(np.prod(self.feature_shape)) * np.dtype(self.feature_dtype).itemsize
+        if self.compression == "int8":
+            features = int(np.prod(self.feature_shape)) + 4 * self.feature_shape[0]  # codes and scales
         return features + pixels + (3 * pixels if self.has_images else 0)
 
     def row(self, name: str) -> tuple[tuple[int, ...], str]:

@@ -25,7 +25,7 @@ class Shard:
     Attributes
     ----------
     plain
-        By name, those of ``features``, ``masks`` and ``images`` that lie in the file as they are, (N, ...) each.
+        Arrays (N, ...) that lie in the file as they are, by name: ``masks``, and ``features`` and ``images`` where they do.
 
     Raises
     ------

@@ -145,6 +145,7 @@ class ShardWriter:
         try:
             self._file.close()
         finally:
+            self._bytes.abandon()
             self._partial.unlink(missing_ok=True)
 
 
@@ -177,6 +178,10 @@ class _Bytes:
         """Bring the file to disk and close it; raises the first error there was."""
         self.check()
         os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Close the file, whatever became of it."""
         self._file.close()
 
     def read(self, size: int) -> bytes:

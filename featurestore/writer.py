@@ -87,7 +87,8 @@ def create(
 class StoreWriter:
     """Collects samples into shards; see :func:`create`.
 
-    Samples go to disk as they come, so memory does not depend on their number. A
+    Samples go to disk as they come, so memory does not depend on their number (the values
+    of one shard stay in it where zeros are packed). A
     shard is renamed once it is full, and a small JSON file beside it then records its
     hash and statistics. So a killed writer loses the shard it was filling and nothing else.
     """
@@ -176,7 +177,7 @@ class StoreWriter:
         """Refuse to start what the disk cannot hold; how far lossless packing will get is not known beforehand."""
         if self.spec.compression not in ("none", "int8"):
             return
-        needed = samples * self.ranks * self.spec.sample_bytes
+        needed = samples * self.spec.sample_bytes
         free = shutil.disk_usage(self.scratch).free
         if needed > free:
             message = f"{needed / 1e9:.1f} GB are to be written, but {free / 1e9:.1f} GB are free; make room or choose another --scratch"
@@ -205,6 +206,8 @@ class StoreWriter:
         StoreWriteError
             When a shard is full and the disk does not take it.
         """
+        if self.ranks > 1 and self._announced is None:
+            raise ValueError("several writers of one store call resume() first: it says which samples are whose")
         if self._number is None:
             raise SampleError(f"sample {id!r} comes after the last one that resume() announced", path=self.path)
         stored = checked_features(self.spec, id=id, features=features, mask=mask, image=image, view=view, path=self.path)
@@ -267,7 +270,8 @@ class StoreWriter:
             if self._shard is not None:  # unfinished
                 with suppress(OSError, RuntimeError):  # the error that brought us here says what is wrong
                     self._shard.discard()
-            if kind is not None and not self.fingerprint:  # nobody could take these shards over
+                self._shard = None
+            if not self.fingerprint:  # nobody could take over what is left
                 shutil.rmtree(self.scratch, ignore_errors=True)
             self._unlock()
 
@@ -298,8 +302,9 @@ class StoreWriter:
             statistics=Statistics.merge_all(self._finished[number][1] for number in numbers),
         )
         with writing(self.path):
-            for file in self.scratch.glob("*.partial"):
-                file.unlink()  # left by a killed writer
+            known = {path for number in numbers for path in (self.scratch / shard_name(number), self._receipt(number))}
+            for file in set(self.scratch.iterdir()) - known:
+                file.unlink()  # left by a killed writer, or by one of other inputs
             write_index(self.scratch, index)
             move_into_place(self.scratch, self.path, leave_behind="*" + RECEIPT_SUFFIX)
 

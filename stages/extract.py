@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from pydantic import BeforeValidator, Field, field_validator
 from tqdm import tqdm
 
@@ -98,7 +99,8 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
         Bad parameters; a photograph that changed since ``prepare`` or whose features do not fit; a bad store.
     """
     # The network, on its device.
-    accelerator = make_accelerator(device, "bf16" if config.compute == "bf16" else "no")
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the first rank to be done waits for the last
+    accelerator = make_accelerator(device, "bf16" if config.compute == "bf16" else "no", kwargs_handlers=[patience])
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     torch.backends.cudnn.deterministic = True
     entries, classes = read_manifest(dataset)
@@ -112,7 +114,6 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
     digest = backbone.digest()
     spec = _spec(config, backbone, digest, classes)
 
-    dtype = getattr(torch, config.feature_dtype)
     code = source_digest(sys.modules[__name__], stages.data.images, stages.models.backbone)
 
     # All splits are extracted before the first is published: an interrupted run finds every finished shard again,
@@ -144,25 +145,42 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
                 )
             unpublished.enter_context(writer)
             missing = writer.resume(len(samples))
-            todo = [samples[position] for span in missing for position in span]
-            # Three things at once: threads decode photographs, the backbone computes, a thread writes what it gave. On the
-            # CPU two batches are computed at once, each by half of the threads: while one waits for its slowest thread,
-            # which may be held up by decoding, the other goes on. A GPU has a queue of its own.
-            read = partial(_read_pair, classes=classes, size=config.input_size, rule=config.resize)
-            pairs = prefetch(read, todo, workers=workers, ahead=2 * config.batch_size)
-            batches = (list(islice(pairs, size)) for size in _batch_sizes(missing, config.batch_size))
-            forward = partial(_forward, accelerator=accelerator, backbone=backbone, dtype=dtype)
-            streams, threads = (0 if accelerator.device.type == "cuda" else 2), torch.get_num_threads()
-            half = partial(torch.set_num_threads, max(1, threads // 2))
-            computed = prefetch(forward, batches, workers=streams, initializer=half)
-            write = partial(_append, writer, iter(todo))
-            with progress((), f"extract: {split}", len(todo), "image") as bar:
-                for written in prefetch(write, computed, workers=1, ahead=2):  # two wait while a shard goes to disk
-                    bar.update(written)
-            torch.set_num_threads(threads)
+            _fill(writer, samples, missing, config=config, classes=classes, backbone=backbone, accelerator=accelerator, workers=workers)
         accelerator.wait_for_everyone()
     accelerator.wait_for_everyone()  # rank 0 has published
     return {split: featurestore.open(out / split) for split in SPLITS}
+
+
+def _fill(
+    writer: featurestore.StoreWriter,
+    samples: list[tuple[Entry, str]],
+    missing: list[range],
+    *,
+    config: ExtractConfig,
+    classes: Classes,
+    backbone: Backbone,
+    accelerator: Accelerator,
+    workers: int,
+) -> None:
+    """Append the missing samples. Three things at once: threads decode photographs, the backbone computes, a thread writes.
+
+    On the CPU two batches are computed at once, each by half of PyTorch's threads: while one waits for its slowest
+    thread, which decoding may hold up, the other goes on. A GPU has a queue of its own.
+    """
+    todo = [samples[position] for span in missing for position in span]
+    read = partial(_read_pair, classes=classes, size=config.input_size, rule=config.resize)
+    pairs = prefetch(read, todo, workers=workers, ahead=2 * config.batch_size)
+    batches = (list(islice(pairs, size)) for size in _batch_sizes(missing, config.batch_size))
+    forward = partial(_forward, accelerator=accelerator, backbone=backbone, dtype=getattr(torch, config.feature_dtype))
+    streams, threads = (0 if accelerator.device.type == "cuda" else 2), torch.get_num_threads()
+    computed = prefetch(forward, batches, workers=streams, initializer=partial(torch.set_num_threads, max(1, threads // 2)))
+    write = partial(_append, writer=writer)
+    try:
+        with progress((), f"extract: {writer.path.name}", len(todo), "image") as bar:
+            for written in prefetch(write, computed, workers=1, ahead=2):  # two wait while a shard goes to disk
+                bar.update(written)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _spec(config: ExtractConfig, backbone: Backbone, digest: str, classes: Classes) -> StoreSpec:
@@ -228,6 +246,7 @@ def _is_there(path: Path, identity: str) -> bool:
 class _Computed:
     """One batch on its way from the device to the store."""
 
+    samples: list[tuple[Entry, str]]  # B
     images: torch.Tensor  # (B, 3, H, W) uint8, on the CPU
     masks: np.ndarray  # (B, H, W) uint8
     features: torch.Tensor  # (B, C, h, w) as computed, on the device
@@ -242,11 +261,13 @@ def _batch_sizes(missing: list[range], batch_size: int) -> Iterator[int]:
             yield min(batch_size, len(span) - start)
 
 
-def _forward(batch: list[tuple[np.ndarray, np.ndarray]], *, accelerator: Accelerator, backbone: Backbone, dtype: torch.dtype) -> _Computed:
+def _forward(
+    batch: list[tuple[tuple[Entry, str], np.ndarray, np.ndarray]], *, accelerator: Accelerator, backbone: Backbone, dtype: torch.dtype
+) -> _Computed:
     """Photographs and masks through the backbone; on a GPU nothing here waits for it."""
     cuda = accelerator.device.type == "cuda"
     # (B, H, W, 3) -> (B, 3, H, W), channels last in memory
-    images = torch.from_numpy(np.stack([image for image, _ in batch])).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.stack([image for _, image, _ in batch])).permute(0, 3, 1, 2)
     moved = (images.pin_memory() if cuda else images).to(accelerator.device, non_blocking=True)
     with accelerator.autocast():
         features = backbone(moved)
@@ -258,16 +279,15 @@ def _forward(batch: list[tuple[np.ndarray, np.ndarray]], *, accelerator: Acceler
         stored.copy_(converted, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-    return _Computed(images, np.stack([mask for _, mask in batch]), features, stored, arrived)
+    return _Computed([sample for sample, _, _ in batch], images, np.stack([mask for _, _, mask in batch]), features, stored, arrived)
 
 
-def _append(writer: featurestore.StoreWriter, samples: Iterator[tuple[Entry, str]], batch: _Computed) -> int:
+def _append(batch: _Computed, *, writer: featurestore.StoreWriter) -> int:
     """Append a batch to the store; the number of its samples."""
     if batch.arrived is not None:
         batch.arrived.synchronize()
     pictures = batch.images.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-    for row, features in enumerate(batch.stored.numpy()):
-        entry, view = next(samples)
+    for row, ((entry, view), features) in enumerate(zip(batch.samples, batch.stored.numpy(), strict=True)):
         if not all_finite(features):  # beyond float16's range all look infinite: the value itself says more
             features = batch.features[row].float().cpu().numpy()
         picture = pictures[row] if writer.spec.has_images else None
@@ -278,8 +298,10 @@ def _append(writer: featurestore.StoreWriter, samples: Iterator[tuple[Entry, str
     return len(batch.masks)
 
 
-def _read_pair(sample: tuple[Entry, str], *, classes: Classes, size: tuple[int, int], rule: str) -> tuple[np.ndarray, np.ndarray]:
-    """A photograph (H, W, 3) uint8 and its mask (H, W) uint8: read, checked against the manifest, resized, flipped."""
+def _read_pair(
+    sample: tuple[Entry, str], *, classes: Classes, size: tuple[int, int], rule: str
+) -> tuple[tuple[Entry, str], np.ndarray, np.ndarray]:
+    """The sample, its photograph (H, W, 3) uint8 and its mask (H, W) uint8: read, checked against the manifest, resized, flipped."""
     entry, view = sample
     image_path, mask_path = Path(entry.image), Path(entry.mask)
     image_bytes, mask_bytes = read_bytes(image_path, "photograph"), read_bytes(mask_path, "mask")
@@ -289,4 +311,4 @@ def _read_pair(sample: tuple[Entry, str], *, classes: Classes, size: tuple[int, 
     picture = decode_image(image_bytes, image_path)
     mask = decode_mask(mask_bytes, mask_path, num_classes=len(classes.names), void_index=classes.void_index)
     image, mask = resize_pair(picture, mask, size=size, rule=rule)
-    return (image[:, ::-1], mask[:, ::-1]) if view == "hflip" else (image, mask)
+    return (sample, image[:, ::-1], mask[:, ::-1]) if view == "hflip" else (sample, image, mask)

@@ -20,8 +20,7 @@ from tqdm import tqdm
 from stages.errors import ConfigError
 
 Item = TypeVar("Item")
-# Of glibc's malloc.h: map nothing below 1 GB by itself, give nothing back below 2 GB, grow by 64 MB, share one arena.
-MALLOC = {-3: 1 << 30, -1: (1 << 31) - 1, -2: 64 << 20, -8: 1}
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # of glibc's malloc.h
 
 
 def check_device(device: str) -> None:
@@ -61,8 +60,11 @@ def _keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and sys.platform == "linux":
-        for parameter, size in MALLOC.items():
-            mallopt(parameter, size)
+        # Older glibc takes no threshold above 32 MB; setting the others alone would freeze it at 128 KB.
+        if mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20):
+            mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+            mallopt(M_TOP_PAD, 64 << 20)
+            mallopt(M_ARENA_MAX, 1)
 
 
 def refuse_several_processes(accelerator: Accelerator) -> None:

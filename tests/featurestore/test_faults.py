@@ -320,6 +320,30 @@ def test_a_folder_that_cannot_be_written_is_named(small_disk: Path) -> None:
         write(small_disk / "store")
 
 
+def test_a_store_moves_across_file_systems_and_replaces_a_link(small_disk: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / "real").mkdir(exist_ok=True)
+        if not (tmp_path / "store").exists():
+            (tmp_path / "store").symlink_to(tmp_path / "real")
+        options = {"scratch": small_disk / name, "fingerprint": name, "samples_per_shard": 3, "overwrite": True}
+        with featurestore.create(tmp_path / "store", SPEC, **options) as writer:
+            for number in range(7):
+                writer.append(**sample(number))
+        featurestore.open(tmp_path / "store").verify()
+        assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["index.json", *(f"shard-0000{n}.h5" for n in range(3))]
+        assert list(small_disk.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "real", "store"]
+
+
+def test_shards_of_other_inputs_are_not_published_with_a_store(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), featurestore.create(tmp_path / "store", SPEC, fingerprint="a", samples_per_shard=3) as writer:
+        for number in range(9):
+            writer.append(**sample(number))
+        raise KeyboardInterrupt
+    write(tmp_path / "store", 3, fingerprint="b")
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["index.json", "shard-00000.h5"]
+
+
 # -- several writers -----------------------------------------------------------------------------------
 
 

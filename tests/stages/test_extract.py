@@ -121,25 +121,44 @@ def test_a_photograph_that_changed_since_prepare_is_named(prepared: Path, worker
     assert str(caught.value).startswith(entry.image)
 
 
-@pytest.mark.parametrize(("value", "words"), [(float("nan"), "not finite"), (1e6, "does not fit float16")])
+def spoil(monkeypatch: pytest.MonkeyPatch, prepared: Path, number: int, value: float) -> str:
+    """Let the backbone give one wrong value for training photograph ``number``, whose file is returned."""
+    entries, classes = read_manifest(prepared / "dataset")
+    picture = extract._read_pair((entries[number], "identity"), classes=classes, size=(64, 64), rule="stretch")[1]
+    wanted, forward = torch.from_numpy(picture.copy()).permute(2, 0, 1), Backbone.forward
+
+    def spoilt(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+        features = forward(self, images).clone()
+        for row, image in enumerate(images):
+            if torch.equal(image, wanted):
+                features[row, 5, 1, 1] = value
+        return features
+
+    monkeypatch.setattr(Backbone, "forward", spoilt)
+    return entries[number].image
+
+
+@pytest.mark.parametrize(("value", "words"), [(float("nan"), "not finite"), (1e6, "1e\\+06 does not fit float16")])
 def test_a_feature_that_cannot_be_stored_names_its_photograph(
     prepared: Path, monkeypatch: pytest.MonkeyPatch, value: float, words: str
 ) -> None:
-    third = read_manifest(prepared / "dataset")[0][2]
-    calls = []
-
-    def spoilt(self, images):
-        calls.append(len(images))
-        features = torch.zeros(len(images), 320, 8, 8)
-        if len(calls) == 2:  # the second batch of two holds the third photograph first
-            features[0, 5, 1, 1] = value
-        return features
-
-    monkeypatch.setattr("stages.models.backbone.Backbone.forward", spoilt)
+    photograph = spoil(monkeypatch, prepared, 2, value)
     with pytest.raises(DataError, match=words) as caught:
         run(config(), prepared)
-    assert str(caught.value).startswith(third.image)
+    assert str(caught.value).startswith(photograph)
     assert not (prepared / "features").exists()
+
+
+def test_after_a_bad_photograph_no_shard_holds_features_of_others_under_its_ids(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches that were computed already must not be appended in place of the one that failed."""
+    monkeypatch.setattr("featurestore.writer.SHARD_BYTES", 2 * 60_000)  # two samples a shard, as many as a batch
+    run(config(), prepared, out="undisturbed")
+    with monkeypatch.context() as patch:
+        spoil(patch, prepared, 1, float("nan"))
+        with pytest.raises(DataError, match="not finite"):
+            run(config(), prepared)
+    run(config(), prepared)
+    assert digests(prepared / "features") == digests(prepared / "undisturbed")
 
 
 def test_weights_that_are_missing_are_named(prepared: Path) -> None:
