@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,6 +43,16 @@ def backbone_for(name: str, scratch: Path) -> Backbone:
                 state[key].fill_(0.25)  # else the sum of so many random blocks leaves float16's range
         torch.save(state, weights)
     return build_backbone(name=name, weights=weights).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def read_back(files: list[Path]) -> None:
+    """Drop files from the page cache and read them back: the kernel keeps them in the same way then, however they were written."""
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while file.read(1 << 20):
+                pass
 
 
 def machine() -> str:

@@ -9,7 +9,6 @@ several epochs, in turns; the median epoch counts, the first is left out.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import statistics
 import subprocess
@@ -43,16 +42,6 @@ def memmap(store: Any, batch_size: int) -> Callable[[int], Iterator[Any]]:
 def raw_files(store: Path) -> dict[str, Path]:
     """Where the plain script's files lie: beside the store."""
     return {name: store.with_name(f".{store.name}-{name}.bin") for name in ("features", "masks")}
-
-
-def read_back(files: list[Path]) -> None:
-    """Drop files from the page cache and read them back: the kernel keeps them in the same way then, however they were written."""
-    for path in files:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while file.read(1 << 20):
-                pass
 
 
 def our_loader(**options: Any) -> Callable[[Any, int], Callable[[int], Iterator[Any]]]:
@@ -136,7 +125,7 @@ def main(store: Path, batch_size: int, epochs: int, rounds: int, file: Path | No
     results: dict[str, list[float]] = {}
     for name, path in raw_files(store).items():
         featurestore.open(store).gather(name, range(len(opened))).tofile(path)
-    read_back([*raw_files(store).values(), *store.glob("*.h5")])
+    common.read_back([*raw_files(store).values(), *store.glob("*.h5")])
     for _ in range(rounds):
         for method in METHODS:
             request = pickle.dumps((method, store, batch_size, epochs)).hex()

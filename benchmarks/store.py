@@ -4,8 +4,8 @@
 
 The features are those of real photographs (a ResNet's weights are random: nothing is downloaded).
 Every method runs in processes of its own, in turns, and reads all samples in shuffled order, several
-times over, into the same kind of memory: one buffer that is used again. The median pass counts. Files lie in the
-page cache, unless ``--cold`` drops them from it before each pass.
+times over, into the same kind of memory: one buffer that is used again. The median pass counts. Files were dropped from
+the page cache and read back into it, so that the kernel keeps all of them alike; ``--cold`` drops them before each pass.
 """
 
 from __future__ import annotations
@@ -327,6 +327,8 @@ def _features(photographs: Path, backbone: str, size: int, samples: int, work: P
 
 
 def _write_all(features: np.ndarray, methods: tuple[str, ...], work: Path) -> dict[str, Path]:
+    from benchmarks import common
+
     folders = {}
     for number, method in enumerate(methods):
         needs, write, _ = METHODS[method]
@@ -339,6 +341,7 @@ def _write_all(features: np.ndarray, methods: tuple[str, ...], work: Path) -> di
         folder = work / str(number)
         folder.mkdir()
         write(features, folder)
+        common.read_back([path for path in folder.rglob("*") if path.is_file()])
         folders[method] = folder
     return folders
 
