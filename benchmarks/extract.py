@@ -12,12 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import pickle
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,10 +22,14 @@ from typing import Any
 import click
 import numpy as np
 
+from benchmarks.process import answer, in_a_process
 
-def extract(config: dict[str, Any], work: Path, device: str, workers: int) -> dict[str, float]:
+
+def extract(config: dict[str, Any], folder: str, device: str, workers: int) -> dict[str, float]:
     """Seconds of one extraction, and this process's peak memory; runs in a process of its own."""
     from stages import extract as stage
+
+    work = Path(folder)
 
     start = time.perf_counter()
     stage.run(
@@ -69,14 +69,9 @@ def bare(config: dict[str, Any], batches: int, device: str) -> dict[str, float]:
     return {"images_per_s": config["batch_size"] / statistics.median(seconds)}
 
 
-def _in_a_process(function: str, *arguments: Any) -> dict[str, float]:
-    request = pickle.dumps((function, arguments)).hex()
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # as the extract command sets it; the backbone alone runs the same
-    command = [sys.executable, "-m", "benchmarks.extract", "--measure", request]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise SystemExit(run.stderr)
-    return json.loads(run.stdout.splitlines()[-1])
+def measure(what: str, config: dict[str, Any], *arguments: Any) -> dict[str, float]:
+    """One of the two."""
+    return {"bare": bare, "extract": extract}[what](config, *arguments)
 
 
 @click.command(help=__doc__)
@@ -119,14 +114,15 @@ def main(
             "compression": "none",
             "store_images": True,
         }
+        environment = {"OMP_WAIT_POLICY": "PASSIVE"}  # as the extract command sets it; the backbone alone runs the same
         print(common.machine(), flush=True)
         batches = max(3, images // batch_size // 2)
-        alone, runs = [_in_a_process("bare", config, batches, device)["images_per_s"]], {}
+        alone, runs = [in_a_process("benchmarks.extract", "bare", config, batches, device, **environment)["images_per_s"]], {}
         for count in (images, 10 * images):
             _write_dataset(dataset, work / "dataset", count)
-            runs[count] = _in_a_process("extract", config, work, device, workers)
+            runs[count] = in_a_process("benchmarks.extract", "extract", config, str(work), device, workers, **environment)
             shutil.rmtree(work / "features")
-            alone.append(_in_a_process("bare", config, batches, device)["images_per_s"])
+            alone.append(in_a_process("benchmarks.extract", "bare", config, batches, device, **environment)["images_per_s"])
         rate = 9 * images / (runs[10 * images]["seconds"] - runs[images]["seconds"])
         limit = statistics.median(alone)
         rows = [
@@ -166,8 +162,4 @@ def _write_dataset(source: Path, target: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--measure"]:
-        name, arguments = pickle.loads(bytes.fromhex(sys.argv[2]))
-        print(json.dumps({"bare": bare, "extract": extract}[name](*arguments)))
-    else:
-        main()
+    answer(measure, main)

@@ -8,11 +8,7 @@ several epochs, in turns; the median epoch counts, the first is left out.
 
 from __future__ import annotations
 
-import json
-import pickle
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +16,8 @@ from typing import Any
 
 import click
 import numpy as np
+
+from benchmarks.process import answer, in_a_process
 
 
 def memmap(store: Any, batch_size: int) -> Callable[[int], Iterator[Any]]:
@@ -96,7 +94,7 @@ METHODS: dict[str, Callable[[Any, int], Callable[[int], Iterator[Any]]]] = {
 }
 
 
-def measure(method: str, path: Path, batch_size: int, epochs: int) -> list[float]:
+def measure(method: str, path: str, batch_size: int, epochs: int) -> list[float]:
     import featurestore
 
     store = featurestore.open(path)
@@ -128,13 +126,7 @@ def main(store: Path, batch_size: int, epochs: int, rounds: int, file: Path | No
     common.read_back([*raw_files(store).values(), *store.glob("*.h5")])
     for _ in range(rounds):
         for method in METHODS:
-            request = pickle.dumps((method, store, batch_size, epochs)).hex()
-            run = subprocess.run(
-                [sys.executable, "-m", "benchmarks.loader", "--measure", request], capture_output=True, text=True, check=False
-            )
-            if run.returncode:
-                raise SystemExit(run.stderr)
-            results.setdefault(method, []).extend(json.loads(run.stdout.splitlines()[-1]))
+            results.setdefault(method, []).extend(in_a_process("benchmarks.loader", method, str(store), batch_size, epochs))
     for path in raw_files(store).values():
         path.unlink()
     count = len(opened) // batch_size * batch_size
@@ -145,7 +137,4 @@ def main(store: Path, batch_size: int, epochs: int, rounds: int, file: Path | No
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--measure"]:
-        print(json.dumps(measure(*pickle.loads(bytes.fromhex(sys.argv[2])))))
-    else:
-        main()
+    answer(measure, main)

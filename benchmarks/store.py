@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
 import os
-import pickle
 import shutil
 import statistics
-import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -28,6 +24,8 @@ from typing import Any
 
 import click
 import numpy as np
+
+from benchmarks.process import answer, in_a_process
 
 BATCH = 8
 Reader = tuple[Callable[[int], np.ndarray], Callable[[list[int], np.ndarray], None]]
@@ -227,9 +225,10 @@ METHODS: dict[str, tuple[str, Callable[[np.ndarray, Path], None], Callable[[Path
 }
 
 
-def measure(method: str, read: str, folder: Path, shape: tuple[int, ...], passes: int, cold: bool) -> dict[str, Any]:
+def measure(method: str, read: str, place: str, shape: list[int], passes: int, cold: bool) -> dict[str, Any]:
     """Seconds of each pass over all samples in shuffled order, and this process's memory; runs in a process of its own."""
-    sample, batch = METHODS[method][2](folder, shape)
+    folder = Path(place)
+    sample, batch = METHODS[method][2](folder, tuple(shape))
     buffer = np.zeros((BATCH, *shape[1:]), np.float16)
     rng, seconds = np.random.default_rng(0), []
     for number in range(passes + 1):
@@ -294,13 +293,8 @@ def main(
         for _ in range(rounds):
             for method, folder in folders.items():
                 for read in ("sample", "batch"):
-                    request = pickle.dumps((method, read, folder, whole, passes, cold)).hex()
-                    run = subprocess.run(
-                        [sys.executable, "-m", "benchmarks.store", "--measure", request], capture_output=True, text=True, check=False
-                    )
-                    if run.returncode:
-                        raise SystemExit(f"{method} failed:\n{run.stderr}")
-                    results.setdefault((method, read), []).append(json.loads(run.stdout.splitlines()[-1]))
+                    measured = in_a_process("benchmarks.store", method, read, str(folder), whole, passes, cold)
+                    results.setdefault((method, read), []).append(measured)
         common.report(_rows(results, folders, whole), COLUMNS, file)
     finally:
         shutil.rmtree(work)
@@ -370,7 +364,4 @@ def _rows(results: dict[tuple[str, str], list[dict[str, Any]]], folders: dict[st
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--measure"]:
-        print(json.dumps(measure(*pickle.loads(bytes.fromhex(sys.argv[2])))))
-    else:
-        main()
+    answer(measure, main)
