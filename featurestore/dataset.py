@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch.utils.data import Dataset
 
+from featurestore.copying import LARGE, take_rows
 from featurestore.errors import SpecMismatchError, StoreMemoryError
 from featurestore.prefetch import prefetch
 from featurestore.reader import FeatureStore
@@ -209,9 +210,10 @@ class FeatureLoader:
         for name in self.names:
             if self._resident is not None:
                 whole = self._resident[name]
-                if whole.device.type == "cpu":  # NumPy: PyTorch's own threads would come on top of ours
+                if whole.device.type == "cpu":  # not by PyTorch: its own threads would come on top of ours
                     tensors[name] = self._pool.take((len(positions), *whole.shape[1:]), whole.dtype)
-                    np.take(whole.numpy(), positions, axis=0, out=tensors[name].numpy(), mode="clip")
+                    out = tensors[name].numpy()
+                    take_rows(whole.numpy(), np.array(positions, np.int64), out, past_caches=out.nbytes >= LARGE)
                 else:
                     tensors[name] = whole[torch.tensor(positions, dtype=torch.int64, device=whole.device)]
             else:

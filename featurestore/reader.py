@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from featurestore.copying import LARGE
 from featurestore.errors import (
     IncompleteStoreError,
     ShardCorruptError,
@@ -175,16 +176,20 @@ class FeatureStore:
         if out is None:
             shape, dtype = self.spec.row(name)
             out = np.empty((len(positions), *shape), dtype)
-        where = np.asarray(positions, np.int64)
-        if where.size and not (where.min() >= 0 and where.max() < len(self)):
-            raise IndexError(f"samples {list(positions)} of a store with {len(self)}")
+        where = np.asarray(positions, np.int64).tolist()
+        if where and not (min(where) >= 0 and max(where) < len(self)):
+            raise IndexError(f"samples {where} of a store with {len(self)}")
         # Neighbours in one shard are read by one call, during which other threads run.
-        numbers = np.searchsorted(self._ends, where, side="right")
-        places = where - np.asarray(self._starts)[numbers]
-        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(where)]
-        for first, last in itertools.pairwise(edges):
-            if first < last:
-                self._shard(int(numbers[first])).gather_into(name, places[first:last], out[first:last])
+        first = 0
+        while first < len(where):
+            number = bisect.bisect_right(self._ends, where[first])
+            start, end = self._starts[number], self._ends[number]
+            last = first + 1
+            while last < len(where) and start <= where[last] < end:
+                last += 1
+            rows = np.array(where[first:last], np.int64) - start
+            self._shard(number).gather_into(name, rows, out[first:last], past_caches=out.nbytes >= LARGE)
+            first = last
         return out
 
     @property

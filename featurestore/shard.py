@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 
 from featurestore import codec
+from featurestore.copying import take_rows
 from featurestore.errors import FeatureStoreError, FormatVersionError, ShardCorruptError, StoreNotFoundError
 from featurestore.schema import FEATURES, FORMAT_VERSION, IDS, IMAGES, MASKS, VIEWS, StoreSpec
 
@@ -123,8 +124,8 @@ class Shard:
         self._decode(name, row, out)
         return out
 
-    def gather_into(self, name: str, rows: np.ndarray, out: np.ndarray) -> None:
-        """Several rows, copied or decoded straight into ``out`` (B, ...), contiguous.
+    def gather_into(self, name: str, rows: np.ndarray, out: np.ndarray, *, past_caches: bool = False) -> None:
+        """Several rows, copied (see :func:`featurestore.copying.take_rows`) or decoded straight into ``out`` (B, ...), contiguous.
 
         Raises
         ------
@@ -132,7 +133,7 @@ class Shard:
             When a row cannot be decoded.
         """
         if name in self.plain:
-            np.take(self.plain[name], rows, axis=0, out=out, mode="clip")  # rows are inside; "raise" would copy twice
+            take_rows(self.plain[name], rows, out, past_caches=past_caches)
         else:
             for row, target in zip(rows.tolist(), out, strict=True):
                 self._decode(name, row, target)

@@ -1,0 +1,269 @@
+"""A training step against a literal implementation of the thesis, and an epoch from cached features against one with the backbone in it.
+
+    python -m benchmarks.train [--size voc2012-lite] [--size thesis] [--photographs FOLDER] [--json FILE]
+
+Steps: ours and ``benchmarks/literal.py`` have networks of the same widths, batches of the same shapes and the same precision,
+and take turns in one process; the median step counts. Epochs (with ``--photographs``): the baseline decoder and the GAN see
+every photograph once, either from a feature store, or as the thesis did it: read, resized and sent through the backbone.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import common, literal
+from stages.augment.featuregan import JointFeatureGAN
+from stages.gan import Objective, Trainer, build_networks
+from stages.losses import cross_entropy
+from stages.models.decoder import Decoder
+from stages.runtime import make_accelerator
+
+CLASSES, STRIDE = 21, 8
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a preset says about widths and batches."""
+
+    backbone: str
+    channels: int
+    batch: int
+    z_dim: int
+    ngf: int
+    hidden: int
+    ndf: int
+    width: int
+    side: int = 32  # of the feature maps
+
+
+SIZES = {
+    "voc2012-lite": Size("efficientnet_lite0", 320, 16, 64, 8, 64, 32, 64),
+    "thesis": Size("resnet101", 2048, 2, 256, 64, 128, 64, 256),  # its batch is 32; two fit a small machine
+    "small": Size("efficientnet_lite0", 320, 2, 8, 1, 8, 4, 8, side=8),
+}
+
+
+def our_trainer(size: Size, device: str, precision: str) -> Trainer:
+    networks = build_networks(
+        {
+            "num_classes": CLASSES,
+            "feature_shape": (size.channels, size.side, size.side),
+            "output_stride": STRIDE,
+            "nonnegative": True,
+            "z_dim": size.z_dim,
+            "ngf": size.ngf,
+            "spade_hidden": size.hidden,
+            "norm": "batch",
+            "ndf": size.ndf,
+            "discriminator_layers": 3,
+            "image_encoder": False,
+            "init_gain": 0.02,
+        }
+    )
+    objective = Objective("hinge", 7.0, 0.05)
+    accelerator = make_accelerator(device, precision)
+    return Trainer(accelerator, networks, objective, generator_lr=2e-4, discriminator_lr=8e-4, betas=(0.0, 0.9))
+
+
+def new_decoder(size: Size) -> Decoder:
+    return Decoder(head="deeplab", in_channels=size.channels, num_classes=CLASSES, width=size.width)
+
+
+def our_steps(size: Size, device: str, precision: str, features: Tensor, masks: Tensor) -> dict[str, Callable[[], object]]:
+    trainer = our_trainer(size, device, precision)
+    decoder = new_decoder(size).to(trainer.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    parameters = list(decoder.parameters())
+    optimizer = torch.optim.Adam(parameters, 5e-4)
+    rng = torch.Generator(trainer.accelerator.device).manual_seed(0)
+
+    def gan() -> None:
+        trainer.update(trainer.forward(features, masks, None, ratio=1, rng=rng))
+
+    def joint(ratio: int) -> None:
+        augmenter = JointFeatureGAN(trainer, ratio=ratio, weight=1.0)
+        real = features.float().contiguous(memory_format=torch.channels_last)
+        augmented = augmenter.augment(real, masks, None, rng)
+        with trainer.accelerator.autocast():
+            loss = torch.stack([cross_entropy(decoder(some, masks.shape[-2:]).float(), masks) for some in (real, *augmented.features)]).sum()
+        optimizer.zero_grad()
+        augmenter.backward(loss, parameters)
+        optimizer.step()
+
+    return {"gan step": gan, "joint step 1:1": lambda: joint(1), "joint step 2:1": lambda: joint(2)}
+
+
+def literal_steps(size: Size, device: str, precision: str, features: Tensor, masks: Tensor) -> dict[str, Callable[[], object]]:
+    where = features.device
+    shape = (size.channels, size.side, size.side)
+    generator = literal.Generator(shape, CLASSES, size.z_dim, size.ngf, size.hidden).to(where)
+    discriminator = literal.Discriminator(size.channels, CLASSES, size.ndf).to(where)
+    gan = literal.Training(generator, discriminator, None, CLASSES)
+    joint = literal.Training(generator, discriminator, new_decoder(size).to(where), CLASSES)
+    rng = torch.Generator(where).manual_seed(0)
+    autocast = torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16")
+
+    def step(training: literal.Training, ratio: int) -> Callable[[], object]:
+        return lambda: training.step(
+            features.float(), masks, torch.randn(ratio * len(masks), size.z_dim, generator=rng, device=where), autocast
+        )
+
+    return {"gan step": step(gan, 1), "joint step 1:1": step(joint, 1), "joint step 2:1": step(joint, 2)}
+
+
+def time_steps(name: str, size: Size, device: str, precision: str, steps: int) -> list[dict[str, Any]]:
+    """Median seconds of each kind of step, ours and the literal one in turns."""
+    rng = np.random.default_rng(0)
+    where = make_accelerator(device, precision).device
+    features = torch.from_numpy(rng.random((size.batch, size.channels, size.side, size.side), np.float32)).to(where, torch.float16)
+    blocks = rng.integers(0, CLASSES, (size.batch, size.side // 4, size.side // 4)).astype(np.uint8)
+    masks = torch.from_numpy(blocks.repeat(4 * STRIDE, 1).repeat(4 * STRIDE, 2)).to(where)
+    kinds = {
+        "ours": our_steps(size, device, precision, features, masks),
+        "literal": literal_steps(size, device, precision, features, masks),
+    }
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for number in range(steps + 1):
+        for implementation, named in kinds.items():
+            for what, step in named.items():
+                _synchronise(where)
+                start = time.perf_counter()
+                step()
+                _synchronise(where)
+                if number:  # the first warms up
+                    seconds.setdefault((what, implementation), []).append(time.perf_counter() - start)
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    return [
+        {
+            "what": what,
+            "implementation": implementation,
+            "size": name,
+            "precision": precision,
+            "seconds": value,
+            "speedup": medians[what, "literal"] / value,
+        }
+        for (what, implementation), value in sorted(medians.items())
+    ]
+
+
+def time_epochs(name: str, size: Size, device: str, precision: str, photographs: Path, count: int) -> list[dict[str, Any]]:
+    """Seconds of an epoch over ``count`` photographs, from cached features and with the backbone in the loop."""
+    import featurestore
+    from featurestore.dataset import FeatureLoader
+
+    pixels = STRIDE * size.side
+    with tempfile.TemporaryDirectory() as folder:
+        accelerator = make_accelerator(device, precision)
+        backbone = common.backbone_for(size.backbone, Path(folder)).to(accelerator.device)
+        masks = torch.from_numpy(np.random.default_rng(0).integers(0, CLASSES, (size.batch, pixels, pixels)).astype(np.uint8))
+        masks = masks.to(accelerator.device)
+
+        @torch.no_grad()
+        def online() -> Iterator[Tensor]:
+            images = common.photographs(photographs, count, pixels)
+            for _ in range(count // size.batch):
+                batch = torch.from_numpy(np.stack([next(images) for _ in range(size.batch)])).permute(0, 3, 1, 2).to(accelerator.device)
+                with accelerator.autocast():
+                    yield backbone(batch)
+
+        spec = featurestore.StoreSpec(
+            feature_shape=(size.channels, size.side, size.side),
+            mask_shape=(pixels, pixels),
+            class_names=tuple(map(str, range(CLASSES))),
+            palette=((0, 0, 0),) * CLASSES,
+            backbone=size.backbone,
+            weights_digest="",
+            output_stride=STRIDE,
+            normalization_mean=(0, 0, 0),
+            normalization_std=(1, 1, 1),
+            resize="stretch",
+            compute="fp32",
+            nonnegative=False,
+        )
+        with featurestore.create(Path(folder) / "store", spec) as writer:
+            for number, features in enumerate(online()):
+                for row, sample in enumerate(features.to(torch.float16).cpu().numpy()):
+                    writer.append(id=f"{number}-{row}", features=sample, mask=masks[row].cpu().numpy())
+        loader = FeatureLoader(
+            featurestore.open(Path(folder) / "store"), size.batch, seed=0, drop_last=True, device=accelerator.device, workers=1
+        )
+
+        def cached() -> Iterator[Tensor]:
+            return (batch.features for batch in loader.epoch(0))
+
+        trainer = our_trainer(size, device, precision)
+        decoder = new_decoder(size).to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.Adam(decoder.parameters(), 5e-4)
+        rng = torch.Generator(accelerator.device).manual_seed(0)
+
+        def decode(features: Tensor) -> None:
+            with accelerator.autocast():
+                logits = decoder(features.float().contiguous(memory_format=torch.channels_last), masks.shape[-2:])
+                loss = F.cross_entropy(logits.float(), masks.long())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        steps = {
+            "decoder epoch": decode,
+            "gan epoch": lambda features: trainer.update(trainer.forward(features, masks, None, ratio=1, rng=rng)),
+        }
+        rows = []
+        for what, step in steps.items():
+            seconds = {}
+            for implementation, source in (("cached", cached), ("online", online)):
+                step(next(iter(source())))  # warms up
+                _synchronise(accelerator.device)
+                start = time.perf_counter()
+                for features in source():
+                    step(features)
+                _synchronise(accelerator.device)
+                seconds[implementation] = time.perf_counter() - start
+            for implementation, value in seconds.items():
+                row = {"what": f"{what}, {count // size.batch * size.batch} photographs", "implementation": implementation, "size": name}
+                rows.append({**row, "precision": precision, "seconds": value, "speedup": seconds["online"] / value})
+        return rows
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@click.command(help=__doc__)
+@click.option("--size", "names", multiple=True, type=click.Choice(list(SIZES)), default=("voc2012-lite", "thesis"), show_default=True)
+@click.option("--precision", multiple=True, type=click.Choice(["no", "bf16"]), default=("no", "bf16"), show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=5, show_default=True, help="Steps of each kind.")
+@click.option("--photographs", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Measure epochs too, on these.")
+@click.option("--images", type=click.IntRange(16), default=64, show_default=True, help="Photographs an epoch.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
+def main(
+    names: tuple[str, ...],
+    precision: tuple[str, ...],
+    steps: int,
+    photographs: Path | None,
+    images: int,
+    device: str,
+    file: Path | None,
+) -> None:
+    print(f"{common.machine()}\n", flush=True)
+    rows = [row for name in names for kind in precision for row in time_steps(name, SIZES[name], device, kind, steps)]
+    if photographs is not None:
+        rows += [row for name in names for row in time_epochs(name, SIZES[name], device, precision[-1], photographs, images)]
+    common.report(rows, ("what", "implementation", "size", "precision", "seconds", "speedup"), file)
+
+
+if __name__ == "__main__":
+    main()
