@@ -26,6 +26,7 @@ SECTIONS = {
     "extract": ("stages.extract", "ExtractConfig"),
     "train_gan": ("stages.train_gan", "TrainGanConfig"),
     "train_decoder": ("stages.train_decoder", "TrainDecoderConfig"),
+    "monitor": ("stages.monitor", "MonitorConfig"),
     "variants": ("stages.train_decoder", "VariantConfig"),
     "compare": ("stages.report", "CompareConfig"),
     "report": ("stages.report", "ReportConfig"),
@@ -50,9 +51,9 @@ class Pipeline(click.Group):
             raise
         except Exception as error:
             from featurestore.errors import FeatureStoreError
-            from stages.errors import ConfigError, DataError
+            from stages.errors import CollapseError, ConfigError, DataError
 
-            if not isinstance(error, (ConfigError, DataError, FeatureStoreError)):
+            if not isinstance(error, (CollapseError, ConfigError, DataError, FeatureStoreError)):
                 raise
             click.echo(f"Error: {error}", err=True)
             ctx.exit(2 if isinstance(error, ConfigError) else 1)
@@ -94,12 +95,19 @@ cache_option = option(
     envvar="FEATUREGAN_CACHE",
     help="Where the features stay between epochs. none: in the files; host: in memory, decoded once; device: on the GPU.",
 )
+compile_option = option(
+    "--compile/--no-compile",
+    "compile_networks",
+    default=False,
+    envvar="FEATUREGAN_COMPILE",
+    help="Let torch.compile compile the networks: minutes at the start, faster steps after; results differ by rounding.",
+)
 checkpoint_option = option(
     "--checkpoint-minutes",
     type=click.FloatRange(0),
     default=5.0,
     envvar="FEATUREGAN_CHECKPOINT_MINUTES",
-    help="Keep the state of the training at the end of an epoch, but no more often than this. 0: after every epoch.",
+    help="Keep the state of the training no more often than this. 0: after every step.",
 )
 
 
@@ -206,17 +214,22 @@ def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
 @workers_option
 @device_option
 @cache_option
+@compile_option
 @checkpoint_option
-def train_gan(params: Path, scratch: Path, workers: int, device: str, cache: str, checkpoint_minutes: float) -> None:
+def train_gan(
+    params: Path, scratch: Path, workers: int, device: str, cache: str, compile_networks: bool, checkpoint_minutes: float
+) -> None:
     """Train FeatureGAN alone on the cached features (Algorithm 1, the first frozen_epochs epochs)."""
     sections = load_params(params, device)
     from stages.extract import check_spec
     from stages.train_gan import run
 
-    check_spec(sections["extract"], FEATURES / "train")
+    for split in ("train", "val"):
+        check_spec(sections["extract"], FEATURES / split)
     losses = run(
         sections["train_gan"],
-        features=FEATURES / "train",
+        sections["monitor"],
+        features=FEATURES,
         out=GAN,
         metrics=METRICS / "train-gan",
         logs=LOGS,
@@ -224,9 +237,11 @@ def train_gan(params: Path, scratch: Path, workers: int, device: str, cache: str
         device=device,
         workers=workers,
         cache=cache,
+        compile_networks=compile_networks,
         checkpoint_minutes=checkpoint_minutes,
     )
-    click.echo(f"{GAN}: " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items() if "/class_consistency/" not in name)
+    click.echo(f"{GAN}: {shown}")
 
 
 @main.command("train-decoder", short_help="Train one decoder, alone or with the GAN.")
@@ -237,9 +252,18 @@ def train_gan(params: Path, scratch: Path, workers: int, device: str, cache: str
 @workers_option
 @device_option
 @cache_option
+@compile_option
 @checkpoint_option
 def train_decoder(
-    variant: str, seed: int, params: Path, scratch: Path, workers: int, device: str, cache: str, checkpoint_minutes: float
+    variant: str,
+    seed: int,
+    params: Path,
+    scratch: Path,
+    workers: int,
+    device: str,
+    cache: str,
+    compile_networks: bool,
+    checkpoint_minutes: float,
 ) -> None:
     """Train one decoder: VARIANT baseline on real features alone, the others on generated ones too."""
     sections = load_params(params, device)
@@ -254,6 +278,7 @@ def train_decoder(
     scores = run(
         sections["train_decoder"],
         sections["variants"][variant],
+        sections["monitor"],
         name=variant,
         seed=seed,
         features=FEATURES,
@@ -265,6 +290,7 @@ def train_decoder(
         device=device,
         workers=workers,
         cache=cache,
+        compile_networks=compile_networks,
         checkpoint_minutes=checkpoint_minutes,
     )
     absent = f" (absent from test: {', '.join(scores.absent)})" if scores.absent else ""

@@ -20,7 +20,8 @@ import featurestore
 from featurestore.dataset import FeatureLoader
 from stages.checkpoint import load_decoder
 from stages.runtime import make_accelerator
-from stages.train_decoder import TrainDecoderConfig, VariantConfig, evaluate, run
+from stages.evaluation import evaluate
+from stages.train_decoder import TrainDecoderConfig, VariantConfig, run
 
 
 def quantised(source: Path, target: Path) -> None:

@@ -25,9 +25,11 @@ from torch import Tensor
 
 from benchmarks import common, literal
 from stages.augment.featuregan import JointFeatureGAN
-from stages.gan import Objective, Trainer, build_networks
+from stages.gan import build_networks
+from stages.gan_trainer import Trainer
 from stages.losses import cross_entropy
 from stages.models.decoder import Decoder
+from stages.objective import Objective
 from stages.runtime import make_accelerator
 
 CLASSES, STRIDE = 21, 8
@@ -63,11 +65,15 @@ def our_trainer(size: Size, device: str, precision: str) -> Trainer:
             "output_stride": STRIDE,
             "nonnegative": True,
             "z_dim": size.z_dim,
+            "noise": "vector",
             "ngf": size.ngf,
             "spade_hidden": size.hidden,
             "norm": "batch",
             "ndf": size.ndf,
             "discriminator_layers": 3,
+            "discriminator_scales": 1,
+            "projection_channels": 0,
+            "adversarial_loss": "hinge",
             "image_encoder": False,
             "init_gain": 0.02,
         }
@@ -96,7 +102,9 @@ def our_steps(size: Size, device: str, precision: str, features: Tensor, masks: 
         real = features.float().contiguous(memory_format=torch.channels_last)
         augmented = augmenter.augment(real, masks, None, rng)
         with trainer.accelerator.autocast():
-            loss = torch.stack([cross_entropy(decoder(some, masks.shape[-2:]).float(), masks) for some in (real, *augmented.features)]).sum()
+            loss = torch.stack(
+                [cross_entropy(decoder(some, masks.shape[-2:]).float(), masks) for some in (real, *augmented.features)]
+            ).sum()
         optimizer.zero_grad()
         augmenter.backward(loss, parameters)
         optimizer.step()

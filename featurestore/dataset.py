@@ -35,6 +35,20 @@ class Batch:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def split(self, parts: int) -> list[Batch]:
+        """Batches of equally many samples, ``parts`` of them, that share this one's memory."""
+        size = len(self) // parts
+        starts = range(0, size * parts, size)
+
+        def part(tensor: torch.Tensor, start: int) -> torch.Tensor:
+            return tensor[start : start + size]
+
+        images = [None if self.images is None else part(self.images, start) for start in starts]
+        return [
+            Batch(part(self.positions, start), part(self.features, start), part(self.masks, start), image)
+            for start, image in zip(starts, images, strict=True)
+        ]
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``; copies from pinned memory do not block."""
         images = None if self.images is None else self.images.to(device, non_blocking=True)
@@ -189,9 +203,9 @@ class FeatureLoader:
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch; without a seed all epochs are the same."""
-        ready = prefetch(self._gather, self.order.epoch(epoch), workers=self.workers, ahead=2 * self.workers)
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number ``first`` on; without a seed all epochs are the same."""
+        ready = prefetch(self._gather, self.order.epoch(epoch)[first:], workers=self.workers, ahead=2 * self.workers)
         if self.device.type == "cpu":
             yield from ready
             return

@@ -20,60 +20,64 @@ from torch import Tensor, nn
 from featurestore.files import sync_folder
 from stages.errors import DataError
 from stages.gan import Networks, build_networks
+from stages.gan_trainer import Trainer
 from stages.models.decoder import Decoder
 from stages.models.generator import Generator
 
 CONFIG_NAME = "config.json"
 OPTIMIZERS_NAME = "optimizers.pt"
+TRAINED = "generator-trained"
 
 
 # -- the state of a running training -----------------------------------------------------------------
 
 
 class Checkpoint:
-    """A training's state in its scratch folder, so that a killed run goes on at its last finished epoch.
+    """A training's state in its scratch folder, so that a killed run goes on at its last saved step.
+
+    It holds no random state: every random number of a training is a function of seed, epoch, step and process.
 
     Parameters
     ----------
     folder
-        One folder a run: its name must hold the fingerprint of everything the run depends on.
+        One folder a run: its name must hold the fingerprint of everything the run depends on. Where several machines
+        train together it must be on a disk that all of them see.
     minutes
         Save no more often than this.
+    main
+        Whether this process is the one to save.
     """
 
-    def __init__(self, folder: Path, *, minutes: float) -> None:
+    def __init__(self, folder: Path, *, minutes: float, main: bool) -> None:
         self.path = folder / "checkpoint.pt"
         self.minutes = minutes
+        self.main = main
         self.saved_at = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """The last saved state, on the CPU, or None; global random states are set to the saved ones."""
+        """The last saved state, on the CPU, or None."""
         if not self.path.is_file():
             return None
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            return torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:  # zip, pickle and OS errors
             message = f"cannot be read ({' '.join(str(error).split())[:100]}); remove it to train from the start"
             raise DataError(self.path, message) from error
-        torch.set_rng_state(state["rng"]["cpu"])
-        if "cuda" in state["rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["rng"]["cuda"])
-        return state
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return self.main and time.monotonic() - self.saved_at >= 60 * self.minutes
 
     def save(self, **state: Any) -> None:
-        """Save if it is time: whole or not at all."""
-        if time.monotonic() - self.saved_at < 60 * self.minutes:
-            return
-        state["rng"] = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            state["rng"]["cuda"] = torch.cuda.get_rng_state()
+        """Save: whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         save_atomically(state, self.path)
         self.saved_at = time.monotonic()
 
     def remove(self) -> None:
         """Drop the state: the stage has left its results."""
-        shutil.rmtree(self.path.parent, ignore_errors=True)
+        if self.main:
+            shutil.rmtree(self.path.parent, ignore_errors=True)
 
 
 def save_atomically(state: Any, path: Path) -> None:
@@ -121,12 +125,19 @@ def _read_tensors(path: Path, network: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def save_gan(folder: Path, networks: Networks, config: Mapping[str, Any], optimizers: Mapping[str, Any]) -> None:
-    """Write generator, discriminator, image encoder, optimizers and config into a folder."""
+def save_gan(folder: Path, trainer: Trainer, config: Mapping[str, Any]) -> None:
+    """Write networks, training state and config into a folder.
+
+    ``generator.safetensors`` is the one to generate with. Where that is an average,
+    ``generator-trained.safetensors`` is the one that training goes on from.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, network in networks.by_name().items():
+    for name, network in trainer.networks.by_name().items():
         save_weights(network, folder / f"{name}.safetensors")
-    save_atomically(dict(optimizers), folder / OPTIMIZERS_NAME)
+    if trainer.average is not None:
+        save_weights(trainer.networks.generator, folder / f"{TRAINED}.safetensors")
+        save_weights(trainer.generator, folder / "generator.safetensors")
+    save_atomically(trainer.training_state(), folder / OPTIMIZERS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
@@ -148,7 +159,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_gan(folder: Path) -> tuple[Networks, dict[str, Any]]:
-    """Networks and config as :func:`save_gan` wrote them, on the CPU.
+    """Networks and config as :func:`save_gan` wrote them, on the CPU, for training to go on from.
 
     Raises
     ------
@@ -158,12 +169,13 @@ def load_gan(folder: Path) -> tuple[Networks, dict[str, Any]]:
     config = read_config(folder)
     networks = build_networks(config["architecture"])
     for name, network in networks.by_name().items():
-        load_weights(network, folder / f"{name}.safetensors")
+        trained = name == "generator" and (folder / f"{TRAINED}.safetensors").is_file()
+        load_weights(network, folder / f"{TRAINED if trained else name}.safetensors")
     return networks, config
 
 
-def load_optimizers(folder: Path) -> dict[str, Any]:
-    """The states of the GAN's optimizers, on the CPU.
+def load_training_state(folder: Path) -> dict[str, Any]:
+    """What :meth:`stages.gan_trainer.Trainer.load_training_state` takes, on the CPU.
 
     Raises
     ------

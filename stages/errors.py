@@ -50,3 +50,7 @@ def _restore(args: tuple[Any, ...], attributes: dict[str, Any]) -> DataError:
     error = DataError.__new__(DataError, *args)
     error.__dict__.update(attributes)
     return error
+
+
+class CollapseError(Exception):
+    """A GAN's training was stopped because it collapsed; what it had reached is in the scratch folder."""

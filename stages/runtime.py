@@ -13,10 +13,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from torch import nn
 from tqdm import tqdm
 
+from stages.distributed import synchronise_batch_norm
 from stages.errors import ConfigError
 
 Item = TypeVar("Item")
@@ -49,7 +51,11 @@ def make_accelerator(device: str, mixed_precision: str, **options: Any) -> Accel
     cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     # accelerate keeps the first accelerator's settings for the whole process; a notebook may run stages with others.
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, **options)
+    if mixed_precision == "fp16" and cpu:
+        raise ConfigError("mixed_precision", "fp16 needs a GPU; use bf16 or 'no' on the CPU", expected="cuda", found="cpu")
+    # Buffers are the same in every process, so nothing has to be sent round before each pass.
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers, **options)
 
 
 def _keep_freed_memory() -> None:
@@ -67,17 +73,44 @@ def _keep_freed_memory() -> None:
             mallopt(M_ARENA_MAX, 1)
 
 
-def refuse_several_processes(accelerator: Accelerator) -> None:
-    """Stop a launcher's second process before it disturbs the first.
+def distribute(accelerator: Accelerator, network: nn.Module) -> nn.Module:
+    """A network on the accelerator's device, as it is to be called in training.
+
+    Where several processes train together, batch normalisation takes all their samples in and gradients are
+    averaged (DistributedDataParallel); else it is the network itself.
+    """
+    network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if accelerator.num_processes == 1:
+        return network
+    return accelerator.prepare_model(synchronise_batch_norm(network))
+
+
+def scaler_state(accelerator: Accelerator) -> dict[str, Any]:
+    """State of fp16's loss scaling; empty for other precisions."""
+    return {} if accelerator.scaler is None else accelerator.scaler.state_dict()
+
+
+def load_scaler_state(accelerator: Accelerator, state: dict[str, Any]) -> None:
+    """The inverse of :func:`scaler_state`."""
+    if accelerator.scaler is not None and state:
+        accelerator.scaler.load_state_dict(state)
+
+
+def share(batch_size: int, accelerator: Accelerator, key: str, parts: int = 1) -> None:
+    """Refuse a batch that the processes, and the parts of an accumulated gradient, cannot share evenly.
 
     Raises
     ------
     ConfigError
-        When there is more than one process.
+        When a part would not have the same whole number of samples, two at least, everywhere.
     """
-    if accelerator.num_processes > 1:
-        message = "this stage runs in one process; start it without a launcher (extract takes several)"
-        raise ConfigError("torchrun", message, expected=1, found=accelerator.num_processes)
+    pieces = accelerator.num_processes * parts
+    if batch_size % pieces or batch_size // pieces < 2:
+        message = (
+            f"{batch_size} samples cannot be divided into {accelerator.num_processes} processes times {parts} parts of two samples"
+            f" or more; choose a multiple of {pieces} from {2 * pieces} on"
+        )
+        raise ConfigError(key, message, expected=2 * pieces, found=batch_size)
 
 
 def source_digest(*modules: ModuleType) -> str:
@@ -90,15 +123,18 @@ def source_digest(*modules: ModuleType) -> str:
     return sha.hexdigest()
 
 
-def seed_everything(seed: int) -> None:
-    """Seed the global generators: initial weights and dropout come from them, all other draws from generators of their own."""
-    torch.manual_seed(seed)
+def seed_everything(*seeds: int) -> None:
+    """Seed the global generators, from which initial weights and dropout come; all other draws have generators of their own."""
+    torch.manual_seed(_mixed(seeds))
 
 
 def generator(device: torch.device, *seeds: int) -> torch.Generator:
     """A random generator of its own, for a purpose named by several numbers."""
-    mixed = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0])
-    return torch.Generator(device).manual_seed(mixed)
+    return torch.Generator(device).manual_seed(_mixed(seeds))
+
+
+def _mixed(seeds: tuple[int, ...]) -> int:
+    return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0])
 
 
 def progress(items: Iterable[Item], what: str, total: int, unit: str) -> tqdm[Item]:

@@ -54,18 +54,31 @@ class History:
 
 
 class Means:
-    """Running means of scalars on their device: nothing waits for the device until the end of an epoch."""
+    """Running means of scalars on their device: nothing waits for the device until the end of an epoch.
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+    Parameters
+    ----------
+    state
+        Of an epoch that a resumed run is in the middle of.
+    """
+
+    def __init__(self, state: Mapping[str, tuple[Tensor, int]] | None = None) -> None:
+        self._sums = {name: (total, count) for name, (total, count) in (state or {}).items()}
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
         """Add one step's values."""
         for name, value in terms.items():
-            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach().float()
-            self._counts[name] = self._counts.get(name, 0) + 1
+            total, count = self._sums.get(name, (torch.zeros(()), 0))
+            self._sums[name] = (total.to(value.device) + value.detach().float(), count + 1)
 
-    def result(self) -> dict[str, float]:
-        """The means."""
-        return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+    def state(self) -> dict[str, tuple[Tensor, int]]:
+        """What a resumed run needs."""
+        return dict(self._sums)
+
+    def result(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means, over the steps of all processes."""
+        names = list(self._sums)
+        if not names:
+            return {}
+        means = torch.stack([total / count for total, count in self._sums.values()])
+        return dict(zip(names, accelerator.reduce(means, "mean").tolist(), strict=True))

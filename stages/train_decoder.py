@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,25 +11,45 @@ from typing import Annotated, Any, Literal
 import torch
 from accelerate import Accelerator
 from pydantic import Field
-from torch import Tensor
 
 import featurestore
 import stages
 from featurestore import FeatureStore, SpecMismatchError
-from featurestore.dataset import Batch, FeatureLoader
+from featurestore.dataset import FeatureLoader
 from featurestore.files import file_sha256
 from stages.augment.base import Augmenter
 from stages.augment.featuregan import FrozenFeatureGAN, JointFeatureGAN
 from stages.augment.none import NoAugmenter
-from stages.checkpoint import CONFIG_NAME, Checkpoint, load_gan, load_optimizers, read_config, save_gan, save_weights
+from stages.checkpoint import (
+    CONFIG_NAME,
+    Checkpoint,
+    load_gan,
+    load_generator,
+    load_training_state,
+    read_config,
+    save_gan,
+    save_weights,
+)
 from stages.config import Config
 from stages.errors import ConfigError
-from stages.gan import Objective, Trainer
+from stages.evaluation import evaluate
+from stages.gan_trainer import make_trainer
 from stages.losses import cross_entropy
-from stages.metrics import Scores, confusion_matrix, score
+from stages.metrics import Scores
 from stages.models.decoder import Decoder
+from stages.monitor import Monitor, MonitorConfig
+from stages.runtime import (
+    distribute,
+    load_scaler_state,
+    make_accelerator,
+    progress,
+    scaler_state,
+    seed_everything,
+    share,
+    source_digest,
+    write_json,
+)
 from stages.runtime import generator as random_generator
-from stages.runtime import make_accelerator, progress, refuse_several_processes, seed_everything, source_digest, write_json
 from stages.tracking import TRACKERS, History, Means
 
 
@@ -39,12 +58,13 @@ class TrainDecoderConfig(Config):
 
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=2)  # one sample cannot be batch-normalised after ASPP's global pooling
+    gradient_accumulation: int = Field(ge=1)
     decoder: Literal["deeplab", "fcn"]
     width: int = Field(ge=1)
     atrous_rates: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)]
     lr: float = Field(gt=0)
     betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)]
-    mixed_precision: Literal["no", "bf16"]
+    mixed_precision: Literal["no", "bf16", "fp16"]
 
 
 class VariantConfig(Config):
@@ -54,11 +74,13 @@ class VariantConfig(Config):
     generator: Literal["joint", "frozen"] = "joint"
     ratio: int = Field(default=1, ge=1, le=16)
     weight: float = Field(default=1.0, gt=0)
+    segmentation_loss: bool = True  # of a joint generator
 
 
 def run(
     config: TrainDecoderConfig,
     variant: VariantConfig,
+    monitoring: MonitorConfig,
     *,
     name: str,
     seed: int,
@@ -71,14 +93,15 @@ def run(
     device: str,
     workers: int,
     cache: str,
+    compile_networks: bool,
     checkpoint_minutes: float,
 ) -> Scores:
     """Train one decoder and leave it in ``out``, its scores in ``metrics``.
 
     Parameters
     ----------
-    config, variant
-        What all decoders share, and how this one's features are augmented.
+    config, variant, monitoring
+        What all decoders share, how this one's features are augmented, how a jointly trained GAN is watched.
     name, seed
         Of this decoder. Initial weights and the order of the samples depend on the seed alone, so that variants of a
         seed differ by their augmentation alone.
@@ -91,7 +114,7 @@ def run(
         and ``gan/`` of a jointly trained GAN.
     metrics
         Folder of DVCLive's files and of ``test.json``.
-    logs, scratch, device, workers, cache, checkpoint_minutes
+    logs, scratch, device, workers, cache, compile_networks, checkpoint_minutes
         As for ``train-gan``.
 
     Returns
@@ -103,17 +126,33 @@ def run(
     ------
     ConfigError, DataError, FeatureStoreError
         Parameters that the stores do not fit, or a damaged store, GAN or checkpoint.
+    CollapseError
+        When a jointly trained GAN collapsed and ``monitor.on_collapse`` is ``stop``.
     """
     # Data.
-    accelerator = make_accelerator(device, config.mixed_precision, log_with=list(TRACKERS), project_dir=logs)
-    refuse_several_processes(accelerator)
+    accelerator = make_accelerator(
+        device,
+        config.mixed_precision,
+        log_with=list(TRACKERS),
+        project_dir=logs,
+        gradient_accumulation_steps=config.gradient_accumulation,
+    )
+    share(config.batch_size, accelerator, "train_decoder.batch_size", config.gradient_accumulation)
     stores = {split: featurestore.open(features / split) for split in ("train", "val", "test")}
     train, spec = stores["train"], stores["train"].spec
     check_stores(config, stores)
     for store in stores.values():
         store.verify()
-    augmenter = build_augmenter(accelerator, variant, gan, train)
-    load = partial(FeatureLoader, batch_size=config.batch_size, workers=workers, device=accelerator.device, cache=cache)
+    augmenter = build_augmenter(accelerator, variant, gan, train, compile_networks=compile_networks)
+    load = partial(
+        FeatureLoader,
+        batch_size=config.batch_size,
+        workers=workers,
+        device=accelerator.device,
+        cache=cache,
+        rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
+    )
     batches = load(train, seed=seed, drop_last=True, images=augmenter.needs_images)
     held_out = {split: load(stores[split]) for split in ("val", "test")}
 
@@ -126,79 +165,108 @@ def run(
         "width": config.width,
         "atrous_rates": config.atrous_rates,
     }
-    decoder = Decoder(**architecture).to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload, arg-type]
+    decoder = Decoder(**architecture)  # type: ignore[arg-type]
+    if compile_networks:
+        decoder.compile()
+    trained = distribute(accelerator, decoder)  # what is called in training; the decoder itself where there is one process
     parameters = list(decoder.parameters())
-    optimizer = torch.optim.Adam(parameters, config.lr, config.betas)
+    optimizer = accelerator.prepare_optimizer(torch.optim.Adam(parameters, config.lr, config.betas, fused=True))
+    monitor = build_monitor(monitoring, augmenter, stores, seed)
 
     # Resume, or start anew.
     identity = featurestore.fingerprint(
         config=config.model_dump(),
         variant=variant.model_dump(),
+        monitoring=monitoring.model_dump(),
         seed=seed,
+        ranks=accelerator.num_processes,
         stores=[store.fingerprint for store in stores.values()],
         gan=[file_sha256(file) for file in sorted(gan.glob("*.safetensors"))] if variant.augmenter == "featuregan" else [],
         torch=torch.__version__,
         code=source_digest(stages, featurestore),
     )
-    checkpoint = Checkpoint(scratch / "train-decoder" / f"{name}-{seed}-{identity[:16]}", minutes=checkpoint_minutes)
-    state = checkpoint.load()
+    folder = scratch / "train-decoder" / f"{name}-{seed}-{identity[:16]}"
+    checkpoint = Checkpoint(folder, minutes=checkpoint_minutes, main=accelerator.is_main_process)
     best: dict[str, Any] = {"miou": -1.0, "epoch": -1, "weights": {}}
-    if state is not None:
+    state = checkpoint.load() or {"step": 0, "sums": {}, "history": [], "best": best}
+    best = state["best"]
+    if "decoder" in state:
         decoder.load_state_dict(state["decoder"])
         optimizer.load_state_dict(state["optimizer"])
+        load_scaler_state(accelerator, state["scaler"])
         augmenter.load_state(state["augmenter"])
-        best = state["best"]
-    history = History(accelerator, f"{name}-{seed}", live=metrics, rows=state["history"] if state else [])
+    history = History(accelerator, f"{name}-{seed}", live=metrics, rows=state["history"])
 
-    # Train.
-    bar = progress((), f"train-decoder: {name} {seed}", config.epochs * len(batches), "step")
-    bar.update(len(history.rows) * len(batches))
-    for epoch in range(len(history.rows), config.epochs):
-        rng = random_generator(accelerator.device, seed, epoch, 1)
-        means = Means()
-        decoder.train()
-        for batch in batches.epoch(epoch):  # its order is a function of seed and epoch, also when a resumed run starts here
-            real = batch.features.float().contiguous(memory_format=torch.channels_last)
-            augmented = augmenter.augment(real, batch.masks, batch.images, rng)
-            # Real and generated features pass separately, so that BatchNorm never mixes them (Algorithm 1).
-            with accelerator.autocast():
-                loss = real_loss = cross_entropy(decoder(real, spec.mask_shape).float(), batch.masks)
-                extra_losses = [cross_entropy(decoder(more, spec.mask_shape).float(), batch.masks) for more in augmented.features]
-            for extra_loss in extra_losses:
-                loss = loss + augmented.weight * extra_loss
-            optimizer.zero_grad()
-            augmenter.backward(loss, parameters)
-            optimizer.step()
-            means.add({"decoder/ce_real": real_loss, **augmented.terms})
-            if extra_losses:
-                means.add({"decoder/ce_generated": torch.stack(extra_losses).mean()})
-            bar.update()
-        scores = evaluate(accelerator, decoder, held_out["val"], spec.class_names)
-        by_class = {f"val/iou/{class_name.replace(' ', '_')}": iou for class_name, iou in scores.iou.items() if iou is not None}
-        history.log({**means.result(), "val/pixel_accuracy": scores.pixel_accuracy, "val/miou": scores.miou, **by_class})
-        if scores.miou > best["miou"]:
-            weights = {key: tensor.detach().cpu().clone() for key, tensor in decoder.state_dict().items()}
-            best = {"miou": scores.miou, "epoch": epoch, "weights": weights}
+    def save(step: int, means: Means) -> None:
         checkpoint.save(
             decoder=decoder.state_dict(),
             optimizer=optimizer.state_dict(),
+            scaler=scaler_state(accelerator),
             augmenter=augmenter.state(),
             best=best,
             history=history.rows,
+            step=step,
+            sums=means.state(),
         )
+
+    # Train.
+    bar = progress((), f"train-decoder: {name} {seed}", config.epochs * len(batches), "step")
+    bar.update(len(history.rows) * len(batches) + state["step"])
+    for epoch in range(len(history.rows), config.epochs):
+        means = Means(state.pop("sums", {}))
+        first = state.pop("step", 0)
+        decoder.train()
+        for number, batch in enumerate(batches.epoch(epoch, first), first):  # its order is a function of seed and epoch
+            for part_number, part in enumerate(batch.split(config.gradient_accumulation)):
+                rng = random_generator(accelerator.device, seed, epoch, number, part_number, 1)
+                seed_everything(seed, epoch, number, part_number, accelerator.process_index)  # dropout
+                with accelerator.accumulate(trained, *augmenter.modules):
+                    real = part.features.float().contiguous(memory_format=torch.channels_last)
+                    augmented = augmenter.augment(real, part.masks, part.images, rng)
+                    # Real and generated features pass separately, so that BatchNorm never mixes them (Algorithm 1).
+                    with accelerator.autocast():
+                        real_loss, *extra_losses = (
+                            cross_entropy(trained(some, spec.mask_shape).float(), part.masks) for some in (real, *augmented.features)
+                        )
+                    loss = real_loss
+                    for extra_loss in extra_losses:
+                        loss = loss + augmented.weight * extra_loss
+                    augmenter.backward(loss, parameters)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                means.add({"decoder/ce_real": real_loss, **augmented.terms})
+                if extra_losses:
+                    means.add({"decoder/ce_generated": torch.stack(extra_losses).mean()})
+            bar.update()
+            if number + 1 < len(batches) and checkpoint.due():
+                save(number + 1, means)
+        scores = evaluate(accelerator, decoder, held_out["val"], spec.class_names)
+        by_class = {f"val/iou/{class_name.replace(' ', '_')}": iou for class_name, iou in scores.iou.items() if iou is not None}
+        row = {**means.result(accelerator), "val/pixel_accuracy": scores.pixel_accuracy, "val/miou": scores.miou, **by_class}
+        if monitor is not None and monitor.due(epoch, config.epochs):
+            assert isinstance(augmenter, JointFeatureGAN)
+            row |= monitor.measure(augmenter.trainer.generator)
+        history.log(row)
+        if scores.miou > best["miou"]:
+            weights = {key: tensor.detach().cpu().clone() for key, tensor in decoder.state_dict().items()}
+            best = {"miou": scores.miou, "epoch": epoch, "weights": weights}
+        if checkpoint.due():
+            save(0, Means())
+        if monitor is not None:
+            monitor.check(row, epoch)
     bar.close()
 
     # Test: the last epoch is what is reported, the best on val stands beside it.
     last = evaluate(accelerator, decoder, held_out["test"], spec.class_names)
     last_on_val = evaluate(accelerator, decoder, held_out["val"], spec.class_names)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    save_weights(decoder, out / "decoder.safetensors")
-    (out / CONFIG_NAME).write_text(json.dumps({"architecture": architecture, "variant": name, "seed": seed}, indent=1) + "\n")
-    if isinstance(augmenter, JointFeatureGAN):
-        save_gan(out / "gan", augmenter.trainer.networks, read_config(gan), augmenter.trainer.optimizer_state())
+    if accelerator.is_main_process:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        save_weights(decoder, out / "decoder.safetensors")
+        (out / CONFIG_NAME).write_text(json.dumps({"architecture": architecture, "variant": name, "seed": seed}, indent=1) + "\n")
+        if isinstance(augmenter, JointFeatureGAN):
+            save_gan(out / "gan", augmenter.trainer, read_config(gan))
     decoder.load_state_dict(best["weights"])
-    save_weights(decoder, out / "decoder-best.safetensors")
     best_scores = evaluate(accelerator, decoder, held_out["test"], spec.class_names)
 
     # Metrics.
@@ -216,12 +284,16 @@ def run(
             "iou": best_scores.iou,
         },
     }
-    write_json(metrics / "test.json", result)
+    if accelerator.is_main_process:
+        save_weights(decoder, out / "decoder-best.safetensors")
+        write_json(metrics / "test.json", result)
     checkpoint.remove()
     return last
 
 
-def build_augmenter(accelerator: Accelerator, variant: VariantConfig, gan: Path, train: FeatureStore) -> Augmenter:
+def build_augmenter(
+    accelerator: Accelerator, variant: VariantConfig, gan: Path, train: FeatureStore, *, compile_networks: bool
+) -> Augmenter:
     """The augmenter of a variant, on the accelerator's device.
 
     Raises
@@ -238,33 +310,20 @@ def build_augmenter(accelerator: Accelerator, variant: VariantConfig, gan: Path,
         message = "this GAN was trained on other features than those of the training store; run train-gan again"
         raise SpecMismatchError(message, path=gan, expected=train.fingerprint, found=config["store"])
     if variant.generator == "frozen":
+        networks.generator = load_generator(gan)
         return FrozenFeatureGAN(accelerator, networks, ratio=variant.ratio, weight=variant.weight)
-    settings = config["training"]
-    trainer = Trainer(
-        accelerator,
-        networks,
-        Objective(settings["adversarial_loss"], settings["lambda_feat"], settings["lambda_kld"]),
-        generator_lr=settings["generator_lr"],
-        discriminator_lr=settings["discriminator_lr"],
-        betas=settings["betas"],
-    )
-    trainer.load_optimizer_state(load_optimizers(gan))
-    return JointFeatureGAN(trainer, ratio=variant.ratio, weight=variant.weight)
+    trainer = make_trainer(accelerator, networks, config["training"], compile_networks=compile_networks)
+    trainer.load_training_state(load_training_state(gan))
+    return JointFeatureGAN(trainer, ratio=variant.ratio, weight=variant.weight, segmentation_loss=variant.segmentation_loss)
 
 
-@torch.no_grad()
-def evaluate(accelerator: Accelerator, decoder: Decoder, batches: Iterable[Batch], class_names: tuple[str, ...]) -> Scores:
-    """Scores of a decoder over a whole split."""
-    decoder.eval()
-    total: Tensor | None = None
-    for batch in batches:
-        real = batch.features.float().contiguous(memory_format=torch.channels_last)
-        with accelerator.autocast():
-            logits = decoder(real, tuple(batch.masks.shape[-2:]))
-        confusion = confusion_matrix(logits.argmax(1), batch.masks, len(class_names))
-        total = confusion if total is None else total + confusion
-    assert total is not None
-    return score(total, class_names)
+def build_monitor(config: MonitorConfig, augmenter: Augmenter, stores: dict[str, FeatureStore], seed: int) -> Monitor | None:
+    """What watches a jointly trained GAN; None where none is trained."""
+    if not isinstance(augmenter, JointFeatureGAN):
+        return None
+    trainer = augmenter.trainer
+    scale = trainer.networks.generator.feature_scale
+    return Monitor(config, trainer.accelerator, train=stores["train"], held_out=stores["val"], feature_scale=scale, seed=seed)
 
 
 def check_stores(config: TrainDecoderConfig, stores: dict[str, FeatureStore]) -> None:

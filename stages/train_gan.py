@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 import featurestore
 import stages
@@ -17,10 +18,12 @@ from featurestore.dataset import FeatureLoader
 from stages.checkpoint import Checkpoint, save_gan, save_weights
 from stages.config import Config, Seed
 from stages.errors import ConfigError
-from stages.gan import Objective, Trainer, build_networks, feature_scale
+from stages.gan import build_networks, feature_scale
+from stages.gan_trainer import make_trainer
 from stages.models.generator import UPSAMPLING
+from stages.monitor import Monitor, MonitorConfig
 from stages.runtime import generator as random_generator
-from stages.runtime import make_accelerator, progress, refuse_several_processes, seed_everything, source_digest
+from stages.runtime import make_accelerator, progress, seed_everything, share, source_digest
 from stages.tracking import TRACKERS, History, Means
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -31,31 +34,61 @@ class TrainGanConfig(Config):
 
     frozen_epochs: int = Field(ge=1)
     batch_size: int = Field(ge=2)
-    z_dim: int = Field(ge=1)
+    gradient_accumulation: int = Field(ge=1)
+    z_dim: int = Field(ge=0)
+    noise: Literal["vector", "spatial"]
     ngf: int = Field(ge=1)
     spade_hidden: int = Field(ge=1)
     norm: Literal["batch", "instance"]
     ndf: int = Field(ge=1)
     discriminator_layers: int = Field(ge=2, le=5)
+    discriminator_scales: int = Field(ge=1, le=2)
+    projection_channels: int = Field(ge=0)
     image_encoder: bool
     nef: int = Field(ge=1)
     init_gain: float = Field(gt=0)
     feature_scale: Literal["channel", "global", "none"]
-    adversarial_loss: Literal["hinge", "wasserstein-clip", "wasserstein-gp"]
+    adversarial_loss: Literal["hinge", "non-saturating", "wasserstein-clip", "wasserstein-gp", "segmentation"]
     lambda_feat: float = Field(ge=0)
     lambda_kld: float = Field(ge=0)
+    r1_gamma: float = Field(ge=0)
+    diffaugment: Annotated[tuple[Literal["flip", "translation", "cutout", "channel_dropout"], ...], Field(strict=False)]
+    ema_decay: float = Field(ge=0, lt=1)
     generator_lr: float = Field(gt=0)
     discriminator_lr: float = Field(gt=0)
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)]
-    mixed_precision: Literal["no", "bf16"]
+    mixed_precision: Literal["no", "bf16", "fp16"]
     seed: Seed
 
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.adversarial_loss == "segmentation" and (self.r1_gamma or self.discriminator_scales > 1):
+            raise ValueError("r1_gamma and discriminator_scales belong to a patch discriminator; adversarial_loss segmentation has none")
+        if self.image_encoder and (not self.z_dim or self.noise == "spatial"):
+            raise ValueError("the image encoder gives a noise vector; set z_dim above 0 and noise to vector, or image_encoder to false")
+        return self
 
-ARCHITECTURE = ("z_dim", "ngf", "spade_hidden", "norm", "ndf", "discriminator_layers", "image_encoder", "nef", "init_gain")
+
+ARCHITECTURE = (
+    "z_dim",
+    "noise",
+    "ngf",
+    "spade_hidden",
+    "norm",
+    "ndf",
+    "discriminator_layers",
+    "discriminator_scales",
+    "projection_channels",
+    "adversarial_loss",
+    "image_encoder",
+    "nef",
+    "init_gain",
+)
 
 
 def run(
     config: TrainGanConfig,
+    monitoring: MonitorConfig,
     *,
     features: Path,
     out: Path,
@@ -65,44 +98,55 @@ def run(
     device: str,
     workers: int,
     cache: str,
+    compile_networks: bool,
     checkpoint_minutes: float,
 ) -> dict[str, float]:
     """Train FeatureGAN on a store's features and leave its networks in ``out``.
 
     Parameters
     ----------
-    config
-        Networks, losses, schedule.
+    config, monitoring
+        Networks, losses, schedule; how training is watched.
     features
-        The training store.
+        Folder of the stores ``train`` and ``val``; the latter's masks and features are what training is watched with.
     out
         Folder of ``generator``, ``discriminator``, ``image_encoder`` (``.safetensors``), the untrained
         ``generator-initial``, ``optimizers.pt`` and ``config.json``.
     metrics, logs
         Folders of DVCLive's and TensorBoard's files.
     scratch
-        Where the state is kept at the end of epochs; a killed run goes on from there.
-    device, workers, cache
-        Belong to the machine; for the last two see :class:`featurestore.dataset.FeatureLoader`.
+        Where the state is kept; a killed run goes on from there.
+    device, workers, cache, compile_networks
+        Belong to the machine; for ``workers`` and ``cache`` see :class:`featurestore.dataset.FeatureLoader`, for
+        ``compile_networks`` :class:`stages.gan_trainer.Trainer`.
     checkpoint_minutes
         Save the state no more often than this.
 
     Returns
     -------
     dict
-        The last epoch's mean losses.
+        The last epoch's mean losses and measures.
 
     Raises
     ------
     ConfigError, DataError, FeatureStoreError
-        Parameters that the store does not fit, or a damaged store or checkpoint.
+        Parameters that the stores do not fit, or a damaged store or checkpoint.
+    CollapseError
+        When the GAN collapsed and ``monitor.on_collapse`` is ``stop``.
     """
     # Data.
-    accelerator = make_accelerator(device, config.mixed_precision, log_with=list(TRACKERS), project_dir=logs)
-    refuse_several_processes(accelerator)
-    store = featurestore.open(features)
+    accelerator = make_accelerator(
+        device,
+        config.mixed_precision,
+        log_with=list(TRACKERS),
+        project_dir=logs,
+        gradient_accumulation_steps=config.gradient_accumulation,
+    )
+    share(config.batch_size, accelerator, "train_gan.batch_size", config.gradient_accumulation)
+    store, held_out = featurestore.open(features / "train"), featurestore.open(features / "val")
     check_store(config, store)
-    store.verify()  # seconds now, against a night on damaged features
+    for opened in (store, held_out):
+        opened.verify()  # seconds now, against a night on damaged features
     batches = FeatureLoader(
         store,
         config.batch_size,
@@ -112,6 +156,8 @@ def run(
         workers=workers,
         device=accelerator.device,
         cache=cache,
+        rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
     )
 
     # Networks and optimizers.
@@ -119,46 +165,54 @@ def run(
     architecture = describe(config, store)
     networks = build_networks(architecture, feature_scale(store, config.feature_scale))
     untrained = copy.deepcopy(networks.generator)
-    objective = Objective(config.adversarial_loss, config.lambda_feat, config.lambda_kld)
-    trainer = Trainer(
-        accelerator,
-        networks,
-        objective,
-        generator_lr=config.generator_lr,
-        discriminator_lr=config.discriminator_lr,
-        betas=config.betas,
-    )
+    settings = config.model_dump()
+    trainer = make_trainer(accelerator, networks, settings, compile_networks=compile_networks)
+    scale = networks.generator.feature_scale
+    monitor = Monitor(monitoring, accelerator, train=store, held_out=held_out, feature_scale=scale, seed=config.seed)
 
     # Resume, or start anew.
     code = source_digest(stages, featurestore)
-    identity = featurestore.fingerprint(config=config.model_dump(), store=store.fingerprint, torch=torch.__version__, code=code)
-    checkpoint = Checkpoint(scratch / "train-gan" / identity[:16], minutes=checkpoint_minutes)
-    state = checkpoint.load()
-    if state is not None:
+    stores = [store.fingerprint, held_out.fingerprint]
+    both = {"config": settings, "monitoring": monitoring.model_dump()}
+    identity = featurestore.fingerprint(**both, stores=stores, torch=torch.__version__, code=code, ranks=accelerator.num_processes)
+    folder = scratch / "train-gan" / identity[:16]
+    checkpoint = Checkpoint(folder, minutes=checkpoint_minutes, main=accelerator.is_main_process)
+    state = checkpoint.load() or {"step": 0, "sums": {}, "history": []}
+    if "gan" in state:
         trainer.load_state(state["gan"])
-    history = History(accelerator, "train-gan", live=metrics, rows=state["history"] if state else [])
+    history = History(accelerator, "train-gan", live=metrics, rows=state["history"])
 
     # Train.
     bar = progress((), "train-gan", config.frozen_epochs * len(batches), "step")
-    bar.update(len(history.rows) * len(batches))
+    bar.update(len(history.rows) * len(batches) + state["step"])
     for epoch in range(len(history.rows), config.frozen_epochs):
-        rng = random_generator(accelerator.device, config.seed, epoch)
-        means = Means()
-        for batch in batches.epoch(epoch):  # its order is a function of seed and epoch, also when a resumed run starts here
-            step = trainer.forward(batch.features, batch.masks, batch.images, ratio=1, rng=rng)
-            trainer.update(step)
-            means.add(step.terms)
+        means = Means(state.pop("sums", {}))
+        first = state.pop("step", 0)
+        for number, batch in enumerate(batches.epoch(epoch, first), first):  # its order is a function of seed and epoch
+            for part_number, part in enumerate(batch.split(config.gradient_accumulation)):
+                rng = random_generator(accelerator.device, config.seed, epoch, number, part_number)
+                with accelerator.accumulate(*trainer.modules.values()):
+                    step = trainer.forward(part.features, part.masks, part.images, ratio=1, rng=rng)
+                    trainer.update(step)
+                means.add(step.terms)
             bar.update()
-        history.log(means.result())
-        checkpoint.save(gan=trainer.state(), history=history.rows)
+            if number + 1 < len(batches) and checkpoint.due():
+                checkpoint.save(gan=trainer.state(), history=history.rows, step=number + 1, sums=means.state())
+        row = means.result(accelerator)
+        if monitor.due(epoch, config.frozen_epochs):
+            row |= monitor.measure(trainer.generator)
+        history.log(row)
+        if checkpoint.due():
+            checkpoint.save(gan=trainer.state(), history=history.rows, step=0, sums={})
+        monitor.check(row, epoch)
     bar.close()
 
     # Save.
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    save_weights(untrained, out / "generator-initial.safetensors")
-    settings = {"architecture": architecture, "training": config.model_dump(), "store": store.fingerprint}
-    save_gan(out, networks, settings, trainer.optimizer_state())
+    if accelerator.is_main_process:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        save_weights(untrained, out / "generator-initial.safetensors")
+        save_gan(out, trainer, {"architecture": architecture, "training": settings, "store": store.fingerprint})
     accelerator.end_training()
     checkpoint.remove()
     return history.rows[-1]
@@ -178,6 +232,10 @@ def check_store(config: TrainGanConfig, store: FeatureStore) -> None:
     if len(store) < config.batch_size:
         message = f"{config.batch_size} is more than the {len(store)} samples of {store.path}; lower it"
         raise ConfigError("train_gan.batch_size", message, expected=len(store), found=config.batch_size)
+    channels = store.spec.feature_shape[0]
+    if config.projection_channels > channels:
+        message = f"{config.projection_channels} is more than the {channels} channels of {store.path}; lower it, or 0 to see all"
+        raise ConfigError("train_gan.projection_channels", message, expected=channels, found=config.projection_channels)
     if config.image_encoder and not store.spec.has_images:
         raise SpecMismatchError("train_gan.image_encoder needs images; set extract.store_images to true", path=store.path)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -35,15 +36,21 @@ class Augmenter(Protocol):
     ----------
     needs_images
         Whether :meth:`augment` wants the photographs.
+    modules
+        Networks that it trains, as the accelerator wraps them.
     """
 
     needs_images: bool
+    modules: list[nn.Module]
 
     def augment(self, features: Tensor, masks: Tensor, images: Tensor | None, rng: torch.Generator) -> Augmented:
         """More features for real ones (B, C, h, w), masks (B, H, W) uint8 and images (B, 3, H, W) uint8 or None."""
 
-    def backward(self, loss: Tensor, parameters: list[Tensor]) -> None:
-        """Gradients of the decoder's loss for the decoder's parameters; and the augmenter's own update, if it learns."""
+    def backward(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
+        """Gradients of the decoder's loss for the decoder's parameters; and the augmenter's own update, if it learns.
+
+        The decoder's optimizer steps afterwards.
+        """
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs."""

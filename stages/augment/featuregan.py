@@ -7,15 +7,19 @@ trained on while the decoder learns, and the segmentation loss reaches the gener
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.augment.base import Augmented
-from stages.gan import Networks, Step, Trainer
+from stages.distributed import draw_noise
+from stages.gan import Networks
+from stages.gan_trainer import Trainer
 from stages.models.image_encoder import sample_z
+from stages.objective import Step
 
 
 class JointFeatureGAN:
@@ -29,22 +33,27 @@ class JointFeatureGAN:
         Draws a mask: 1 or 2 in the thesis.
     weight
         Of each draw's cross-entropy.
+    segmentation_loss
+        Whether the segmentation loss reaches the generator (Algorithm 1), or the decoder alone.
     """
 
-    def __init__(self, trainer: Trainer, *, ratio: int, weight: float) -> None:
+    def __init__(self, trainer: Trainer, *, ratio: int, weight: float, segmentation_loss: bool = True) -> None:
         self.trainer = trainer
         self.needs_images = trainer.networks.image_encoder is not None
+        self.modules = list(trainer.modules.values())
         self.ratio = ratio
         self.weight = weight
+        self.segmentation_loss = segmentation_loss
         self._step: Step | None = None
 
     def augment(self, features: Tensor, masks: Tensor, images: Tensor | None, rng: torch.Generator) -> Augmented:
         """``ratio`` draws of generated features."""
         self._step = step = self.trainer.forward(features, masks, images, ratio=self.ratio, rng=rng)
-        generated = step.fake * self.trainer.networks.generator.feature_scale
+        fake = step.fake if self.segmentation_loss else step.fake.detach()
+        generated = fake * self.trainer.networks.generator.feature_scale
         return Augmented(list(generated.chunk(self.ratio)), self.weight, step.terms)
 
-    def backward(self, loss: Tensor, parameters: list[Tensor]) -> None:
+    def backward(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
         """One back-propagation of L_TOT for generator and decoder, then the discriminator's."""
         assert self._step is not None
         self.trainer.update(self._step, extra_loss=loss, also=parameters)
@@ -73,6 +82,7 @@ class FrozenFeatureGAN:
     def __init__(self, accelerator: Accelerator, networks: Networks, *, ratio: int, weight: float) -> None:
         self.accelerator = accelerator
         self.needs_images = networks.image_encoder is not None
+        self.modules: list[nn.Module] = []
         self.generator = networks.generator.to(accelerator.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.encoder = None if networks.image_encoder is None else networks.image_encoder.to(accelerator.device).eval()
         self.ratio = ratio
@@ -81,7 +91,7 @@ class FrozenFeatureGAN:
     @torch.no_grad()
     def augment(self, features: Tensor, masks: Tensor, images: Tensor | None, rng: torch.Generator) -> Augmented:
         """``ratio`` draws of generated features."""
-        z = torch.randn(self.ratio * len(masks), self.generator.z_dim, generator=rng, device=masks.device)
+        z = draw_noise(rng, self.ratio, len(masks), self.generator.z_dim, masks.device)
         with self.accelerator.autocast():
             if self.encoder is not None:
                 assert images is not None
@@ -90,7 +100,7 @@ class FrozenFeatureGAN:
             generated = self.generator.generate(masks, z=z)
         return Augmented(list(generated.chunk(self.ratio)), self.weight)
 
-    def backward(self, loss: Tensor, parameters: list[Tensor]) -> None:
+    def backward(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
         """Gradients for the decoder."""
         self.accelerator.backward(loss, inputs=parameters)
 

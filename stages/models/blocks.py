@@ -42,6 +42,17 @@ def one_hot(masks: Tensor, num_classes: int, *, dtype: torch.dtype, size: tuple[
     return (masks.unsqueeze(-1) == values).to(dtype).permute(0, 3, 1, 2)  # (B, h, w, K+1) -> (B, K+1, h, w)
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """What convolutions of ``tensor`` compute in: autocast's type where it is on, else the tensor's own."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def instance_norm(x: Tensor) -> Tensor:
+    """Instance normalisation without parameters; as group normalisation it leaves channels last in memory."""
+    return F.group_norm(x, x.shape[1])
+
+
 def parameter_free_norm(kind: str, channels: int) -> nn.Module:
     """``batch`` (SPADE's choice) or ``instance`` normalisation without learned scale and shift."""
     makers: dict[str, Callable[[], nn.Module]] = {

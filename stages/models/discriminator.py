@@ -1,16 +1,36 @@
-"""The FeatureGAN discriminator: judges pairs of features and mask, patch by patch (thesis section 3.1.1, figure 3.5)."""
+"""The FeatureGAN discriminator: judges pairs of features and mask, at one or two scales."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.models.blocks import one_hot, spectral
+from stages.models.patch_discriminator import PatchDiscriminator
+from stages.models.projection import RandomProjection
+from stages.models.segmentation_discriminator import SegmentationDiscriminator
+
+
+class Judgement(NamedTuple):
+    """What the discriminator says about one group of features.
+
+    Attributes
+    ----------
+    scores
+        One tensor a scale. Of a patch discriminator (B, 1, h', w'), unbounded, higher is more real; of a segmentation
+        discriminator (B, K + 1, h, w), logits of the classes and, last, of being generated.
+    layers
+        Every scale's and layer's activations, for the feature matching loss (eq. 3.5).
+    """
+
+    scores: list[Tensor]
+    layers: list[Tensor]
 
 
 class Discriminator(nn.Module):
-    """Convolutions bring the one-hot mask to h x w; it is concatenated to the features; a PatchGAN judges the whole.
+    """One discriminator a scale, behind a common view of the features.
 
     Parameters
     ----------
@@ -19,11 +39,17 @@ class Discriminator(nn.Module):
     feature_channels
         C.
     output_stride
-        H / h, a power of two: one stride-2 convolution of the mask a factor of two.
+        H / h, a power of two.
     ndf
-        Width of the mask's convolutions; the PatchGAN starts at 4 * ndf and ends at no more than 8 * ndf.
+        Width.
     layers
-        Layers of the PatchGAN before its last; the first two have stride 2.
+        Layers of a patch discriminator before its last; the first two have stride 2.
+    kind
+        ``patch`` (the thesis's, section 3.1.1) or ``segmentation`` (OASIS).
+    scales
+        1, or 2: a second patch discriminator sees features and mask at half the resolution (Wang et al. 2018, section 3.1).
+    projection_channels
+        Where above 0, discriminators see this many fixed random mixtures of the channels.
     init_gain
         Of the Xavier initialisation.
     """
@@ -36,46 +62,47 @@ class Discriminator(nn.Module):
         output_stride: int = 8,
         ndf: int = 64,
         layers: int = 3,
+        kind: str = "patch",
+        scales: int = 1,
+        projection_channels: int = 0,
         init_gain: float = 0.02,
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.projection = RandomProjection(feature_channels, projection_channels) if projection_channels else nn.Identity()
+        shared = {"num_classes": num_classes, "feature_channels": projection_channels or feature_channels, "init_gain": init_gain}
 
-        def conv(channels: int, width: int, stride: int) -> nn.Module:
-            return spectral(nn.Conv2d(channels, width, 4, stride, padding=1 if stride == 2 else 2), init_gain)
+        def one() -> nn.Module:
+            if kind == "segmentation":
+                return SegmentationDiscriminator(ndf=ndf, **shared)  # type: ignore[arg-type]
+            return PatchDiscriminator(output_stride=output_stride, ndf=ndf, layers=layers, **shared)  # type: ignore[arg-type]
 
-        halvings = output_stride.bit_length() - 1
-        self.mask_layers = nn.ModuleList([conv(num_classes + 1 if n == 0 else ndf, ndf, 2) for n in range(halvings)])
-        widths = [min(4 * 2**n, 8) * ndf for n in range(layers)]
-        inputs = [feature_channels + ndf, *widths]
-        self.layers = nn.ModuleList([conv(inputs[n], widths[n], 2 if n < 2 else 1) for n in range(layers)])
-        self.norms = nn.ModuleList([nn.Identity() if n == 0 else nn.InstanceNorm2d(widths[n]) for n in range(layers)])
-        self.last = conv(widths[-1], 1, 1)
+        self.scales = nn.ModuleList(one() for _ in range(scales))
 
-    def forward(self, features: Tensor, masks: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Judge.
+    def forward(self, groups: Sequence[Tensor], masks: Tensor) -> list[Judgement]:
+        """Judge several groups of features that belong to the same masks, real ones and generated ones for example.
+
+        One call for all of them: weights are normalised, and masks embedded, once. Each group is
+        convolved on its own, so that back-propagation for the generator leaves the real ones alone.
 
         Parameters
         ----------
-        features
-            (k*B, C, h, w) scaled features, k groups that share B masks (real ones and any number of generated ones).
+        groups
+            Each (k*B, C, h, w) scaled features, k draws of B masks.
         masks
             (B, H, W) uint8, 255 = void.
 
         Returns
         -------
-        scores
-            (k*B, 1, h', w'), unbounded: higher is more real.
-        intermediates
-            Each layer's activations, for the feature matching loss (eq. 3.5).
+        list of Judgement
+            One a group.
         """
-        embedded = one_hot(masks, self.num_classes, dtype=features.dtype)
-        for layer in self.mask_layers:
-            embedded = F.leaky_relu(layer(embedded), 0.2)
-        embedded = embedded.repeat(len(features) // len(masks), 1, 1, 1)  # embedded once a mask, not once a group
-        x = torch.cat([features, embedded], dim=1)
-        intermediates = []
-        for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = F.leaky_relu(norm(layer(x)), 0.2)
-            intermediates.append(x)
-        return self.last(x), intermediates
+        groups = [self.projection(group) for group in groups]
+        judged = [Judgement([], []) for _ in groups]
+        for number, scale in enumerate(self.scales):
+            if number:
+                groups = [F.avg_pool2d(group, 3, stride=2, padding=1, count_include_pad=False) for group in groups]
+                masks = masks[:, ::2, ::2]
+            for judgement, (scores, layers) in zip(judged, scale(groups, masks), strict=True):
+                judgement.scores.append(scores)
+                judgement.layers.extend(layers)
+        return judged

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.models.blocks import one_hot, xavier_
+from stages.models.blocks import autocast_dtype, one_hot, xavier_
 from stages.models.spade import SPADEResBlk
 
 UPSAMPLING = 4  # the first block works at h/4 x w/4
@@ -26,7 +26,10 @@ class Generator(nn.Module):
     feature_scale
         (C,) > 0: what a feature channel is divided by before the GAN sees it.
     z_dim
-        Length of the noise vector.
+        Length of the noise vector; 0: none, features are a function of the mask alone.
+    noise
+        ``vector``: z becomes the first feature map (SPADE). ``spatial``: z stands beside the mask's classes at every pixel, in
+        the first layer and in every SPADE layer (OASIS, section 3.3).
     ngf
         Width: every block has 16 * ngf channels (1024 at the thesis's 64).
     spade_hidden
@@ -52,6 +55,7 @@ class Generator(nn.Module):
         nonnegative: bool,
         feature_scale: Tensor,
         z_dim: int = 256,
+        noise: str = "vector",
         ngf: int = 64,
         spade_hidden: int = 128,
         norm: str = "batch",
@@ -65,6 +69,8 @@ class Generator(nn.Module):
         self.feature_size = (height, width)
         self.nonnegative = nonnegative
         self.z_dim = z_dim
+        self.spatial = noise == "spatial" and z_dim > 0
+        label_channels = num_classes + 1 + (z_dim if self.spatial else 0)
         self.start = (16 * ngf, height // UPSAMPLING, width // UPSAMPLING)
         self.register_buffer("feature_scale", feature_scale.reshape(1, channels, 1, 1).float())
 
@@ -72,13 +78,16 @@ class Generator(nn.Module):
             return SPADEResBlk(
                 in_channels=16 * ngf,
                 out_channels=16 * ngf,
-                label_channels=num_classes + 1,
+                label_channels=label_channels,
                 hidden=spade_hidden,
                 norm=norm,
                 gain=init_gain,
             )
 
-        self.noise = xavier_(nn.Linear(z_dim, self.start[0] * self.start[1] * self.start[2]), init_gain)
+        if z_dim and not self.spatial:
+            self.noise = xavier_(nn.Linear(z_dim, self.start[0] * self.start[1] * self.start[2]), init_gain)
+        else:  # SPADE's generator without an image encoder starts from the mask
+            self.first = xavier_(nn.Conv2d(label_channels, self.start[0], 3, padding=1), init_gain)
         self.quarter, self.half_0, self.half_1, self.full = block(), block(), block(), block()
         self.to_features = xavier_(nn.Conv2d(16 * ngf, channels, 3, padding=1), init_gain)
 
@@ -88,7 +97,7 @@ class Generator(nn.Module):
         Parameters
         ----------
         z
-            (k*B, z_dim) noise, k draws a mask.
+            (k*B, z_dim) noise, k draws a mask; where it is spatial (k*B, z_dim, h, w) too, another z at every pixel.
         masks
             (B, H, W) uint8, 255 = void.
 
@@ -99,8 +108,19 @@ class Generator(nn.Module):
         """
         height, width = self.feature_size
         sizes = {part: (height // part, width // part) for part in (4, 2, 1)}
-        labels = {part: one_hot(masks, self.num_classes, dtype=z.dtype, size=size) for part, size in sizes.items()}
-        x = self.noise(z).view(-1, *self.start)  # (k*B, 16*ngf * h/4 * w/4) -> (k*B, 16*ngf, h/4, w/4)
+        dtype = autocast_dtype(z)
+        labels = {part: one_hot(masks, self.num_classes, dtype=dtype, size=size) for part, size in sizes.items()}
+        if self.spatial:
+            z = z.to(dtype) if z.ndim == 4 else z.to(dtype)[:, :, None, None].expand(-1, -1, height, width)
+            labels = {
+                part: torch.cat([label.repeat(len(z) // len(masks), 1, 1, 1), z[:, :, ::part, ::part]], dim=1)
+                for part, label in labels.items()
+            }
+        if self.z_dim and not self.spatial:
+            x = self.noise(z).view(-1, *self.start)  # (k*B, 16*ngf * h/4 * w/4) -> (k*B, 16*ngf, h/4, w/4)
+        else:
+            x = self.first(labels[4])
+            x = x.repeat(len(z) // len(x), 1, 1, 1)
         x = self.quarter(x, labels[4])
         x = F.interpolate(x, scale_factor=2, mode="nearest")
         x = self.half_0(x, labels[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -51,10 +52,8 @@ class SPADE(nn.Module):
             (k*B, C, h, w).
         """
         gamma, beta = self.gamma_beta(F.relu(self.shared(labels))).chunk(2, dim=1)
-        if len(x) != len(labels):  # once a mask, not once a draw
-            groups = len(x) // len(labels)
-            gamma, beta = gamma.repeat(groups, 1, 1, 1), beta.repeat(groups, 1, 1, 1)
-        return self.norm(x) * (1 + gamma) + beta
+        x = self.norm(x).unflatten(0, (-1, len(labels)))  # (k*B, ...) -> (k, B, ...): modulation is computed once a mask
+        return torch.addcmul(x + beta, x, gamma).flatten(0, 1)
 
 
 class SPADEResBlk(nn.Module):

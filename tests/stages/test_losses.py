@@ -16,7 +16,7 @@ def test_hinge_discriminator_by_hand() -> None:
 
 
 def test_generator_and_wasserstein_by_hand() -> None:
-    assert losses.generator_adversarial(torch.tensor([1.0, 3.0])) == -2
+    assert losses.critic_generator(torch.tensor([1.0, 3.0])) == -2
     assert losses.wasserstein_discriminator(torch.tensor([1.0, 3.0]), torch.tensor([5.0])) == (-2, 5)
 
 
@@ -51,3 +51,43 @@ def test_gradient_penalty_of_a_linear_critic() -> None:
         lambda x: (x * weights).sum((1, 2, 3), keepdim=True), torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.rand(2)
     )
     torch.testing.assert_close(penalty, (weights.norm() - 1) ** 2)
+
+
+def test_non_saturating_is_binary_cross_entropy() -> None:
+    real, fake = torch.randn(5), torch.randn(7)
+    terms = losses.logistic_discriminator(real, fake)
+    entropy = F.binary_cross_entropy_with_logits
+    torch.testing.assert_close(terms[0], entropy(real, torch.ones(5)))
+    torch.testing.assert_close(terms[1], entropy(fake, torch.zeros(7)))
+    torch.testing.assert_close(losses.non_saturating_generator(fake), entropy(fake, torch.ones(7)))
+
+
+def test_r1_of_a_quadratic_discriminator_by_hand() -> None:
+    weights = torch.randn(3, 4, 4, requires_grad=True)
+    real = torch.randn(2, 3, 4, 4)
+    penalty = losses.r1_penalty(lambda x: (x**2 * weights).sum((1, 2, 3), keepdim=True), real)
+    torch.testing.assert_close(penalty, (2 * real * weights).square().sum((1, 2, 3)).mean())  # the gradient is 2 w x
+    (gradient,) = torch.autograd.grad(penalty, weights)
+    torch.testing.assert_close(gradient, (8 * real**2 * weights).mean(0))
+
+
+def test_segmentation_losses_in_plain_code() -> None:
+    masks = torch.tensor([[[0, 0, 0, 1]], [[0, 255, 1, 1]]], dtype=torch.uint8)  # class 2 is absent; 4 pixels of 0, 3 of 1
+    real, fake = torch.randn(2, 4, 1, 4), torch.randn(4, 4, 1, 4)  # three classes and "generated"; two draws a mask
+    weight = {0: 7 / 4 / 2, 1: 7 / 3 / 2}
+
+    def balanced(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        terms = [
+            weight[int(label)] * F.cross_entropy(logits[b, :, y, x], label.long())
+            for b, mask in enumerate(rows)
+            for y, line in enumerate(mask)
+            for x, label in enumerate(line)
+            if label != 255
+        ]
+        return torch.stack(terms).mean()
+
+    of_real, of_fake = losses.segmentation_discriminator(real, fake, masks)
+    torch.testing.assert_close(of_real, balanced(real, masks))
+    generated = torch.full_like(masks, 3).masked_fill(masks == 255, 255).repeat(2, 1, 1).long()
+    torch.testing.assert_close(of_fake, F.cross_entropy(fake, generated, ignore_index=255))
+    torch.testing.assert_close(losses.segmentation_generator(fake, masks), balanced(fake, masks.repeat(2, 1, 1)))

@@ -16,6 +16,7 @@ from stages.models.decoder import Decoder
 from stages.models.discriminator import Discriminator
 from stages.models.generator import Generator
 from stages.models.image_encoder import ImageEncoder
+from stages.models.projection import RandomProjection
 from stages.models.spade import SPADE
 
 
@@ -97,15 +98,73 @@ def test_thesis_sized_generator_has_1024_channels_and_refuses_odd_sizes() -> Non
         generator(feature_shape=(20, 9, 12))
 
 
-def test_discriminator_judges_patches_and_groups_share_their_masks() -> None:
+@pytest.mark.parametrize("options", [{}, {"scales": 2}, {"kind": "segmentation"}, {"projection_channels": 6}])
+def test_discriminator_judges_groups_that_share_their_masks(options: dict) -> None:
+    network = Discriminator(num_classes=5, feature_channels=20, ndf=4, **options).eval()
+    masks, real, fake = random_masks(2), torch.randn(2, 20, 8, 12), torch.randn(4, 20, 8, 12)  # two draws a mask
+    of_real, of_fake = network([real, fake], masks)
+    assert [len(score) for score in of_real.scores] == [2] * options.get("scales", 1)
+    assert [len(layer) for layer in of_fake.layers] == [4] * len(of_fake.layers)
+    for half in (slice(0, 2), slice(2, 4)):
+        (alone,) = network([fake[half]], masks)
+        for ours, theirs in zip([*alone.scores, *alone.layers], [*of_fake.scores, *of_fake.layers], strict=True):
+            torch.testing.assert_close(ours, theirs[half], rtol=1e-4, atol=1e-6)
+    (other,) = network([real], (masks + 1) % 5)
+    looks_at_the_mask = options.get("kind") != "segmentation"
+    assert torch.equal(other.scores[0], of_real.scores[0]) != looks_at_the_mask
+
+
+def test_patch_discriminator_is_a_convolution_of_features_beside_the_embedded_mask() -> None:
+    """The first layer's two parts, one for features and one for the mask, are one convolution of both (figure 3.5)."""
     network = Discriminator(num_classes=5, feature_channels=20, ndf=4).eval()
-    masks, real, fake = random_masks(2), torch.randn(2, 20, 8, 12), torch.randn(2, 20, 8, 12)
-    scores, layers = network(torch.cat([real, fake]), masks)
-    assert scores.shape[:2] == (4, 1)
-    assert scores.shape[2] > 1
-    assert len(layers) == 3
-    torch.testing.assert_close(scores, torch.cat([network(real, masks)[0], network(fake, masks)[0]]), rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(scores[:2], network(real, (masks + 1) % 5)[0])  # it looks at the mask
+    masks, features = random_masks(2), torch.randn(2, 20, 8, 12)
+    ((scores,), layers) = network([features], masks)[0]
+    patch = network.scales[0]
+    x = one_hot(masks, 5, dtype=torch.float32)
+    for layer in patch.mask_layers:
+        x = F.leaky_relu(layer(x), 0.2)
+    x = torch.cat([features, x], dim=1)
+    for number, layer in enumerate(patch.layers):
+        x = layer(x)
+        x = F.leaky_relu(F.instance_norm(x) if number else x, 0.2)
+        torch.testing.assert_close(layers[number], x, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scores, patch.last(x), rtol=1e-4, atol=1e-6)
+
+
+def test_a_segmentation_discriminator_scores_every_class_and_generated() -> None:
+    network = Discriminator(num_classes=5, feature_channels=20, ndf=4, kind="segmentation")
+    (judgement,) = network([torch.randn(2, 20, 8, 12)], random_masks(2))
+    assert judgement.scores[0].shape == (2, 6, 8, 12)
+
+
+def test_random_projection_is_orthonormal_and_never_trained() -> None:
+    projection = RandomProjection(20, 6)
+    assert not list(projection.parameters())
+    assert "weight" in projection.state_dict()  # a loaded discriminator sees the same mixtures
+    rows = projection.weight.flatten(1)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(6), rtol=0, atol=1e-5)
+    x = torch.randn(2, 20, 3, 4)
+    torch.testing.assert_close(projection(x), torch.einsum("pc,bchw->bphw", rows, x))
+
+
+@pytest.mark.parametrize("options", [{"z_dim": 0}, {"z_dim": 7, "noise": "spatial"}])
+def test_generators_without_a_noise_vector(options: dict) -> None:
+    shape, masks = (20, 8, 12), random_masks(2)
+    network = generator(feature_shape=shape, init_gain=1.0, **options).eval()
+    first, second = (network.generate(masks, z=torch.randn(4, options["z_dim"])) for _ in range(2))
+    assert first.shape == (4, *shape)
+    if options["z_dim"] == 0:  # a function of the mask alone
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first[:2], first[2:])
+    else:
+        assert not torch.allclose(first, second)
+        z = torch.randn(2, 7)
+        everywhere = z[:, :, None, None].expand(-1, -1, 8, 12).clone()
+        torch.testing.assert_close(network.generate(masks, z=z), network.generate(masks, z=everywhere))
+        here = everywhere.clone()
+        here[:, :, :, 6:] += 1  # the right half's noise reaches the far left of the map through no convolution
+        changed = (network.generate(masks, z=here) != network.generate(masks, z=everywhere)).any(1).any(1).any(0)
+        assert changed[6:].all()
 
 
 def test_spectral_norm_is_one_from_the_start() -> None:

@@ -19,6 +19,7 @@ from stages.analysis.figures import read_curves
 from stages.checkpoint import Checkpoint, load_decoder, load_generator
 from stages.errors import ConfigError, DataError
 from stages.metrics import Scores, confusion_matrix, score
+from stages.monitor import MonitorConfig
 from stages.runtime import generator as random_generator
 from stages.train_decoder import TrainDecoderConfig, VariantConfig
 from stages.train_gan import TrainGanConfig
@@ -29,12 +30,16 @@ from tests.imports import ROOT
 GAN = {
     "frozen_epochs": 3,
     "batch_size": 4,
+    "gradient_accumulation": 1,
     "z_dim": 6,
+    "noise": "vector",
     "ngf": 1,
     "spade_hidden": 8,
     "norm": "batch",
     "ndf": 4,
     "discriminator_layers": 3,
+    "discriminator_scales": 1,
+    "projection_channels": 0,
     "image_encoder": False,
     "nef": 2,
     "init_gain": 0.02,
@@ -42,6 +47,9 @@ GAN = {
     "adversarial_loss": "hinge",
     "lambda_feat": 7.0,
     "lambda_kld": 0.05,
+    "r1_gamma": 0.0,
+    "diffaugment": [],
+    "ema_decay": 0.0,
     "generator_lr": 2e-4,
     "discriminator_lr": 8e-4,
     "betas": [0.0, 0.9],
@@ -51,12 +59,22 @@ GAN = {
 DECODER = {
     "epochs": 3,
     "batch_size": 4,
+    "gradient_accumulation": 1,
     "decoder": "deeplab",
     "width": 8,
     "atrous_rates": [2, 3],
     "lr": 5e-3,
     "betas": [0.9, 0.999],
     "mixed_precision": "no",
+}
+MONITOR = {
+    "every": 2,
+    "samples": 4,
+    "vectors": 200,
+    "on_collapse": "warn",
+    "least_variance_ratio": 0.0,
+    "least_coverage": 0.0,
+    "most_accuracy": 1.0,
 }
 
 
@@ -85,10 +103,11 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_gan(features: Path, root: Path, **changes) -> dict[str, float]:
+def run_gan(features: Path, root: Path, monitor: dict | None = None, **changes) -> dict[str, float]:
     return train_gan.run(
         TrainGanConfig(**{**GAN, **changes}),
-        features=features / "train",
+        MonitorConfig(**{**MONITOR, **(monitor or {})}),
+        features=features,
         out=root / "gan",
         metrics=root / "metrics" / "train-gan",
         logs=root / "logs",
@@ -96,14 +115,18 @@ def run_gan(features: Path, root: Path, **changes) -> dict[str, float]:
         device="cpu",
         workers=0,
         cache="none",
+        compile_networks=False,
         checkpoint_minutes=0,
     )
 
 
-def run_decoder(features: Path, root: Path, variant: dict, *, name: str, seed: int = 0, workers: int = 0, **changes) -> Scores:
+def run_decoder(
+    features: Path, root: Path, variant: dict, *, name: str, seed: int = 0, workers: int = 0, monitor: dict | None = None, **changes
+) -> Scores:
     return train_decoder.run(
         TrainDecoderConfig(**{**DECODER, **changes}),
         VariantConfig(**variant),
+        MonitorConfig(**{**MONITOR, **(monitor or {})}),
         name=name,
         seed=seed,
         features=features,
@@ -115,6 +138,7 @@ def run_decoder(features: Path, root: Path, variant: dict, *, name: str, seed: i
         device="cpu",
         workers=workers,
         cache="none",
+        compile_networks=False,
         checkpoint_minutes=0,
     )
 
@@ -136,15 +160,15 @@ def files(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
-    """Make the process die (as far as the stage can tell) right after so many saved epochs."""
+def stop_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
+    """Make the process die (as far as the stage can tell) right after so many saved states, one a step."""
     saved = []
     save = Checkpoint.save
 
     def dying(self: Checkpoint, **state) -> None:
         save(self, **state)
         saved.append(1)
-        if len(saved) == epochs:
+        if len(saved) == saves:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Checkpoint, "save", dying)
@@ -157,8 +181,11 @@ def test_gan_leaves_networks_config_and_curves(features: Path, trained: Path) ->
     names = {"generator.safetensors", "generator-initial.safetensors", "discriminator.safetensors", "optimizers.pt", "config.json"}
     assert {file.name for file in (trained / "gan").iterdir()} == names
     curves = read_curves(trained / "metrics" / "train-gan")
-    assert set(curves) == {"generator/adversarial", "generator/feature_matching", "discriminator/real", "discriminator/fake"}
-    assert all(list(curve.index) == [0, 1, 2] for curve in curves.values())
+    watched = {name for name in curves if name.startswith("monitor/")}
+    terms = {"real", "fake", "accuracy_real", "accuracy_fake"}
+    assert set(curves) - watched == {"generator/adversarial", "generator/feature_matching", *(f"discriminator/{term}" for term in terms)}
+    assert all(list(curve.index) == [0, 1, 2] for name, curve in curves.items() if name not in watched)
+    assert all(list(curves[name].index) == [1, 2] for name in watched)  # every second epoch, and the last
     assert list((trained / "logs").rglob("events.out.tfevents*"))
     assert not (trained / "scratch" / "train-gan").exists() or not list((trained / "scratch" / "train-gan").iterdir())
 
@@ -188,11 +215,12 @@ def test_longer_training_brings_generated_statistics_closer(features: Path, tmp_
     assert distances[1] < 0.5 * distances[0]
 
 
+@pytest.mark.parametrize("saves", [1, 2, 5])  # in the middle of the first epoch, at its end, in the middle of the third
 def test_a_killed_gan_training_resumes_to_the_same_bits(
-    features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(patch, 2)
+        stop_after(patch, saves)
         run_gan(features, tmp_path)
     run_gan(features, tmp_path)
     ours, undisturbed = files(tmp_path / "gan"), files(trained / "gan")
@@ -231,9 +259,11 @@ def test_what_the_gan_refuses(features: Path, tmp_path: Path) -> None:
         run_gan(features, tmp_path, batch_size=64)
     odd = dataclasses.replace(SPEC, feature_shape=(12, 9, 8), mask_shape=(72, 64), has_images=False)
     for name, spec in (("odd", odd), ("plain", dataclasses.replace(odd, feature_shape=(12, 8, 8), mask_shape=(64, 64)))):
-        with featurestore.create(tmp_path / name / "train", spec) as writer:
-            for number in range(4):
-                writer.append(id=str(number), features=np.ones(spec.feature_shape, np.float32), mask=np.zeros(spec.mask_shape, np.uint8))
+        for split in ("train", "val"):
+            with featurestore.create(tmp_path / name / split, spec) as writer:
+                for number in range(4):
+                    features_of_one = np.ones(spec.feature_shape, np.float32)
+                    writer.append(id=str(number), features=features_of_one, mask=np.zeros(spec.mask_shape, np.uint8))
     with pytest.raises(ConfigError, match=r"extract.input_size: must be a multiple of 32 from 64 on"):
         run_gan(tmp_path / "odd", tmp_path)
     with pytest.raises(SpecMismatchError, match="store_images"):
@@ -274,14 +304,14 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("name", "saves"), [("baseline", 3), ("featuregan-1x", 1), ("featuregan-2x", 2), ("frozen", 5)])
 def test_a_killed_decoder_training_resumes_to_the_same_bits(
-    features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, saves: int
 ) -> None:
     whole, killed = with_gan(trained, tmp_path / "whole"), with_gan(trained, tmp_path / "killed")
     expected = run_decoder(features, whole, VARIANTS[name], name=name, workers=2)  # nor does the number of workers matter
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(patch, 1)
+        stop_after(patch, saves)
         run_decoder(features, killed, VARIANTS[name], name=name)
     assert run_decoder(features, killed, VARIANTS[name], name=name) == expected
     ours, undisturbed = files(killed / "decoders"), files(whole / "decoders")

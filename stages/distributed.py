@@ -1,0 +1,77 @@
+"""Training in several processes: what must be summed over all of them so that they compute what one process would."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+
+def several_processes() -> bool:
+    """Whether this process is one of several that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def average_over_processes(value: Tensor) -> Tensor:
+    """A tensor's mean over processes; itself where there is one. No gradient passes."""
+    if not several_processes():
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def draw_noise(rng: torch.Generator, ratio: int, batch: int, z_dim: int, device: torch.device) -> Tensor:
+    """(k*B, z_dim) from N(0, I), k draws a mask, row j*B + i for draw j of mask i.
+
+    ``rng`` is the same in all processes. Each takes its part of what is drawn for the batch of all, so that a mask's noise
+    does not depend on how many share it.
+    """
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if several_processes() else (1, 0)
+    noise = torch.randn(ratio, ranks * batch, z_dim, generator=rng, device=device)
+    return noise[:, rank * batch : (rank + 1) * batch].flatten(0, 1)
+
+
+class SynchronisedBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation with the statistics of all processes' batches; unlike PyTorch's own it runs on the CPU, too.
+
+    All processes must have equally many samples.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, h, w) -> the same shape."""
+        if not self.training or not several_processes():
+            return super().forward(input)
+        x = input.float()
+        moments = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])  # (2, C)
+        mean, square = all_reduce(moments) / dist.get_world_size()  # gradients pass through it, summed over the processes
+        variance = (square - mean.square()).clamp(min=0)
+        if self.track_running_stats:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
+            count = dist.get_world_size() * input.numel() / input.shape[1]
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = (variance + self.eps).rsqrt()
+        shift = -mean * scale
+        if self.affine:
+            scale, shift = scale * self.weight, shift * self.weight + self.bias
+        return (x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(input.dtype)
+
+
+def synchronise_batch_norm(network: nn.Module) -> nn.Module:
+    """Turn every batch normalisation below ``network`` into a synchronised one, in place; weights and names stay."""
+    for name, child in network.named_children():
+        if type(child) is nn.BatchNorm2d:
+            replacement = SynchronisedBatchNorm2d(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
+            replacement.load_state_dict(child.state_dict())
+            replacement.to(next(iter(child.state_dict().values())).device).train(child.training)
+            setattr(network, name, replacement)
+        else:
+            synchronise_batch_norm(child)
+    return network

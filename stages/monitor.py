@@ -1,0 +1,244 @@
+"""Watching a GAN in training: is what it generates near the real features, as varied, and of the right class?
+
+Every measure compares the features of held-out photographs with features generated from their masks, at the same random
+labelled pixels, in the scale that the GAN sees. Masks, pixels and noise are drawn once a run, so
+that one epoch's figures can be compared with the next one's.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from featurestore import VOID, FeatureStore
+from stages.analysis.diversity import class_variances, draw_diversity, variance_ratios
+from stages.analysis.fidelity import DIMENSIONS, coverage, frechet_distance, kernel_distance, two_sample_accuracy
+from stages.config import Config
+from stages.errors import CollapseError
+from stages.metrics import score
+from stages.models.generator import Generator
+from stages.models.projection import RandomProjection
+
+log = logging.getLogger(__name__)
+PROBE_VECTORS = 4000  # real training vectors from which the probe learns the classes
+
+
+class MonitorConfig(Config):
+    """Section ``monitor`` of params.yaml."""
+
+    every: int = Field(ge=0)  # epochs; 0: never
+    samples: int = Field(ge=1)  # held-out masks
+    vectors: int = Field(ge=200)  # of each side
+    on_collapse: Literal["warn", "stop"]
+    least_variance_ratio: float = Field(ge=0, le=1)
+    least_coverage: float = Field(ge=0, le=1)
+    most_accuracy: float = Field(ge=0.5, le=1)
+
+
+@dataclass
+class _Pixels:
+    """Random labelled feature pixels of some samples: where, and their classes.
+
+    Attributes
+    ----------
+    samples
+        Positions in the store.
+    masks
+        (S, H, W) uint8.
+    labels
+        (S, h, w) uint8 at the features' resolution.
+    chosen
+        For each sample the flat indices of its pixels.
+    """
+
+    samples: list[int]
+    masks: Tensor
+    labels: Tensor
+    chosen: list[Tensor]
+
+    @classmethod
+    def draw(cls, store: FeatureStore, samples: int, vectors: int, rng: np.random.Generator) -> _Pixels:
+        positions = np.sort(rng.permutation(len(store))[:samples]).tolist()
+        masks = torch.from_numpy(store.gather("masks", positions))
+        height, width = store.spec.feature_shape[1:]
+        labels = masks[:, :: masks.shape[1] // height, :: masks.shape[2] // width]
+        each = -(-vectors // len(positions))
+        chosen = [np.flatnonzero(label.numpy().ravel() != VOID) for label in labels]
+        return cls(positions, masks, labels, [torch.from_numpy(rng.permutation(places)[:each]) for places in chosen])
+
+    def classes(self) -> Tensor:
+        """(n,) int64 class of each chosen pixel."""
+        return torch.cat([label.flatten()[places] for label, places in zip(self.labels, self.chosen, strict=True)]).long()
+
+
+def _vectors(features: Tensor, chosen: list[Tensor]) -> Tensor:
+    """(S, C, h, w) at each sample's chosen pixels -> (n, C) float32 on the CPU."""
+    parts = [sample.flatten(1)[:, places.to(sample.device)].T for sample, places in zip(features, chosen, strict=True)]
+    return torch.cat(parts).float().cpu()
+
+
+class Monitor:
+    """Measures a generator against held-out photographs.
+
+    Parameters
+    ----------
+    config
+        How often, on how much, and what counts as a collapse.
+    train, held_out
+        Stores: from the first one's features a linear probe learns the classes; the second one's are compared with.
+    feature_scale
+        (1, C, 1, 1) by which features are divided.
+    seed
+        Of masks, pixels and noise.
+    """
+
+    def __init__(
+        self,
+        config: MonitorConfig,
+        accelerator: Accelerator,
+        *,
+        train: FeatureStore,
+        held_out: FeatureStore,
+        feature_scale: Tensor,
+        seed: int,
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.class_names = held_out.spec.class_names
+        self.enabled = bool(config.every) and accelerator.is_main_process
+        self._warned = False
+        if not self.enabled:
+            return
+        rng = np.random.default_rng([seed, 0])
+        scale = feature_scale.flatten().cpu()
+        pixels = self._pixels = _Pixels.draw(held_out, config.samples, config.vectors, rng)
+        learned = _Pixels.draw(train, 2 * config.samples, max(PROBE_VECTORS, config.vectors), rng)
+
+        def read(store: FeatureStore, some: _Pixels) -> Tensor:
+            parts = []
+            for position, chosen in zip(some.samples, some.chosen, strict=True):
+                parts.append(_vectors(torch.from_numpy(store.features(position).copy())[None], [chosen]))
+            return torch.cat(parts) / scale
+
+        self._real, self._labels = read(held_out, pixels), pixels.classes()
+        others, other_labels = read(train, learned), learned.classes()
+        self._real_variances = class_variances(self._real, self._labels, len(self.class_names))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            channels = len(scale)
+            self._mix = RandomProjection(channels, min(channels, DIMENSIONS)).weight.flatten(1)  # (P, C)
+        # What two sets of real features measure: no generator can be expected below it.
+        floor = others[torch.from_numpy(rng.permutation(len(others))[: len(self._real)])]
+        self._floors = {
+            "monitor/frechet_floor": frechet_distance(self._real @ self._mix.T, floor @ self._mix.T),
+            "monitor/kernel_floor": kernel_distance(self._real @ self._mix.T, floor @ self._mix.T),
+        }
+        self._learn_probe(others, other_labels)
+        real_scores = self._confusion(self._probe(self._real), self._labels)
+        self._floors["monitor/consistency_real"] = score(real_scores, self.class_names).miou
+
+    def due(self, epoch: int, epochs: int) -> bool:
+        """Whether to measure after this epoch: every so many, and after the last."""
+        return self.enabled and ((epoch + 1) % self.config.every == 0 or epoch + 1 == epochs)
+
+    @torch.no_grad()
+    def measure(self, generator: Generator) -> dict[str, float]:
+        """All measures of a generator, by their names in the logs."""
+        was_training = generator.training
+        generator.eval()
+        device, pixels = self.accelerator.device, self._pixels
+        rng = torch.Generator(device).manual_seed(0)
+        draws: list[list[Tensor]] = [[], []]
+        confusion = torch.zeros(len(self.class_names), len(self.class_names), dtype=torch.int64)
+        for start in range(0, len(pixels.samples), 8):
+            part = slice(start, start + 8)
+            masks = pixels.masks[part].to(device)
+            z = torch.randn(2 * len(masks), generator.z_dim, generator=rng, device=device)
+            with self.accelerator.autocast():
+                both = generator(z, masks).float().chunk(2)
+            for vectors, features in zip(draws, both, strict=True):
+                vectors.append(_vectors(features, pixels.chosen[part]))
+            predicted = self._probe(both[0].permute(0, 2, 3, 1).flatten(0, 2).cpu())  # (S, C, h, w) -> (S*h*w, C)
+            confusion += self._confusion(predicted, pixels.labels[part].flatten().long())
+        generator.train(was_training)
+        fake, again = (torch.cat(vectors) for vectors in draws)
+        real_mixed, fake_mixed = self._real @ self._mix.T, fake @ self._mix.T
+        consistency = score(confusion, self.class_names)
+        ratios = variance_ratios(self._real, fake, self._labels, len(self.class_names))
+        values = {
+            "frechet": frechet_distance(real_mixed, fake_mixed),
+            "kernel": kernel_distance(real_mixed, fake_mixed),
+            **coverage(real_mixed, fake_mixed),
+            "two_sample_accuracy": two_sample_accuracy(self._real, fake),
+            "variance_ratio": float(ratios[~ratios.isnan()].mean()),
+            "diversity": draw_diversity(fake, again, self._labels, self._real_variances),
+            "consistency": consistency.miou,
+            **{f"class_consistency/{name.replace(' ', '_')}": iou for name, iou in consistency.iou.items() if iou is not None},
+        }
+        return {**{f"monitor/{name}": value for name, value in values.items()}, **self._floors}
+
+    def check(self, row: dict[str, float], epoch: int) -> None:
+        """Say so, once, when an epoch's figures are those of a collapse.
+
+        Raises
+        ------
+        CollapseError
+            Then, where ``on_collapse`` is ``stop``.
+        """
+        reason = self.collapse(row)
+        if reason is None or self._warned:
+            return
+        self._warned = True
+        message = f"epoch {epoch + 1}: the GAN collapses: {reason}"
+        if self.config.on_collapse == "stop":
+            raise CollapseError(f"{message}; train with other settings, or set monitor.on_collapse to warn")
+        log.warning(message)
+
+    def collapse(self, row: dict[str, float]) -> str | None:
+        """What is wrong, with the figure, or None."""
+        config = self.config
+        ratio, covered = row.get("monitor/variance_ratio", 1.0), row.get("monitor/coverage", 1.0)
+        right = min(row["discriminator/accuracy_real"], row["discriminator/accuracy_fake"])
+        if ratio < config.least_variance_ratio:
+            what = f"generated features of a class vary {ratio:.3f} times as much as real ones"
+            return f"{what} (monitor.least_variance_ratio is {config.least_variance_ratio})"
+        if covered < config.least_coverage:
+            return f"generated features come near {covered:.1%} of the real ones (monitor.least_coverage is {config.least_coverage})"
+        if right > config.most_accuracy:
+            what = f"the discriminator is right about {right:.1%} of real and of generated patches"
+            return f"{what} (monitor.most_accuracy is {config.most_accuracy})"
+        return None
+
+    # -- the probe ---------------------------------------------------------------------------------
+
+    def _learn_probe(self, vectors: Tensor, labels: Tensor) -> None:
+        """A linear classifier of real vectors: the cheapest decoder that has never seen a generated one."""
+        if len(labels.unique()) < 2:  # nothing to tell apart
+            self._weight, self._bias = torch.zeros(len(self.class_names), vectors.shape[1]), torch.zeros(len(self.class_names))
+            self._bias[labels[:1]] = 1
+            return
+        classifier = LogisticRegression(C=0.1, max_iter=100).fit(vectors.numpy(), labels.numpy())
+        weight, bias = (torch.from_numpy(part).float() for part in (classifier.coef_, classifier.intercept_))
+        if len(classifier.classes_) == 2:  # scikit-learn keeps one row for two classes
+            weight, bias = torch.cat([-weight, weight]), torch.cat([-bias, bias])
+        classes = torch.from_numpy(classifier.classes_)
+        self._weight = torch.zeros(len(self.class_names), vectors.shape[1])
+        self._bias = torch.full((len(self.class_names),), -torch.inf)
+        self._weight[classes], self._bias[classes] = weight, bias
+
+    def _probe(self, vectors: Tensor) -> Tensor:
+        """(n, C) -> (n,) predicted classes."""
+        return torch.addmm(self._bias, vectors, self._weight.T).argmax(1)
+
+    def _confusion(self, predicted: Tensor, labels: Tensor) -> Tensor:
+        """(K, K) counts, row: true class; void is left out."""
+        classes, known = len(self.class_names), labels != VOID
+        return torch.bincount(labels[known] * classes + predicted[known], minlength=classes**2).view(classes, classes)
