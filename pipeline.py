@@ -222,6 +222,7 @@ def train_gan(
     """Train FeatureGAN alone on the cached features (Algorithm 1, the first frozen_epochs epochs)."""
     sections = load_params(params, device)
     from stages.extract import check_spec
+    from stages.runtime import first_process
     from stages.train_gan import run
 
     for split in ("train", "val"):
@@ -240,6 +241,8 @@ def train_gan(
         compile_networks=compile_networks,
         checkpoint_minutes=checkpoint_minutes,
     )
+    if not first_process():
+        return
     shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items() if "/class_consistency/" not in name)
     click.echo(f"{GAN}: {shown}")
 
@@ -270,6 +273,7 @@ def train_decoder(
     if variant not in sections["variants"]:
         raise click.UsageError(f"unknown variant {variant!r}; {params} describes {', '.join(sections['variants'])}")
     from stages.extract import check_spec
+    from stages.runtime import first_process
     from stages.train_decoder import run
 
     for split in ("train", "val", "test"):
@@ -293,6 +297,8 @@ def train_decoder(
         compile_networks=compile_networks,
         checkpoint_minutes=checkpoint_minutes,
     )
+    if not first_process():
+        return
     absent = f" (absent from test: {', '.join(scores.absent)})" if scores.absent else ""
     click.echo(f"{DECODERS / name}: test PA {100 * scores.pixel_accuracy:.2f}, mIoU {100 * scores.miou:.2f}{absent}")
 

@@ -19,8 +19,8 @@ import torch
 import featurestore
 from featurestore.dataset import FeatureLoader
 from stages.checkpoint import load_decoder
-from stages.runtime import make_accelerator
 from stages.evaluation import evaluate
+from stages.runtime import make_accelerator
 from stages.train_decoder import TrainDecoderConfig, VariantConfig, run
 
 

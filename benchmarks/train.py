@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks import common, literal
 from stages.augment.featuregan import JointFeatureGAN
 from stages.gan import build_networks
-from stages.gan_trainer import Trainer
+from stages.gan_trainer import GanTrainer
 from stages.losses import cross_entropy
 from stages.models.decoder import Decoder
 from stages.objective import Objective
@@ -57,13 +57,14 @@ SIZES = {
 }
 
 
-def our_trainer(size: Size, device: str, precision: str) -> Trainer:
+def our_trainer(size: Size, device: str, precision: str) -> GanTrainer:
     networks = build_networks(
         {
             "num_classes": CLASSES,
             "feature_shape": (size.channels, size.side, size.side),
             "output_stride": STRIDE,
             "nonnegative": True,
+            "family": "gan",
             "z_dim": size.z_dim,
             "noise": "vector",
             "ngf": size.ngf,
@@ -80,7 +81,7 @@ def our_trainer(size: Size, device: str, precision: str) -> Trainer:
     )
     objective = Objective("hinge", 7.0, 0.05)
     accelerator = make_accelerator(device, precision)
-    return Trainer(accelerator, networks, objective, generator_lr=2e-4, discriminator_lr=8e-4, betas=(0.0, 0.9))
+    return GanTrainer(accelerator, networks, objective, generator_lr=2e-4, discriminator_lr=8e-4, betas=(0.0, 0.9))
 
 
 def new_decoder(size: Size) -> Decoder:

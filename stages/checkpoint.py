@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from featurestore.files import sync_folder
 from stages.errors import DataError
-from stages.gan import Networks, build_networks
-from stages.gan_trainer import Trainer
+from stages.gan import AnyGenerator, Networks, build_networks
 from stages.models.decoder import Decoder
-from stages.models.generator import Generator
+from stages.trainer import Trainer
 
 CONFIG_NAME = "config.json"
 OPTIMIZERS_NAME = "optimizers.pt"
@@ -134,7 +133,7 @@ def save_gan(folder: Path, trainer: Trainer, config: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, network in trainer.networks.by_name().items():
         save_weights(network, folder / f"{name}.safetensors")
-    if trainer.average is not None:
+    if trainer.averages:
         save_weights(trainer.networks.generator, folder / f"{TRAINED}.safetensors")
         save_weights(trainer.generator, folder / "generator.safetensors")
     save_atomically(trainer.training_state(), folder / OPTIMIZERS_NAME)
@@ -189,7 +188,7 @@ def load_training_state(folder: Path) -> dict[str, Any]:
         raise DataError(path, f"cannot be read ({' '.join(str(error).split())[:100]}); run train-gan again") from error
 
 
-def load_generator(path: str | Path, *, weights: str = "generator") -> Generator:
+def load_generator(path: str | Path, *, weights: str = "generator") -> AnyGenerator:
     """A trained generator, ready to use.
 
     >>> generator = load_generator("models/gan")
@@ -204,7 +203,7 @@ def load_generator(path: str | Path, *, weights: str = "generator") -> Generator
 
     Returns
     -------
-    Generator
+    Generator or FlowGenerator
         In evaluation mode, on the CPU, without gradients.
 
     Raises

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 
 def several_processes() -> bool:
@@ -33,6 +34,22 @@ def draw_noise(rng: torch.Generator, ratio: int, batch: int, z_dim: int, device:
     return noise[:, rank * batch : (rank + 1) * batch].flatten(0, 1)
 
 
+class _Sum(torch.autograd.Function):
+    """A tensor's sum over processes, and its gradient's."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
 class SynchronisedBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation with the statistics of all processes' batches; unlike PyTorch's own it runs on the CPU, too.
 
@@ -45,7 +62,7 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(input)
         x = input.float()
         moments = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])  # (2, C)
-        mean, square = all_reduce(moments) / dist.get_world_size()  # gradients pass through it, summed over the processes
+        mean, square = _Sum.apply(moments) / dist.get_world_size()
         variance = (square - mean.square()).clamp(min=0)
         if self.track_running_stats:
             assert self.running_mean is not None

@@ -11,17 +11,20 @@ from torch import Tensor, nn
 
 from featurestore import FeatureStore
 from stages.models.discriminator import Discriminator
+from stages.models.flow_generator import FlowGenerator
 from stages.models.generator import Generator
 from stages.models.image_encoder import ImageEncoder
+
+AnyGenerator = Generator | FlowGenerator
 
 
 @dataclass
 class Networks:
-    """The networks of a FeatureGAN; the image encoder is optional."""
+    """The networks of a FeatureGAN; the image encoder is optional. A flow is a generator alone."""
 
-    generator: Generator
-    discriminator: Discriminator
-    image_encoder: ImageEncoder | None
+    generator: AnyGenerator
+    discriminator: Discriminator | None = None
+    image_encoder: ImageEncoder | None = None
 
     def by_name(self) -> dict[str, nn.Module]:
         """Those that exist, by the names of their files."""
@@ -43,6 +46,17 @@ def build_networks(architecture: Mapping[str, Any], feature_scale: Tensor | None
     shared = {"num_classes": settings["num_classes"], "init_gain": settings["init_gain"]}
     channels = settings["feature_shape"][0]
     scale = torch.ones(channels) if feature_scale is None else feature_scale
+    if settings["family"] == "flow":
+        flow = FlowGenerator(
+            num_classes=settings["num_classes"],
+            feature_shape=tuple(settings["feature_shape"]),
+            nonnegative=settings["nonnegative"],
+            feature_scale=scale,
+            components=settings["flow_components"],
+            width=settings["flow_width"],
+            steps=settings["flow_steps"],
+        )
+        return Networks(flow)
     generator = Generator(
         feature_shape=tuple(settings["feature_shape"]),
         nonnegative=settings["nonnegative"],

@@ -8,6 +8,7 @@ that one epoch's figures can be compared with the next one's.
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from pydantic import Field
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
@@ -23,11 +25,12 @@ from stages.analysis.diversity import class_variances, draw_diversity, variance_
 from stages.analysis.fidelity import DIMENSIONS, coverage, frechet_distance, kernel_distance, two_sample_accuracy
 from stages.config import Config
 from stages.errors import CollapseError
+from stages.gan import AnyGenerator
 from stages.metrics import score
-from stages.models.generator import Generator
 from stages.models.projection import RandomProjection
 
 log = logging.getLogger(__name__)
+MEASURED = {"every", "samples", "vectors"}  # settings that the figures depend on; the others decide what is said about them
 PROBE_VECTORS = 4000  # real training vectors from which the probe learns the classes
 
 
@@ -37,6 +40,7 @@ class MonitorConfig(Config):
     every: int = Field(ge=0)  # epochs; 0: never
     samples: int = Field(ge=1)  # held-out masks
     vectors: int = Field(ge=200)  # of each side
+    patience: int = Field(ge=0)  # epochs before a collapse is called one: an untrained generator looks like it
     on_collapse: Literal["warn", "stop"]
     least_variance_ratio: float = Field(ge=0, le=1)
     least_coverage: float = Field(ge=0, le=1)
@@ -150,7 +154,7 @@ class Monitor:
         return self.enabled and ((epoch + 1) % self.config.every == 0 or epoch + 1 == epochs)
 
     @torch.no_grad()
-    def measure(self, generator: Generator) -> dict[str, float]:
+    def measure(self, generator: AnyGenerator) -> dict[str, float]:
         """All measures of a generator, by their names in the logs."""
         was_training = generator.training
         generator.eval()
@@ -193,8 +197,10 @@ class Monitor:
         CollapseError
             Then, where ``on_collapse`` is ``stop``.
         """
+        if self._warned or epoch + 1 <= self.config.patience:
+            return
         reason = self.collapse(row)
-        if reason is None or self._warned:
+        if reason is None:
             return
         self._warned = True
         message = f"epoch {epoch + 1}: the GAN collapses: {reason}"
@@ -206,7 +212,7 @@ class Monitor:
         """What is wrong, with the figure, or None."""
         config = self.config
         ratio, covered = row.get("monitor/variance_ratio", 1.0), row.get("monitor/coverage", 1.0)
-        right = min(row["discriminator/accuracy_real"], row["discriminator/accuracy_fake"])
+        right = min(row.get("discriminator/accuracy_real", 0.0), row.get("discriminator/accuracy_fake", 0.0))  # a flow has none
         if ratio < config.least_variance_ratio:
             what = f"generated features of a class vary {ratio:.3f} times as much as real ones"
             return f"{what} (monitor.least_variance_ratio is {config.least_variance_ratio})"
@@ -225,7 +231,9 @@ class Monitor:
             self._weight, self._bias = torch.zeros(len(self.class_names), vectors.shape[1]), torch.zeros(len(self.class_names))
             self._bias[labels[:1]] = 1
             return
-        classifier = LogisticRegression(C=0.1, max_iter=100).fit(vectors.numpy(), labels.numpy())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a hundred steps are enough to tell classes apart
+            classifier = LogisticRegression(C=0.1, max_iter=100).fit(vectors.numpy(), labels.numpy())
         weight, bias = (torch.from_numpy(part).float() for part in (classifier.coef_, classifier.intercept_))
         if len(classifier.classes_) == 2:  # scikit-learn keeps one row for two classes
             weight, bias = torch.cat([-weight, weight]), torch.cat([-bias, bias])

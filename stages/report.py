@@ -16,6 +16,7 @@ import featurestore
 from featurestore import FeatureStore
 from stages.analysis import figures, tables
 from stages.analysis.feature_grid import normalised_pair, subsample_channels
+from stages.analysis.fidelity import DIMENSIONS
 from stages.analysis.projection import project, sample_vectors
 from stages.checkpoint import load_decoder, load_generator
 from stages.config import Config, Seed
@@ -103,11 +104,13 @@ def run(
     # The pictures.
     accelerator = make_accelerator(device, "no")
     train, test = featurestore.open(features / "train"), featurestore.open(features / "test")
+    gan_run = figures.read_curves(metrics / "train-gan")
+    runs = {name: [figures.read_curves(metrics / f"{name}-{seed}") for seed in compared.seeds] for name in compared.variants}
+    watched = figures.monitor_curves({"train-gan": gan_run, **{name: seeds[0] for name, seeds in runs.items()}})
     pictures = {
-        "gan_curves": figures.gan_curves(figures.read_curves(metrics / "train-gan")),
-        "decoder_curves": figures.decoder_curves(
-            {name: [figures.read_curves(metrics / f"{name}-{seed}") for seed in compared.seeds] for name in compared.variants}
-        ),
+        "gan_curves": figures.gan_curves(gan_run),
+        "decoder_curves": figures.decoder_curves(runs),
+        **({"monitor": watched} if watched else {}),
         **_generated_pictures(config, train, gan, accelerator.device),
         "predictions": _predictions(config, compared, test, decoders, accelerator.device),
     }
@@ -128,6 +131,7 @@ def run(
         ],
         pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
         store={"train": train, "test": test},
+        mixtures=min(DIMENSIONS, train.spec.feature_shape[0]),
         seeds=compared.seeds,
     )
     (out / "index.html").unlink(missing_ok=True)  # it may be a hard link into DVC's cache

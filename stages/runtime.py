@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 from tqdm import tqdm
@@ -53,9 +54,7 @@ def make_accelerator(device: str, mixed_precision: str, **options: Any) -> Accel
     AcceleratorState._reset_state(reset_partial_state=True)
     if mixed_precision == "fp16" and cpu:
         raise ConfigError("mixed_precision", "fp16 needs a GPU; use bf16 or 'no' on the CPU", expected="cuda", found="cpu")
-    # Buffers are the same in every process, so nothing has to be sent round before each pass.
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=handlers, **options)
+    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, **options)
 
 
 def _keep_freed_memory() -> None:
@@ -138,8 +137,13 @@ def _mixed(seeds: tuple[int, ...]) -> int:
 
 
 def progress(items: Iterable[Item], what: str, total: int, unit: str) -> tqdm[Item]:
-    """A progress bar with rate and remaining time on a terminal; silent elsewhere."""
-    return tqdm(items, what, total, unit=unit, disable=None, smoothing=0.1)
+    """A progress bar with rate and remaining time on a terminal; silent elsewhere, and in all processes but the first."""
+    return tqdm(items, what, total, unit=unit, disable=None if first_process() else True, smoothing=0.1)
+
+
+def first_process() -> bool:
+    """Whether this is the process that speaks to the user; launchers number them."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -20,24 +20,15 @@ from featurestore.files import file_sha256
 from stages.augment.base import Augmenter
 from stages.augment.featuregan import FrozenFeatureGAN, JointFeatureGAN
 from stages.augment.none import NoAugmenter
-from stages.checkpoint import (
-    CONFIG_NAME,
-    Checkpoint,
-    load_gan,
-    load_generator,
-    load_training_state,
-    read_config,
-    save_gan,
-    save_weights,
-)
+from stages.checkpoint import CONFIG_NAME, Checkpoint, load_gan, load_generator, load_training_state, read_config, save_gan, save_weights
 from stages.config import Config
 from stages.errors import ConfigError
 from stages.evaluation import evaluate
-from stages.gan_trainer import make_trainer
+from stages.gan_trainer import GanTrainer
 from stages.losses import cross_entropy
 from stages.metrics import Scores
 from stages.models.decoder import Decoder
-from stages.monitor import Monitor, MonitorConfig
+from stages.monitor import MEASURED, Monitor, MonitorConfig
 from stages.runtime import (
     distribute,
     load_scaler_state,
@@ -177,7 +168,7 @@ def run(
     identity = featurestore.fingerprint(
         config=config.model_dump(),
         variant=variant.model_dump(),
-        monitoring=monitoring.model_dump(),
+        watched=monitoring.model_dump(include=MEASURED),
         seed=seed,
         ranks=accelerator.num_processes,
         stores=[store.fingerprint for store in stores.values()],
@@ -270,6 +261,7 @@ def run(
     best_scores = evaluate(accelerator, decoder, held_out["test"], spec.class_names)
 
     # Metrics.
+    accelerator.wait_for_everyone()  # what comes next may read what the main process wrote
     accelerator.end_training()
     result = {
         "variant": name,
@@ -302,6 +294,8 @@ def build_augmenter(
         When the variant needs a GAN and there is none, or a damaged one.
     SpecMismatchError
         When the GAN was trained on other features than those of ``train``.
+    ConfigError
+        When a flow is to be trained jointly.
     """
     if variant.augmenter == "none":
         return NoAugmenter(accelerator)
@@ -312,7 +306,9 @@ def build_augmenter(
     if variant.generator == "frozen":
         networks.generator = load_generator(gan)
         return FrozenFeatureGAN(accelerator, networks, ratio=variant.ratio, weight=variant.weight)
-    trainer = make_trainer(accelerator, networks, config["training"], compile_networks=compile_networks)
+    if networks.discriminator is None:
+        raise ConfigError("variants", "a flow is not trained jointly with a decoder; set generator: frozen for this variant")
+    trainer = GanTrainer.of(accelerator, networks, config["training"], compile_networks=compile_networks)
     trainer.load_training_state(load_training_state(gan))
     return JointFeatureGAN(trainer, ratio=variant.ratio, weight=variant.weight, segmentation_loss=variant.segmentation_loss)
 

@@ -18,13 +18,16 @@ from featurestore.dataset import FeatureLoader
 from stages.checkpoint import Checkpoint, save_gan, save_weights
 from stages.config import Config, Seed
 from stages.errors import ConfigError
+from stages.flow_trainer import FlowTrainer, principal_components
 from stages.gan import build_networks, feature_scale
-from stages.gan_trainer import make_trainer
+from stages.gan_trainer import GanTrainer
+from stages.models.flow_generator import FlowGenerator
 from stages.models.generator import UPSAMPLING
-from stages.monitor import Monitor, MonitorConfig
+from stages.monitor import MEASURED, Monitor, MonitorConfig
 from stages.runtime import generator as random_generator
 from stages.runtime import make_accelerator, progress, seed_everything, share, source_digest
 from stages.tracking import TRACKERS, History, Means
+from stages.trainer import Trainer
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -32,6 +35,10 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class TrainGanConfig(Config):
     """Section ``train_gan`` of params.yaml."""
 
+    family: Literal["gan", "flow"]
+    flow_components: int = Field(ge=1)
+    flow_width: int = Field(ge=2)
+    flow_steps: int = Field(ge=1)
     frozen_epochs: int = Field(ge=1)
     batch_size: int = Field(ge=2)
     gradient_accumulation: int = Field(ge=1)
@@ -70,6 +77,10 @@ class TrainGanConfig(Config):
 
 
 ARCHITECTURE = (
+    "family",
+    "flow_components",
+    "flow_width",
+    "flow_steps",
     "z_dim",
     "noise",
     "ngf",
@@ -164,17 +175,26 @@ def run(
     seed_everything(config.seed)
     architecture = describe(config, store)
     networks = build_networks(architecture, feature_scale(store, config.feature_scale))
-    untrained = copy.deepcopy(networks.generator)
     settings = config.model_dump()
-    trainer = make_trainer(accelerator, networks, settings, compile_networks=compile_networks)
     scale = networks.generator.feature_scale
+    trainer: Trainer
+    if isinstance(networks.generator, FlowGenerator):
+        components = principal_components(store, scale.flatten(), config.flow_components, config.seed)
+        networks.generator.set_components(components)
+        adam: dict[str, Any] = {"lr": config.generator_lr, "betas": config.betas}
+        trainer = FlowTrainer(accelerator, networks, **adam, ema_decay=config.ema_decay, compile_networks=compile_networks)
+    else:
+        trainer = GanTrainer.of(accelerator, networks, settings, compile_networks=compile_networks)
+    untrained = copy.deepcopy(trainer.generator)
     monitor = Monitor(monitoring, accelerator, train=store, held_out=held_out, feature_scale=scale, seed=config.seed)
 
     # Resume, or start anew.
     code = source_digest(stages, featurestore)
     stores = [store.fingerprint, held_out.fingerprint]
-    both = {"config": settings, "monitoring": monitoring.model_dump()}
-    identity = featurestore.fingerprint(**both, stores=stores, torch=torch.__version__, code=code, ranks=accelerator.num_processes)
+    watched = monitoring.model_dump(include=MEASURED)
+    identity = featurestore.fingerprint(
+        config=settings, watched=watched, stores=stores, torch=torch.__version__, code=code, ranks=accelerator.num_processes
+    )
     folder = scratch / "train-gan" / identity[:16]
     checkpoint = Checkpoint(folder, minutes=checkpoint_minutes, main=accelerator.is_main_process)
     state = checkpoint.load() or {"step": 0, "sums": {}, "history": []}
@@ -213,6 +233,7 @@ def run(
         out.mkdir(parents=True)
         save_weights(untrained, out / "generator-initial.safetensors")
         save_gan(out, trainer, {"architecture": architecture, "training": settings, "store": store.fingerprint})
+    accelerator.wait_for_everyone()  # what comes next may read what the main process wrote
     accelerator.end_training()
     checkpoint.remove()
     return history.rows[-1]
@@ -233,6 +254,9 @@ def check_store(config: TrainGanConfig, store: FeatureStore) -> None:
         message = f"{config.batch_size} is more than the {len(store)} samples of {store.path}; lower it"
         raise ConfigError("train_gan.batch_size", message, expected=len(store), found=config.batch_size)
     channels = store.spec.feature_shape[0]
+    if config.family == "flow" and config.flow_components > channels:
+        message = f"{config.flow_components} is more than the {channels} channels of {store.path}; lower it"
+        raise ConfigError("train_gan.flow_components", message, expected=channels, found=config.flow_components)
     if config.projection_channels > channels:
         message = f"{config.projection_channels} is more than the {channels} channels of {store.path}; lower it, or 0 to see all"
         raise ConfigError("train_gan.projection_channels", message, expected=channels, found=config.projection_channels)

@@ -35,7 +35,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     real, fake
         (n, C) and (m, C); more vectors than dimensions on both sides.
     """
-    metric = FrechetInceptionDistance(_Identity(real.shape[1]), normalize=True)
+    metric = FrechetInceptionDistance(_Identity(real.shape[1]), sync_on_compute=False)
     metric.update(real, real=True)
     metric.update(fake, real=False)
     return float(metric.compute())
@@ -54,7 +54,7 @@ def kernel_distance(real: Tensor, fake: Tensor, *, subsets: int = 10, subset_siz
     size = min(subset_size, len(real), len(fake))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
-        metric = KernelInceptionDistance(_Identity(real.shape[1]), subsets=subsets, subset_size=size, normalize=True)
+        metric = KernelInceptionDistance(_Identity(real.shape[1]), subsets=subsets, subset_size=size, sync_on_compute=False)
     metric.update(real, real=True)
     metric.update(fake, real=False)
     with torch.random.fork_rng(devices=[]):

@@ -43,20 +43,60 @@ def read_curves(live: Path) -> dict[str, pd.Series]:
 
 
 def gan_curves(curves: Mapping[str, pd.Series]) -> bytes:
-    """Losses of the GAN's own training (thesis figure 4.3)."""
-    panels = {"discriminator": "Discriminator loss", "generator": "Generator losses"}
-    figure = Figure(figsize=(9, 3))
-    for number, (group, title) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, 2, number + 1)
-        for name, curve in curves.items():
-            if name.startswith(group):
-                axes.plot(curve.index + 1, curve, label=name.split("/")[1].replace("_", " "))
+    """Losses of the GAN's own training (thesis figure 4.3), and how often the discriminator is right."""
+    panels = {
+        "Discriminator loss": [name for name in curves if name.startswith("discriminator/") and "accuracy" not in name],
+        "Discriminator accuracy": [name for name in curves if name.startswith("discriminator/accuracy")],
+        "Generator losses": [name for name in curves if name.startswith("generator/")],
+    }
+    figure = Figure(figsize=(10, 3))
+    for number, (title, names) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, 3, number + 1)
+        for name in names:
+            label = name.split("/")[1].removeprefix("accuracy_").replace("_", " ")
+            axes.plot(curves[name].index + 1, curves[name], label=label)
         axes.set(title=title, xlabel="epoch")
-        axes.legend(frameon=False)
+        if names:
+            axes.legend(frameon=False)
     return png(figure)
 
 
-def decoder_curves(runs: Mapping[str, list[Mapping[str, pd.Series]]]) -> bytes:
+def monitor_curves(runs: Mapping[str, Mapping[str, pd.Series]]) -> bytes | None:
+    """Measures of generated features by epoch: the GAN's own training (the first run), then each joint training that goes on from it.
+
+    Dashed: what real features measure. None where nothing was measured.
+    """
+    panels = {
+        "frechet": "Fréchet distance",
+        "coverage": "coverage",
+        "two_sample_accuracy": "two-sample accuracy",
+        "variance_ratio": "variance within classes / real",
+        "diversity": "diversity over z / real",
+        "consistency": "consistency (mIoU of the probe)",
+    }
+    watched = {run: curves for run, curves in runs.items() if "monitor/frechet" in curves}
+    if not watched:
+        return None
+    figure = Figure(figsize=(10, 5.4))
+    start = 0
+    for run_number, (run, curves) in enumerate(watched.items()):
+        for number, (name, title) in enumerate(panels.items()):
+            axes = figure.add_subplot(2, 3, number + 1) if run_number == 0 else figure.axes[number]
+            curve = curves[f"monitor/{name}"]
+            axes.plot(start + curve.index + 1, curve, marker=".", color=f"C{run_number}", label=run)
+            reference = curves.get(f"monitor/{name}_floor", curves.get(f"monitor/{name}_real"))
+            if run_number == 0:
+                axes.set(title=title, xlabel="epoch")
+                if reference is not None:
+                    axes.axhline(reference.iloc[-1], color="#888", linestyle="--", linewidth=0.8)
+        if run_number == 0:
+            start = int(curves["monitor/frechet"].index[-1]) + 1
+    figure.axes[0].legend(frameon=False)
+    figure.tight_layout()
+    return png(figure)
+
+
+def decoder_curves(runs: Mapping[str, Sequence[Mapping[str, pd.Series]]]) -> bytes:
     """Training loss on real features and mIoU on val by variant: the mean over seeds, and each seed faintly."""
     panels = {"decoder/ce_real": "Cross-entropy on real training features", "val/miou": "mIoU on val"}
     figure = Figure(figsize=(9, 3))

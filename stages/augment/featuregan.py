@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stages.augment.base import Augmented
 from stages.distributed import draw_noise
 from stages.gan import Networks
-from stages.gan_trainer import Trainer
+from stages.gan_trainer import GanTrainer
 from stages.models.image_encoder import sample_z
 from stages.objective import Step
 
@@ -37,7 +37,7 @@ class JointFeatureGAN:
         Whether the segmentation loss reaches the generator (Algorithm 1), or the decoder alone.
     """
 
-    def __init__(self, trainer: Trainer, *, ratio: int, weight: float, segmentation_loss: bool = True) -> None:
+    def __init__(self, trainer: GanTrainer, *, ratio: int, weight: float, segmentation_loss: bool = True) -> None:
         self.trainer = trainer
         self.needs_images = trainer.networks.image_encoder is not None
         self.modules = list(trainer.modules.values())

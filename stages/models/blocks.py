@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 VOID = 255
 
@@ -20,14 +19,6 @@ def xavier_(module: nn.Module, gain: float) -> nn.Module:
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     return module
-
-
-def spectral(layer: nn.Conv2d, gain: float) -> nn.Module:
-    """A Xavier-initialised convolution under spectral normalisation (Miyato et al. 2018).
-
-    The order matters: the power iteration starts from the initial weights.
-    """
-    return spectral_norm(xavier_(layer, gain))
 
 
 def one_hot(masks: Tensor, num_classes: int, *, dtype: torch.dtype, size: tuple[int, int] | None = None) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.models.blocks import spectral, xavier_
+from stages.models.blocks import xavier_
+from stages.models.spectral import SpectralConv2d
 
 SIDE = 256  # photographs are brought to this size first, as SPADE does
 
@@ -30,7 +31,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         widths = [3, nef, 2 * nef, 4 * nef, 8 * nef, 8 * nef, 8 * nef]
         self.layers = nn.ModuleList(
-            spectral(nn.Conv2d(before, after, 3, stride=2, padding=1), init_gain) for before, after in pairwise(widths)
+            SpectralConv2d(before, after, 3, stride=2, padding=1, gain=init_gain) for before, after in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.InstanceNorm2d(width) for width in widths[1:])
         flat = widths[-1] * (SIDE // 2**6) ** 2

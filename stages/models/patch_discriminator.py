@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.models.blocks import autocast_dtype, instance_norm, one_hot, spectral
+from stages.models.blocks import autocast_dtype, instance_norm, one_hot
+from stages.models.spectral import SpectralConv2d
 
 
 class PatchDiscriminator(nn.Module):
@@ -34,8 +36,8 @@ class PatchDiscriminator(nn.Module):
         self.num_classes = num_classes
         self.feature_channels = feature_channels
 
-        def conv(channels: int, width: int, stride: int) -> nn.Module:
-            return spectral(nn.Conv2d(channels, width, 4, stride, padding=1 if stride == 2 else 2), init_gain)
+        def conv(channels: int, width: int, stride: int) -> SpectralConv2d:
+            return SpectralConv2d(channels, width, 4, stride, padding=1 if stride == 2 else 2, gain=init_gain)
 
         halvings = output_stride.bit_length() - 1
         self.mask_layers = nn.ModuleList([conv(num_classes + 1 if n == 0 else ndf, ndf, 2) for n in range(halvings)])
@@ -52,22 +54,17 @@ class PatchDiscriminator(nn.Module):
 
         # The first layer over [features, mask] is the sum of one over the features and one over the mask, which all groups
         # share: nothing is concatenated, and neither part's gradient is computed where only the other's is wanted.
-        first: Any = self.layers[0]
-        weight = first.weight
-        of_features, of_mask = weight.split([self.feature_channels, weight.shape[1] - self.feature_channels], dim=1)
-        mask_part = convolve(first, of_mask, embedded)
-        xs = [F.conv2d(group, of_features, None, first.stride, first.padding) for group in groups]
-        xs = [F.leaky_relu((x.unflatten(0, (-1, len(masks))) + mask_part).flatten(0, 1), 0.2) for x in xs]
+        first = cast(SpectralConv2d, self.layers[0])
+        scale = first.scale()
+        of_features, of_mask = first.weight.split([self.feature_channels, first.in_channels - self.feature_channels], dim=1)
+        mask_part = first.rescale(F.conv2d(embedded, of_mask, None, first.stride, first.padding), scale)
+        xs = [F.conv2d(group, of_features, None, first.stride, first.padding).unflatten(0, (-1, len(masks))) for group in groups]
+        xs = [F.leaky_relu(torch.addcmul(mask_part, x, scale.to(x.dtype)).flatten(0, 1), 0.2) for x in xs]
         layers = [[x] for x in xs]
-        for layer in self.layers[1:]:
-            weight = layer.weight  # normalised once for all groups
-            xs = [F.leaky_relu(instance_norm(convolve(layer, weight, x)), 0.2) for x in xs]
+        for layer in (cast(SpectralConv2d, layer) for layer in self.layers[1:]):
+            scale = layer.scale()  # once for all groups
+            xs = [F.leaky_relu(instance_norm(layer.convolve(x, scale)), 0.2) for x in xs]
             for group, x in zip(layers, xs, strict=True):
                 group.append(x)
-        weight = self.last.weight
-        return [(convolve(self.last, weight, x), group) for x, group in zip(xs, layers, strict=True)]
-
-
-def convolve(layer: Any, weight: Any, x: Tensor) -> Tensor:
-    """What a convolution does, with a weight that was taken from it (or from part of it) before."""
-    return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
+        scale = self.last.scale()
+        return [(self.last.convolve(x, scale), group) for x, group in zip(xs, layers, strict=True)]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.models.blocks import spectral
+from stages.models.spectral import SpectralConv2d
 
 
 class SegmentationDiscriminator(nn.Module):
@@ -30,14 +30,14 @@ class SegmentationDiscriminator(nn.Module):
     def __init__(self, *, num_classes: int, feature_channels: int, ndf: int, init_gain: float) -> None:
         super().__init__()
 
-        def conv(channels: int, width: int, size: int = 3, stride: int = 1) -> nn.Module:
-            return spectral(nn.Conv2d(channels, width, size, stride, padding=1), init_gain)
+        def conv(channels: int, width: int, size: int = 3, stride: int = 1) -> SpectralConv2d:
+            return SpectralConv2d(channels, width, size, stride, padding=1, gain=init_gain)
 
         narrow, wide = 4 * ndf, 8 * ndf
         self.first = conv(feature_channels, narrow)
         self.down = nn.ModuleList([conv(narrow, wide, 4, 2), conv(wide, wide, 4, 2)])
         self.up = nn.ModuleList([conv(2 * wide, wide), conv(wide + narrow, narrow)])
-        self.last = spectral(nn.Conv2d(narrow, num_classes + 1, 1), init_gain)
+        self.last = SpectralConv2d(narrow, num_classes + 1, 1, gain=init_gain)
 
     def forward(self, groups: list[Tensor], masks: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
         """Groups of (k*B, C, h, w) -> each group's logits (k*B, K + 1, h, w) and layers' activations; ``masks`` are not looked at."""

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.models.blocks import parameter_free_norm, spectral, xavier_
+from stages.models.blocks import parameter_free_norm, xavier_
+from stages.models.spectral import SpectralConv2d
 
 
 class SPADE(nn.Module):
@@ -75,12 +76,12 @@ class SPADEResBlk(nn.Module):
 
         middle = min(in_channels, out_channels)
         self.spade_0, self.spade_1 = spade(in_channels), spade(middle)
-        self.conv_0 = spectral(nn.Conv2d(in_channels, middle, 3, padding=1), gain)
-        self.conv_1 = spectral(nn.Conv2d(middle, out_channels, 3, padding=1), gain)
+        self.conv_0 = SpectralConv2d(in_channels, middle, 3, padding=1, gain=gain)
+        self.conv_1 = SpectralConv2d(middle, out_channels, 3, padding=1, gain=gain)
         self.learned_shortcut = in_channels != out_channels
         if self.learned_shortcut:
             self.spade_s = spade(in_channels)
-            self.conv_s = spectral(nn.Conv2d(in_channels, out_channels, 1, bias=False), gain)
+            self.conv_s = SpectralConv2d(in_channels, out_channels, 1, bias=False, gain=gain)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """(k*B, in_channels, h, w) and (B, L, h, w) -> (k*B, out_channels, h, w)."""

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from stages.augment.featuregan import JointFeatureGAN
 from stages.gan import Networks, build_networks
-from stages.gan_trainer import Trainer
+from stages.gan_trainer import GanTrainer
 from stages.losses import cross_entropy
 from stages.models.decoder import Decoder
+from stages.models.spectral import SpectralConv2d
 from stages.objective import Objective
 from stages.runtime import make_accelerator
 
@@ -29,6 +29,7 @@ def architecture(*, image_encoder: bool) -> dict:
         "feature_shape": [CHANNELS, SIDE, SIDE],
         "output_stride": 8,
         "nonnegative": True,
+        "family": "gan",
         "z_dim": 6,
         "noise": "vector",
         "ngf": 1,
@@ -43,6 +44,13 @@ def architecture(*, image_encoder: bool) -> dict:
         "nef": 2,
         "init_gain": 0.5,
     }
+
+
+def still(network: nn.Module) -> None:
+    """Spectral norm's power iteration moves once a step, however many passes there are."""
+    for layer in network.modules():
+        if isinstance(layer, SpectralConv2d):
+            layer.eval()
 
 
 def literal_step(
@@ -67,43 +75,43 @@ def literal_step(
     f_real = features / scale
     noise = torch.randn(ratio * len(masks), generator.z_dim, generator=rng)
     many = masks.repeat(ratio, 1, 1)
-    # cached(): spectral norm's power iteration moves once a step, however many passes there are.
-    with parametrize.cached():
-        if encoder is not None:
-            mu, logvar = encoder(images)
-            z = torch.cat([mu] * ratio) + noise * torch.exp(torch.cat([logvar] * ratio) / 2)
-        else:
-            z = noise
-        f_fake = generator(z, many)
-        p_real, d_real = discriminator(f_real, masks)
-        p_fake, d_fake = discriminator(f_fake, many)
+    if encoder is not None:
+        mu, logvar = encoder(images)
+        z = torch.cat([mu] * ratio) + noise * torch.exp(torch.cat([logvar] * ratio) / 2)
+    else:
+        z = noise
+    f_fake = generator(z, many)
+    p_real, d_real = discriminator(f_real, masks)
+    still(networks.discriminator)
+    p_fake, d_fake = discriminator(f_fake, many)
 
-        # train generator (and segmentation model)
-        l_kld = LAMBDA_KLD * (-0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum() / len(mu)) if encoder is not None else 0.0
-        l_g = -p_fake.mean()
-        l_fm = sum((torch.cat([real.detach()] * ratio) - fake).abs().mean() for real, fake in zip(d_real, d_fake, strict=True))
-        l_tot = l_kld + l_g + LAMBDA_FEAT * l_fm
-        if decoder is not None:
-            labels = masks.long()
-            size = masks.shape[-2:]
-            l_tot = l_tot + F.cross_entropy(decoder(f_real * scale, size), labels, ignore_index=255)
-            for f in f_fake.chunk(ratio):
-                l_tot = l_tot + F.cross_entropy(decoder(f * scale, size), labels, ignore_index=255)
-        for name in ("generator", *(["decoder"] if decoder is not None else [])):
-            optimizers[name].zero_grad()
-        l_tot.backward(retain_graph=True)
-        optimizers["generator"].step()
-        if decoder is not None:
-            optimizers["decoder"].step()
+    # train generator (and segmentation model)
+    l_kld = LAMBDA_KLD * (-0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum() / len(mu)) if encoder is not None else 0.0
+    l_g = -p_fake.mean()
+    l_fm = sum((torch.cat([real.detach()] * ratio) - fake).abs().mean() for real, fake in zip(d_real, d_fake, strict=True))
+    l_tot = l_kld + l_g + LAMBDA_FEAT * l_fm
+    if decoder is not None:
+        labels = masks.long()
+        size = masks.shape[-2:]
+        l_tot = l_tot + F.cross_entropy(decoder(f_real * scale, size), labels, ignore_index=255)
+        for f in f_fake.chunk(ratio):
+            l_tot = l_tot + F.cross_entropy(decoder(f * scale, size), labels, ignore_index=255)
+    for name in ("generator", *(["decoder"] if decoder is not None else [])):
+        optimizers[name].zero_grad()
+    l_tot.backward(retain_graph=True)
+    optimizers["generator"].step()
+    if decoder is not None:
+        optimizers["decoder"].step()
 
-        # train discriminator, on the features generated above
-        p_real, _ = discriminator(f_real, masks)
-        p_fake, _ = discriminator(f_fake.detach(), many)
-        l_d_real = -torch.clamp(-1 + p_real, max=0).mean()
-        l_d_fake = -torch.clamp(-1 - p_fake, max=0).mean()
-        optimizers["discriminator"].zero_grad()
-        (l_d_real + l_d_fake).backward()
-        optimizers["discriminator"].step()
+    # train discriminator, on the features generated above
+    p_real, _ = discriminator(f_real, masks)
+    p_fake, _ = discriminator(f_fake.detach(), many)
+    l_d_real = -torch.clamp(-1 + p_real, max=0).mean()
+    l_d_fake = -torch.clamp(-1 - p_fake, max=0).mean()
+    optimizers["discriminator"].zero_grad()
+    (l_d_real + l_d_fake).backward()
+    optimizers["discriminator"].step()
+    networks.discriminator.train()
 
 
 def assert_same_parameters(ours: nn.Module, literal: nn.Module, start: nn.Module, lr: float) -> None:
@@ -155,7 +163,7 @@ def test_a_step_equals_algorithm_1(monkeypatch: pytest.MonkeyPatch, branch: str,
     )
 
     objective = Objective("hinge", LAMBDA_FEAT, LAMBDA_KLD)
-    trainer = Trainer(
+    trainer = GanTrainer(
         make_accelerator("cpu", "no"),
         networks,
         objective,
@@ -163,7 +171,7 @@ def test_a_step_equals_algorithm_1(monkeypatch: pytest.MonkeyPatch, branch: str,
         discriminator_lr=LR["discriminator"],
         betas=(0.0, 0.9),
     )
-    for kept in (trainer.generator_optimizer, trainer.discriminator_optimizer):
+    for kept in trainer.optimizers.values():
         monkeypatch.setattr(kept, "zero_grad", lambda: None)  # gradients are compared below
     rng = torch.Generator().manual_seed(7)
     if branch == "gan":

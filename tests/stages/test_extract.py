@@ -229,21 +229,41 @@ def test_a_second_extraction_into_the_same_scratch_folder_says_so_and_stops(prep
 
 
 @pytest.mark.slow
-def test_two_ranks_write_the_same_bytes_as_one(tmp_path: Path) -> None:
+def test_two_ranks_write_the_same_bytes_as_one_and_one_that_dies_costs_its_unfinished_shard(tmp_path: Path) -> None:
     write_photos(tmp_path / "photos", {"train": 10, "val": 1, "test": 1})
     prepare(prepare_config(tmp_path / "photos"), tmp_path)
     code = (
-        "import featurestore.writer as w, sys; from tests.stages.test_extract import *\n"
+        "import featurestore.writer as w, signal, sys; from tests.stages.test_extract import *\n"
         "w.SHARD_BYTES = 3 * 60_000  # three samples a shard\n"
-        f"run(config(), Path({str(tmp_path)!r}), out=sys.argv[1])\n"
+        "forward, calls = Backbone.forward, []\n"
+        "def dying(self, images):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3 and os.environ['RANK'] == '1':  # its first shard has two batches\n"
+        f"        while not list(Path({str(tmp_path)!r}).glob('scratch/train/*/shard-00001*.finished.json')): time.sleep(0.01)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return forward(self, images)\n"
+        "if sys.argv[1] == 'dying': Backbone.forward = dying\n"
+        f"run(config(), Path({str(tmp_path)!r}), out=sys.argv[2])\n"
     )
     (tmp_path / "extract_here.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
-    for out, command in (("one", [sys.executable]), ("two", launcher)):
-        subprocess.run([*command, str(tmp_path / "extract_here.py"), out], cwd=ROOT, env=environment, check=True)
-    assert digests(tmp_path / "two") == digests(tmp_path / "one")
-    assert len(digests(tmp_path / "two")) >= 7
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    def extract_with(command: list[str], how: str, out: str) -> int:
+        return subprocess.run([*command, str(tmp_path / "extract_here.py"), how, out], cwd=ROOT, env=environment, check=False).returncode
+
+    assert extract_with([sys.executable], "living", "one") == 0
+    whole = digests(tmp_path / "one")
+    assert len(whole) >= 7
+    assert extract_with(launcher, "dying", "two") != 0
+    assert not (tmp_path / "two" / "train").exists()
+    finished = {file.name.removesuffix(".finished.json") for file in (tmp_path / "scratch").glob("train/*/*.finished.json")}
+    inodes = {file.name: file.stat().st_ino for file in (tmp_path / "scratch").glob("train/*/shard-*.h5") if file.name in finished}
+    assert "shard-00001.h5" in inodes
+    assert extract_with(launcher, "living", "two") == 0
+    assert digests(tmp_path / "two") == whole
+    for name, inode in inodes.items():
+        assert (tmp_path / "two" / "train" / name).stat().st_ino == inode  # taken over, not written again
 
 
 @pytest.mark.slow

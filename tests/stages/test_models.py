@@ -11,13 +11,14 @@ import torchvision
 from torch import nn
 
 from stages.models.backbone import BackboneError, build_backbone, known_backbone
-from stages.models.blocks import one_hot, spectral
+from stages.models.blocks import one_hot
 from stages.models.decoder import Decoder
 from stages.models.discriminator import Discriminator
 from stages.models.generator import Generator
 from stages.models.image_encoder import ImageEncoder
 from stages.models.projection import RandomProjection
 from stages.models.spade import SPADE
+from stages.models.spectral import SpectralConv2d
 
 
 def generator(**changes) -> Generator:
@@ -168,8 +169,38 @@ def test_generators_without_a_noise_vector(options: dict) -> None:
 
 
 def test_spectral_norm_is_one_from_the_start() -> None:
-    weight = spectral(nn.Conv2d(8, 16, 3), gain=0.02).eval().weight
-    assert torch.linalg.matrix_norm(weight.flatten(1), 2).item() == pytest.approx(1, rel=0.05)
+    layer = SpectralConv2d(8, 16, 3, gain=0.02).eval()
+    assert torch.linalg.matrix_norm((layer.weight * layer.scale()).flatten(1), 2).item() == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bias", [True, False])
+def test_spectral_convolution_is_pytorchs(memory_format: torch.memory_format, bias: bool) -> None:
+    """Outputs, power iterations and gradients, through training steps and in evaluation."""
+    ours = SpectralConv2d(6, 5, 4, stride=2, padding=1, bias=bias, gain=0.5)
+    theirs = nn.Conv2d(6, 5, 4, stride=2, padding=1, bias=bias)
+    theirs.load_state_dict({name: tensor for name, tensor in ours.state_dict().items() if name in ("weight", "bias")})
+    theirs = nn.utils.parametrizations.spectral_norm(theirs)
+    norm = theirs.parametrizations.weight[0]
+    norm._u.copy_(ours.u)
+    norm._v.copy_(ours.v.view(4, 4, 6).permute(2, 0, 1).flatten())  # our columns are in the order of channels last
+    ours.to(memory_format=memory_format)
+    for _ in range(3):
+        x = torch.randn(2, 6, 8, 8).to(memory_format=memory_format)
+        results = []
+        for layer in (ours, theirs):
+            given = x.clone().requires_grad_()
+            layer.zero_grad()
+            out = layer(given)
+            out.square().sum().backward()
+            results.append((out, given.grad))
+        for mine, reference in zip(*results, strict=True):
+            torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.weight.grad, theirs.parametrizations.weight.original.grad, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            for weight in (ours.weight, theirs.parametrizations.weight.original):
+                weight += 0.1 * torch.arange(weight.numel()).view(weight.shape).cos()
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
 
 
 def test_image_encoder_takes_any_size() -> None:

@@ -10,15 +10,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 import featurestore
 from featurestore import IncompleteStoreError, ShardCorruptError, SpecMismatchError
 from featurestore.dataset import FeatureLoader
 from stages import train_decoder, train_gan
 from stages.analysis.figures import read_curves
-from stages.checkpoint import Checkpoint, load_decoder, load_generator
+from stages.checkpoint import Checkpoint, load_decoder, load_gan, load_generator
 from stages.errors import ConfigError, DataError
+from stages.gan_trainer import GanTrainer
 from stages.metrics import Scores, confusion_matrix, score
+from stages.models.spectral import SpectralConv2d
 from stages.monitor import MonitorConfig
 from stages.runtime import generator as random_generator
 from stages.train_decoder import TrainDecoderConfig, VariantConfig
@@ -28,6 +31,10 @@ from tests.featurestore.test_store import SPEC
 from tests.imports import ROOT
 
 GAN = {
+    "family": "gan",
+    "flow_components": 6,
+    "flow_width": 8,
+    "flow_steps": 4,
     "frozen_epochs": 3,
     "batch_size": 4,
     "gradient_accumulation": 1,
@@ -71,6 +78,7 @@ MONITOR = {
     "every": 2,
     "samples": 4,
     "vectors": 200,
+    "patience": 0,
     "on_collapse": "warn",
     "least_variance_ratio": 0.0,
     "least_coverage": 0.0,
@@ -243,9 +251,7 @@ def test_ablation_losses_and_the_image_encoder_train(features: Path, tmp_path: P
         from safetensors.torch import load_file
 
         discriminator = load_file(tmp_path / "gan" / "discriminator.safetensors")
-        assert (
-            max(float(tensor.abs().max()) for name, tensor in discriminator.items() if "original" in name or name.endswith("bias")) <= 0.01
-        )
+        assert max(float(tensor.abs().max()) for name, tensor in discriminator.items() if name.endswith(("weight", "bias"))) <= 0.01
 
 
 def test_bf16_autocast_trains(features: Path, tmp_path: Path) -> None:
@@ -442,3 +448,93 @@ def test_no_pickle_is_ever_loaded() -> None:
         assert "import pickle" not in text
         for start in (position for position in range(len(text)) if text.startswith("torch.load(", position)):
             assert "weights_only=True" in text[start : start + 120], file
+
+
+# -- options -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adversarial_loss": "non-saturating", "r1_gamma": 1.0, "discriminator_scales": 2},
+        {"adversarial_loss": "segmentation", "noise": "spatial", "ema_decay": 0.9},
+        {"z_dim": 0, "projection_channels": 5, "diffaugment": ["flip", "translation", "cutout", "channel_dropout"]},
+        {"gradient_accumulation": 2, "norm": "instance"},
+    ],
+)
+def test_options_train_resume_and_go_on_jointly(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    losses = run_gan(features, whole, frozen_epochs=2, **changes)
+    assert np.isfinite(list(losses.values())).all()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 3)
+        run_gan(features, killed, frozen_epochs=2, **changes)
+    run_gan(features, killed, frozen_epochs=2, **changes)
+    ours, undisturbed = files(killed / "gan"), files(whole / "gan")
+    assert ours.keys() == undisturbed.keys()
+    assert {name for name in ours if ours[name] != undisturbed[name]} <= {"optimizers.pt"}
+    scores = run_decoder(features, whole, VARIANTS["featuregan-1x"], name="joint", epochs=1)
+    assert scores.miou > 0
+    run_decoder(features, whole, VARIANTS["frozen"], name="frozen", epochs=1)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no statistics are taken over the batch, two halves of it give the gradients of the whole."""
+    gradients: dict[int, list[torch.Tensor]] = {}
+    for parts in (1, 2):
+        taken = gradients[parts] = []
+
+        def step(self: AcceleratedOptimizer, taken=taken) -> None:
+            if self.gradient_state.sync_gradients:
+                taken.extend(parameter.grad.clone() for group in self.param_groups for parameter in group["params"])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(AcceleratedOptimizer, "step", step)
+            patch.setattr(SpectralConv2d, "_iterate", lambda self, times: None)  # which would move once a part
+            run_gan(features, tmp_path / str(parts), frozen_epochs=1, norm="instance", z_dim=0, gradient_accumulation=parts)
+    assert len(gradients[1]) == len(gradients[2]) > 40  # generator and discriminator, two steps
+    largest = max(float(gradient.abs().max()) for gradient in gradients[1])
+    for whole, halves in zip(gradients[1], gradients[2], strict=True):
+        torch.testing.assert_close(halves, whole, rtol=1e-3, atol=1e-5 * largest)
+
+
+def test_the_segmentation_loss_may_be_kept_from_the_generator(features: Path, trained: Path, tmp_path: Path) -> None:
+    root = with_gan(trained, tmp_path)
+    generators = {}
+    for name, changes in {
+        "with": {},
+        "without": {"segmentation_loss": False},
+        "heavy": {"segmentation_loss": False, "weight": 50.0},
+    }.items():
+        run_decoder(features, root, {**VARIANTS["featuregan-1x"], **changes}, name=name, epochs=1)
+        generators[name] = load_generator(root / "decoders" / f"{name}-0" / "gan").state_dict()
+    same = [torch.equal(tensor, generators["heavy"][name]) for name, tensor in generators["without"].items()]
+    assert all(same)  # however heavy the loss, it does not reach the generator
+    assert not all(torch.equal(tensor, generators["with"][name]) for name, tensor in generators["without"].items())
+
+
+def test_the_average_generator_is_an_exponential_moving_average(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights equal the closed form over the weights after each step."""
+    seen: list[dict[str, torch.Tensor]] = []
+    update = GanTrainer.update
+
+    def watched(self: GanTrainer, *arguments, **named) -> None:
+        update(self, *arguments, **named)
+        seen.append({name: parameter.detach().clone() for name, parameter in self.networks.generator.named_parameters()})
+
+    monkeypatch.setattr(GanTrainer, "update", watched)
+    run_gan(features, tmp_path, ema_decay=0.75)
+    average = dict(load_generator(tmp_path / "gan").named_parameters())
+    raw = dict(load_gan(tmp_path / "gan")[0].generator.named_parameters())
+    assert len(seen) == 6
+    for name, tensor in average.items():
+        # The first update copies; then d^5 w_1 + (1 - d) sum d^(6 - t) w_t.
+        expected = 0.75**5 * seen[0][name] + sum(0.25 * 0.75 ** (6 - step) * seen[step - 1][name] for step in range(2, 7))
+        torch.testing.assert_close(tensor, expected)
+        assert torch.equal(raw[name], seen[-1][name])
+
+
+def test_options_that_do_not_fit_together_are_refused() -> None:
+    for changes in ({"adversarial_loss": "segmentation", "r1_gamma": 1.0}, {"image_encoder": True, "z_dim": 0}):
+        with pytest.raises(ValueError, match="r1_gamma and|image encoder gives"):
+            TrainGanConfig(**{**GAN, **changes})

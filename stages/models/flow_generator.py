@@ -1,0 +1,166 @@
+"""A generator of another family: a flow from noise to features, conditioned on the mask (Lipman et al. 2023).
+
+The thesis names diffusion as future work (chapter 6). A flow is its simplest form: a network learns the velocity
+that carries noise to features along straight lines, and generating is following it. It works on the features' principal
+components, because the velocity of 2048 channels is more than a small network can learn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stages.models.blocks import autocast_dtype, one_hot
+
+GROUPS = 8  # of the normalisation
+
+
+class _Block(nn.Module):
+    """A residual block that sees the mask as further channels and the time as a shift and a scale."""
+
+    def __init__(self, channels: int, width: int, label_channels: int, time_width: int) -> None:
+        super().__init__()
+        self.norm_0 = nn.GroupNorm(GROUPS if channels % GROUPS == 0 else 1, channels)
+        self.conv_0 = nn.Conv2d(channels + label_channels, width, 3, padding=1)
+        self.time = nn.Linear(time_width, 2 * width)
+        self.norm_1 = nn.GroupNorm(GROUPS if width % GROUPS == 0 else 1, width)
+        self.conv_1 = nn.Conv2d(width, width, 3, padding=1)
+        self.shortcut = nn.Identity() if channels == width else nn.Conv2d(channels, width, 1)
+
+    def forward(self, x: Tensor, labels: Tensor, time: Tensor) -> Tensor:
+        h = self.conv_0(torch.cat([F.silu(self.norm_0(x)), labels], dim=1))
+        scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
+        return self.shortcut(x) + self.conv_1(F.silu(self.norm_1(h) * (1 + scale) + shift))
+
+
+class FlowGenerator(nn.Module):
+    """A U-Net of three resolutions that gives the velocity, and its integration.
+
+    Parameters
+    ----------
+    num_classes
+        Classes of the masks, void not counted.
+    feature_shape
+        (C, h, w); h and w multiples of 4.
+    nonnegative
+        Whether the features are >= 0.
+    feature_scale
+        (C,): what a feature channel is divided by.
+    components
+        R, the number of principal components.
+    width
+        Channels of the blocks.
+    steps
+        Of the integration (midpoint rule: two evaluations each).
+    """
+
+    feature_scale: Tensor
+    mean: Tensor
+    basis: Tensor
+    spread: Tensor
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        feature_shape: Sequence[int],
+        nonnegative: bool,
+        feature_scale: Tensor,
+        components: int,
+        width: int,
+        steps: int,
+    ) -> None:
+        super().__init__()
+        channels, height, width_ = feature_shape
+        self.num_classes, self.nonnegative, self.steps, self.width = num_classes, nonnegative, steps, width
+        self.shape = (components, height, width_)
+        self.z_dim = components * height * width_
+        self.register_buffer("feature_scale", feature_scale.reshape(1, channels, 1, 1).float())
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("basis", torch.eye(channels, components))
+        self.register_buffer("spread", torch.ones(components))
+        labels = num_classes + 1
+
+        def block(channels: int) -> _Block:
+            return _Block(channels, width, labels, width)
+
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.first = nn.Conv2d(components, width, 3, padding=1)
+        self.down = nn.ModuleList([block(width), block(width)])
+        self.middle = nn.ModuleList([block(width), block(width)])
+        self.up = nn.ModuleList([block(2 * width), block(2 * width)])
+        self.last = nn.Conv2d(width, components, 3, padding=1)
+        nn.init.zeros_(self.last.weight)  # the velocity starts at zero
+        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
+
+    def set_components(self, components: tuple[Tensor, Tensor, Tensor]) -> None:
+        """The principal components of scaled features: mean (C,), directions (C, R), standard deviations (R,) along them."""
+        for buffer, value in zip((self.mean, self.basis, self.spread), components, strict=True):
+            buffer.copy_(value)
+
+    def reduce(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) scaled features -> (B, R, h, w) components of unit variance."""
+        centred = features - self.mean.view(1, -1, 1, 1)
+        return torch.einsum("bchw,cr->brhw", centred, self.basis / self.spread)
+
+    def restore(self, components: Tensor) -> Tensor:
+        """The inverse of :meth:`reduce`, up to what R components do not hold."""
+        features = torch.einsum("brhw,cr->bchw", components, self.basis * self.spread) + self.mean.view(1, -1, 1, 1)
+        return F.relu(features) if self.nonnegative else features
+
+    def velocity(self, x: Tensor, time: Tensor, masks: Tensor) -> Tensor:
+        """(B, R, h, w) components at times (B,) in 0..1, and masks (B, H, W) -> their velocity, of the same shape."""
+        half = self.width // 2
+        frequencies = torch.exp(-math.log(1000) * torch.arange(half, device=x.device) / half)
+        angles = 1000 * time[:, None] * frequencies
+        embedded = self.time(F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, self.width % 2)))
+        height, width = self.shape[1:]
+        dtype = autocast_dtype(x)
+        labels = [one_hot(masks, self.num_classes, dtype=dtype, size=(height // part, width // part)) for part in (1, 2, 4)]
+        x = self.first(x)
+        skips = []
+        for block, label in zip(self.down, labels, strict=False):
+            x = block(x, label, embedded)
+            skips.append(x)
+            x = F.avg_pool2d(x, 2)
+        for block in self.middle:
+            x = block(x, labels[2], embedded)
+        for block, label in zip(self.up, reversed(labels[:2]), strict=True):
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            x = block(torch.cat([x, skips.pop()], dim=1), label, embedded)
+        return self.last(x)
+
+    def forward(self, z: Tensor, masks: Tensor) -> Tensor:
+        """Generate scaled features.
+
+        Parameters
+        ----------
+        z
+            (k*B, z_dim) noise, k draws a mask.
+        masks
+            (B, H, W) uint8, 255 = void.
+
+        Returns
+        -------
+        Tensor
+            (k*B, C, h, w). Draw j of mask i is row j*B + i.
+        """
+        x = z.view(-1, *self.shape)
+        many = masks.repeat(len(x) // len(masks), 1, 1)
+        step = 1 / self.steps
+        for number in range(self.steps):  # midpoint rule
+            now = torch.full((len(x),), number * step, device=x.device)
+            middle = x + step / 2 * self.velocity(x, now, many).float()
+            x = x + step * self.velocity(middle, now + step / 2, many).float()
+        return self.restore(x)
+
+    @torch.no_grad()
+    def generate(self, masks: Tensor, *, z: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """As :meth:`stages.models.generator.Generator.generate`."""
+        if z is None:
+            z = torch.randn(len(masks), self.z_dim, generator=generator, device=masks.device)
+        return self(z, masks) * self.feature_scale

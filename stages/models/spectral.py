@@ -1,0 +1,73 @@
+"""Spectral normalisation (Miyato et al. 2018) of convolutions, for the price of a few passes over their weights less."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stages.models.blocks import xavier_
+
+START = 15  # power iterations before the first step, as many as PyTorch's own takes
+
+
+class SpectralConv2d(nn.Conv2d):
+    """A convolution whose weight counts as divided by its largest singular value, sigma.
+
+    The output is divided in place of the weight: ``conv(x, W / sigma) + b = conv(x, W) / sigma + b``. At the thesis's widths the
+    weights are many times larger than the activations, and normalising them takes a third to a half of a training step.
+    Values and gradients are those of :func:`torch.nn.utils.parametrizations.spectral_norm`: sigma is ``u' W v`` with vectors
+    from one power iteration a training step, which count as constants.
+
+    Parameters
+    ----------
+    in_channels, out_channels, kernel_size, stride, padding, bias
+        Of the convolution.
+    gain
+        Of its Xavier initialisation.
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0, *, bias: bool = True, gain: float
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        xavier_(self, gain)
+        self.register_buffer("u", F.normalize(torch.randn(out_channels), dim=0))
+        self.register_buffer("v", F.normalize(torch.randn(self.weight[0].numel()), dim=0))
+        self._iterate(START)
+
+    def _matrix(self) -> Tensor:
+        """(out, kh*kw*in): a view where the weight lies with channels last; the order of columns does not change sigma."""
+        return self.weight.permute(0, 2, 3, 1).flatten(1)
+
+    @torch.no_grad()
+    def _iterate(self, times: int) -> None:
+        matrix = self._matrix()
+        for _ in range(times):
+            F.normalize(torch.mv(matrix, self.v), dim=0, out=self.u)
+            F.normalize(torch.mv(matrix.T, self.u), dim=0, out=self.v)
+
+    def scale(self) -> Tensor:
+        """1 / sigma; in training the vectors take one more power iteration first."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            if self.training:
+                self._iterate(1)
+            # Cloned: the next call moves them while this one's gradient may still be wanted.
+            return 1 / torch.dot(self.u.clone(), torch.mv(self._matrix(), self.v.clone()))
+
+    def convolve(self, x: Tensor, scale: Tensor) -> Tensor:
+        """:meth:`forward` with a :meth:`scale` that several inputs share."""
+        return self.rescale(F.conv2d(x, self.weight, None, self.stride, self.padding), scale)
+
+    def rescale(self, y: Tensor, scale: Tensor) -> Tensor:
+        """``y * scale + bias`` for the output of the bare convolution, (B, out, h, w)."""
+        if self.bias is None:
+            return y * scale.to(y.dtype)
+        return torch.addcmul(self.bias.to(y.dtype).view(1, -1, 1, 1), y, scale.to(y.dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, H', W')."""
+        return self.convolve(input, self.scale())

@@ -1,0 +1,126 @@
+"""What all trainers of generators share: networks on their device, optimizers, the average, and their state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from stages.gan import AnyGenerator, Networks
+from stages.objective import Step
+from stages.runtime import distribute, load_scaler_state, scaler_state
+
+
+class Trainer:
+    """Networks in training.
+
+    Parameters
+    ----------
+    networks
+        Fresh or loaded ones; they are changed in place.
+    ema_decay
+        Where above 0, a second generator follows the first one's weights as their exponential moving average with this
+        decay a step (Yazıcı et al. 2019); it is the one to generate with. Buffers (running statistics) are copied.
+    compile_networks
+        Whether ``torch.compile`` compiles them.
+
+    Attributes
+    ----------
+    modules
+        What training calls, by network: wrapped where there are several processes.
+    optimizers
+        By name; a subclass fills it in.
+    steps
+        How many were taken.
+    """
+
+    def __init__(self, accelerator: Accelerator, networks: Networks, *, ema_decay: float, compile_networks: bool) -> None:
+        self.accelerator = accelerator
+        self.networks = networks
+        self.steps = 0
+        self.optimizers: dict[str, AcceleratedOptimizer] = {}
+        self._average: AveragedModel | None = None
+        if ema_decay:
+            self._average = AveragedModel(networks.generator.to(accelerator.device), multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+        self.modules: dict[str, nn.Module] = {}
+        for name, network in networks.by_name().items():
+            network.train()
+            module = self._called(name, network)
+            if compile_networks:
+                module.compile()
+            self.modules[name] = distribute(accelerator, module)
+
+    def forward(self, features: Tensor, masks: Tensor, images: Tensor | None, *, ratio: int, rng: torch.Generator) -> Step:
+        """Losses of a batch of features (B, C, h, w) in the backbone's scale, masks (B, H, W) and images, ``ratio`` draws a mask."""
+        raise NotImplementedError
+
+    def update(self, step: Step) -> None:
+        """Back-propagate them and step the optimizers."""
+        raise NotImplementedError
+
+    def _called(self, name: str, network: nn.Module) -> nn.Module:
+        """What training calls of a network."""
+        return network
+
+    def _adam(self, parameters: Sequence[nn.Parameter], lr: float, betas: tuple[float, float]) -> AcceleratedOptimizer:
+        return self.accelerator.prepare_optimizer(torch.optim.Adam(parameters, lr, betas, fused=True))
+
+    def _step(self) -> bool:
+        """Step all optimizers; whether they did, which an accumulated batch does with its last part only."""
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+        if not self.accelerator.sync_gradients:
+            return False
+        self.steps += 1
+        if self._average is not None:
+            self._average.update_parameters(self.networks.generator)
+        return True
+
+    @property
+    def averages(self) -> bool:
+        """Whether there is an average beside the generator in training."""
+        return self._average is not None
+
+    @property
+    def generator(self) -> AnyGenerator:
+        """The generator to generate with: the average where there is one."""
+        return self.networks.generator if self._average is None else cast(AnyGenerator, self._average.module)
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything that training goes on from."""
+        return {
+            "networks": {name: network.state_dict() for name, network in self.networks.by_name().items()},
+            "training": self.training_state(),
+        }
+
+    def training_state(self) -> dict[str, Any]:
+        """What is not in the networks: optimizers, loss scaling, the number of steps, the average."""
+        return {
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "scaler": scaler_state(self.accelerator),
+            "steps": self.steps,
+            "average": None if self._average is None else self._average.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+        for name, network in self.networks.by_name().items():
+            network.load_state_dict(state["networks"][name])
+        self.load_training_state(state["training"])
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`training_state`."""
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        load_scaler_state(self.accelerator, state["scaler"])
+        self.steps = state["steps"]
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])

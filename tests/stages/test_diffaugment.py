@@ -1,0 +1,76 @@
+"""What the discriminator is shown: the same transformation of real features, generated features and mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stages.diffaugment import TRANSFORMS, augment
+
+BATCH, CHANNELS, HEIGHT, WIDTH, STRIDE = 6, 9, 8, 12, 4
+
+
+def sample() -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks of random classes 1 to 5, and features whose every channel is the mask's class there, times its number."""
+    classes = torch.randint(1, 6, (BATCH, HEIGHT, WIDTH), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    features = classes[:, None] * torch.arange(1, CHANNELS + 1).view(1, -1, 1, 1).float()
+    return features, classes.repeat_interleave(STRIDE, 1).repeat_interleave(STRIDE, 2)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_features_and_mask_move_together_and_real_and_generated_alike(name: str) -> None:
+    features, masks = sample()
+    twice = torch.cat([features, 10 * features])  # two draws a mask
+    (real, fake), moved = augment([features, twice], masks, [name], torch.Generator().manual_seed(1))
+    assert real.shape == features.shape
+    assert moved.dtype == torch.uint8
+    torch.testing.assert_close(fake, torch.cat([real, 10 * real]))
+    small = moved[:, ::STRIDE, ::STRIDE]
+    assert torch.equal(small.repeat_interleave(STRIDE, 1).repeat_interleave(STRIDE, 2), moved)
+    per_class = torch.where(small == 255, 0, small).float()
+    numbers = torch.arange(1, CHANNELS + 1).view(1, -1, 1, 1)
+    kept = real.flatten(2).amax(2) > 0  # (B, C): channels that were not dropped
+    torch.testing.assert_close(real, per_class[:, None] * numbers * kept[:, :, None, None])
+    assert not torch.equal(real, features)
+
+
+def test_transformations_by_their_definitions() -> None:
+    features, masks = sample()
+    rng = torch.Generator().manual_seed(2)
+    (flipped,), _ = augment([features], masks, ["flip"], rng)
+    mirrored = [torch.equal(ours, before.flip(-1)) for ours, before in zip(flipped, features, strict=True)]
+    assert 0 < sum(mirrored) < BATCH
+    assert all(is_mirrored or torch.equal(ours, before) for is_mirrored, ours, before in zip(mirrored, flipped, features, strict=True))
+
+    (shifted,), moved = augment([features], masks, ["translation"], rng)
+    for ours, before in zip(shifted, features, strict=True):
+        fits = []
+        for down in (-1, 0, 1):  # an eighth of 8 and of 12, rounded
+            for right in (-2, -1, 0, 1, 2):
+                expected = torch.zeros_like(before)
+                rows, columns = slice(max(down, 0), HEIGHT + min(down, 0)), slice(max(right, 0), WIDTH + min(right, 0))
+                expected[:, rows, columns] = before.roll((down, right), (1, 2))[:, rows, columns]
+                fits.append(torch.equal(ours, expected))
+        assert sum(fits) == 1
+    assert (moved == 255).any()
+
+    (cut,), holed = augment([features], masks, ["cutout"], rng)
+    for ours, mask in zip(cut, holed, strict=True):
+        empty = (ours == 0).all(0)
+        assert 0 < empty.sum() <= HEIGHT // 2 * WIDTH // 2
+        assert torch.equal(mask[::STRIDE, ::STRIDE] == 255, empty)
+
+    many = torch.ones(50, 400, 1, 1)
+    (dropped,), _ = augment([many], torch.zeros(50, 4, 4, dtype=torch.uint8), ["channel_dropout"], rng)
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
+
+
+def test_gradients_pass_and_the_order_of_random_numbers_is_the_seeds() -> None:
+    features, masks = sample()
+    features.requires_grad_()
+    every = list(TRANSFORMS)
+    (first,), _ = augment([features], masks, every, torch.Generator().manual_seed(3))
+    (again,), _ = augment([features], masks, every, torch.Generator().manual_seed(3))
+    assert torch.equal(first, again)
+    first.sum().backward()
+    assert set(features.grad.unique().tolist()) == {0.0, 1.0}  # each value is shown once or not at all

@@ -1,0 +1,68 @@
+"""Two processes compute what one does: losses, weights and scores, to the rounding of sums in another order."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from stages.analysis.figures import read_curves
+from stages.checkpoint import load_decoder, load_generator
+from stages.distributed import SynchronisedBatchNorm2d, synchronise_batch_norm
+from tests.conftest import run
+from tests.imports import ROOT
+from tests.stages.test_training import features  # noqa: F401  (a fixture)
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+@pytest.fixture(scope="module")
+def roots(features: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:  # noqa: F811
+    """Results of one process and of two; the decoders start from the same GAN."""
+    found = {processes: tmp_path_factory.mktemp(f"processes-{processes}") for processes in (1, 2)}
+    for stage in ("gan", "joint"):
+        for processes, launcher in ((1, (sys.executable,)), (2, TORCHRUN)):
+            gan = found[processes if stage == "gan" else 1] / "gan"
+            command = (*launcher, "-m", "tests.stages.train_in_processes", stage, str(features), str(found[processes]), str(gan))
+            run(*command, cwd=ROOT, OMP_NUM_THREADS="1")
+    return found
+
+
+@pytest.mark.parametrize("stage", ["gan", "joint"])
+def test_losses_and_scores_agree(roots: dict[int, Path], stage: str) -> None:
+    one, two = (read_curves(roots[processes] / "metrics" / stage) for processes in (1, 2))
+    assert one.keys() == two.keys()
+    assert len(one) > 20
+    for curve in one:
+        if curve.startswith("monitor"):
+            continue  # counts and ratios of the generators, whose weights are compared below
+        first, last = slice(0, 2), slice(2, 3)
+        pd.testing.assert_series_equal(two[curve][first], one[curve][first], check_exact=False, rtol=2e-3, atol=2e-4)
+        # Adam takes a whole step even where a gradient is nothing but rounding, so the runs part slowly.
+        pd.testing.assert_series_equal(two[curve][last], one[curve][last], check_exact=False, rtol=5e-2, atol=2e-2)
+
+
+def test_weights_agree_within_what_adam_moves(roots: dict[int, Path]) -> None:
+    for load, name in ((load_generator, "gan"), (load_decoder, "joint"), (load_generator, "joint/gan")):
+        one, two = (dict(load(roots[processes] / name).named_parameters()) for processes in (1, 2))
+        for key, tensor in one.items():
+            difference = (two[key] - tensor).abs()
+            assert difference.max() <= 2 * 6 * 5e-4, key  # six whole steps in opposite directions
+            if tensor.ndim > 1:  # a bias in front of a normalisation has no gradient but rounding
+                assert difference.median() <= 1e-4, key
+
+
+def test_batch_norm_keeps_its_weights_and_in_one_process_its_results() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()))
+    plain[1][0].running_mean.uniform_()
+    x = torch.randn(2, 3, 5, 5)
+    before = plain.eval()(x)
+    names = list(plain.state_dict())
+    synchronise_batch_norm(plain)
+    assert type(plain[1][0]) is SynchronisedBatchNorm2d
+    assert list(plain.state_dict()) == names
+    assert torch.equal(plain(x), before)

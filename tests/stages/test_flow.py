@@ -1,0 +1,118 @@
+"""The flow: its components, its integration, what it learns, and its place beside the GAN."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import featurestore
+from stages.checkpoint import load_generator
+from stages.errors import ConfigError
+from stages.flow_trainer import FlowTrainer, principal_components
+from stages.gan import Networks
+from stages.models.flow_generator import FlowGenerator
+from stages.runtime import make_accelerator
+from tests.stages.test_training import VARIANTS, features, files, run_decoder, run_gan, stop_after  # noqa: F401  (features is a fixture)
+
+
+def flow(**changes) -> FlowGenerator:
+    settings = {
+        "num_classes": 3,
+        "feature_shape": (12, 8, 8),
+        "nonnegative": False,
+        "feature_scale": torch.rand(12) + 0.5,
+        "components": 12,
+        "width": 8,
+        "steps": 4,
+    }
+    return FlowGenerator(**{**settings, **changes})
+
+
+MASKS = torch.randint(0, 3, (2, 64, 64), dtype=torch.uint8)
+
+
+def test_components_are_those_of_the_vectors_and_all_of_them_lose_nothing(features: Path) -> None:  # noqa: F811
+    store = featurestore.open(features / "train")
+    scale = torch.linspace(0.5, 2, 12)
+    mean, basis, spread = principal_components(store, scale, 12, seed=0)
+    vectors = torch.from_numpy(np.concatenate([store.features(n).reshape(12, -1).T for n in range(len(store))]).astype(np.float32)) / scale
+    torch.testing.assert_close(mean, vectors.mean(0), rtol=1e-3, atol=1e-4)  # 640 vectors are all of them
+    torch.testing.assert_close((vectors @ basis).var(0), spread**2, rtol=1e-3, atol=1e-5)
+    assert (spread.diff() <= 0).all()
+    network = flow(feature_scale=scale)
+    network.set_components((mean, basis, spread))
+    maps = torch.randn(2, 12, 8, 8)
+    torch.testing.assert_close(network.restore(network.reduce(maps)), maps, rtol=1e-3, atol=1e-3)
+    few = flow(components=4)
+    few.set_components(principal_components(store, scale, 4, seed=0))
+    assert few.reduce(maps).shape == (2, 4, 8, 8)
+    assert few.generate(MASKS).shape == (2, 12, 8, 8)
+
+
+def test_integration_follows_the_velocity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For dx/dt = a x + b t the solution at 1 is known; the midpoint rule's error falls with the square of the steps."""
+    errors = []
+    for steps in (8, 16):
+        network = flow(steps=steps, components=12)
+        monkeypatch.setattr(network, "velocity", lambda x, time, masks: -x + time.view(-1, 1, 1, 1))
+        z = torch.randn(2, network.z_dim, dtype=torch.float32)
+        exact = (z.view(2, 12, 8, 8) + 1) * np.exp(-1)  # x(t) = (x(0) + 1) e^-t + t - 1
+        errors.append(float((network(z, MASKS) - exact).abs().max()))
+    assert errors[1] < 0.3 * errors[0] < 0.01
+
+
+def test_loss_is_the_regression_of_straight_lines() -> None:
+    network = flow()
+    trainer = FlowTrainer(make_accelerator("cpu", "no"), Networks(network), lr=1e-3, betas=(0.9, 0.999))
+    maps = torch.randn(2, 12, 8, 8)
+    seen: dict[str, Tensor] = {}
+
+    def velocity(x: Tensor, time: Tensor, masks: Tensor) -> Tensor:
+        seen.update(x=x, time=time)
+        return torch.zeros_like(x)
+
+    network.velocity = velocity  # type: ignore[method-assign]
+    step = trainer.forward(maps, MASKS, None, ratio=1, rng=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 2, network.z_dim + 1, generator=torch.Generator().manual_seed(0))[0]
+    start, end = noise[:, :-1].view(2, 12, 8, 8), network.reduce(maps / network.feature_scale)
+    time = seen["time"].view(-1, 1, 1, 1)
+    assert ((time > 0) & (time < 1)).all()
+    torch.testing.assert_close(seen["x"], (1 - time) * start + time * end)
+    torch.testing.assert_close(step.generator_loss, (end - start).square().mean())
+
+
+def test_a_flow_learns_and_feeds_a_decoder(features: Path, tmp_path: Path) -> None:  # noqa: F811
+    settings = {"family": "flow", "flow_width": 32, "flow_components": 8, "generator_lr": 3e-3, "betas": [0.9, 0.99], "ema_decay": 0.9}
+    row = run_gan(features, tmp_path, {"every": 30}, frozen_epochs=60, **settings)
+    assert row["monitor/consistency"] > 0.8  # of the right class
+    assert row["monitor/diversity"] > 0.3  # and z matters
+    assert isinstance(load_generator(tmp_path / "gan"), FlowGenerator)
+    scores = run_decoder(features, tmp_path, VARIANTS["frozen"], name="frozen", epochs=2)
+    assert scores.miou > 0
+    with pytest.raises(ConfigError, match="set generator: frozen"):
+        run_decoder(features, tmp_path, VARIANTS["featuregan-1x"], name="joint")
+
+
+def test_a_killed_flow_training_resumes_to_the_same_bits(
+    features: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"family": "flow", "frozen_epochs": 2, "ema_decay": 0.9}
+    run_gan(features, tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 3)
+        run_gan(features, tmp_path / "killed", **settings)
+    run_gan(features, tmp_path / "killed", **settings)
+    ours, undisturbed = files(tmp_path / "killed" / "gan"), files(tmp_path / "whole" / "gan")
+    assert ours.keys() == undisturbed.keys()
+    assert {name for name in ours if ours[name] != undisturbed[name]} <= {"optimizers.pt"}
+
+
+def test_more_components_than_channels_are_refused(features: Path, tmp_path: Path) -> None:  # noqa: F811
+    with pytest.raises(ConfigError, match="flow_components: 13 is more than the 12 channels"):
+        run_gan(features, tmp_path, family="flow", flow_components=13)

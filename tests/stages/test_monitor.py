@@ -1,0 +1,171 @@
+"""The measures of generated features by hand, and the monitor on generators whose faults are known."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import featurestore
+from stages.analysis.diversity import class_variances, draw_diversity, variance_ratios
+from stages.analysis.fidelity import coverage, frechet_distance, kernel_distance, two_sample_accuracy
+from stages.errors import CollapseError
+from stages.monitor import Monitor, MonitorConfig
+from stages.runtime import make_accelerator
+from tests.stages.test_training import MONITOR, features, run_gan  # noqa: F401  (features is a fixture)
+
+# -- measures ------------------------------------------------------------------------------------------
+
+
+def gaussian(count: int, mean: float = 0.0, spread: float = 1.0, seed: int = 0) -> Tensor:
+    return mean + spread * torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_frechet_distance_of_gaussians_in_closed_form() -> None:
+    # |difference of means|^2 + the sum of squared differences of deviations, in four dimensions
+    assert frechet_distance(gaussian(20_000), gaussian(20_000, mean=1, seed=1)) == pytest.approx(4, rel=0.05)
+    assert frechet_distance(gaussian(20_000), gaussian(20_000, spread=3, seed=1)) == pytest.approx(4 * 2**2, rel=0.05)
+    same = gaussian(500)
+    assert frechet_distance(same, same) == pytest.approx(0, abs=1e-3)
+
+
+def test_kernel_distance_is_about_zero_for_equal_distributions_only() -> None:
+    assert kernel_distance(gaussian(2000), gaussian(2000, seed=1)) == pytest.approx(0, abs=0.02)
+    assert kernel_distance(gaussian(2000), gaussian(2000, mean=1, seed=1)) > 0.5
+
+
+def test_coverage_by_counting() -> None:
+    real, fake = gaussian(40), gaussian(30, mean=0.5, seed=1)
+    found = coverage(real, fake, neighbours=3)
+    reach = [sorted(float((x - y).norm()) for y in real)[3] for x in real]
+    fake_reach = [sorted(float((x - y).norm()) for y in fake)[3] for x in fake]
+    inside = np.array([[float((x - y).norm()) < reach[i] for y in fake] for i, x in enumerate(real)])
+    inside_fake = np.array([[float((x - y).norm()) < fake_reach[j] for j, y in enumerate(fake)] for x in real])
+    assert found["precision"] == pytest.approx(inside.any(0).mean())
+    assert found["density"] == pytest.approx(inside.sum() / 3 / 30)
+    assert found["coverage"] == pytest.approx(inside.any(1).mean())
+    assert found["recall"] == pytest.approx(inside_fake.any(1).mean())
+
+
+def test_a_collapsed_generator_covers_little_and_a_good_one_nearly_all() -> None:
+    real = gaussian(500)
+    assert coverage(real, gaussian(500, seed=1))["coverage"] > 0.9
+    collapsed = coverage(real, gaussian(500, spread=0.01, seed=1))
+    assert collapsed["coverage"] < 0.1
+    assert collapsed["precision"] > 0.9  # each of its vectors looks real: that is why coverage is needed
+
+
+def test_two_sample_accuracy() -> None:
+    assert two_sample_accuracy(gaussian(2000), gaussian(2000, seed=1)) == pytest.approx(0.5, abs=0.05)
+    assert two_sample_accuracy(gaussian(2000), gaussian(2000, mean=4, seed=1)) > 0.98
+
+
+def test_variances_and_diversity_by_hand() -> None:
+    labels = torch.tensor([0] * 5000 + [1] * 5000 + [2] * 5)
+    real = torch.cat([gaussian(5000), gaussian(5000, mean=9, spread=2, seed=1), gaussian(5, seed=2)])
+    variances = class_variances(real, labels, 4)
+    assert variances[0].item() == pytest.approx(4, rel=0.05)
+    assert variances[1].item() == pytest.approx(16, rel=0.05)
+    assert variances[2:].isnan().all()  # too few, and none
+    halved = torch.cat([0.5 * real[:5000], real[5000:]])
+    torch.testing.assert_close(variance_ratios(real, halved, labels, 4)[:2], torch.tensor([0.25, 1.0]))
+    shuffled = torch.cat([gaussian(5000, seed=3), gaussian(5000, mean=9, spread=2, seed=4), real[10_000:]])
+    assert draw_diversity(real, shuffled, labels, variances) == pytest.approx(1, rel=0.05)
+    assert draw_diversity(real, real, labels, variances) == 0
+
+
+# -- the monitor ---------------------------------------------------------------------------------------
+
+
+class Recall(nn.Module):
+    """A generator that gives back the features of the store that a mask came from, and changes them as it is told."""
+
+    z_dim = 3
+
+    def __init__(self, store: featurestore.FeatureStore, change=lambda x, z: x) -> None:
+        super().__init__()
+        self.known = {sample.mask.tobytes(): torch.from_numpy(sample.features.copy()).float() for sample in store}
+        self.change = change
+
+    def forward(self, z: Tensor, masks: Tensor) -> Tensor:
+        found = torch.stack([self.known[mask.numpy().tobytes()] for mask in masks])
+        return self.change(found.repeat(len(z) // len(masks), 1, 1, 1), z)
+
+
+def monitor(features: Path, **changes) -> Monitor:  # noqa: F811
+    stores = {name: featurestore.open(features / split) for name, split in (("train", "train"), ("held_out", "val"))}
+    config = MonitorConfig(**{**MONITOR, "least_variance_ratio": 0.1, "least_coverage": 0.02, "most_accuracy": 0.99, **changes})
+    return Monitor(config, make_accelerator("cpu", "no"), **stores, feature_scale=torch.ones(1, 12, 1, 1), seed=0)
+
+
+@pytest.fixture
+def held_out(features: Path) -> featurestore.FeatureStore:  # noqa: F811
+    return featurestore.open(features / "val")
+
+
+CALM = {"discriminator/accuracy_real": 0.7, "discriminator/accuracy_fake": 0.9}
+
+
+def test_a_perfect_generator_measures_like_real_features(features: Path, held_out: featurestore.FeatureStore) -> None:  # noqa: F811
+    watching = monitor(features)
+    row = watching.measure(Recall(held_out))
+    assert row["monitor/frechet"] == pytest.approx(0, abs=1e-2)
+    assert row["monitor/coverage"] == row["monitor/precision"] == 1
+    assert row["monitor/variance_ratio"] == pytest.approx(1)
+    assert row["monitor/two_sample_accuracy"] <= 0.55
+    assert row["monitor/consistency"] == pytest.approx(row["monitor/consistency_real"], abs=0.05)
+    assert row["monitor/consistency"] > 0.9  # the classes of this store are easy to tell apart
+    assert row["monitor/diversity"] == 0  # z is not looked at
+    assert 0 < row["monitor/frechet_floor"] < 1
+    assert watching.collapse({**CALM, **row}) is None
+
+
+def test_each_fault_shows_in_its_measure(features: Path, held_out: featurestore.FeatureStore) -> None:  # noqa: F811
+    watching = monitor(features)
+    good = watching.measure(Recall(held_out))
+    shifted = watching.measure(Recall(held_out, lambda x, z: x + 1))
+    assert shifted["monitor/frechet"] > 10 * good["monitor/frechet"] + 1
+    assert shifted["monitor/two_sample_accuracy"] > 0.95
+    swapped = watching.measure(Recall(held_out, lambda x, z: x.flip(-1)))  # right features in wrong places
+    assert swapped["monitor/consistency"] < 0.5
+    assert swapped["monitor/frechet"] < 0.1 * shifted["monitor/frechet"]
+    noisy = watching.measure(Recall(held_out, lambda x, z: x + 0.3 * z.mean(1).view(-1, 1, 1, 1)))
+    assert noisy["monitor/diversity"] > 0.1
+
+
+def test_a_collapse_is_one_warning_with_its_figure(
+    features: Path,  # noqa: F811
+    held_out: featurestore.FeatureStore,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    constant = Recall(held_out, lambda x, z: x.mean((0, 2, 3), keepdim=True).expand_as(x))
+    watching = monitor(features)
+    row = {**CALM, **watching.measure(constant)}
+    with caplog.at_level(logging.WARNING):
+        watching.check(row, 4)
+        watching.check(row, 5)
+    assert len(caplog.records) == 1
+    assert "epoch 5: the GAN collapses: generated features of a class vary 0.000 times as much as real ones" in caplog.text
+    with pytest.raises(CollapseError, match="set monitor.on_collapse to warn"):
+        monitor(features, on_collapse="stop").check(row, 4)
+    monitor(features, on_collapse="stop", patience=5).check(row, 4)  # not yet
+    won = {"discriminator/accuracy_real": 0.999, "discriminator/accuracy_fake": 1.0}
+    assert "the discriminator is right about 99.9%" in (monitor(features).collapse(won) or "")
+    assert "near 1.0% of the real ones" in (monitor(features).collapse({**CALM, "monitor/coverage": 0.01}) or "")
+
+
+def test_measuring_does_not_change_training(features: Path, tmp_path: Path) -> None:  # noqa: F811
+    for every in (0, 1):
+        run_gan(features, tmp_path / str(every), {"every": every})
+    unwatched, watched = ((tmp_path / every / "gan" / "generator.safetensors").read_bytes() for every in ("0", "1"))
+    assert unwatched == watched
+
+
+def test_a_stopped_training_goes_on_where_it_was_when_only_warned(features: Path, tmp_path: Path) -> None:  # noqa: F811
+    with pytest.raises(CollapseError):
+        run_gan(features, tmp_path, {"every": 1, "on_collapse": "stop", "least_variance_ratio": 1.0})
+    assert list((tmp_path / "scratch" / "train-gan").glob("*/checkpoint.pt"))  # nothing that was reached is lost

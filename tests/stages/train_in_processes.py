@@ -1,0 +1,41 @@
+"""What ``test_distributed.py`` starts in one process and in two: a training stage, on a small store."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from stages import train_decoder, train_gan
+from stages.monitor import MonitorConfig
+from stages.train_decoder import TrainDecoderConfig, VariantConfig
+from stages.train_gan import TrainGanConfig
+from tests.stages.test_training import DECODER, GAN, MONITOR
+
+
+class NoDropout(nn.Module):
+    """Which values are dropped is drawn in each process, so the sum of two is not one; left out."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+
+    def forward(self, x):
+        return x
+
+
+def main(stage: str, features: Path, root: Path, gan: Path) -> None:
+    """Train a GAN, or a decoder jointly with one."""
+    nn.Dropout = NoDropout  # type: ignore[assignment, misc]
+    machine = {"logs": root / "logs", "scratch": root / "scratch", "device": "cpu", "workers": 0, "cache": "none"}
+    machine |= {"compile_networks": False, "checkpoint_minutes": 60, "features": features, "metrics": root / "metrics" / stage}
+    monitor = MonitorConfig(**MONITOR)
+    if stage == "gan":
+        train_gan.run(TrainGanConfig(**{**GAN, "image_encoder": True}), monitor, out=gan, **machine)
+    else:
+        config, variant = TrainDecoderConfig(**{**DECODER, "lr": 5e-4}), VariantConfig(augmenter="featuregan", ratio=2)
+        train_decoder.run(config, variant, monitor, name=stage, seed=0, gan=gan, out=root / stage, **machine)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(Path, sys.argv[2:]))
