@@ -102,6 +102,13 @@ compile_option = option(
     envvar="FEATUREGAN_COMPILE",
     help="Let torch.compile compile the networks: minutes at the start, faster steps after; results differ by rounding.",
 )
+shard_option = option(
+    "--shard/--no-shard",
+    "sharded",
+    default=False,
+    envvar="FEATUREGAN_SHARD",
+    help="Where several processes train: divide the GAN's weights over them (FSDP) in place of a copy for each.",
+)
 checkpoint_option = option(
     "--checkpoint-minutes",
     type=click.FloatRange(0),
@@ -215,9 +222,10 @@ def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
 @device_option
 @cache_option
 @compile_option
+@shard_option
 @checkpoint_option
 def train_gan(
-    params: Path, scratch: Path, workers: int, device: str, cache: str, compile_networks: bool, checkpoint_minutes: float
+    params: Path, scratch: Path, workers: int, device: str, cache: str, compile_networks: bool, sharded: bool, checkpoint_minutes: float
 ) -> None:
     """Train FeatureGAN alone on the cached features (Algorithm 1, the first frozen_epochs epochs)."""
     sections = load_params(params, device)
@@ -239,6 +247,7 @@ def train_gan(
         workers=workers,
         cache=cache,
         compile_networks=compile_networks,
+        sharded=sharded,
         checkpoint_minutes=checkpoint_minutes,
     )
     if not first_process():
@@ -256,6 +265,7 @@ def train_gan(
 @device_option
 @cache_option
 @compile_option
+@shard_option
 @checkpoint_option
 def train_decoder(
     variant: str,
@@ -266,6 +276,7 @@ def train_decoder(
     device: str,
     cache: str,
     compile_networks: bool,
+    sharded: bool,
     checkpoint_minutes: float,
 ) -> None:
     """Train one decoder: VARIANT baseline on real features alone, the others on generated ones too."""
@@ -295,6 +306,7 @@ def train_decoder(
         workers=workers,
         cache=cache,
         compile_networks=compile_networks,
+        sharded=sharded,
         checkpoint_minutes=checkpoint_minutes,
     )
     if not first_process():

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from featurestore.files import sync_folder
+from stages.distributed import agree
 from stages.errors import DataError
 from stages.gan import AnyGenerator, Networks, build_networks
 from stages.models.decoder import Decoder
-from stages.trainer import Trainer
 
 CONFIG_NAME = "config.json"
 OPTIMIZERS_NAME = "optimizers.pt"
@@ -64,11 +64,13 @@ class Checkpoint:
             raise DataError(self.path, message) from error
 
     def due(self) -> bool:
-        """Whether it is time to save."""
-        return self.main and time.monotonic() - self.saved_at >= 60 * self.minutes
+        """Whether it is time to save: the main process decides for all of them, because a state may take all to collect."""
+        return agree(time.monotonic() - self.saved_at >= 60 * self.minutes)
 
     def save(self, **state: Any) -> None:
-        """Save: whole or not at all."""
+        """Save: whole or not at all. Of several processes the main one does."""
+        if not self.main:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         save_atomically(state, self.path)
         self.saved_at = time.monotonic()
@@ -93,9 +95,9 @@ def save_atomically(state: Any, path: Path) -> None:
 # -- networks -----------------------------------------------------------------------------------------
 
 
-def save_weights(network: nn.Module, path: Path) -> None:
-    """A network's weights and buffers as safetensors."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}, path)
+def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """A network's state dict as safetensors."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -124,19 +126,21 @@ def _read_tensors(path: Path, network: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def save_gan(folder: Path, trainer: Trainer, config: Mapping[str, Any]) -> None:
-    """Write networks, training state and config into a folder.
+def save_gan(folder: Path, state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Write a trainer's state and config into a folder.
 
     ``generator.safetensors`` is the one to generate with. Where that is an average,
     ``generator-trained.safetensors`` is the one that training goes on from.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, network in trainer.networks.by_name().items():
-        save_weights(network, folder / f"{name}.safetensors")
-    if trainer.averages:
-        save_weights(trainer.networks.generator, folder / f"{TRAINED}.safetensors")
-        save_weights(trainer.generator, folder / "generator.safetensors")
-    save_atomically(trainer.training_state(), folder / OPTIMIZERS_NAME)
+    average = state["training"]["average"]
+    for name, weights in state["networks"].items():
+        save_weights(weights, folder / f"{TRAINED if name == 'generator' and average else name}.safetensors")
+    if average:
+        prefix = "module."
+        weights = {name.removeprefix(prefix): tensor for name, tensor in average.items() if name.startswith(prefix)}
+        save_weights(weights, folder / "generator.safetensors")
+    save_atomically(state["training"], folder / OPTIMIZERS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
@@ -174,7 +178,7 @@ def load_gan(folder: Path) -> tuple[Networks, dict[str, Any]]:
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:
-    """What :meth:`stages.gan_trainer.Trainer.load_training_state` takes, on the CPU.
+    """What :meth:`stages.trainer.Trainer.load_training_state` takes, on the CPU.
 
     Raises
     ------

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def several_processes() -> bool:
@@ -23,6 +27,15 @@ def average_over_processes(value: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
+def agree(choice: bool) -> bool:
+    """The first process's choice, in all of them."""
+    if not several_processes():
+        return choice
+    chosen = [choice]
+    dist.broadcast_object_list(chosen)
+    return chosen[0]
+
+
 def draw_noise(rng: torch.Generator, ratio: int, batch: int, z_dim: int, device: torch.device) -> Tensor:
     """(k*B, z_dim) from N(0, I), k draws a mask, row j*B + i for draw j of mask i.
 
@@ -32,6 +45,44 @@ def draw_noise(rng: torch.Generator, ratio: int, batch: int, z_dim: int, device:
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if several_processes() else (1, 0)
     noise = torch.randn(ratio, ranks * batch, z_dim, generator=rng, device=device)
     return noise[:, rank * batch : (rank + 1) * batch].flatten(0, 1)
+
+
+# -- networks that are divided over the processes --------------------------------------------------------
+
+
+def shard(network: nn.Module, device: torch.device) -> nn.Module:
+    """Divide a network's weights over the processes (FSDP), in place; each is whole only while its layer computes."""
+    return fully_shard(network, mesh=init_device_mesh(device.type, (dist.get_world_size(),)))  # type: ignore[return-value]
+
+
+def whole(state: Any) -> Any:
+    """A state dict with the parts of all processes put together; itself where nothing is divided. All processes must call it."""
+    if isinstance(state, DTensor):
+        return state.full_tensor()
+    if isinstance(state, dict):
+        return type(state)((key, whole(value)) for key, value in state.items())
+    return state
+
+
+def divide_like(state: dict[str, Any], divided: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`whole`: whole tensors divided as those of the same names are."""
+    return {
+        name: distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like := divided.get(name), DTensor) else value
+        for name, value in state.items()
+    }
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """``optimizer.load_state_dict`` of a whole state, divided where its parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    divided = {
+        number: divide_like(values, dict.fromkeys((name for name, value in values.items() if value.ndim), parameters[number]))
+        for number, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": divided})
+
+
+# -- batch normalisation ---------------------------------------------------------------------------------
 
 
 class _Sum(torch.autograd.Function):

@@ -59,7 +59,7 @@ class FlowTrainer(Trainer):
         Whose generator is a flow.
     lr, betas
         Of the Adam.
-    ema_decay, compile_networks
+    ema_decay, compile_networks, sharded
         See :class:`stages.trainer.Trainer`.
     """
 
@@ -72,8 +72,9 @@ class FlowTrainer(Trainer):
         betas: tuple[float, float],
         ema_decay: float = 0.0,
         compile_networks: bool = False,
+        sharded: bool = False,
     ) -> None:
-        super().__init__(accelerator, networks, ema_decay=ema_decay, compile_networks=compile_networks)
+        super().__init__(accelerator, networks, ema_decay=ema_decay, compile_networks=compile_networks, sharded=sharded)
         assert isinstance(networks.generator, FlowGenerator)
         self.flow = networks.generator
         self.optimizers = {"generator": self._adam(list(self.flow.parameters()), lr, betas)}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.distributed import draw_noise
 from stages.gan import Networks
@@ -30,7 +30,7 @@ class GanTrainer(Trainer):
         The losses.
     generator_lr, discriminator_lr, betas
         Of the Adams (thesis: 2e-4, 8e-4, (0, 0.9)).
-    ema_decay, compile_networks
+    ema_decay, compile_networks, sharded
         See :class:`stages.trainer.Trainer`.
     """
 
@@ -45,8 +45,9 @@ class GanTrainer(Trainer):
         betas: tuple[float, float],
         ema_decay: float = 0.0,
         compile_networks: bool = False,
+        sharded: bool = False,
     ) -> None:
-        super().__init__(accelerator, networks, ema_decay=ema_decay, compile_networks=compile_networks)
+        super().__init__(accelerator, networks, ema_decay=ema_decay, compile_networks=compile_networks, sharded=sharded)
         assert networks.discriminator is not None
         self.objective = objective
         trained = [networks.generator, *([networks.image_encoder] if networks.image_encoder is not None else [])]
@@ -58,11 +59,11 @@ class GanTrainer(Trainer):
         }
 
     @classmethod
-    def of(cls, accelerator: Accelerator, networks: Networks, settings: Mapping[str, Any], *, compile_networks: bool) -> GanTrainer:
-        """As section ``train_gan`` of the parameters describes it."""
+    def of(cls, accelerator: Accelerator, networks: Networks, settings: Mapping[str, Any], **machine: Any) -> GanTrainer:
+        """As section ``train_gan`` of the parameters describes it; ``machine`` is ``compile_networks`` and ``sharded``."""
         objective = Objective(**{field.name: settings[field.name] for field in fields(Objective) if field.name in settings})
-        chosen = {name: settings[name] for name in ("generator_lr", "discriminator_lr", "betas", "ema_decay")}
-        return cls(accelerator, networks, objective, **chosen, compile_networks=compile_networks)
+        chosen: dict[str, Any] = {name: settings[name] for name in ("generator_lr", "discriminator_lr", "betas", "ema_decay")}
+        return cls(accelerator, networks, objective, **chosen, **machine)
 
     def forward(self, features: Tensor, masks: Tensor, images: Tensor | None, *, ratio: int, rng: torch.Generator) -> Step:
         """:func:`stages.objective.forward` on features (B, C, h, w) in the backbone's scale, under the accelerator's precision.
@@ -104,9 +105,32 @@ class GanTrainer(Trainer):
         """
         total = step.generator_loss if extra_loss is None else step.generator_loss + extra_loss
         # The discriminator's goes first: the larger graph is then freed by its own back-propagation.
-        self.accelerator.backward(step.discriminator_loss, inputs=self.discriminator_parameters, retain_graph=True)
-        self.accelerator.backward(total, inputs=[*self.generator_parameters, *(also or [])])
+        if self.sharded:
+            self._backward_everywhere(step.discriminator_loss, total)
+        else:
+            self.accelerator.backward(step.discriminator_loss, inputs=self.discriminator_parameters, retain_graph=True)
+            self.accelerator.backward(total, inputs=[*self.generator_parameters, *(also or [])])
         if self._step() and self.objective.adversarial_loss == "wasserstein-clip":
             with torch.no_grad():
                 for parameter in self.discriminator_parameters:
                     parameter.clamp_(-CLIP, CLIP)
+
+    def _backward_everywhere(self, discriminator_loss: Tensor, total: Tensor) -> None:
+        """The same gradients where weights are divided: FSDP cannot leave parameters out, so the unwanted ones are dropped."""
+        before = _take(self.generator_parameters)
+        self.accelerator.backward(discriminator_loss, retain_graph=True)
+        wanted = _take(self.discriminator_parameters)
+        _give(self.generator_parameters, before)
+        self.accelerator.backward(total)
+        _give(self.discriminator_parameters, wanted)
+
+
+def _take(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    gradients = [parameter.grad for parameter in parameters]
+    _give(parameters, [None] * len(gradients))
+    return gradients
+
+
+def _give(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient

@@ -117,9 +117,9 @@ class Monitor:
         self.config = config
         self.accelerator = accelerator
         self.class_names = held_out.spec.class_names
-        self.enabled = bool(config.every) and accelerator.is_main_process
         self._warned = False
-        if not self.enabled:
+        self._measures = bool(config.every) and accelerator.is_main_process
+        if not self._measures:
             return
         rng = np.random.default_rng([seed, 0])
         scale = feature_scale.flatten().cpu()
@@ -151,11 +151,13 @@ class Monitor:
 
     def due(self, epoch: int, epochs: int) -> bool:
         """Whether to measure after this epoch: every so many, and after the last."""
-        return self.enabled and ((epoch + 1) % self.config.every == 0 or epoch + 1 == epochs)
+        return bool(self.config.every) and ((epoch + 1) % self.config.every == 0 or epoch + 1 == epochs)
 
     @torch.no_grad()
     def measure(self, generator: AnyGenerator) -> dict[str, float]:
-        """All measures of a generator, by their names in the logs."""
+        """All measures of a generator, by their names in the logs; of several processes the main one measures."""
+        if not self._measures:
+            return {}
         was_training = generator.training
         generator.eval()
         device, pixels = self.accelerator.device, self._pixels

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from tqdm import tqdm
 
-from stages.distributed import synchronise_batch_norm
+from stages.distributed import shard, synchronise_batch_norm
 from stages.errors import ConfigError
 
 Item = TypeVar("Item")
@@ -72,16 +72,17 @@ def _keep_freed_memory() -> None:
             mallopt(M_ARENA_MAX, 1)
 
 
-def distribute(accelerator: Accelerator, network: nn.Module) -> nn.Module:
+def distribute(accelerator: Accelerator, network: nn.Module, *, sharded: bool = False) -> nn.Module:
     """A network on the accelerator's device, as it is to be called in training.
 
     Where several processes train together, batch normalisation takes all their samples in and gradients are
-    averaged (DistributedDataParallel); else it is the network itself.
+    averaged: each has a copy (DistributedDataParallel) or, ``sharded``, a part of the weights (FSDP). Else it is the
+    network itself.
     """
+    if sharded:  # FSDP takes weights in PyTorch's default layout alone
+        return shard(synchronise_batch_norm(network).to(accelerator.device), accelerator.device)
     network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if accelerator.num_processes == 1:
-        return network
-    return accelerator.prepare_model(synchronise_batch_norm(network))
+    return network if accelerator.num_processes == 1 else accelerator.prepare_model(synchronise_batch_norm(network))
 
 
 def scaler_state(accelerator: Accelerator) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def run(
     workers: int,
     cache: str,
     compile_networks: bool,
+    sharded: bool,
     checkpoint_minutes: float,
 ) -> Scores:
     """Train one decoder and leave it in ``out``, its scores in ``metrics``.
@@ -105,7 +106,7 @@ def run(
         and ``gan/`` of a jointly trained GAN.
     metrics
         Folder of DVCLive's files and of ``test.json``.
-    logs, scratch, device, workers, cache, compile_networks, checkpoint_minutes
+    logs, scratch, device, workers, cache, compile_networks, sharded, checkpoint_minutes
         As for ``train-gan``.
 
     Returns
@@ -134,7 +135,7 @@ def run(
     check_stores(config, stores)
     for store in stores.values():
         store.verify()
-    augmenter = build_augmenter(accelerator, variant, gan, train, compile_networks=compile_networks)
+    augmenter = build_augmenter(accelerator, variant, gan, train, compile_networks=compile_networks, sharded=sharded)
     load = partial(
         FeatureLoader,
         batch_size=config.batch_size,
@@ -236,7 +237,7 @@ def run(
         row = {**means.result(accelerator), "val/pixel_accuracy": scores.pixel_accuracy, "val/miou": scores.miou, **by_class}
         if monitor is not None and monitor.due(epoch, config.epochs):
             assert isinstance(augmenter, JointFeatureGAN)
-            row |= monitor.measure(augmenter.trainer.generator)
+            row |= monitor.measure(augmenter.trainer.generator())
         history.log(row)
         if scores.miou > best["miou"]:
             weights = {key: tensor.detach().cpu().clone() for key, tensor in decoder.state_dict().items()}
@@ -250,13 +251,14 @@ def run(
     # Test: the last epoch is what is reported, the best on val stands beside it.
     last = evaluate(accelerator, decoder, held_out["test"], spec.class_names)
     last_on_val = evaluate(accelerator, decoder, held_out["val"], spec.class_names)
+    final = augmenter.state()
     if accelerator.is_main_process:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        save_weights(decoder, out / "decoder.safetensors")
+        save_weights(decoder.state_dict(), out / "decoder.safetensors")
         (out / CONFIG_NAME).write_text(json.dumps({"architecture": architecture, "variant": name, "seed": seed}, indent=1) + "\n")
         if isinstance(augmenter, JointFeatureGAN):
-            save_gan(out / "gan", augmenter.trainer, read_config(gan))
+            save_gan(out / "gan", final, read_config(gan))
     decoder.load_state_dict(best["weights"])
     best_scores = evaluate(accelerator, decoder, held_out["test"], spec.class_names)
 
@@ -277,15 +279,13 @@ def run(
         },
     }
     if accelerator.is_main_process:
-        save_weights(decoder, out / "decoder-best.safetensors")
+        save_weights(decoder.state_dict(), out / "decoder-best.safetensors")
         write_json(metrics / "test.json", result)
     checkpoint.remove()
     return last
 
 
-def build_augmenter(
-    accelerator: Accelerator, variant: VariantConfig, gan: Path, train: FeatureStore, *, compile_networks: bool
-) -> Augmenter:
+def build_augmenter(accelerator: Accelerator, variant: VariantConfig, gan: Path, train: FeatureStore, **machine: bool) -> Augmenter:
     """The augmenter of a variant, on the accelerator's device.
 
     Raises
@@ -308,7 +308,7 @@ def build_augmenter(
         return FrozenFeatureGAN(accelerator, networks, ratio=variant.ratio, weight=variant.weight)
     if networks.discriminator is None:
         raise ConfigError("variants", "a flow is not trained jointly with a decoder; set generator: frozen for this variant")
-    trainer = GanTrainer.of(accelerator, networks, config["training"], compile_networks=compile_networks)
+    trainer = GanTrainer.of(accelerator, networks, config["training"], **machine)
     trainer.load_training_state(load_training_state(gan))
     return JointFeatureGAN(trainer, ratio=variant.ratio, weight=variant.weight, segmentation_loss=variant.segmentation_loss)
 

@@ -110,6 +110,7 @@ def run(
     workers: int,
     cache: str,
     compile_networks: bool,
+    sharded: bool,
     checkpoint_minutes: float,
 ) -> dict[str, float]:
     """Train FeatureGAN on a store's features and leave its networks in ``out``.
@@ -127,9 +128,9 @@ def run(
         Folders of DVCLive's and TensorBoard's files.
     scratch
         Where the state is kept; a killed run goes on from there.
-    device, workers, cache, compile_networks
-        Belong to the machine; for ``workers`` and ``cache`` see :class:`featurestore.dataset.FeatureLoader`, for
-        ``compile_networks`` :class:`stages.gan_trainer.Trainer`.
+    device, workers, cache, compile_networks, sharded
+        Belong to the machine; for ``workers`` and ``cache`` see :class:`featurestore.dataset.FeatureLoader`, for the last two
+        :class:`stages.trainer.Trainer`.
     checkpoint_minutes
         Save the state no more often than this.
 
@@ -176,16 +177,17 @@ def run(
     architecture = describe(config, store)
     networks = build_networks(architecture, feature_scale(store, config.feature_scale))
     settings = config.model_dump()
-    scale = networks.generator.feature_scale
+    scale = networks.generator.feature_scale.clone()
+    untrained = copy.deepcopy(networks.generator.state_dict())
+    machine: dict[str, Any] = {"compile_networks": compile_networks, "sharded": sharded}
     trainer: Trainer
     if isinstance(networks.generator, FlowGenerator):
         components = principal_components(store, scale.flatten(), config.flow_components, config.seed)
         networks.generator.set_components(components)
         adam: dict[str, Any] = {"lr": config.generator_lr, "betas": config.betas}
-        trainer = FlowTrainer(accelerator, networks, **adam, ema_decay=config.ema_decay, compile_networks=compile_networks)
+        trainer = FlowTrainer(accelerator, networks, **adam, ema_decay=config.ema_decay, **machine)
     else:
-        trainer = GanTrainer.of(accelerator, networks, settings, compile_networks=compile_networks)
-    untrained = copy.deepcopy(trainer.generator)
+        trainer = GanTrainer.of(accelerator, networks, settings, **machine)
     monitor = Monitor(monitoring, accelerator, train=store, held_out=held_out, feature_scale=scale, seed=config.seed)
 
     # Resume, or start anew.
@@ -220,7 +222,7 @@ def run(
                 checkpoint.save(gan=trainer.state(), history=history.rows, step=number + 1, sums=means.state())
         row = means.result(accelerator)
         if monitor.due(epoch, config.frozen_epochs):
-            row |= monitor.measure(trainer.generator)
+            row |= monitor.measure(trainer.generator())
         history.log(row)
         if checkpoint.due():
             checkpoint.save(gan=trainer.state(), history=history.rows, step=0, sums={})
@@ -228,11 +230,12 @@ def run(
     bar.close()
 
     # Save.
+    final = trainer.state()
     if accelerator.is_main_process:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         save_weights(untrained, out / "generator-initial.safetensors")
-        save_gan(out, trainer, {"architecture": architecture, "training": settings, "store": store.fingerprint})
+        save_gan(out, final, {"architecture": architecture, "training": settings, "store": store.fingerprint})
     accelerator.wait_for_everyone()  # what comes next may read what the main process wrote
     accelerator.end_training()
     checkpoint.remove()

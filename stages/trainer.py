@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from stages.distributed import divide_like, load_optimizer_state, whole
+from stages.errors import ConfigError
 from stages.gan import AnyGenerator, Networks
 from stages.objective import Step
 from stages.runtime import distribute, load_scaler_state, scaler_state
@@ -28,6 +31,14 @@ class Trainer:
         decay a step (Yazıcı et al. 2019); it is the one to generate with. Buffers (running statistics) are copied.
     compile_networks
         Whether ``torch.compile`` compiles them.
+    sharded
+        Whether several processes divide weights and optimizer states, see :func:`stages.runtime.distribute`. Then
+        all of them must ask for :meth:`state` and :meth:`generator` together.
+
+    Raises
+    ------
+    ConfigError
+        When there is an average and weights are divided.
 
     Attributes
     ----------
@@ -39,8 +50,12 @@ class Trainer:
         How many were taken.
     """
 
-    def __init__(self, accelerator: Accelerator, networks: Networks, *, ema_decay: float, compile_networks: bool) -> None:
+    def __init__(self, accelerator: Accelerator, networks: Networks, *, ema_decay: float, compile_networks: bool, sharded: bool) -> None:
         self.accelerator = accelerator
+        self.sharded = sharded and accelerator.num_processes > 1
+        if self.sharded and ema_decay:
+            raise ConfigError("train_gan.ema_decay", "an average of divided weights is not kept; set it to 0, or leave --shard out")
+        self._replica = copy.deepcopy(networks.generator) if self.sharded else None
         self.networks = networks
         self.steps = 0
         self.optimizers: dict[str, AcceleratedOptimizer] = {}
@@ -53,7 +68,7 @@ class Trainer:
             module = self._called(name, network)
             if compile_networks:
                 module.compile()
-            self.modules[name] = distribute(accelerator, module)
+            self.modules[name] = distribute(accelerator, module, sharded=self.sharded)
 
     def forward(self, features: Tensor, masks: Tensor, images: Tensor | None, *, ratio: int, rng: torch.Generator) -> Step:
         """Losses of a batch of features (B, C, h, w) in the backbone's scale, masks (B, H, W) and images, ``ratio`` draws a mask."""
@@ -87,9 +102,11 @@ class Trainer:
         """Whether there is an average beside the generator in training."""
         return self._average is not None
 
-    @property
     def generator(self) -> AnyGenerator:
-        """The generator to generate with: the average where there is one."""
+        """The generator to generate with: the average where there is one, a whole copy where weights are divided."""
+        if self._replica is not None:
+            self._replica.load_state_dict(whole(self.networks.generator.state_dict()))
+            return self._replica.to(self.accelerator.device)
         return self.networks.generator if self._average is None else cast(AnyGenerator, self._average.module)
 
     # -- state -----------------------------------------------------------------------------------
@@ -97,14 +114,14 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything that training goes on from."""
         return {
-            "networks": {name: network.state_dict() for name, network in self.networks.by_name().items()},
+            "networks": {name: whole(network.state_dict()) for name, network in self.networks.by_name().items()},
             "training": self.training_state(),
         }
 
     def training_state(self) -> dict[str, Any]:
         """What is not in the networks: optimizers, loss scaling, the number of steps, the average."""
         return {
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "optimizers": {name: whole(optimizer.state_dict()) for name, optimizer in self.optimizers.items()},
             "scaler": scaler_state(self.accelerator),
             "steps": self.steps,
             "average": None if self._average is None else self._average.state_dict(),
@@ -113,13 +130,13 @@ class Trainer:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`."""
         for name, network in self.networks.by_name().items():
-            network.load_state_dict(state["networks"][name])
+            network.load_state_dict(divide_like(state["networks"][name], network.state_dict()))
         self.load_training_state(state["training"])
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`training_state`."""
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            load_optimizer_state(optimizer, state["optimizers"][name])
         load_scaler_state(self.accelerator, state["scaler"])
         self.steps = state["steps"]
         if self._average is not None:

@@ -21,20 +21,22 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 @pytest.fixture(scope="module")
-def roots(features: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:  # noqa: F811
-    """Results of one process and of two; the decoders start from the same GAN."""
-    found = {processes: tmp_path_factory.mktemp(f"processes-{processes}") for processes in (1, 2)}
+def roots(features: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:  # noqa: F811
+    """Results of one process, of two, and of two that divide the weights; the decoders start from the same GAN."""
+    launchers = {"one": (sys.executable,), "two": TORCHRUN, "sharded": TORCHRUN}
+    found = {how: tmp_path_factory.mktemp(how) for how in launchers}
     for stage in ("gan", "joint"):
-        for processes, launcher in ((1, (sys.executable,)), (2, TORCHRUN)):
-            gan = found[processes if stage == "gan" else 1] / "gan"
-            command = (*launcher, "-m", "tests.stages.train_in_processes", stage, str(features), str(found[processes]), str(gan))
+        for how, launcher in launchers.items():
+            gan = found[how if stage == "gan" else "one"] / "gan"
+            command = (*launcher, "-m", "tests.stages.train_in_processes", stage, str(features), str(found[how]), str(gan))
             run(*command, cwd=ROOT, OMP_NUM_THREADS="1")
     return found
 
 
+@pytest.mark.parametrize("how", ["two", "sharded"])
 @pytest.mark.parametrize("stage", ["gan", "joint"])
-def test_losses_and_scores_agree(roots: dict[int, Path], stage: str) -> None:
-    one, two = (read_curves(roots[processes] / "metrics" / stage) for processes in (1, 2))
+def test_losses_and_scores_agree(roots: dict[str, Path], stage: str, how: str) -> None:
+    one, two = (read_curves(roots[run] / "metrics" / stage) for run in ("one", how))
     assert one.keys() == two.keys()
     assert len(one) > 20
     for curve in one:
@@ -46,9 +48,10 @@ def test_losses_and_scores_agree(roots: dict[int, Path], stage: str) -> None:
         pd.testing.assert_series_equal(two[curve][last], one[curve][last], check_exact=False, rtol=5e-2, atol=2e-2)
 
 
-def test_weights_agree_within_what_adam_moves(roots: dict[int, Path]) -> None:
+@pytest.mark.parametrize("how", ["two", "sharded"])
+def test_weights_agree_within_what_adam_moves(roots: dict[str, Path], how: str) -> None:
     for load, name in ((load_generator, "gan"), (load_decoder, "joint"), (load_generator, "joint/gan")):
-        one, two = (dict(load(roots[processes] / name).named_parameters()) for processes in (1, 2))
+        one, two = (dict(load(roots[run] / name).named_parameters()) for run in ("one", how))
         for key, tensor in one.items():
             difference = (two[key] - tensor).abs()
             assert difference.max() <= 2 * 6 * 5e-4, key  # six whole steps in opposite directions

@@ -124,6 +124,7 @@ def run_gan(features: Path, root: Path, monitor: dict | None = None, **changes) 
         workers=0,
         cache="none",
         compile_networks=False,
+        sharded=False,
         checkpoint_minutes=0,
     )
 
@@ -147,6 +148,7 @@ def run_decoder(
         workers=workers,
         cache="none",
         compile_networks=False,
+        sharded=False,
         checkpoint_minutes=0,
     )
 

@@ -28,7 +28,13 @@ def main(stage: str, features: Path, root: Path, gan: Path) -> None:
     """Train a GAN, or a decoder jointly with one."""
     nn.Dropout = NoDropout  # type: ignore[assignment, misc]
     machine = {"logs": root / "logs", "scratch": root / "scratch", "device": "cpu", "workers": 0, "cache": "none"}
-    machine |= {"compile_networks": False, "checkpoint_minutes": 60, "features": features, "metrics": root / "metrics" / stage}
+    machine |= {
+        "compile_networks": False,
+        "sharded": "sharded" in root.name,
+        "checkpoint_minutes": 60,
+        "features": features,
+        "metrics": root / "metrics" / stage,
+    }
     monitor = MonitorConfig(**MONITOR)
     if stage == "gan":
         train_gan.run(TrainGanConfig(**{**GAN, "image_encoder": True}), monitor, out=gan, **machine)
