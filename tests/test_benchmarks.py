@@ -50,3 +50,16 @@ def test_loader_benchmark_compares_with_a_plain_script(project: Path, tmp_path: 
     assert rows["np.memmap, one thread"]["to_memmap"] == 1
     assert rows["FeatureLoader, 2 threads"]["samples_per_s"] > 0
     assert not list((project / "features").glob(".*"))  # the plain script's files are gone
+
+
+@pytest.mark.slow
+def test_training_benchmark_compares_with_a_literal_implementation(photos: Path, tmp_path: Path) -> None:
+    options = ["--size", "small", "--precision", "no", "--steps", "1", "--photographs", str(photos), "--images", "16"]
+    run(sys.executable, "-m", "benchmarks.train", *options, "--device", "cpu", "--json", str(tmp_path / "rows.json"), cwd=ROOT)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    steps = {(row["what"], row["implementation"]): row["seconds"] for row in rows}
+    for what in ("gan step", "joint step 1:1", "joint step 2:1"):
+        assert steps[what, "ours"] > 0
+        assert steps[what, "literal"] > 0
+    for what in ("decoder epoch, 16 photographs", "gan epoch, 16 photographs"):
+        assert steps[what, "cached"] < steps[what, "online"]  # the backbone alone takes longer than the rest

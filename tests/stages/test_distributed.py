@@ -59,6 +59,17 @@ def test_weights_agree_within_what_adam_moves(roots: dict[str, Path], how: str) 
                 assert difference.median() <= 1e-4, key
 
 
+def test_killed_processes_resume_to_the_same_bits(features: Path, roots: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+    root = tmp_path / "sharded"
+    command = (*TORCHRUN, "-m", "tests.stages.train_in_processes", "gan", str(features), str(root), str(root / "gan"))
+    assert run(*command, "3", cwd=ROOT, check=False, OMP_NUM_THREADS="1").returncode != 0
+    assert list((root / "scratch" / "train-gan").glob("*/checkpoint.pt"))
+    run(*command, cwd=ROOT, OMP_NUM_THREADS="1")
+    for name in ("generator", "discriminator", "image_encoder"):
+        ours, undisturbed = (folder / "gan" / f"{name}.safetensors" for folder in (root, roots["sharded"]))
+        assert ours.read_bytes() == undisturbed.read_bytes()
+
+
 def test_batch_norm_keeps_its_weights_and_in_one_process_its_results() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()))
     plain[1][0].running_mean.uniform_()
