@@ -20,6 +20,7 @@ import featurestore
 from featurestore.dataset import FeatureLoader
 from stages.checkpoint import load_decoder
 from stages.evaluation import evaluate
+from stages.monitor import MonitorConfig
 from stages.runtime import make_accelerator
 from stages.train_decoder import TrainDecoderConfig, VariantConfig, run
 
@@ -40,19 +41,24 @@ def quantised(source: Path, target: Path) -> None:
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--epochs", type=click.IntRange(1), default=12, show_default=True)
 @click.option("--batch-size", type=click.IntRange(2), default=16, show_default=True)
+@click.option("--precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
-def main(features: Path, seeds: int, epochs: int, batch_size: int, file: Path | None) -> None:
+def main(features: Path, seeds: int, epochs: int, batch_size: int, precision: str, file: Path | None) -> None:
     from benchmarks import common
 
     config = TrainDecoderConfig(
         epochs=epochs,
         batch_size=batch_size,
+        gradient_accumulation=1,
         decoder="deeplab",
         width=64,
         atrous_rates=(12, 24, 36),
         lr=5e-4,
         betas=(0.9, 0.999),
-        mixed_precision="no",
+        mixed_precision=precision,
+    )
+    unwatched = MonitorConfig(
+        every=0, samples=1, vectors=200, patience=0, on_collapse="warn", least_variance_ratio=0, least_coverage=0, most_accuracy=1
     )
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -65,6 +71,7 @@ def main(features: Path, seeds: int, epochs: int, batch_size: int, file: Path | 
                 run(
                     config,
                     VariantConfig(augmenter="none"),
+                    unwatched,
                     name=trained_on,
                     seed=seed,
                     features=folder,
@@ -76,6 +83,8 @@ def main(features: Path, seeds: int, epochs: int, batch_size: int, file: Path | 
                     device="auto",
                     workers=2,
                     cache="none",
+                    compile_networks=False,
+                    sharded=False,
                     checkpoint_minutes=1e9,
                 )
                 accelerator = make_accelerator("auto", "no")

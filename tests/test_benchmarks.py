@@ -63,3 +63,12 @@ def test_training_benchmark_compares_with_a_literal_implementation(photos: Path,
         assert steps[what, "literal"] > 0
     for what in ("decoder epoch, 16 photographs", "gan epoch, 16 photographs"):
         assert steps[what, "cached"] < steps[what, "online"]  # the backbone alone takes longer than the rest
+
+
+@pytest.mark.slow
+def test_int8_benchmark_scores_every_pair(project: Path, tmp_path: Path) -> None:
+    options = ["--seeds", "1", "--epochs", "1", "--batch-size", "4", "--json", str(tmp_path / "rows.json")]
+    run(sys.executable, "-m", "benchmarks.int8", str(project / "features"), *options, cwd=ROOT)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["trained_on"], row["scored_on"]) for row in rows] == [(a, b) for a in ("float16", "int8") for b in ("float16", "int8")]
+    assert rows[0]["difference"] == "+0.00"
