@@ -57,9 +57,8 @@ def main(features: Path, seeds: int, epochs: int, batch_size: int, precision: st
         betas=(0.9, 0.999),
         mixed_precision=precision,
     )
-    unwatched = MonitorConfig(
-        every=0, samples=1, vectors=200, patience=0, on_collapse="warn", least_variance_ratio=0, least_coverage=0, most_accuracy=1
-    )
+    thresholds = {"least_variance_ratio": 0, "least_coverage": 0, "least_consistency": 0, "most_frechet": 1, "most_accuracy": 1}
+    unwatched = MonitorConfig(every=0, samples=1, vectors=200, patience=0, on_collapse="warn", **thresholds)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         quantised(features, work / "int8")

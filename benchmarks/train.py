@@ -93,8 +93,7 @@ def new_decoder(size: Size) -> Decoder:
 def our_steps(size: Size, device: str, precision: str, features: Tensor, masks: Tensor) -> dict[str, Callable[[], object]]:
     trainer = our_trainer(size, device, precision)
     decoder = new_decoder(size).to(trainer.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    parameters = list(decoder.parameters())
-    optimizer = torch.optim.Adam(parameters, 5e-4)
+    optimizer = torch.optim.Adam(decoder.parameters(), 5e-4)
     rng = torch.Generator(trainer.accelerator.device).manual_seed(0)
 
     def gan() -> None:
@@ -108,9 +107,7 @@ def our_steps(size: Size, device: str, precision: str, features: Tensor, masks: 
             loss = torch.stack(
                 [cross_entropy(decoder(some, masks.shape[-2:]).float(), masks) for some in (real, *augmented.features)]
             ).sum()
-        optimizer.zero_grad()
-        augmenter.backward(loss, parameters)
-        optimizer.step()
+        augmenter.update(loss, optimizer)
 
     return {"gan step": gan, "joint step 1:1": lambda: joint(1), "joint step 2:1": lambda: joint(2)}
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from featurestore.files import sync_folder
-from stages.distributed import agree
+from stages.distributed import agree, several_processes
 from stages.errors import DataError
 from stages.gan import AnyGenerator, Networks, build_networks
 from stages.models.decoder import Decoder
@@ -26,6 +26,7 @@ from stages.models.decoder import Decoder
 CONFIG_NAME = "config.json"
 OPTIMIZERS_NAME = "optimizers.pt"
 TRAINED = "generator-trained"
+ASK_EVERY = 20  # steps; processes wait for each other when they agree on saving
 
 
 # -- the state of a running training -----------------------------------------------------------------
@@ -52,6 +53,7 @@ class Checkpoint:
         self.minutes = minutes
         self.main = main
         self.saved_at = time.monotonic()
+        self._asked = 0
 
     def load(self) -> dict[str, Any] | None:
         """The last saved state, on the CPU, or None."""
@@ -65,6 +67,9 @@ class Checkpoint:
 
     def due(self) -> bool:
         """Whether it is time to save: the main process decides for all of them, because a state may take all to collect."""
+        self._asked += 1
+        if self.minutes and several_processes() and self._asked % ASK_EVERY:
+            return False
         return agree(time.monotonic() - self.saved_at >= 60 * self.minutes)
 
     def save(self, **state: Any) -> None:

@@ -60,22 +60,24 @@ def flip(groups: Groups, masks: Tensor, rng: torch.Generator) -> tuple[Groups, T
 def translation(groups: Groups, masks: Tensor, rng: torch.Generator) -> tuple[Groups, Tensor]:
     """Shift each sample by up to an eighth of its sides, by whole feature pixels."""
     height, width = groups[0].shape[-2:]
-    most = torch.tensor([int(height * SHIFT + 0.5), int(width * SHIFT + 0.5)], device=masks.device)
-    shift = (torch.rand(len(masks), 2, generator=rng, device=masks.device) * (2 * most + 1)).floor().long() - most  # (B, 2)
+    uniform = torch.rand(len(masks), 2, generator=rng, device=masks.device)
+    shifts = []  # down and right, (B,) each
+    for axis, size in enumerate((height, width)):
+        most = int(size * SHIFT + 0.5)
+        shifts.append((uniform[:, axis] * (2 * most + 1)).floor().long() - most)
 
-    def moved(x: Tensor, shift: Tensor, fill: float) -> Tensor:
-        """x (k, B, channels, rows, columns), shift in its pixels."""
-        for axis, dim in ((0, -2), (1, -1)):
+    def moved(x: Tensor, fill: int) -> Tensor:
+        """x (k, B, channels, rows, columns)."""
+        for shift, dim, features in ((shifts[0], -2, height), (shifts[1], -1, width)):
             size = x.shape[dim]
-            source = torch.arange(size, device=x.device) - shift[:, axis : axis + 1]  # (B, size): where each pixel comes from
+            by = shift * (size // features)
+            source = torch.arange(size, device=x.device) - by[:, None]  # (B, size): where each pixel comes from
             inside = (source >= 0) & (source < size)
-            layout = (1, len(shift), 1, size, 1) if dim == -2 else (1, len(shift), 1, 1, size)
-            x = x.gather(dim, source.clamp(0, size - 1).view(layout).expand(x.shape))
-            x = torch.where(inside.view(layout), x, torch.tensor(fill, dtype=x.dtype, device=x.device))
+            layout = (1, len(by), 1, size, 1) if dim == -2 else (1, len(by), 1, 1, size)
+            x = x.gather(dim, source.clamp(0, size - 1).view(layout).expand(x.shape)).masked_fill(~inside.view(layout), fill)
         return x
 
-    scale = torch.tensor([masks.shape[1] // height, masks.shape[2] // width], device=masks.device)
-    return _each(groups, masks, lambda x: moved(x, shift, 0)), moved(masks[None, :, None], shift * scale, VOID)[0, :, 0]
+    return _each(groups, masks, lambda x: moved(x, 0)), moved(masks[None, :, None], VOID)[0, :, 0]
 
 
 def cutout(groups: Groups, masks: Tensor, rng: torch.Generator) -> tuple[Groups, Tensor]:

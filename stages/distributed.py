@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from inspect import signature
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+Choice = TypeVar("Choice")
 
 
 def several_processes() -> bool:
@@ -27,11 +31,11 @@ def average_over_processes(value: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def agree(choice: bool) -> bool:
+def agree(choice: Choice) -> Choice:
     """The first process's choice, in all of them."""
     if not several_processes():
         return choice
-    chosen = [choice]
+    chosen: list[Any] = [choice]
     dist.broadcast_object_list(chosen)
     return chosen[0]
 
@@ -50,9 +54,20 @@ def draw_noise(rng: torch.Generator, ratio: int, batch: int, z_dim: int, device:
 # -- networks that are divided over the processes --------------------------------------------------------
 
 
+def replicate(network: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a network in every process, gradients averaged (DDP). Buffers are alike already, so none is sent round."""
+    name = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters else "broadcast_buffers"
+    options: dict[str, Any] = {name: False, "device_ids": [device] if device.type == "cuda" else None}
+    return DistributedDataParallel(network, **options)
+
+
 def shard(network: nn.Module, device: torch.device) -> nn.Module:
-    """Divide a network's weights over the processes (FSDP), in place; each is whole only while its layer computes."""
-    return fully_shard(network, mesh=init_device_mesh(device.type, (dist.get_world_size(),)))  # type: ignore[return-value]
+    """Divide a network's weights over the processes (FSDP), in place; its blocks are put together one after the other."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in network.children():
+        if not isinstance(block, nn.ModuleList) and any(True for _ in block.parameters()):
+            fully_shard(block, mesh=mesh)
+    return fully_shard(network, mesh=mesh)  # type: ignore[return-value]
 
 
 def whole(state: Any) -> Any:

@@ -77,7 +77,7 @@ class FlowTrainer(Trainer):
         super().__init__(accelerator, networks, ema_decay=ema_decay, compile_networks=compile_networks, sharded=sharded)
         assert isinstance(networks.generator, FlowGenerator)
         self.flow = networks.generator
-        self.optimizers = {"generator": self._adam(list(self.flow.parameters()), lr, betas)}
+        self.optimizers = {"generator": torch.optim.Adam(self.flow.parameters(), lr, betas, fused=True)}
 
     def forward(self, features: Tensor, masks: Tensor, images: Tensor | None, *, ratio: int, rng: torch.Generator) -> Step:
         """The loss of a batch; no features are generated, and ``ratio`` lines lead to each sample."""

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stages.distributed import draw_noise
+from stages.errors import ConfigError
 from stages.gan import Networks
 from stages.objective import Objective, Step, forward
 from stages.runtime import generator as random_generator
@@ -50,12 +51,18 @@ class GanTrainer(Trainer):
         super().__init__(accelerator, networks, ema_decay=ema_decay, compile_networks=compile_networks, sharded=sharded)
         assert networks.discriminator is not None
         self.objective = objective
+        if objective.r1_gamma or objective.adversarial_loss == "wasserstein-gp":
+            # Their gradient of a gradient is beyond torch.compile and FSDP, and below fp16's smallest numbers.
+            unfit = {"--compile": compile_networks, "--shard": self.sharded, "fp16": accelerator.mixed_precision == "fp16"}
+            for name, chosen in unfit.items():
+                if chosen:
+                    raise ConfigError(name, "does not go together with r1_gamma or adversarial_loss wasserstein-gp; leave one out")
         trained = [networks.generator, *([networks.image_encoder] if networks.image_encoder is not None else [])]
         self.generator_parameters = [parameter for network in trained for parameter in network.parameters()]
         self.discriminator_parameters = list(networks.discriminator.parameters())
         self.optimizers = {
-            "generator": self._adam(self.generator_parameters, generator_lr, betas),
-            "discriminator": self._adam(self.discriminator_parameters, discriminator_lr, betas),
+            "generator": torch.optim.Adam(self.generator_parameters, generator_lr, betas, fused=True),
+            "discriminator": torch.optim.Adam(self.discriminator_parameters, discriminator_lr, betas, fused=True),
         }
 
     @classmethod
@@ -89,7 +96,7 @@ class GanTrainer(Trainer):
                 step=self.steps,
             )
 
-    def update(self, step: Step, *, extra_loss: Tensor | None = None, also: Sequence[Tensor] | None = None) -> None:
+    def update(self, step: Step, *, extra_loss: Tensor | None = None, decoder: torch.optim.Optimizer | None = None) -> None:
         """Back-propagate both losses and step both optimizers.
 
         Both gradients are taken before either network moves: Algorithm 1 computes all
@@ -100,17 +107,19 @@ class GanTrainer(Trainer):
         ----------
         extra_loss
             Added to the generator's loss (the segmentation terms of the second branch).
-        also
-            Further parameters of that loss (the decoder's), for which gradients are wanted; their optimizer is the caller's.
+        decoder
+            Optimizer of the decoder, which that loss trains too.
         """
+        others = [] if decoder is None else [decoder]
+        also = [parameter for optimizer in others for group in optimizer.param_groups for parameter in group["params"]]
         total = step.generator_loss if extra_loss is None else step.generator_loss + extra_loss
-        # The discriminator's goes first: the larger graph is then freed by its own back-propagation.
+        # The discriminator's goes first: the generator's graph is then freed by its own back-propagation.
         if self.sharded:
             self._backward_everywhere(step.discriminator_loss, total)
         else:
             self.accelerator.backward(step.discriminator_loss, inputs=self.discriminator_parameters, retain_graph=True)
-            self.accelerator.backward(total, inputs=[*self.generator_parameters, *(also or [])])
-        if self._step() and self.objective.adversarial_loss == "wasserstein-clip":
+            self.accelerator.backward(total, inputs=[*self.generator_parameters, *also])
+        if self._step(*others) and self.objective.adversarial_loss == "wasserstein-clip":
             with torch.no_grad():
                 for parameter in self.discriminator_parameters:
                     parameter.clamp_(-CLIP, CLIP)

@@ -69,9 +69,9 @@ def _balanced_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
     Weights have the mean 1 over labelled pixels.
     """
     classes = logits.shape[1] - 1
-    counts = average_over_processes(torch.bincount(masks.flatten().long(), minlength=256)[:classes].float())
+    counts = average_over_processes(torch.stack([(masks == number).sum() for number in range(classes)]).float())
     present = counts > 0
-    weights = torch.where(present, counts.sum() / (counts.clamp(min=1) * present.sum().clamp(min=1)), 0.0)
+    weights = torch.where(present, counts.sum() / (torch.where(present, counts, 1) * present.sum().clamp(min=1)), 0.0)
     losses = F.cross_entropy(logits, masks.long(), torch.cat([weights, weights.new_zeros(1)]), ignore_index=VOID, reduction="sum")
     return losses / counts.sum().clamp(min=1)
 

@@ -24,6 +24,7 @@ from featurestore import VOID, FeatureStore
 from stages.analysis.diversity import class_variances, draw_diversity, variance_ratios
 from stages.analysis.fidelity import DIMENSIONS, coverage, frechet_distance, kernel_distance, two_sample_accuracy
 from stages.config import Config
+from stages.distributed import agree
 from stages.errors import CollapseError
 from stages.gan import AnyGenerator
 from stages.metrics import score
@@ -44,6 +45,8 @@ class MonitorConfig(Config):
     on_collapse: Literal["warn", "stop"]
     least_variance_ratio: float = Field(ge=0, le=1)
     least_coverage: float = Field(ge=0, le=1)
+    least_consistency: float = Field(ge=0, le=1)  # of that of real features
+    most_frechet: float = Field(ge=1)  # times that at the start
     most_accuracy: float = Field(ge=0.5, le=1)
 
 
@@ -118,6 +121,7 @@ class Monitor:
         self.accelerator = accelerator
         self.class_names = held_out.spec.class_names
         self._warned = False
+        self._seed = seed
         self._measures = bool(config.every) and accelerator.is_main_process
         if not self._measures:
             return
@@ -161,7 +165,7 @@ class Monitor:
         was_training = generator.training
         generator.eval()
         device, pixels = self.accelerator.device, self._pixels
-        rng = torch.Generator(device).manual_seed(0)
+        rng = torch.Generator(device).manual_seed(self._seed)
         draws: list[list[Tensor]] = [[], []]
         confusion = torch.zeros(len(self.class_names), len(self.class_names), dtype=torch.int64)
         for start in range(0, len(pixels.samples), 8):
@@ -189,7 +193,9 @@ class Monitor:
             "consistency": consistency.miou,
             **{f"class_consistency/{name.replace(' ', '_')}": iou for name, iou in consistency.iou.items() if iou is not None},
         }
-        return {**{f"monitor/{name}": value for name, value in values.items()}, **self._floors}
+        row = {**{f"monitor/{name}": value for name, value in values.items()}, **self._floors}
+        self._floors.setdefault("monitor/frechet_start", row["monitor/frechet"])  # the first generator measured is the one at the start
+        return {**row, **self._floors}
 
     def check(self, row: dict[str, float], epoch: int) -> None:
         """Say so, once, when an epoch's figures are those of a collapse.
@@ -201,28 +207,39 @@ class Monitor:
         """
         if self._warned or epoch + 1 <= self.config.patience:
             return
-        reason = self.collapse(row)
+        reason = agree(self.collapse(row))  # the main process alone has measured, and all must stop or go on
         if reason is None:
             return
         self._warned = True
         message = f"epoch {epoch + 1}: the GAN collapses: {reason}"
         if self.config.on_collapse == "stop":
             raise CollapseError(f"{message}; train with other settings, or set monitor.on_collapse to warn")
-        log.warning(message)
+        if self.accelerator.is_main_process:
+            log.warning(message)
 
     def collapse(self, row: dict[str, float]) -> str | None:
         """What is wrong, with the figure, or None."""
         config = self.config
-        ratio, covered = row.get("monitor/variance_ratio", 1.0), row.get("monitor/coverage", 1.0)
         right = min(row.get("discriminator/accuracy_real", 0.0), row.get("discriminator/accuracy_fake", 0.0))  # a flow has none
+        if right > config.most_accuracy:
+            what = f"the discriminator is right about {right:.1%} of real and of generated patches"
+            return f"{what} (monitor.most_accuracy is {config.most_accuracy})"
+        if "monitor/frechet" not in row:  # not measured after this epoch
+            return None
+        ratio, covered = row["monitor/variance_ratio"], row["monitor/coverage"]
+        right_class = row["monitor/consistency"] / max(row["monitor/consistency_real"], 1e-12)
+        further = row["monitor/frechet"] / max(row["monitor/frechet_start"], 1e-12)
         if ratio < config.least_variance_ratio:
             what = f"generated features of a class vary {ratio:.3f} times as much as real ones"
             return f"{what} (monitor.least_variance_ratio is {config.least_variance_ratio})"
         if covered < config.least_coverage:
             return f"generated features come near {covered:.1%} of the real ones (monitor.least_coverage is {config.least_coverage})"
-        if right > config.most_accuracy:
-            what = f"the discriminator is right about {right:.1%} of real and of generated patches"
-            return f"{what} (monitor.most_accuracy is {config.most_accuracy})"
+        if right_class < config.least_consistency:
+            what = f"generated features are of their mask's class {right_class:.2f} times as well as real ones (by mIoU)"
+            return f"{what} (monitor.least_consistency is {config.least_consistency})"
+        if further > config.most_frechet:
+            what = f"generated features are {further:.2f} times as far from real ones as at the start (Fréchet distance)"
+            return f"{what} (monitor.most_frechet is {config.most_frechet})"
         return None
 
     # -- the probe ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from tqdm import tqdm
 
-from stages.distributed import shard, synchronise_batch_norm
+from stages.distributed import replicate, shard, synchronise_batch_norm
 from stages.errors import ConfigError
 
 Item = TypeVar("Item")
@@ -82,7 +82,23 @@ def distribute(accelerator: Accelerator, network: nn.Module, *, sharded: bool = 
     if sharded:  # FSDP takes weights in PyTorch's default layout alone
         return shard(synchronise_batch_norm(network).to(accelerator.device), accelerator.device)
     network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network if accelerator.num_processes == 1 else accelerator.prepare_model(synchronise_batch_norm(network))
+    return network if accelerator.num_processes == 1 else replicate(synchronise_batch_norm(network), accelerator.device)
+
+
+def step_optimizers(accelerator: Accelerator, *optimizers: torch.optim.Optimizer) -> bool:
+    """Step all that were back-propagated together; whether they did, which an accumulated batch does with its last part only.
+
+    Together, because fp16's scale must not change between them.
+    """
+    if not accelerator.sync_gradients:
+        return False
+    for optimizer in optimizers:
+        optimizer.step() if accelerator.scaler is None else accelerator.scaler.step(optimizer)
+    if accelerator.scaler is not None:
+        accelerator.scaler.update()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    return True
 
 
 def scaler_state(accelerator: Accelerator) -> dict[str, Any]:

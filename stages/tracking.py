@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from scmrepo.exceptions import SCMError
 from torch import Tensor
 
+from stages.distributed import average_over_processes
 from stages.errors import ConfigError
 
 TRACKERS = ("dvclive", "tensorboard")
@@ -72,13 +73,13 @@ class Means:
             self._sums[name] = (total.to(value.device) + value.detach().float(), count + 1)
 
     def state(self) -> dict[str, tuple[Tensor, int]]:
-        """What a resumed run needs."""
-        return dict(self._sums)
+        """What a resumed run needs: the sums, averaged over processes, all of which must ask for it together."""
+        return {name: (average_over_processes(total), count) for name, (total, count) in self._sums.items()}
 
     def result(self, accelerator: Accelerator) -> dict[str, float]:
         """The means, over the steps of all processes."""
         names = list(self._sums)
         if not names:
             return {}
-        means = torch.stack([total / count for total, count in self._sums.values()])
+        means = torch.stack([(total / count).to(accelerator.device) for total, count in self._sums.values()])
         return dict(zip(names, accelerator.reduce(means, "mean").tolist(), strict=True))

@@ -161,8 +161,7 @@ def run(
     if compile_networks:
         decoder.compile()
     trained = distribute(accelerator, decoder)  # what is called in training; the decoder itself where there is one process
-    parameters = list(decoder.parameters())
-    optimizer = accelerator.prepare_optimizer(torch.optim.Adam(parameters, config.lr, config.betas, fused=True))
+    optimizer = torch.optim.Adam(decoder.parameters(), config.lr, config.betas, fused=True)
     monitor = build_monitor(monitoring, augmenter, stores, seed)
 
     # Resume, or start anew.
@@ -223,9 +222,7 @@ def run(
                     loss = real_loss
                     for extra_loss in extra_losses:
                         loss = loss + augmented.weight * extra_loss
-                    augmenter.backward(loss, parameters)
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    augmenter.update(loss, optimizer)
                 means.add({"decoder/ce_real": real_loss, **augmented.terms})
                 if extra_losses:
                     means.add({"decoder/ce_generated": torch.stack(extra_losses).mean()})
@@ -319,7 +316,9 @@ def build_monitor(config: MonitorConfig, augmenter: Augmenter, stores: dict[str,
         return None
     trainer = augmenter.trainer
     scale = trainer.networks.generator.feature_scale
-    return Monitor(config, trainer.accelerator, train=stores["train"], held_out=stores["val"], feature_scale=scale, seed=seed)
+    monitor = Monitor(config, trainer.accelerator, train=stores["train"], held_out=stores["val"], feature_scale=scale, seed=seed)
+    monitor.measure(trainer.generator())  # what later measures are compared with
+    return monitor
 
 
 def check_stores(config: TrainDecoderConfig, stores: dict[str, FeatureStore]) -> None:

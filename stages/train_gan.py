@@ -178,17 +178,19 @@ def run(
     networks = build_networks(architecture, feature_scale(store, config.feature_scale))
     settings = config.model_dump()
     scale = networks.generator.feature_scale.clone()
-    untrained = copy.deepcopy(networks.generator.state_dict())
     machine: dict[str, Any] = {"compile_networks": compile_networks, "sharded": sharded}
-    trainer: Trainer
     if isinstance(networks.generator, FlowGenerator):
         components = principal_components(store, scale.flatten(), config.flow_components, config.seed)
         networks.generator.set_components(components)
+    untrained = copy.deepcopy(networks.generator.state_dict())
+    trainer: Trainer
+    if networks.discriminator is None:
         adam: dict[str, Any] = {"lr": config.generator_lr, "betas": config.betas}
         trainer = FlowTrainer(accelerator, networks, **adam, ema_decay=config.ema_decay, **machine)
     else:
         trainer = GanTrainer.of(accelerator, networks, settings, **machine)
     monitor = Monitor(monitoring, accelerator, train=store, held_out=held_out, feature_scale=scale, seed=config.seed)
+    monitor.measure(trainer.generator())  # what later measures are compared with
 
     # Resume, or start anew.
     code = source_digest(stages, featurestore)
@@ -217,6 +219,7 @@ def run(
                     step = trainer.forward(part.features, part.masks, part.images, ratio=1, rng=rng)
                     trainer.update(step)
                 means.add(step.terms)
+                del step  # and with it the part of its graph that no back-propagation frees
             bar.update()
             if number + 1 < len(batches) and checkpoint.due():
                 checkpoint.save(gan=trainer.state(), history=history.rows, step=number + 1, sums=means.state())
@@ -253,6 +256,10 @@ def check_store(config: TrainGanConfig, store: FeatureStore) -> None:
         When the image encoder needs images and the store has none.
     """
     check_input_size(store.spec.mask_shape, store.spec.output_stride)
+    smallest, found = 2 * config.discriminator_scales * UPSAMPLING, store.spec.feature_shape[1:]
+    if min(found) < smallest:
+        message = f"{config.discriminator_scales} scales need features of {smallest} x {smallest} or more, found {found}"
+        raise ConfigError("train_gan.discriminator_scales", message, expected=smallest, found=found)
     if len(store) < config.batch_size:
         message = f"{config.batch_size} is more than the {len(store)} samples of {store.path}; lower it"
         raise ConfigError("train_gan.batch_size", message, expected=len(store), found=config.batch_size)

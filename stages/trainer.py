@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -16,7 +15,7 @@ from stages.distributed import divide_like, load_optimizer_state, whole
 from stages.errors import ConfigError
 from stages.gan import AnyGenerator, Networks
 from stages.objective import Step
-from stages.runtime import distribute, load_scaler_state, scaler_state
+from stages.runtime import distribute, load_scaler_state, scaler_state, step_optimizers
 
 
 class Trainer:
@@ -58,7 +57,7 @@ class Trainer:
         self._replica = copy.deepcopy(networks.generator) if self.sharded else None
         self.networks = networks
         self.steps = 0
-        self.optimizers: dict[str, AcceleratedOptimizer] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self._average: AveragedModel | None = None
         if ema_decay:
             self._average = AveragedModel(networks.generator.to(accelerator.device), multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
@@ -67,6 +66,7 @@ class Trainer:
             network.train()
             module = self._called(name, network)
             if compile_networks:
+                torch._functorch.config.donated_buffer = False  # back-propagation through a network may come twice
                 module.compile()
             self.modules[name] = distribute(accelerator, module, sharded=self.sharded)
 
@@ -82,15 +82,9 @@ class Trainer:
         """What training calls of a network."""
         return network
 
-    def _adam(self, parameters: Sequence[nn.Parameter], lr: float, betas: tuple[float, float]) -> AcceleratedOptimizer:
-        return self.accelerator.prepare_optimizer(torch.optim.Adam(parameters, lr, betas, fused=True))
-
-    def _step(self) -> bool:
-        """Step all optimizers; whether they did, which an accumulated batch does with its last part only."""
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad()
-        if not self.accelerator.sync_gradients:
+    def _step(self, *others: torch.optim.Optimizer) -> bool:
+        """Step all optimizers, and others with them: see :func:`stages.runtime.step_optimizers`."""
+        if not step_optimizers(self.accelerator, *self.optimizers.values(), *others):
             return False
         self.steps += 1
         if self._average is not None:

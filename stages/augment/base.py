@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,7 +29,7 @@ class Augmented:
 
 
 class Augmenter(Protocol):
-    """Gives more features, and back-propagates the decoder's loss, because it may learn from it too.
+    """Gives more features, and makes the decoder's update, because it may learn from the same loss.
 
     Attributes
     ----------
@@ -46,11 +45,8 @@ class Augmenter(Protocol):
     def augment(self, features: Tensor, masks: Tensor, images: Tensor | None, rng: torch.Generator) -> Augmented:
         """More features for real ones (B, C, h, w), masks (B, H, W) uint8 and images (B, 3, H, W) uint8 or None."""
 
-    def backward(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
-        """Gradients of the decoder's loss for the decoder's parameters; and the augmenter's own update, if it learns.
-
-        The decoder's optimizer steps afterwards.
-        """
+    def update(self, loss: Tensor, decoder: torch.optim.Optimizer) -> None:
+        """Back-propagate the decoder's loss and step its optimizer; and the augmenter's own, if it learns."""
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs."""

@@ -7,7 +7,6 @@ trained on while the decoder learns, and the segmentation loss reaches the gener
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from stages.gan import Networks
 from stages.gan_trainer import GanTrainer
 from stages.models.image_encoder import sample_z
 from stages.objective import Step
+from stages.runtime import step_optimizers
 
 
 class JointFeatureGAN:
@@ -53,10 +53,10 @@ class JointFeatureGAN:
         generated = fake * self.trainer.networks.generator.feature_scale
         return Augmented(list(generated.chunk(self.ratio)), self.weight, step.terms)
 
-    def backward(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
+    def update(self, loss: Tensor, decoder: torch.optim.Optimizer) -> None:
         """One back-propagation of L_TOT for generator and decoder, then the discriminator's."""
         assert self._step is not None
-        self.trainer.update(self._step, extra_loss=loss, also=parameters)
+        self.trainer.update(self._step, extra_loss=loss, decoder=decoder)
         self._step = None
 
     def state(self) -> dict[str, Any]:
@@ -100,9 +100,10 @@ class FrozenFeatureGAN:
             generated = self.generator.generate(masks, z=z)
         return Augmented(list(generated.chunk(self.ratio)), self.weight)
 
-    def backward(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
-        """Gradients for the decoder."""
-        self.accelerator.backward(loss, inputs=parameters)
+    def update(self, loss: Tensor, decoder: torch.optim.Optimizer) -> None:
+        """The decoder's update alone."""
+        self.accelerator.backward(loss)
+        step_optimizers(self.accelerator, decoder)
 
     def state(self) -> dict[str, Any]:
         """Nothing to keep: the generator does not change."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stages.augment.base import Augmented
+from stages.runtime import step_optimizers
 
 
 class NoAugmenter:
@@ -24,9 +24,10 @@ class NoAugmenter:
         """Nothing more."""
         return Augmented(features=[])
 
-    def backward(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
-        """Gradients for the decoder."""
-        self.accelerator.backward(loss, inputs=parameters)
+    def update(self, loss: Tensor, decoder: torch.optim.Optimizer) -> None:
+        """The decoder's update alone."""
+        self.accelerator.backward(loss)
+        step_optimizers(self.accelerator, decoder)
 
     def state(self) -> dict[str, Any]:
         """Nothing to keep."""

@@ -98,7 +98,17 @@ class Recall(nn.Module):
 
 def monitor(features: Path, **changes) -> Monitor:  # noqa: F811
     stores = {name: featurestore.open(features / split) for name, split in (("train", "train"), ("held_out", "val"))}
-    config = MonitorConfig(**{**MONITOR, "least_variance_ratio": 0.1, "least_coverage": 0.02, "most_accuracy": 0.99, **changes})
+    config = MonitorConfig(
+        **{
+            **MONITOR,
+            "least_variance_ratio": 0.1,
+            "least_coverage": 0.02,
+            "least_consistency": 0.25,
+            "most_frechet": 1.5,
+            "most_accuracy": 0.99,
+            **changes,
+        }
+    )
     return Monitor(config, make_accelerator("cpu", "no"), **stores, feature_scale=torch.ones(1, 12, 1, 1), seed=0)
 
 
@@ -114,6 +124,10 @@ def test_a_perfect_generator_measures_like_real_features(features: Path, held_ou
     watching = monitor(features)
     row = watching.measure(Recall(held_out))
     assert row["monitor/frechet"] == pytest.approx(0, abs=1e-2)
+    watching = monitor(features)
+    watching.measure(Recall(held_out, lambda x, z: x + 1))  # what it was at the start
+    row = watching.measure(Recall(held_out))
+    assert row["monitor/frechet_start"] > 1
     assert row["monitor/coverage"] == row["monitor/precision"] == 1
     assert row["monitor/variance_ratio"] == pytest.approx(1)
     assert row["monitor/two_sample_accuracy"] <= 0.55
@@ -155,7 +169,15 @@ def test_a_collapse_is_one_warning_with_its_figure(
     monitor(features, on_collapse="stop", patience=5).check(row, 4)  # not yet
     won = {"discriminator/accuracy_real": 0.999, "discriminator/accuracy_fake": 1.0}
     assert "the discriminator is right about 99.9%" in (monitor(features).collapse(won) or "")
-    assert "near 1.0% of the real ones" in (monitor(features).collapse({**CALM, "monitor/coverage": 0.01}) or "")
+    fine = {**CALM, **watching.measure(Recall(held_out))}
+    assert watching.collapse(fine) is None
+    reasons = {
+        "near 1.0% of the real ones": {"monitor/coverage": 0.01},
+        "of their mask's class 0.10 times as well": {"monitor/consistency": 0.1 * fine["monitor/consistency_real"]},
+        "2.00 times as far from real ones as at the start": {"monitor/frechet": 2 * fine["monitor/frechet_start"]},
+    }
+    for reason, fault in reasons.items():
+        assert reason in (watching.collapse({**fine, **fault}) or "")
 
 
 def test_measuring_does_not_change_training(features: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 
 import featurestore
 from featurestore import IncompleteStoreError, ShardCorruptError, SpecMismatchError
@@ -82,6 +81,8 @@ MONITOR = {
     "on_collapse": "warn",
     "least_variance_ratio": 0.0,
     "least_coverage": 0.0,
+    "least_consistency": 0.0,
+    "most_frechet": 1e9,
     "most_accuracy": 1.0,
 }
 
@@ -276,6 +277,8 @@ def test_what_the_gan_refuses(features: Path, tmp_path: Path) -> None:
         run_gan(tmp_path / "odd", tmp_path)
     with pytest.raises(SpecMismatchError, match="store_images"):
         run_gan(tmp_path / "plain", tmp_path, image_encoder=True)
+    with pytest.raises(ConfigError, match="2 scales need features of 16 x 16 or more"):
+        run_gan(tmp_path / "plain", tmp_path, discriminator_scales=2)
     assert not (tmp_path / "gan").exists()
 
 
@@ -458,7 +461,7 @@ def test_no_pickle_is_ever_loaded() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"adversarial_loss": "non-saturating", "r1_gamma": 1.0, "discriminator_scales": 2},
+        {"adversarial_loss": "non-saturating", "r1_gamma": 1.0},
         {"adversarial_loss": "segmentation", "noise": "spatial", "ema_decay": 0.9},
         {"z_dim": 0, "projection_channels": 5, "diffaugment": ["flip", "translation", "cutout", "channel_dropout"]},
         {"gradient_accumulation": 2, "norm": "instance"},
@@ -486,12 +489,11 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(features: Path, tmp_
     for parts in (1, 2):
         taken = gradients[parts] = []
 
-        def step(self: AcceleratedOptimizer, taken=taken) -> None:
-            if self.gradient_state.sync_gradients:
-                taken.extend(parameter.grad.clone() for group in self.param_groups for parameter in group["params"])
+        def step(self: torch.optim.Adam, taken=taken) -> None:
+            taken.extend(parameter.grad.clone() for group in self.param_groups for parameter in group["params"])
 
         with monkeypatch.context() as patch:
-            patch.setattr(AcceleratedOptimizer, "step", step)
+            patch.setattr(torch.optim.Adam, "step", step)
             patch.setattr(SpectralConv2d, "_iterate", lambda self, times: None)  # which would move once a part
             run_gan(features, tmp_path / str(parts), frozen_epochs=1, norm="instance", z_dim=0, gradient_accumulation=parts)
     assert len(gradients[1]) == len(gradients[2]) > 40  # generator and discriminator, two steps
