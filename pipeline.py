@@ -118,6 +118,14 @@ checkpoint_option = option(
 )
 
 
+def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of both training stages, under the names of what their ``run`` takes."""
+    options = (params_option, scratch_option, workers_option, device_option, cache_option, compile_option, shard_option, checkpoint_option)
+    for add in reversed(options):
+        command = add(command)
+    return command
+
+
 def load_params(path: Path, device: str = "auto") -> dict[str, Any]:
     """All sections of the parameters, each of its own type: every stage checks all of them, and its device, before it starts."""
     from stages.config import parse_section, read_params
@@ -216,19 +224,10 @@ def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
 
 
 @main.command("train-gan", short_help="Train FeatureGAN on cached features.")
-@params_option
-@scratch_option
-@workers_option
-@device_option
-@cache_option
-@compile_option
-@shard_option
-@checkpoint_option
-def train_gan(
-    params: Path, scratch: Path, workers: int, device: str, cache: str, compile_networks: bool, sharded: bool, checkpoint_minutes: float
-) -> None:
+@training_options
+def train_gan(params: Path, **machine: Any) -> None:
     """Train FeatureGAN alone on the cached features (Algorithm 1, the first frozen_epochs epochs)."""
-    sections = load_params(params, device)
+    sections = load_params(params, machine["device"])
     from stages.extract import check_spec
     from stages.runtime import first_process
     from stages.train_gan import run
@@ -242,13 +241,7 @@ def train_gan(
         out=GAN,
         metrics=METRICS / "train-gan",
         logs=LOGS,
-        scratch=scratch,
-        device=device,
-        workers=workers,
-        cache=cache,
-        compile_networks=compile_networks,
-        sharded=sharded,
-        checkpoint_minutes=checkpoint_minutes,
+        **machine,
     )
     if not first_process():
         return
@@ -259,28 +252,10 @@ def train_gan(
 @main.command("train-decoder", short_help="Train one decoder, alone or with the GAN.")
 @click.option("--variant", required=True, help="Name of an entry of `variants` in the parameters.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of initial weights, order and noise.")
-@params_option
-@scratch_option
-@workers_option
-@device_option
-@cache_option
-@compile_option
-@shard_option
-@checkpoint_option
-def train_decoder(
-    variant: str,
-    seed: int,
-    params: Path,
-    scratch: Path,
-    workers: int,
-    device: str,
-    cache: str,
-    compile_networks: bool,
-    sharded: bool,
-    checkpoint_minutes: float,
-) -> None:
+@training_options
+def train_decoder(variant: str, seed: int, params: Path, **machine: Any) -> None:
     """Train one decoder: VARIANT baseline on real features alone, the others on generated ones too."""
-    sections = load_params(params, device)
+    sections = load_params(params, machine["device"])
     if variant not in sections["variants"]:
         raise click.UsageError(f"unknown variant {variant!r}; {params} describes {', '.join(sections['variants'])}")
     from stages.extract import check_spec
@@ -301,13 +276,7 @@ def train_decoder(
         out=DECODERS / name,
         metrics=METRICS / name,
         logs=LOGS,
-        scratch=scratch,
-        device=device,
-        workers=workers,
-        cache=cache,
-        compile_networks=compile_networks,
-        sharded=sharded,
-        checkpoint_minutes=checkpoint_minutes,
+        **machine,
     )
     if not first_process():
         return

@@ -115,8 +115,8 @@ BAD_PARAMETERS = {
     ),
     "an infinite number": ("lambda_feat: 7.0", "lambda_feat: .inf", "train_gan.lambda_feat: input should be a finite number"),
     "a batch of one": (
-        "  batch_size: 4\n  decoder",
-        "  batch_size: 1\n  decoder",
+        "  batch_size: 4\n  gradient_accumulation: 1\n  decoder",
+        "  batch_size: 1\n  gradient_accumulation: 1\n  decoder",
         "train_decoder.batch_size: input should be greater than or equal to 2",
     ),
     "no YAML": ("prepare:", "prepare: [", "is not valid YAML"),
