@@ -83,8 +83,9 @@ def torch_loader(workers: int) -> Callable[[Any, int], Callable[[int], Iterator[
     return make
 
 
+PLAIN = "np.memmap, one thread"
 METHODS: dict[str, Callable[[Any, int], Callable[[int], Iterator[Any]]]] = {
-    "np.memmap, one thread": memmap,
+    PLAIN: memmap,
     "FeatureLoader, no thread": our_loader(workers=0),
     "FeatureLoader, 1 thread": our_loader(workers=1),
     "FeatureLoader, 2 threads": our_loader(workers=2),
@@ -113,25 +114,27 @@ def measure(method: str, path: str, batch_size: int, epochs: int) -> list[float]
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--epochs", type=click.IntRange(1), default=5, show_default=True, help="Epochs a process.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Processes a method, in turns.")
+@click.option("--only", multiple=True, type=click.Choice(list(METHODS)), help="Measure these methods alone, beside the plain loop.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
-def main(store: Path, batch_size: int, epochs: int, rounds: int, file: Path | None) -> None:
+def main(store: Path, batch_size: int, epochs: int, rounds: int, only: tuple[str, ...], file: Path | None) -> None:
     import featurestore
     from benchmarks import common
 
     opened = featurestore.open(store)
     print(f"{common.machine()}\n{opened}, {opened.spec.compression}, batches of {batch_size}\n", flush=True)
     results: dict[str, list[float]] = {}
+    chosen = [method for method in METHODS if not only or method in (PLAIN, *only)]
     for name, path in raw_files(store).items():
         featurestore.open(store).gather(name, range(len(opened))).tofile(path)
     common.read_back([*raw_files(store).values(), *store.glob("*.h5")])
     for _ in range(rounds):
-        for method in METHODS:
+        for method in chosen:
             results.setdefault(method, []).extend(in_a_process("benchmarks.loader", method, str(store), batch_size, epochs))
     for path in raw_files(store).values():
         path.unlink()
     count = len(opened) // batch_size * batch_size
     rates = {method: count / statistics.median(seconds) for method, seconds in results.items()}
-    plain = rates["np.memmap, one thread"]
+    plain = rates[PLAIN]
     rows = [{"method": method, "samples_per_s": rate, "to_memmap": rate / plain} for method, rate in rates.items()]
     common.report(rows, ("method", "samples_per_s", "to_memmap"), file)
 
