@@ -183,7 +183,8 @@ def time_epochs(name: str, size: Size, device: str, precision: str, photographs:
             for _ in range(count // size.batch):
                 batch = torch.from_numpy(np.stack([next(images) for _ in range(size.batch)])).permute(0, 3, 1, 2).to(accelerator.device)
                 with accelerator.autocast():
-                    yield backbone(batch)
+                    features = backbone(batch)
+                yield features.clone()  # one that gradients may pass by: the backbone gives inference tensors
 
         spec = featurestore.StoreSpec(
             feature_shape=(size.channels, size.side, size.side),
