@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from featurestore import VOID
+
+IMAGES_NAME = "images.json"
 
 
 def confusion_matrix(predicted: Tensor, masks: Tensor, num_classes: int, void: int = VOID) -> Tensor:
@@ -19,11 +20,21 @@ def confusion_matrix(predicted: Tensor, masks: Tensor, num_classes: int, void: i
     Parameters
     ----------
     predicted
-        (B, H, W) class indices.
+        (B, H, W) class indices; any shape will do.
     masks
         (B, H, W) class indices or void.
     """
-    return multiclass_confusion_matrix(predicted.long(), masks.long(), num_classes, ignore_index=void)
+    labelled = masks != void
+    pairs = masks[labelled].long() * num_classes + predicted[labelled].long()
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def confusion_matrices(predicted: Tensor, masks: Tensor, num_classes: int, void: int = VOID) -> Tensor:
+    """(B, K, K) int64: :func:`confusion_matrix` of each image of predictions and masks (B, H, W)."""
+    labelled = masks != void
+    image = torch.arange(len(masks), device=masks.device)[:, None, None].expand_as(masks)[labelled]
+    pairs = (image * num_classes + masks[labelled].long()) * num_classes + predicted[labelled].long()
+    return torch.bincount(pairs, minlength=len(masks) * num_classes**2).view(-1, num_classes, num_classes)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from pydantic import Field
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from featurestore import VOID, FeatureStore
@@ -27,7 +25,7 @@ from stages.config import Config
 from stages.distributed import agree
 from stages.errors import CollapseError
 from stages.gan import AnyGenerator
-from stages.metrics import score
+from stages.metrics import confusion_matrix, score
 from stages.models.projection import RandomProjection
 
 log = logging.getLogger(__name__)
@@ -150,7 +148,7 @@ class Monitor:
             "monitor/kernel_floor": kernel_distance(self._real @ self._mix.T, floor @ self._mix.T),
         }
         self._learn_probe(others, other_labels)
-        real_scores = self._confusion(self._probe(self._real), self._labels)
+        real_scores = confusion_matrix(self._probe(self._real), self._labels, len(self.class_names))
         self._floors["monitor/consistency_real"] = score(real_scores, self.class_names).miou
 
     def due(self, epoch: int, epochs: int) -> bool:
@@ -177,7 +175,7 @@ class Monitor:
             for vectors, features in zip(draws, both, strict=True):
                 vectors.append(_vectors(features, pixels.chosen[part]))
             predicted = self._probe(both[0].permute(0, 2, 3, 1).flatten(0, 2).cpu())  # (S, C, h, w) -> (S*h*w, C)
-            confusion += self._confusion(predicted, pixels.labels[part].flatten().long())
+            confusion += confusion_matrix(predicted, pixels.labels[part].flatten(), len(self.class_names))
         generator.train(was_training)
         fake, again = (torch.cat(vectors) for vectors in draws)
         real_mixed, fake_mixed = self._real @ self._mix.T, fake @ self._mix.T
@@ -246,6 +244,9 @@ class Monitor:
 
     def _learn_probe(self, vectors: Tensor, labels: Tensor) -> None:
         """A linear classifier of real vectors: the cheapest decoder that has never seen a generated one."""
+        from sklearn.exceptions import ConvergenceWarning  # a second to import, which only a training that is watched pays for
+        from sklearn.linear_model import LogisticRegression
+
         if len(labels.unique()) < 2:  # nothing to tell apart
             self._weight, self._bias = torch.zeros(len(self.class_names), vectors.shape[1]), torch.zeros(len(self.class_names))
             self._bias[labels[:1]] = 1
@@ -264,8 +265,3 @@ class Monitor:
     def _probe(self, vectors: Tensor) -> Tensor:
         """(n, C) -> (n,) predicted classes."""
         return torch.addmm(self._bias, vectors, self._weight.T).argmax(1)
-
-    def _confusion(self, predicted: Tensor, labels: Tensor) -> Tensor:
-        """(K, K) counts, row: true class; void is left out."""
-        classes, known = len(self.class_names), labels != VOID
-        return torch.bincount(labels[known] * classes + predicted[known], minlength=classes**2).view(classes, classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from stages.objective import Step
 from stages.runtime import distribute, load_scaler_state, scaler_state, step_optimizers
 
 
-class Trainer:
+class Trainer(ABC):
     """Networks in training.
 
     Parameters
@@ -70,13 +71,13 @@ class Trainer:
                 module.compile()
             self.modules[name] = distribute(accelerator, module, sharded=self.sharded)
 
+    @abstractmethod
     def forward(self, features: Tensor, masks: Tensor, images: Tensor | None, *, ratio: int, rng: torch.Generator) -> Step:
         """Losses of a batch of features (B, C, h, w) in the backbone's scale, masks (B, H, W) and images, ``ratio`` draws a mask."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, step: Step) -> None:
         """Back-propagate them and step the optimizers."""
-        raise NotImplementedError
 
     def _called(self, name: str, network: nn.Module) -> nn.Module:
         """What training calls of a network."""

