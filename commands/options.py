@@ -1,0 +1,129 @@
+"""Options that commands share, and the parameters that all of them read."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+PRESETS = Path(__file__).parent.parent / "presets"
+
+# Where each section of params.yaml is described: module, and the name of its type there.
+SECTIONS = {
+    "prepare": ("stages.prepare", "PrepareConfig"),
+    "extract": ("stages.extract", "ExtractConfig"),
+    "train_gan": ("stages.train_gan", "TrainGanConfig"),
+    "train_decoder": ("stages.train_decoder", "TrainDecoderConfig"),
+    "monitor": ("stages.monitor", "MonitorConfig"),
+    "variants": ("stages.augment.registry", "Variant"),
+    "compare": ("stages.report", "CompareConfig"),
+    "report": ("stages.report", "ReportConfig"),
+}
+
+
+def option(*names: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A click option that shows its default and its environment variable."""
+    return click.option(*names, show_default=True, show_envvar="envvar" in settings, **settings)
+
+
+params_option = option(
+    "--params", type=click.Path(path_type=Path), default=Path("params.yaml"), envvar="FEATUREGAN_PARAMS", help="The parameters' file."
+)
+scratch_option = option(
+    "--scratch",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("scratch"),
+    envvar="FEATUREGAN_SCRATCH",
+    help="Folder for unfinished work, from which an interrupted stage goes on.",
+)
+workers_option = option(
+    "--workers",
+    type=click.IntRange(0, 256),
+    default=2,
+    envvar="FEATUREGAN_WORKERS",
+    help="Threads that read, decode and check; results do not depend on it. 0: none beside the main one.",
+)
+device_option = option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    envvar="FEATUREGAN_DEVICE",
+    help="Where networks run. auto: CUDA where there is one.",
+)
+cache_option = option(
+    "--cache",
+    type=click.Choice(["none", "host", "device"]),
+    default="none",
+    envvar="FEATUREGAN_CACHE",
+    help="Where the features stay between epochs. none: in the files; host: in memory, decoded once; device: on the GPU.",
+)
+compile_option = option(
+    "--compile/--no-compile",
+    "compile_networks",
+    default=False,
+    envvar="FEATUREGAN_COMPILE",
+    help="Let torch.compile compile the networks: minutes at the start, faster steps after; results differ by rounding.",
+)
+shard_option = option(
+    "--shard/--no-shard",
+    "sharded",
+    default=False,
+    envvar="FEATUREGAN_SHARD",
+    help="Where several processes train: divide the GAN's weights over them (FSDP) in place of a copy for each.",
+)
+checkpoint_option = option(
+    "--checkpoint-minutes",
+    type=click.FloatRange(0),
+    default=5.0,
+    envvar="FEATUREGAN_CHECKPOINT_MINUTES",
+    help="Keep the state of the training no more often than this. 0: after every step.",
+)
+
+
+def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of both training stages, under the names of what their ``run`` takes."""
+    options = (params_option, scratch_option, workers_option, device_option, cache_option, compile_option, shard_option, checkpoint_option)
+    for add in reversed(options):
+        command = add(command)
+    return command
+
+
+def load_params(path: Path, device: str = "auto") -> dict[str, Any]:
+    """All sections of the parameters, each of its own type: every stage checks all of them, and its device, before it starts."""
+    from stages.config import read_params
+    from stages.runtime import check_device
+
+    sections = check_params(read_params(path), str(path))
+    check_device(device)
+    return sections
+
+
+def check_params(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The parameters' plain values as objects, one a section.
+
+    Raises
+    ------
+    ConfigError
+        For the first key that is wrong.
+    """
+    from stages.config import parse_section
+    from stages.errors import ConfigError
+
+    for name in values:
+        if name not in SECTIONS:
+            raise ConfigError(str(name), f"unknown section in {where}; known are {', '.join(SECTIONS)}")
+    sections = {}
+    for name, (module, kind) in SECTIONS.items():
+        section: Any = getattr(importlib.import_module(module), kind)
+        sections[name] = parse_section(values, name, dict[str, section] if name == "variants" else section)
+    unknown = [name for name in sections["compare"].variants if name not in sections["variants"]]
+    if unknown:
+        raise ConfigError("compare.variants", f"{unknown[0]!r} is not described in variants ({', '.join(sections['variants'])})")
+    from stages.models.backbone import OUTPUT_STRIDE
+    from stages.train_gan import check_input_size
+
+    check_input_size(sections["extract"].input_size, OUTPUT_STRIDE)
+    return sections

@@ -1,0 +1,88 @@
+"""Commands about many runs: make them, and compare them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from commands.options import PRESETS, check_params, option, scratch_option
+
+
+def _setting(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """``KEY=VALUE`` options as a dictionary, each value read as YAML."""
+    from ruamel.yaml import YAML
+
+    settings = {}
+    for text in values:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise click.BadParameter(f"{text!r} is not KEY=VALUE")
+        settings[key] = YAML(typ="safe", pure=True).load(value)
+    return settings
+
+
+@click.command(short_help="Train all decoders of a study that have no result yet.")
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@option("--results", type=click.Path(path_type=Path, file_okay=False), default=Path("results"), help="Where result files belong.")
+@option("--set", "overrides", multiple=True, callback=_setting, help="KEY=VALUE of this machine, such as prepare.root=FOLDER.")
+@option("--jobs", type=click.IntRange(1), default=1, help="Runs at a time; the CPU's threads are divided among them.")
+@click.option("--dry-run", is_flag=True, help="List what would run and stop.")
+@scratch_option
+def study(file: Path, results: Path, overrides: dict[str, Any], jobs: int, dry_run: bool, scratch: Path) -> None:
+    """Train the decoders that FILE describes, each into a result file results/STUDY/EXPERIMENT/VARIANT-SEED.json.
+
+    Runs that have their result file already are left out: interrupt it, and the same command goes on.
+    """
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
+    from tqdm import tqdm
+
+    from stages.config import parse_section, read_params
+    from stages.study import StudyConfig, Workshop, plan
+
+    config: StudyConfig = parse_section({"study": read_params(file)}, "study", StudyConfig)
+    presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    if config.preset not in presets:
+        raise click.UsageError(f"{file}: unknown preset {config.preset!r}; choose from {', '.join(presets)}")
+    folder = results / file.stem
+    runs = plan(config, read_params(PRESETS / f"{config.preset}.yaml"), overrides, check_params)
+    waiting = [run for run in runs if not run.is_done(folder)]
+    click.echo(f"{file}: {len(runs)} runs, {len(runs) - len(waiting)} done")
+    if dry_run:
+        for run in waiting:
+            click.echo(f"  {run.result(folder)}")
+        return
+    workshop = Workshop(scratch.resolve() / "study", folder.resolve(), max(1, (os.cpu_count() or 1) // jobs))
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(waiting), desc=file.stem, unit="run", disable=None) as bar:
+        futures = [pool.submit(workshop.run, run) for run in waiting]
+        try:
+            for future in as_completed(futures):
+                click.echo(f"{future.result()}")
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@click.command(short_help="Compare the results of many runs, with intervals.")
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@option("--class", "classes", multiple=True, help="Class of the mean; several may be named. Default: all.")
+@option("--baseline", default="baseline", help="The variant that others are compared with.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write comparison.json, .csv, per_class.csv and .png here.")
+def compare(results: tuple[Path, ...], classes: tuple[str, ...], baseline: str, out: Path | None) -> None:
+    """Compare the runs of RESULTS, result files of studies or folders of them, variant by variant.
+
+    Differences are to the baseline of the same seed, with 95% intervals by a paired bootstrap over the test images.
+    Runs on different data, or with decoders trained in other ways, are compared apart from each other.
+    """
+    from stages.analysis import comparison
+
+    groups = comparison.read_groups(results)
+    tables = comparison.compare(groups, classes, baseline)
+    click.echo(comparison.as_text(tables))
+    if out is not None:
+        comparison.write(tables, out)
+        click.echo(f"\nwrote {out}/comparison.json, comparison.csv, per_class.csv and comparison.png")
