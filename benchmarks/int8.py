@@ -18,11 +18,12 @@ import torch
 
 import featurestore
 from featurestore.dataset import FeatureLoader
+from stages.augment.registry import NoneConfig
 from stages.checkpoint import load_decoder
 from stages.evaluation import evaluate
 from stages.monitor import MonitorConfig
 from stages.runtime import make_accelerator
-from stages.train_decoder import TrainDecoderConfig, VariantConfig, run
+from stages.train_decoder import TrainDecoderConfig, run
 
 
 def quantised(source: Path, target: Path) -> None:
@@ -48,12 +49,14 @@ def main(features: Path, seeds: int, epochs: int, batch_size: int, precision: st
 
     config = TrainDecoderConfig(
         epochs=epochs,
+        passes=1,
         batch_size=batch_size,
         gradient_accumulation=1,
         decoder="deeplab",
         width=64,
         atrous_rates=(12, 24, 36),
         lr=5e-4,
+        lr_schedule="constant",
         betas=(0.9, 0.999),
         mixed_precision=precision,
     )
@@ -69,7 +72,7 @@ def main(features: Path, seeds: int, epochs: int, batch_size: int, precision: st
                 out = work / f"{trained_on}-{seed}"
                 run(
                     config,
-                    VariantConfig(augmenter="none"),
+                    NoneConfig(augmenter="none"),
                     unwatched,
                     name=trained_on,
                     seed=seed,

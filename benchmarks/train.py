@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import common, literal
-from stages.augment.featuregan import JointFeatureGAN
+from featurestore.dataset import Batch
+from stages.augment.featuregan import FeatureGANConfig, JointFeatureGAN
 from stages.gan import build_networks
 from stages.gan_trainer import GanTrainer
 from stages.losses import cross_entropy
@@ -100,13 +101,12 @@ def our_steps(size: Size, device: str, precision: str, features: Tensor, masks: 
         trainer.update(trainer.forward(features, masks, None, ratio=1, rng=rng))
 
     def joint(ratio: int) -> None:
-        augmenter = JointFeatureGAN(trainer, ratio=ratio, weight=1.0)
+        augmenter = JointFeatureGAN(FeatureGANConfig(augmenter="featuregan", ratio=ratio), trainer)
         real = features.float().contiguous(memory_format=torch.channels_last)
-        augmented = augmenter.augment(real, masks, None, rng)
+        augmented = augmenter.augment(Batch(torch.arange(len(masks)), real, masks, None), rng)
         with trainer.accelerator.autocast():
-            loss = torch.stack(
-                [cross_entropy(decoder(some, masks.shape[-2:]).float(), masks) for some in (real, *augmented.features)]
-            ).sum()
+            scores = [decoder(some, masks.shape[-2:]) for some in (real, *(part.features for part in augmented.parts))]
+            loss = torch.stack([cross_entropy(some.float(), masks) for some in scores]).sum()
         augmenter.update(loss, optimizer)
 
     return {"gan step": gan, "joint step 1:1": lambda: joint(1), "joint step 2:1": lambda: joint(2)}

@@ -104,6 +104,8 @@ class BatchOrder:
         None: in the store's order. Else shuffled anew each epoch.
     drop_last
         Leave out a last batch that is not full.
+    passes
+        How often an epoch goes over the samples, each time in another order where it shuffles.
     rank, ranks
         Which part of each batch is this process's, of how many.
 
@@ -114,7 +116,15 @@ class BatchOrder:
     """
 
     def __init__(
-        self, samples: int, batch_size: int, *, seed: int | None = None, drop_last: bool = False, rank: int = 0, ranks: int = 1
+        self,
+        samples: int,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        drop_last: bool = False,
+        passes: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         if batch_size % ranks:
             raise ValueError(f"a batch of {batch_size} cannot be divided evenly over {ranks} processes")
@@ -122,19 +132,22 @@ class BatchOrder:
         self.batch_size = batch_size
         self.seed = seed
         self.drop_last = drop_last
+        self.passes = passes
         self.rank, self.ranks = rank, ranks
 
     def __len__(self) -> int:
-        return self.samples // self.batch_size if self.drop_last else -(-self.samples // self.batch_size)
+        seen = self.passes * self.samples
+        return seen // self.batch_size if self.drop_last else -(-seen // self.batch_size)
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """Positions of each batch of an epoch, this rank's part of them (which a short last batch may leave empty).
 
         Within a batch, where order means nothing, they ascend: files are read forwards, neighbours at once.
         """
-        order = np.arange(self.samples)
+        order = np.tile(np.arange(self.samples), self.passes)
         if self.seed is not None:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.samples)
+            rng = np.random.default_rng([self.seed, epoch])
+            order = np.concatenate([rng.permutation(self.samples) for _ in range(self.passes)])
         batches = (np.sort(order[number * self.batch_size : (number + 1) * self.batch_size]) for number in range(len(self)))
         return [np.array_split(batch, self.ranks)[self.rank].tolist() for batch in batches]
 
@@ -152,7 +165,9 @@ class FeatureLoader:
         The store.
     batch_size
         Samples a batch, of all ranks together.
-    seed, drop_last, rank, ranks
+    positions
+        Of the samples that take part; default: all.
+    seed, drop_last, passes, rank, ranks
         See :class:`BatchOrder`.
     images
         Whether to read the images too.
@@ -180,6 +195,8 @@ class FeatureLoader:
         *,
         seed: int | None = None,
         drop_last: bool = False,
+        positions: Sequence[int] | np.ndarray | None = None,
+        passes: int = 1,
         images: bool = False,
         workers: int = 2,
         device: torch.device | str = "cpu",
@@ -189,7 +206,8 @@ class FeatureLoader:
     ) -> None:
         check_images(store, images)
         self.store = store
-        self.order = BatchOrder(len(store), batch_size, seed=seed, drop_last=drop_last, rank=rank, ranks=ranks)
+        self.positions = np.arange(len(store)) if positions is None else np.asarray(positions)
+        self.order = BatchOrder(len(self.positions), batch_size, seed=seed, drop_last=drop_last, passes=passes, rank=rank, ranks=ranks)
         self.workers = workers
         self.device = torch.device(device)
         self.names = names_of(images)
@@ -205,7 +223,8 @@ class FeatureLoader:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number ``first`` on; without a seed all epochs are the same."""
-        ready = prefetch(self._gather, self.order.epoch(epoch)[first:], workers=self.workers, ahead=2 * self.workers)
+        batches = [self.positions[batch].tolist() for batch in self.order.epoch(epoch)[first:]]
+        ready = prefetch(self._gather, batches, workers=self.workers, ahead=2 * self.workers)
         if self.device.type == "cpu":
             yield from ready
             return

@@ -149,7 +149,7 @@ class FeatureStore:
         if not self.spec.has_images:
             raise SpecMismatchError("this store has no images; extract with store_images: true", path=self.path)
 
-    def gather(self, name: str, positions: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
+    def gather(self, name: str, positions: Sequence[int] | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Several samples' ``features``, ``masks`` or ``images`` in one array: each is copied, or decoded, once.
 
         Parameters
@@ -196,6 +196,10 @@ class FeatureStore:
     def ids(self) -> list[str]:
         """Every sample's id, in order."""
         return [id for number in range(len(self.records)) for id in self._shard(number).ids]
+
+    def positions(self, view: str) -> np.ndarray:
+        """(n,) int64 positions of the samples of one view, ``identity`` or ``hflip``, ascending."""
+        return np.flatnonzero(np.array(self.views) == view)
 
     @property
     def views(self) -> list[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
@@ -58,14 +58,14 @@ def parse_section(params: Mapping[str, Any], name: str, kind: type[Section] | An
     try:
         return TypeAdapter(kind).validate_python(params[name])
     except ValidationError as error:
-        raise _first_error(name, kind, error) from error
+        raise _first_error(name, kind, params[name], error) from error
 
 
-def _first_error(section: str, kind: Any, error: ValidationError) -> ConfigError:
+def _first_error(section: str, kind: Any, value: Any, error: ValidationError) -> ConfigError:
     problems = error.errors(include_url=False)
     # A misspelt key is both unknown and missing; the former says more.
     first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-    key = ".".join([section, *(str(part) for part in first["loc"])])
+    key = ".".join([section, *(str(part) for part in _place(value, first["loc"]))])
     more = f" (and {len(problems) - 1} more wrong keys)" if len(problems) > 1 else ""
     found = first["input"]
     if first["type"] == "extra_forbidden":
@@ -80,11 +80,36 @@ def _first_error(section: str, kind: Any, error: ValidationError) -> ConfigError
     return ConfigError(key, f"{message}, found {found!r}{more}", expected=first["msg"], found=found)
 
 
+def _place(value: Any, location: tuple[int | str, ...]) -> list[int | str]:
+    """The keys on the way to a wrong one: pydantic names the chosen kind of a union among them, which no file holds."""
+    keys: list[int | str] = []
+    for part in location:
+        if isinstance(value, dict) and part not in value and part is not location[-1]:
+            continue
+        keys.append(part)
+        value = value[part] if isinstance(value, dict) and part in value else value
+    return keys
+
+
 def _fields_at(kind: Any, location: tuple[int | str, ...]) -> set[str]:
     """Names of the keys that are allowed at a place inside a section."""
     for part in location:
         if isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
             kind = kind.model_fields[str(part)].annotation
-        else:
-            kind = next((item for item in getattr(kind, "__args__", ()) if isinstance(item, type) and issubclass(item, Config)), kind)
+            continue
+        inside = list(_configs(kind))
+        kind = next((item for item in inside if part in _names(item)), inside[0] if len(inside) == 1 else kind)
     return set(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else set()
+
+
+def _configs(kind: Any) -> Iterator[type[Config]]:
+    """The sections' types that a container or a union of them holds."""
+    if isinstance(kind, type) and issubclass(kind, Config):
+        yield kind
+    for item in get_args(kind):
+        yield from _configs(item)
+
+
+def _names(kind: type[Config]) -> set[Any]:
+    """Values by which a union tells this type from the others."""
+    return {name for field in kind.model_fields.values() if get_origin(field.annotation) is Literal for name in get_args(field.annotation)}

@@ -6,22 +6,41 @@ from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
 
 from featurestore.dataset import Batch
-from stages.metrics import Scores, confusion_matrix, score
+from stages.metrics import Scores, confusion_matrices, confusion_matrix, score
 from stages.models.decoder import Decoder
 
 
 @torch.no_grad()
+def predict(accelerator: Accelerator, decoder: Decoder, batch: Batch) -> Tensor:
+    """(B, H, W) int64 classes."""
+    real = batch.features.float().contiguous(memory_format=torch.channels_last)
+    with accelerator.autocast():
+        return decoder(real, tuple(batch.masks.shape[-2:])).argmax(1)
+
+
 def evaluate(accelerator: Accelerator, decoder: Decoder, batches: Iterable[Batch], class_names: tuple[str, ...]) -> Scores:
     """Scores of a decoder over a whole split, of which each process has its part."""
     decoder.eval()
     total = torch.zeros(len(class_names), len(class_names), dtype=torch.int64, device=accelerator.device)
     for batch in batches:
-        if not len(batch):  # a last batch of fewer samples than processes
-            continue
-        real = batch.features.float().contiguous(memory_format=torch.channels_last)
-        with accelerator.autocast():
-            logits = decoder(real, tuple(batch.masks.shape[-2:]))
-        total += confusion_matrix(logits.argmax(1), batch.masks, len(class_names))
+        if len(batch):  # a last batch of fewer samples than processes leaves some without
+            total += confusion_matrix(predict(accelerator, decoder, batch), batch.masks, len(class_names))
     return score(accelerator.reduce(total, "sum"), class_names)
+
+
+def evaluate_images(accelerator: Accelerator, decoder: Decoder, batches: Iterable[Batch], num_classes: int) -> dict[int, list[int]]:
+    """The confusion matrix of every sample by its position in the store: its entries above 0 as ``true, predicted, pixels, true, ...``."""
+    decoder.eval()
+    found: list[tuple[int, list[int]]] = []
+    for batch in batches:
+        if not len(batch):
+            continue
+        matrices = confusion_matrices(predict(accelerator, decoder, batch), batch.masks, num_classes).cpu()
+        for position, matrix in zip(batch.positions.tolist(), matrices, strict=True):
+            places = matrix.nonzero()  # (n, 2)
+            found.append((position, torch.cat([places, matrix[places[:, :1], places[:, 1:]]], 1).flatten().tolist()))
+    return dict(sorted(gather_object(found)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,7 @@ class PrepareConfig(Config):
     split: Literal["official", "random"]
     ratios: Annotated[tuple[Share, Share, Share], Field(strict=False)]
     split_seed: Seed
+    train_fraction: float = Field(gt=0, le=1)
     classes: dict[str, Colour]
     void_index: int = Field(ge=1, le=255)
     wastesim: WastesimConfig
@@ -98,6 +100,7 @@ def run(config: PrepareConfig, *, out: Path, scratch: Path, workers: int) -> dic
         raise DataError(root, "there is no such folder; set prepare.root to the folder of your data set")
     pairs, classes = _find_pairs(config, root, building)
     _check_ids(root, pairs)
+    pairs = _with_fewer_for_training(pairs, config)
 
     # Every file is read, decoded and checked, and all problems are gathered before the first one is reported.
     def checked(pair: Pair) -> tuple[Entry, np.ndarray] | DataError:
@@ -121,6 +124,14 @@ def run(config: PrepareConfig, *, out: Path, scratch: Path, workers: int) -> dic
     write_manifest(building, list(entries), summary)
     move_into_place(building, out)
     return summary
+
+
+def _with_fewer_for_training(pairs: list[Pair], config: PrepareConfig) -> list[Pair]:
+    """Pairs with ``train_fraction`` of those for training: chosen by chance, and a smaller share is part of a larger one."""
+    training = [pair.id for pair in pairs if pair.split == "train"]
+    by_chance = sorted(training, key=lambda id: hashlib.sha256(f"{config.split_seed} {id}".encode()).digest())
+    kept = set(by_chance[: math.ceil(config.train_fraction * len(training))])
+    return [pair for pair in pairs if pair.split != "train" or pair.id in kept]
 
 
 def _find_pairs(config: PrepareConfig, root: Path, building: Path) -> tuple[list[Pair], Classes]:

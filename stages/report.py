@@ -109,6 +109,7 @@ def run(
     watched = figures.monitor_curves({"train-gan": gan_run, **{name: seeds[0] for name, seeds in runs.items()}})
     pictures = {
         "gan_curves": figures.gan_curves(gan_run),
+        "differences": figures.differences([("", rows)]),
         "decoder_curves": figures.decoder_curves(runs),
         **({"monitor": watched} if watched else {}),
         **_generated_pictures(config, train, gan, accelerator.device),

@@ -163,7 +163,7 @@ def first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON-ready values, indented."""
+def write_json(path: Path, values: Any, indent: int | None = 1) -> None:
+    """Write JSON-ready values."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(values, indent=indent) + "\n", encoding="utf-8")

@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from accelerate import Accelerator
 from pydantic import Field
+from torch import Tensor, nn
 
 import featurestore
 import stages
 from featurestore import FeatureStore, SpecMismatchError
 from featurestore.dataset import FeatureLoader
 from featurestore.files import file_sha256
-from stages.augment.base import Augmenter
-from stages.augment.featuregan import FrozenFeatureGAN, JointFeatureGAN
-from stages.augment.none import NoAugmenter
-from stages.checkpoint import CONFIG_NAME, Checkpoint, load_gan, load_generator, load_training_state, read_config, save_gan, save_weights
+from stages.augment.base import Adjust, Augmenter, Context, Part, VariantConfig
+from stages.augment.featuregan import JointFeatureGAN
+from stages.augment.perturb import perturb
+from stages.augment.registry import build_augmenter
+from stages.checkpoint import CONFIG_NAME, Checkpoint, read_config, save_gan, save_weights
 from stages.config import Config
 from stages.errors import ConfigError
-from stages.evaluation import evaluate
-from stages.gan_trainer import GanTrainer
+from stages.evaluation import evaluate, evaluate_images
 from stages.losses import cross_entropy
-from stages.metrics import Scores
+from stages.metrics import IMAGES_NAME, Scores
 from stages.models.decoder import Decoder
 from stages.monitor import MEASURED, Monitor, MonitorConfig
 from stages.runtime import (
@@ -48,24 +48,16 @@ class TrainDecoderConfig(Config):
     """Section ``train_decoder`` of params.yaml: what all decoders have in common."""
 
     epochs: int = Field(ge=1)
+    passes: int = Field(ge=1)  # over the training samples, an epoch
     batch_size: int = Field(ge=2)  # one sample cannot be batch-normalised after ASPP's global pooling
     gradient_accumulation: int = Field(ge=1)
     decoder: Literal["deeplab", "fcn"]
     width: int = Field(ge=1)
     atrous_rates: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)]
     lr: float = Field(gt=0)
+    lr_schedule: Literal["constant", "poly"]
     betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)]
     mixed_precision: Literal["no", "bf16", "fp16"]
-
-
-class VariantConfig(Config):
-    """One entry of section ``variants``: how a decoder's features are augmented."""
-
-    augmenter: Literal["none", "featuregan"]
-    generator: Literal["joint", "frozen"] = "joint"
-    ratio: int = Field(default=1, ge=1, le=16)
-    weight: float = Field(default=1.0, gt=0)
-    segmentation_loss: bool = True  # of a joint generator
 
 
 def run(
@@ -105,7 +97,7 @@ def run(
         Folder of ``decoder.safetensors`` (last epoch), ``decoder-best.safetensors`` (best mIoU on val), ``config.json``,
         and ``gan/`` of a jointly trained GAN.
     metrics
-        Folder of DVCLive's files and of ``test.json``.
+        Folder of DVCLive's files, of ``test.json`` and of ``images.json``, the confusion matrix of each test photograph.
     logs, scratch, device, workers, cache, compile_networks, sharded, checkpoint_minutes
         As for ``train-gan``.
 
@@ -135,7 +127,7 @@ def run(
     check_stores(config, stores)
     for store in stores.values():
         store.verify()
-    augmenter = build_augmenter(accelerator, variant, gan, train, compile_networks=compile_networks, sharded=sharded)
+    positions = train.positions("identity")
     load = partial(
         FeatureLoader,
         batch_size=config.batch_size,
@@ -145,7 +137,6 @@ def run(
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
     )
-    batches = load(train, seed=seed, drop_last=True, images=augmenter.needs_images)
     held_out = {split: load(stores[split]) for split in ("val", "test")}
 
     # The decoder: its initial weights are the same for every variant of a seed.
@@ -162,6 +153,10 @@ def run(
         decoder.compile()
     trained = distribute(accelerator, decoder)  # what is called in training; the decoder itself where there is one process
     optimizer = torch.optim.Adam(decoder.parameters(), config.lr, config.betas, fused=True)
+    steps = config.epochs * (config.passes * len(positions) // config.batch_size)
+    machine = {"compile_networks": compile_networks, "sharded": sharded}
+    augmenter = build_augmenter(variant, Context(accelerator, train, positions, decoder, gan, seed, steps, machine))
+    batches = load(train, seed=seed, drop_last=True, positions=positions, passes=config.passes, images=augmenter.needs_images)
     monitor = build_monitor(monitoring, augmenter, stores, seed)
 
     # Resume, or start anew.
@@ -172,7 +167,7 @@ def run(
         seed=seed,
         ranks=accelerator.num_processes,
         stores=[store.fingerprint for store in stores.values()],
-        gan=[file_sha256(file) for file in sorted(gan.glob("*.safetensors"))] if variant.augmenter == "featuregan" else [],
+        gan=[file_sha256(file) for file in sorted(gan.glob("*.safetensors"))] if augmenter.needs_gan else [],
         torch=torch.__version__,
         code=source_digest(stages, featurestore),
     )
@@ -208,24 +203,26 @@ def run(
         first = state.pop("step", 0)
         decoder.train()
         for number, batch in enumerate(batches.epoch(epoch, first), first):  # its order is a function of seed and epoch
+            schedule(optimizer, config, (epoch * len(batches) + number) / steps)
             for part_number, part in enumerate(batch.split(config.gradient_accumulation)):
-                rng = random_generator(accelerator.device, seed, epoch, number, part_number, 1)
+                rank = 0 if augmenter.same_draws else accelerator.process_index
+                rng = random_generator(accelerator.device, seed, epoch, number, part_number, 1, rank)
                 seed_everything(seed, epoch, number, part_number, accelerator.process_index)  # dropout
                 with accelerator.accumulate(trained, *augmenter.modules):
-                    real = part.features.float().contiguous(memory_format=torch.channels_last)
-                    augmented = augmenter.augment(real, part.masks, part.images, rng)
-                    # Real and generated features pass separately, so that BatchNorm never mixes them (Algorithm 1).
+                    part.features = part.features.float().contiguous(memory_format=torch.channels_last)
+                    augmented = augmenter.augment(part, rng)
+                    # Real and added features pass separately, so that BatchNorm never mixes them (Algorithm 1).
+                    real, *added = perturb(variant.perturb, [Part(part.features, [(part.masks, 1.0)]), *augmented.parts], rng)
                     with accelerator.autocast():
-                        real_loss, *extra_losses = (
-                            cross_entropy(trained(some, spec.mask_shape).float(), part.masks) for some in (real, *augmented.features)
-                        )
+                        real_loss = decoder_loss(trained, real, spec.mask_shape, augmenter.adjust(real.targets[0][0]))
+                        added_losses = [decoder_loss(trained, some, spec.mask_shape) for some in added]
                     loss = real_loss
-                    for extra_loss in extra_losses:
-                        loss = loss + augmented.weight * extra_loss
+                    for some, added_loss in zip(added, added_losses, strict=True):
+                        loss = loss + some.weight * added_loss
                     augmenter.update(loss, optimizer)
                 means.add({"decoder/ce_real": real_loss, **augmented.terms})
-                if extra_losses:
-                    means.add({"decoder/ce_generated": torch.stack(extra_losses).mean()})
+                if added_losses:
+                    means.add({"decoder/ce_added": torch.stack(added_losses).mean()})
             bar.update()
             if number + 1 < len(batches) and checkpoint.due():
                 save(number + 1, means)
@@ -248,6 +245,7 @@ def run(
     # Test: the last epoch is what is reported, the best on val stands beside it.
     last = evaluate(accelerator, decoder, held_out["test"], spec.class_names)
     last_on_val = evaluate(accelerator, decoder, held_out["val"], spec.class_names)
+    by_image = evaluate_images(accelerator, decoder, held_out["test"], spec.num_classes)
     final = augmenter.state()
     if accelerator.is_main_process:
         shutil.rmtree(out, ignore_errors=True)
@@ -278,36 +276,22 @@ def run(
     if accelerator.is_main_process:
         save_weights(decoder.state_dict(), out / "decoder-best.safetensors")
         write_json(metrics / "test.json", result)
+        ids = stores["test"].ids
+        write_json(metrics / IMAGES_NAME, {ids[position]: counts for position, counts in by_image.items()}, indent=None)
     checkpoint.remove()
     return last
 
 
-def build_augmenter(accelerator: Accelerator, variant: VariantConfig, gan: Path, train: FeatureStore, **machine: bool) -> Augmenter:
-    """The augmenter of a variant, on the accelerator's device.
+def decoder_loss(decoder: nn.Module, part: Part, size: tuple[int, int], adjust: Adjust | None = None) -> Tensor:
+    """Cross-entropy of the decoder's scores for a part's features with its targets, by their shares."""
+    scores = decoder(part.features.contiguous(memory_format=torch.channels_last), size, adjust).float()
+    return torch.stack([share * cross_entropy(scores, masks) for masks, share in part.targets]).sum()
 
-    Raises
-    ------
-    DataError
-        When the variant needs a GAN and there is none, or a damaged one.
-    SpecMismatchError
-        When the GAN was trained on other features than those of ``train``.
-    ConfigError
-        When a flow is to be trained jointly.
-    """
-    if variant.augmenter == "none":
-        return NoAugmenter(accelerator)
-    networks, config = load_gan(gan)
-    if config["store"] != train.fingerprint:
-        message = "this GAN was trained on other features than those of the training store; run train-gan again"
-        raise SpecMismatchError(message, path=gan, expected=train.fingerprint, found=config["store"])
-    if variant.generator == "frozen":
-        networks.generator = load_generator(gan)
-        return FrozenFeatureGAN(accelerator, networks, ratio=variant.ratio, weight=variant.weight)
-    if networks.discriminator is None:
-        raise ConfigError("variants", "a flow is not trained jointly with a decoder; set generator: frozen for this variant")
-    trainer = GanTrainer.of(accelerator, networks, config["training"], **machine)
-    trainer.load_training_state(load_training_state(gan))
-    return JointFeatureGAN(trainer, ratio=variant.ratio, weight=variant.weight, segmentation_loss=variant.segmentation_loss)
+
+def schedule(optimizer: torch.optim.Optimizer, config: TrainDecoderConfig, done: float) -> None:
+    """Set the learning rate when a share ``done`` of all steps lies behind: constant, or falling to 0 (Chen et al. 2017, section 4.1)."""
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * ((1 - done) ** 0.9 if config.lr_schedule == "poly" else 1)
 
 
 def build_monitor(config: MonitorConfig, augmenter: Augmenter, stores: dict[str, FeatureStore], seed: int) -> Monitor | None:
@@ -329,7 +313,7 @@ def check_stores(config: TrainDecoderConfig, stores: dict[str, FeatureStore]) ->
     SpecMismatchError
         When two splits have different specs, or one has no label at all.
     ConfigError
-        When there are fewer training samples than a batch.
+        When an epoch has fewer training samples than a batch.
     """
     train = stores["train"]
     for store in stores.values():
@@ -338,6 +322,7 @@ def check_stores(config: TrainDecoderConfig, stores: dict[str, FeatureStore]) ->
             raise SpecMismatchError(message, path=store.path, expected=train.spec, found=store.spec)
         if not store.stats.class_pixels.any():
             raise SpecMismatchError("not one labelled pixel in its masks, so nothing to learn or to score", path=store.path)
-    if len(train) < config.batch_size:
-        message = f"{config.batch_size} is more than the {len(train)} samples of {train.path}; lower it"
-        raise ConfigError("train_decoder.batch_size", message, expected=len(train), found=config.batch_size)
+    seen = config.passes * len(train.positions("identity"))
+    if seen < config.batch_size:
+        message = f"{config.batch_size} is more than the {seen} samples that an epoch takes from {train.path}; lower it, or raise passes"
+        raise ConfigError("train_decoder.batch_size", message, expected=seen, found=config.batch_size)

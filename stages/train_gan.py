@@ -40,6 +40,7 @@ class TrainGanConfig(Config):
     flow_width: int = Field(ge=2)
     flow_steps: int = Field(ge=1)
     frozen_epochs: int = Field(ge=1)
+    passes: int = Field(ge=1)
     batch_size: int = Field(ge=2)
     gradient_accumulation: int = Field(ge=1)
     z_dim: int = Field(ge=0)
@@ -164,6 +165,8 @@ def run(
         config.batch_size,
         seed=config.seed,
         drop_last=True,
+        positions=store.positions("identity"),
+        passes=config.passes,
         images=config.image_encoder,
         workers=workers,
         device=accelerator.device,
@@ -251,7 +254,7 @@ def check_store(config: TrainGanConfig, store: FeatureStore) -> None:
     Raises
     ------
     ConfigError
-        When the feature map does not divide by the generator's up-sampling, or there are fewer samples than a batch.
+        When the feature map does not divide by the generator's up-sampling, or an epoch has fewer samples than a batch.
     SpecMismatchError
         When the image encoder needs images and the store has none.
     """
@@ -260,9 +263,10 @@ def check_store(config: TrainGanConfig, store: FeatureStore) -> None:
     if min(found) < smallest:
         message = f"{config.discriminator_scales} scales need features of {smallest} x {smallest} or more, found {found}"
         raise ConfigError("train_gan.discriminator_scales", message, expected=smallest, found=found)
-    if len(store) < config.batch_size:
-        message = f"{config.batch_size} is more than the {len(store)} samples of {store.path}; lower it"
-        raise ConfigError("train_gan.batch_size", message, expected=len(store), found=config.batch_size)
+    seen = config.passes * len(store.positions("identity"))
+    if seen < config.batch_size:
+        message = f"{config.batch_size} is more than the {seen} samples that an epoch takes from {store.path}; lower it, or raise passes"
+        raise ConfigError("train_gan.batch_size", message, expected=seen, found=config.batch_size)
     channels = store.spec.feature_shape[0]
     if config.family == "flow" and config.flow_components > channels:
         message = f"{config.flow_components} is more than the {channels} channels of {store.path}; lower it"

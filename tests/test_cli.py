@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import pipeline
+from commands.options import load_params
 from tests.conftest import tiny_params
 from tests.imports import ROOT
 
@@ -70,7 +71,7 @@ def test_init_lists_and_writes_presets(tmp_path: Path, monkeypatch: pytest.Monke
     for preset in ("quickstart", "voc2012-thesis", "voc2012-lite", "camvid-lite"):
         assert preset in listed
         assert call("init", preset, "--force").exit_code == 0
-        assert pipeline.load_params(Path("params.yaml"))["train_gan"].lambda_feat == 7.0
+        assert load_params(Path("params.yaml"))["train_gan"].lambda_feat == 7.0
     refused = call("init", "quickstart")
     assert refused.exit_code == 2
     assert "--force" in one_line(refused)
@@ -82,7 +83,7 @@ def test_the_committed_parameters_are_the_quickstart() -> None:
 
 
 def test_the_thesis_preset_has_the_thesis_figures() -> None:
-    sections = pipeline.load_params(ROOT / "presets" / "voc2012-thesis.yaml")
+    sections = load_params(ROOT / "presets" / "voc2012-thesis.yaml")
     gan, decoder, extract, prepare = (sections[name] for name in ("train_gan", "train_decoder", "extract", "prepare"))
     assert (gan.frozen_epochs, gan.lambda_feat, gan.lambda_kld, gan.batch_size) == (75, 7.0, 0.05, 32)
     assert (gan.generator_lr, gan.discriminator_lr, gan.betas) == (2e-4, 8e-4, (0.0, 0.9))

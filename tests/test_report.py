@@ -48,6 +48,7 @@ def metrics(tmp_path: Path) -> Path:
         folder = tmp_path / f"{variant}-{seed}"
         folder.mkdir()
         (folder / "test.json").write_text(json.dumps(result(variant, seed, iou, pa)))
+        (folder / "images.json").write_text(json.dumps({"x": [0, 0, 5], "y": [1, 0, 2, 1, 1, 7]}))
     return tmp_path
 
 
@@ -121,7 +122,7 @@ def test_the_page_is_whole_and_self_contained(project: Path) -> None:
         assert row["pa"]["values"] == [pytest.approx(100 * stored["pixel_accuracy"])]
         assert row["miou"]["values"] == [pytest.approx(100 * stored["miou"])]
     pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in re.findall(r"data:image/png;base64,([^\"]+)", page)]
-    assert len(pictures) == 7
+    assert len(pictures) == 8
     assert all(picture[..., :3].std() > 10 and min(picture.shape[:2]) > 200 for picture in pictures)
     assert pd.read_csv(project / "reports" / "comparison.csv")["variant"].tolist() == [row["variant"] for row in rows]
     assert (project / "reports" / "comparison.txt").read_text().startswith("variant")

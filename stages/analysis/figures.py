@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -108,6 +109,50 @@ def decoder_curves(runs: Mapping[str, Sequence[Mapping[str, pd.Series]]]) -> byt
             axes.plot(table.index + 1, table.mean(axis=1), color=f"C{position}", label=variant)
         axes.set(title=title, xlabel="epoch")
         axes.legend(frameon=False)
+    return png(figure)
+
+
+def differences(groups: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> bytes:
+    """Difference in mIoU to the baseline by variant: its 95% interval over test images, and each seed as a dot; a panel a group of rows."""
+    shown = [(name, [row for row in rows if row["delta_miou"] is not None]) for name, rows in groups]
+    lines = max(1, max(len(rows) for _, rows in shown))
+    figure = Figure(figsize=(4.6 * len(shown) + 1, 0.9 + 0.34 * lines))
+    for number, (name, rows) in enumerate(shown):
+        axes = figure.add_subplot(1, len(shown), number + 1)
+        axes.axvline(0, color="#888", linewidth=0.8)
+        for place, row in enumerate(rows):
+            if row["delta_interval"] is not None:
+                axes.plot([row["delta_interval"]["low"], row["delta_interval"]["high"]], [place, place], color=REAL, linewidth=2)
+            axes.plot(row["delta_miou_values"], [place] * len(row["delta_miou_values"]), ".", color="#888", markersize=4)
+            axes.plot(row["delta_miou"], place, "o", color=REAL, markersize=5)
+        axes.set(title=name, xlabel="Δ mIoU to the baseline", yticks=range(len(rows)), yticklabels=[row["variant"] for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+    figure.tight_layout()
+    return png(figure)
+
+
+def low_data_curve(groups: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) -> bytes:
+    """mIoU by number of training photographs, and the difference to the baseline with its 95% interval, a line a variant."""
+    figure = Figure(figsize=(10, 3.6))
+    scores, gains = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
+    for position, variant in enumerate(dict.fromkeys(row["variant"] for _, rows in groups for row in rows)):
+        found = sorted((size, row) for size, rows in groups for row in rows if row["variant"] == variant)
+        sizes = [size for size, _ in found]
+        spreads = [row["miou"]["std"] or 0.0 for _, row in found]
+        scores.errorbar(
+            sizes, [row["miou"]["mean"] for _, row in found], spreads, marker="o", markersize=3, color=f"C{position}", label=variant
+        )
+        gained = [(size, row) for size, row in found if row["delta_interval"] is not None]
+        if gained:
+            middle = [row["delta_miou"] for _, row in gained]
+            low = [row["delta_miou"] - row["delta_interval"]["low"] for _, row in gained]
+            high = [row["delta_interval"]["high"] - row["delta_miou"] for _, row in gained]
+            gains.errorbar([size for size, _ in gained], middle, [low, high], marker="o", markersize=3, color=f"C{position}")
+    gains.axhline(0, color="#888", linewidth=0.8)
+    for axes, title in ((scores, "mIoU (± over seeds)"), (gains, "Δ mIoU to the baseline (95% interval over images)")):
+        axes.set(xscale="log", xlabel="training photographs", title=title)
+    scores.legend(frameon=False, fontsize=7)
+    figure.tight_layout()
     return png(figure)
 
 

@@ -1,8 +1,9 @@
-"""The comparison of decoders: thesis table 4.1 with seeds and spread, and IoU per class."""
+"""The comparison of decoders: thesis table 4.1 with seeds, spread and intervals, and IoU per class."""
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import Any
 
 import pandas as pd
 
+from stages.analysis.bootstrap import Counts, Interval, paired_intervals
 from stages.errors import ConfigError, DataError
-from stages.metrics import mean_iou
+from stages.metrics import IMAGES_NAME, mean_iou
 
 BASELINE = "baseline"
 
 
 def read_results(metrics: Path, variants: Sequence[str], seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
-    """Every decoder's ``test.json`` by variant, in the order of the seeds.
+    """Every decoder's ``test.json`` by variant, in the order of the seeds, with its ``images.json`` under ``images``.
 
     Raises
     ------
@@ -27,41 +29,62 @@ def read_results(metrics: Path, variants: Sequence[str], seeds: Sequence[int]) -
     results: dict[str, list[dict[str, Any]]] = {}
     for variant in variants:
         for seed in seeds:
-            path = metrics / f"{variant}-{seed}" / "test.json"
-            try:
-                results.setdefault(variant, []).append(json.loads(path.read_text(encoding="utf-8")))
-            except FileNotFoundError:
-                command = f"python pipeline.py train-decoder --variant {variant} --seed {seed}"
-                raise DataError(path, f"this result is missing; run `{command}`") from None
-            except ValueError as error:
-                raise DataError(path, f"is not valid JSON ({error}); train this decoder again") from error
+            folder = metrics / f"{variant}-{seed}"
+            remedy = f"run `python pipeline.py train-decoder --variant {variant} --seed {seed}`"
+            result = read_json(folder / "test.json", remedy)
+            results.setdefault(variant, []).append({**result, "images": read_json(folder / IMAGES_NAME, remedy)})
     return results
 
 
-def compare(results: dict[str, list[dict[str, Any]]], headline_classes: Sequence[str]) -> list[dict[str, Any]]:
+def read_json(path: Path, remedy: str) -> Any:
+    """What a result file holds.
+
+    Raises
+    ------
+    DataError
+        When it is missing or damaged; the message ends with the remedy.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(path, f"this result is missing; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(path, f"is not valid JSON ({error}); {remedy}") from error
+
+
+def compare(
+    results: dict[str, list[dict[str, Any]]],
+    headline_classes: Sequence[str],
+    *,
+    baseline_name: str = BASELINE,
+    key: str = "report.headline_classes",
+) -> list[dict[str, Any]]:
     """One row a variant, all figures in percent.
 
     ``miou`` is over ``headline_classes`` where there are any (``miou_all`` is over all classes then as ever);
-    ``delta_miou`` is the mean over seeds of the difference to the baseline of the same seed, None without a baseline.
+    ``delta_miou`` is the mean over seeds of the difference to the baseline of the same seed (``delta_miou_values``), and
+    ``delta_interval`` its 95% interval by the bootstrap over test images; None without a baseline.
 
     Raises
     ------
     ConfigError
-        When a headline class is none of the data set's.
+        When a headline class is none of the data set's; ``key`` is where it was named.
     """
     known = list(next(iter(results.values()))[0]["iou"])
     for name in headline_classes:
         if name not in known:
-            raise ConfigError("report.headline_classes", f"{name!r} is no class of this data set ({', '.join(known)})")
+            raise ConfigError(key, f"{name!r} is no class of this data set ({', '.join(known)})")
 
     def headline(result: dict[str, Any]) -> float:
         return 100 * mean_iou(result["iou"], headline_classes or known)
 
     rows = []
-    baseline = [headline(result) for result in results.get(BASELINE, [])]
+    baseline = {run["seed"]: run for run in results.get(baseline_name, [])}
     for variant, runs in results.items():
         values = [headline(run) for run in runs]
-        differences = [value - other for value, other in zip(values, baseline, strict=False)]
+        paired = [(run, baseline[run["seed"]]) for run in runs if run["seed"] in baseline and variant != baseline_name]
+        differences = [headline(run) - headline(other) for run, other in paired]
+        of_mean, by_class = differences_by_images(paired, headline_classes or known) if paired else (None, None)
         rows.append(
             {
                 "variant": variant,
@@ -70,12 +93,35 @@ def compare(results: dict[str, list[dict[str, Any]]], headline_classes: Sequence
                 "miou": spread(values),
                 "delta_miou": statistics.fmean(differences) if differences else None,
                 "delta_miou_values": differences,
+                "delta_interval": of_mean,
+                "delta_intervals_by_class": by_class,
                 "miou_all": spread([100 * run["miou"] for run in runs]),
                 "miou_best_on_val": spread([headline(run["best_on_val"]) for run in runs]),
                 "absent_classes": sorted({name for run in runs for name in run["absent"]}),
             }
         )
     return rows
+
+
+def differences_by_images(paired: Sequence[tuple[dict[str, Any], dict[str, Any]]], classes: Sequence[str]) -> tuple[Any, Any]:
+    """95% intervals, in percent, of the difference between runs and their baselines: of mIoU over ``classes``, and of each class.
+
+    Raises
+    ------
+    DataError
+        When two runs were not tested on the same images.
+    """
+    names, ids = list(paired[0][0]["iou"]), sorted(paired[0][0]["images"])
+    for run in (run for pair in paired for run in pair):
+        if sorted(run["images"]) != ids or list(run["iou"]) != names:
+            raise DataError(f"{run['variant']} {run['seed']}", "was tested on other images or classes; compare runs of one data set")
+    ours, theirs = ([Counts.of(run["images"], ids, len(names)) for run in side] for side in zip(*paired, strict=True))
+    of_mean, by_class = paired_intervals(ours, theirs, [names.index(name) for name in classes])
+
+    def percent(interval: Interval) -> dict[str, float] | None:
+        return None if math.isnan(interval.low) else {"low": 100 * interval.low, "high": 100 * interval.high}
+
+    return percent(of_mean), {names[number]: percent(interval) for number, interval in by_class.items()}
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -92,6 +138,24 @@ def per_class(results: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
     return pd.DataFrame(columns).rename_axis("class")
 
 
+def per_class_with_intervals(rows: Sequence[dict[str, Any]], iou: pd.DataFrame) -> pd.DataFrame:
+    """One line a variant and class: IoU, and the 95% interval of its difference to the baseline, in percent."""
+    lines = []
+    for row in rows:
+        for name, value in iou[row["variant"]].items():
+            interval = (row["delta_intervals_by_class"] or {}).get(name) or {}
+            lines.append(
+                {
+                    "variant": row["variant"],
+                    "class": name,
+                    "iou": value,
+                    "delta_low": interval.get("low"),
+                    "delta_high": interval.get("high"),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
 def flat(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """The comparison as one line a variant, for CSV and ``dvc plots``."""
     return pd.DataFrame(
@@ -103,6 +167,8 @@ def flat(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
             "miou": row["miou"]["mean"],
             "miou_std": row["miou"]["std"],
             "delta_miou": row["delta_miou"],
+            "delta_low": (row["delta_interval"] or {}).get("low"),
+            "delta_high": (row["delta_interval"] or {}).get("high"),
             "miou_all": row["miou_all"]["mean"],
         }
         for row in rows
@@ -110,17 +176,20 @@ def flat(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row as it is shown: variant, PA, mIoU, difference, mIoU of the checkpoints that were best on val, seeds."""
+    """A row as it is shown: variant, PA, mIoU, difference and its interval, mIoU of the checkpoints that were best on val, seeds."""
 
     def shown(value: dict[str, Any]) -> str:
         return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if value["std"] is not None else "")
 
-    delta = row["delta_miou"]
-    difference = "—" if row["variant"] == BASELINE or delta is None else f"{delta:+.2f}"
-    return [row["variant"], shown(row["pa"]), shown(row["miou"]), difference, shown(row["miou_best_on_val"]), str(len(row["seeds"]))]
+    delta, interval = row["delta_miou"], row["delta_interval"]
+    nothing = delta is None
+    difference = "—" if nothing else f"{delta:+.2f}"
+    between = "—" if nothing or interval is None else f"{interval['low']:+.2f} to {interval['high']:+.2f}"
+    seeds = str(len(row["seeds"]))
+    return [row["variant"], shown(row["pa"]), shown(row["miou"]), difference, between, shown(row["miou_best_on_val"]), seeds]
 
 
-HEADINGS = ("variant", "PA %", "mIoU %", "Δ mIoU", "best on val", "seeds")
+HEADINGS = ("variant", "PA %", "mIoU %", "Δ mIoU", "95% interval", "best on val", "seeds")
 
 
 def as_text(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,55 +1,149 @@
-"""What every augmenter does: give the decoder more features for the masks of a batch."""
+"""What every augmenter does: give the decoder more to learn from than the features of a batch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from pydantic import Field
 from torch import Tensor, nn
+
+from featurestore import FeatureStore
+from featurestore.dataset import Batch
+from stages.config import Config
+from stages.models.decoder import Decoder
+from stages.runtime import step_optimizers
+
+Transform = Literal["flip", "translation", "cutout", "channel_dropout"]
+
+
+class VariantConfig(Config):
+    """What every entry of section ``variants`` may say; each augmenter adds keys of its own."""
+
+    augmenter: str
+    perturb: Annotated[tuple[Transform, ...], Field(strict=False)] = ()  # of real and added features, before the decoder
+
+
+class SourceConfig(VariantConfig):
+    """Of the augmenters that add features."""
+
+    weight: float = Field(default=1.0, gt=0)  # of the added features' cross-entropy, beside the 1 of the real ones
 
 
 @dataclass
-class Augmented:
-    """More features for a batch.
+class Part:
+    """Features and what the decoder should make of them.
 
     Attributes
     ----------
     features
-        Any number of (B, C, h, w), in the backbone's scale; each belongs to the batch's masks.
+        (B, C, h, w) in the backbone's scale.
+    targets
+        Masks (B, H, W) uint8, each with its share of the loss.
     weight
-        Of each one's cross-entropy, beside the 1 of the real features.
+        Of the loss, beside the 1 of the real features.
+    """
+
+    features: Tensor
+    targets: list[tuple[Tensor, float]]
+    weight: float = 1.0
+
+
+@dataclass
+class Augmented:
+    """What an augmenter adds to a batch.
+
+    Attributes
+    ----------
+    parts
+        Any number of them.
     terms
         Losses to log, by name, detached.
     """
 
-    features: list[Tensor]
-    weight: float = 1.0
+    parts: list[Part] = field(default_factory=list)
     terms: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Augmenter(Protocol):
-    """Gives more features, and makes the decoder's update, because it may learn from the same loss.
+@dataclass(frozen=True)
+class Context:
+    """What augmenters are made from.
+
+    Attributes
+    ----------
+    accelerator
+        Of the training.
+    store, positions
+        The training features: which samples of which store.
+    decoder
+        The network in training.
+    gan
+        Folder that ``train-gan`` wrote.
+    seed, steps
+        Of the training: its seed, and how many steps it takes in all.
+    machine
+        ``compile_networks`` and ``sharded``, see :class:`stages.trainer.Trainer`.
+    """
+
+    accelerator: Accelerator
+    store: FeatureStore
+    positions: np.ndarray
+    decoder: Decoder
+    gan: Path
+    seed: int
+    steps: int
+    machine: dict[str, bool]
+
+
+Adjust = Callable[[Tensor, Tensor, nn.Conv2d], Tensor]
+
+
+class Augmenter:
+    """Adds nothing: the baseline, and the base of all others.
+
+    It also makes the decoder's update, because an augmenter may learn from the same loss.
 
     Attributes
     ----------
     needs_images
         Whether :meth:`augment` wants the photographs.
+    needs_gan
+        Whether it reads what ``train-gan`` wrote.
+    same_draws
+        Whether the processes of a training are to give it the same random numbers, because it shares them out itself.
     modules
         Networks that it trains, as the accelerator wraps them.
     """
 
-    needs_images: bool
-    modules: list[nn.Module]
+    needs_images = False
+    needs_gan: ClassVar[bool] = False
+    same_draws: ClassVar[bool] = False
+    modules: tuple[nn.Module, ...] = ()
 
-    def augment(self, features: Tensor, masks: Tensor, images: Tensor | None, rng: torch.Generator) -> Augmented:
-        """More features for real ones (B, C, h, w), masks (B, H, W) uint8 and images (B, 3, H, W) uint8 or None."""
+    def __init__(self, config: VariantConfig, context: Context) -> None:
+        self.accelerator = context.accelerator
+
+    def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
+        """More for a batch, whose features are float32; ``rng`` is the source of all randomness, on the features' device."""
+        return Augmented()
+
+    def adjust(self, masks: Tensor) -> Adjust | None:
+        """How to change the scores of real features in training, from (embeddings (B, A, h, w), scores (B, K, h, w), last layer)."""
+        return None
 
     def update(self, loss: Tensor, decoder: torch.optim.Optimizer) -> None:
         """Back-propagate the decoder's loss and step its optimizer; and the augmenter's own, if it learns."""
+        self.accelerator.backward(loss)
+        step_optimizers(self.accelerator, decoder)
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs."""
+        return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state`."""

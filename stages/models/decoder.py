@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
@@ -46,7 +48,16 @@ class Decoder(nn.Module):
             )
         xavier_(self, gain=1.0)
 
-    def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+    @property
+    def last(self) -> nn.Conv2d:
+        """The last layer, a 1 x 1 convolution from embeddings to scores."""
+        layer = self.head[-1]  # type: ignore[index]
+        assert isinstance(layer, nn.Conv2d)
+        return layer
+
+    def forward(
+        self, features: Tensor, size: tuple[int, int], adjust: Callable[[Tensor, Tensor, nn.Conv2d], Tensor] | None = None
+    ) -> Tensor:
         """Score every pixel.
 
         Parameters
@@ -55,10 +66,17 @@ class Decoder(nn.Module):
             (B, C, h, w) in the backbone's own scale.
         size
             (H, W) of the masks.
+        adjust
+            Changes scores (B, K, h, w) in training, given what the last layer made them from, (B, A, h, w), and that layer.
 
         Returns
         -------
         Tensor
             (B, K, H, W) unnormalised scores.
         """
-        return F.interpolate(self.head(features), size=size, mode="bilinear", align_corners=False)
+        if adjust is None:
+            scores = self.head(features)
+        else:
+            embeddings = self.head[:-1](features)  # type: ignore[index]
+            scores = adjust(embeddings, self.last(embeddings), self.last)
+        return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)

@@ -45,6 +45,16 @@ def test_the_order_depends_on_seed_and_epoch_alone(tmp_path: Path, workers: int)
     assert order(None, 3) == [[0, 1], [2, 3], [4, 5], [6]]
 
 
+def test_an_epoch_may_go_over_some_samples_several_times(tmp_path: Path) -> None:
+    store = write(tmp_path / "store")
+    loader = FeatureLoader(store, 2, seed=1, positions=[1, 4, 6], passes=4, drop_last=True)
+    batches = [batch.positions.tolist() for batch in loader.epoch(0)]
+    assert len(batches) == len(loader) == 6
+    assert sorted(position for batch in batches for position in batch) == sorted([1, 4, 6] * 4)
+    once = FeatureLoader(store, 3, seed=1, positions=[1, 4, 6], passes=4).epoch(0)
+    assert all(sorted(batch.positions.tolist()) == [1, 4, 6] for batch in once)  # every pass over all of them
+
+
 def test_ranks_share_the_batches_of_a_single_process() -> None:
     whole = BatchOrder(11, 4, seed=3).epoch(5)
     parts = [BatchOrder(11, 4, seed=3, rank=rank, ranks=2).epoch(5) for rank in range(2)]

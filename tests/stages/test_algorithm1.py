@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.augment.featuregan import JointFeatureGAN
+from featurestore.dataset import Batch
+from stages.augment.base import Part
+from stages.augment.featuregan import FeatureGANConfig, JointFeatureGAN
 from stages.gan import Networks, build_networks
 from stages.gan_trainer import GanTrainer
-from stages.losses import cross_entropy
 from stages.models.decoder import Decoder
 from stages.models.spectral import SpectralConv2d
 from stages.objective import Objective
 from stages.runtime import make_accelerator
+from stages.train_decoder import decoder_loss
 
 BATCH, CLASSES, CHANNELS, SIDE = 3, 4, 12, 8
 LAMBDA_FEAT, LAMBDA_KLD = 7.0, 0.05
@@ -178,11 +180,11 @@ def test_a_step_equals_algorithm_1(monkeypatch: pytest.MonkeyPatch, branch: str,
         trainer.update(trainer.forward(features, masks, images, ratio=ratio, rng=rng))
     else:
         optimizer = torch.optim.Adam(decoder.parameters(), LR["decoder"])
-        augmenter = JointFeatureGAN(trainer, ratio=ratio, weight=1.0)
-        augmented = augmenter.augment(features, masks, images, rng)
-        loss = cross_entropy(decoder(features, masks.shape[-2:]), masks)
-        for generated in augmented.features:
-            loss = loss + augmented.weight * cross_entropy(decoder(generated, masks.shape[-2:]), masks)
+        augmenter = JointFeatureGAN(FeatureGANConfig(augmenter="featuregan", ratio=ratio), trainer)
+        augmented = augmenter.augment(Batch(torch.arange(len(masks)), features, masks, images), rng)
+        loss = decoder_loss(decoder, Part(features, [(masks, 1.0)]), masks.shape[-2:])
+        for part in augmented.parts:
+            loss = loss + part.weight * decoder_loss(decoder, part, masks.shape[-2:])
         monkeypatch.setattr(optimizer, "zero_grad", lambda: None)
         augmenter.update(loss, optimizer)
         assert_same_parameters(decoder, literal_decoder, start_decoder, LR["decoder"])

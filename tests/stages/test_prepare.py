@@ -27,6 +27,7 @@ def config(root: Path, **changes) -> PrepareConfig:
         "split": "official",
         "ratios": [0.7, 0.15, 0.15],
         "split_seed": 0,
+        "train_fraction": 1.0,
         "classes": {},
         "void_index": 255,
         "wastesim": SCENES,
@@ -58,6 +59,20 @@ def test_folder_with_splits(photos: Path, tmp_path: Path) -> None:
     assert sum(summary["splits"]["train"]["pixel_share"].values()) == pytest.approx(1)
     masks = np.stack([np.asarray(Image.open(photos / "masks" / "val" / f"{number}.png")) for number in range(3)])
     assert summary["splits"]["val"]["pixel_share"]["belt"] == pytest.approx((masks == 0).mean())
+
+
+def test_smaller_shares_for_training_are_parts_of_larger_ones(photos: Path, tmp_path: Path) -> None:
+    chosen = []
+    for fraction in (1.0, 0.5, 0.3, 0.01):
+        summary = prepare(config(photos, train_fraction=fraction), tmp_path)
+        splits: dict[str, set[str]] = {}
+        for row in manifest(tmp_path):
+            splits.setdefault(row["split"], set()).add(row["id"])
+        assert (len(splits["val"]), len(splits["test"])) == (3, 3)
+        assert summary["splits"]["train"]["images"] == len(splits["train"])
+        chosen.append(splits["train"])
+    assert [len(ids) for ids in chosen] == [6, 3, 2, 1]
+    assert chosen[3] < chosen[2] < chosen[1] < chosen[0]
 
 
 def test_folder_without_splits_any_image_format_and_a_bare_class_list(photos: Path, tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 import featurestore
 from featurestore import IncompleteStoreError, ShardCorruptError, SpecMismatchError
 from featurestore.dataset import FeatureLoader
 from stages import train_decoder, train_gan
 from stages.analysis.figures import read_curves
+from stages.augment.registry import Variant
 from stages.checkpoint import Checkpoint, load_decoder, load_gan, load_generator
 from stages.errors import ConfigError, DataError
 from stages.gan_trainer import GanTrainer
@@ -23,7 +25,7 @@ from stages.metrics import Scores, confusion_matrix, score
 from stages.models.spectral import SpectralConv2d
 from stages.monitor import MonitorConfig
 from stages.runtime import generator as random_generator
-from stages.train_decoder import TrainDecoderConfig, VariantConfig
+from stages.train_decoder import TrainDecoderConfig
 from stages.train_gan import TrainGanConfig
 from tests.conftest import run
 from tests.featurestore.test_store import SPEC
@@ -35,6 +37,7 @@ GAN = {
     "flow_width": 8,
     "flow_steps": 4,
     "frozen_epochs": 3,
+    "passes": 1,
     "batch_size": 4,
     "gradient_accumulation": 1,
     "z_dim": 6,
@@ -64,12 +67,14 @@ GAN = {
 }
 DECODER = {
     "epochs": 3,
+    "passes": 1,
     "batch_size": 4,
     "gradient_accumulation": 1,
     "decoder": "deeplab",
     "width": 8,
     "atrous_rates": [2, 3],
     "lr": 5e-3,
+    "lr_schedule": "constant",
     "betas": [0.9, 0.999],
     "mixed_precision": "no",
 }
@@ -135,7 +140,7 @@ def run_decoder(
 ) -> Scores:
     return train_decoder.run(
         TrainDecoderConfig(**{**DECODER, **changes}),
-        VariantConfig(**variant),
+        TypeAdapter(Variant).validate_python(variant),
         MonitorConfig(**{**MONITOR, **(monitor or {})}),
         name=name,
         seed=seed,
@@ -312,10 +317,16 @@ VARIANTS = {
     "featuregan-1x": {"augmenter": "featuregan"},
     "featuregan-2x": {"augmenter": "featuregan", "ratio": 2},
     "frozen": {"augmenter": "featuregan", "generator": "frozen"},
+    "new-masks": {"augmenter": "featuregan", "generator": "frozen", "new_masks": ["flip", "paste"], "perturb": ["flip", "cutout"]},
+    "isda": {"augmenter": "isda"},
+    "cvae": {"augmenter": "cvae", "fit_steps": 5},
+    "mixup": {"augmenter": "mixup", "perturb": ["translation"]},
+    "upsample": {"augmenter": "upsample"},
 }
+KILLED = [("baseline", 3), ("featuregan-1x", 1), ("featuregan-2x", 2), ("frozen", 5), ("new-masks", 3), ("isda", 3), ("cvae", 1)]
 
 
-@pytest.mark.parametrize(("name", "saves"), [("baseline", 3), ("featuregan-1x", 1), ("featuregan-2x", 2), ("frozen", 5)])
+@pytest.mark.parametrize(("name", "saves"), KILLED)
 def test_a_killed_decoder_training_resumes_to_the_same_bits(
     features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, saves: int
 ) -> None:
@@ -361,6 +372,29 @@ def test_variants_of_a_seed_start_alike_and_take_equal_steps(
         assert all(torch.allclose(ours, theirs, rtol=0, atol=1e-20) for ours, theirs in zip(starts[name], starts["baseline"], strict=True))
 
 
+def test_every_photographs_confusion_matrix_adds_up_to_the_splits(features: Path, tmp_path: Path) -> None:
+    run_decoder(features, tmp_path, VARIANTS["baseline"], name="baseline", epochs=2)
+    metrics = tmp_path / "metrics" / "baseline-0"
+    by_image = json.loads((metrics / "images.json").read_text())
+    assert list(by_image) == featurestore.open(features / "test").ids
+    total = np.zeros((3, 3), int)
+    for entries in by_image.values():
+        for truth, predicted, pixels in np.array(entries).reshape(-1, 3):
+            total[truth, predicted] += pixels
+    assert total.tolist() == json.loads((metrics / "test.json").read_text())["confusion"]
+
+
+def test_passes_and_schedule_are_those_of_the_parameters(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: (rates.append(self.param_groups[0]["lr"]), step(self, *args))[1])
+    run_decoder(features, tmp_path, VARIANTS["baseline"], name="poly", epochs=2, passes=3, lr=1.0, lr_schedule="poly")
+    assert rates == pytest.approx([(1 - number / 14) ** 0.9 for number in range(14)])  # 30 samples an epoch in batches of 4
+    rates.clear()
+    run_gan(features, tmp_path, passes=2, frozen_epochs=1)
+    assert len(rates) == 2 * 5
+
+
 def test_scores_are_those_of_the_saved_decoder_on_the_whole_test_split(features: Path, tmp_path: Path) -> None:
     scores = run_decoder(features, tmp_path, VARIANTS["baseline"], name="baseline", epochs=40)
     assert scores.miou > 0.6  # the classes are easy to tell apart
@@ -390,7 +424,7 @@ def test_joint_training_moves_the_gan_and_frozen_does_not(features: Path, traine
     curves = read_curves(root / "metrics" / "frozen-0")
     assert set(curves) == {
         "decoder/ce_real",
-        "decoder/ce_generated",
+        "decoder/ce_added",
         "val/pixel_accuracy",
         "val/miou",
         *(f"val/iou/{name}" for name in SPEC.class_names),
@@ -428,7 +462,7 @@ def test_noise_streams_of_purposes_and_epochs_never_meet() -> None:
 def test_what_the_decoder_refuses(features: Path, trained: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no trained model here"):
         run_decoder(features, tmp_path, VARIANTS["featuregan-1x"], name="x")
-    with pytest.raises(ConfigError, match="11 is more than the 10 samples"):
+    with pytest.raises(ConfigError, match="11 is more than the 10 samples that an epoch takes"):
         run_decoder(features, tmp_path, VARIANTS["baseline"], name="x", batch_size=11)
     root = with_gan(trained, tmp_path)
     other = tmp_path / "features"

@@ -10,11 +10,18 @@ import torch.distributed as dist
 from torch import nn
 
 from stages import train_decoder, train_gan
+from stages.augment.featuregan import FeatureGANConfig
 from stages.checkpoint import Checkpoint
 from stages.monitor import MonitorConfig
-from stages.train_decoder import TrainDecoderConfig, VariantConfig
+from stages.train_decoder import TrainDecoderConfig
 from stages.train_gan import TrainGanConfig
 from tests.stages.test_training import DECODER, GAN, MONITOR
+
+GANS = {
+    "gan": {"image_encoder": True},
+    "oasis": {"adversarial_loss": "segmentation", "noise": "spatial"},
+    "flow": {"family": "flow"},
+}
 
 
 class NoDropout(nn.Module):
@@ -28,7 +35,7 @@ class NoDropout(nn.Module):
 
 
 def main(stage: str, features: Path, root: Path, gan: Path, saves: int = 0) -> None:
-    """Train a GAN, or a decoder jointly with one; die after so many saved states, where that is not 0."""
+    """Train a GAN of :data:`GANS`, or a decoder jointly with one; die after so many saved states, where that is not 0."""
     save, saved = Checkpoint.save, []
 
     def dying(self: Checkpoint, **state) -> None:
@@ -49,10 +56,10 @@ def main(stage: str, features: Path, root: Path, gan: Path, saves: int = 0) -> N
         "metrics": root / "metrics" / stage,
     }
     monitor = MonitorConfig(**MONITOR)
-    if stage == "gan":
-        train_gan.run(TrainGanConfig(**{**GAN, "image_encoder": True}), monitor, out=gan, **machine)
+    if stage in GANS:
+        train_gan.run(TrainGanConfig(**{**GAN, **GANS[stage]}), monitor, out=gan, **machine)
     else:
-        config, variant = TrainDecoderConfig(**{**DECODER, "lr": 5e-4}), VariantConfig(augmenter="featuregan", ratio=2)
+        config, variant = TrainDecoderConfig(**{**DECODER, "lr": 5e-4}), FeatureGANConfig(augmenter="featuregan", ratio=2)
         train_decoder.run(config, variant, monitor, name=stage, seed=0, gan=gan, out=root / stage, **machine)
 
 

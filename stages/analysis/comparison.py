@@ -1,0 +1,101 @@
+"""Comparison of studies' results: a table for each data set and protocol, and the gain by number of labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from stages.analysis import figures, tables
+from stages.errors import DataError
+from stages.runtime import write_json
+
+
+@dataclass
+class Group:
+    """Runs that may be compared: the same data, features and training of the decoder.
+
+    Attributes
+    ----------
+    name
+        Of the experiments that its runs belong to.
+    train_images
+        How many photographs they learnt from.
+    runs
+        By variant, in the order of the seeds.
+    """
+
+    name: str
+    train_images: int
+    runs: dict[str, list[dict[str, Any]]]
+
+
+def read_groups(paths: Iterable[Path]) -> list[Group]:
+    """Result files, and those in folders, by what may be compared; the most training photographs first.
+
+    Raises
+    ------
+    DataError
+        For a file that is no result, a result that stands twice, or no result at all.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    files = [file for path in paths for file in (sorted(path.rglob("*.json")) if path.is_dir() else [path])]
+    if not files:
+        raise DataError(", ".join(map(str, paths)), "there is no result file; `python pipeline.py study FILE` makes them")
+    for file in files:
+        result = tables.read_json(file, "remove it and run its study again")
+        if not isinstance(result, dict) or not {"protocol", "variant", "seed", "images", "iou"} <= set(result):
+            raise DataError(file, "is no result of a study")
+        found.setdefault(result["protocol"], []).append({**result, "file": str(file)})
+    groups = []
+    for results in found.values():
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for result in sorted(results, key=lambda result: int(result["seed"])):
+            same = [run for run in runs.setdefault(result["variant"], []) if run["seed"] == result["seed"]]
+            if same:
+                message = f"{same[0]['file']} is a result of the same variant and seed; compare them apart, or rename a row of the study"
+                raise DataError(result["file"], message)
+            runs[result["variant"]].append(result)
+        experiments = list(dict.fromkeys(result["experiment"] for result in results))
+        groups.append(Group(" + ".join(experiments), results[0]["train_images"], runs))
+    return sorted(groups, key=lambda group: -group.train_images)
+
+
+def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> list[dict[str, Any]]:
+    """One entry a group: ``name``, ``train_images`` and ``rows`` as :func:`stages.analysis.tables.compare` gives them."""
+    return [
+        {
+            "name": group.name,
+            "train_images": group.train_images,
+            "rows": tables.compare(_baseline_first(group.runs, baseline), classes, baseline_name=baseline, key="--class"),
+            "per_class": tables.per_class(group.runs),
+        }
+        for group in groups
+    ]
+
+
+def _baseline_first(runs: dict[str, list[dict[str, Any]]], baseline: str) -> dict[str, list[dict[str, Any]]]:
+    return dict(sorted(runs.items(), key=lambda item: (item[0] != baseline, item[0])))
+
+
+def as_text(compared: Sequence[dict[str, Any]]) -> str:
+    """All tables for a terminal."""
+    return "\n\n".join(
+        f"{entry['name']}: {entry['train_images']} training photographs\n{tables.as_text(entry['rows'])}" for entry in compared
+    )
+
+
+def write(compared: Sequence[dict[str, Any]], out: Path) -> None:
+    """``comparison.json`` and ``.csv``, ``per_class.csv``, and ``comparison.png`` (``curve.png`` where there are several sizes)."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "comparison.json", [{key: entry[key] for key in ("name", "train_images", "rows")} for entry in compared])
+    flat = [tables.flat(entry["rows"]).assign(experiment=entry["name"], train_images=entry["train_images"]) for entry in compared]
+    pd.concat(flat).to_csv(out / "comparison.csv", index=False, float_format="%.4f")
+    by_class = [tables.per_class_with_intervals(entry["rows"], entry["per_class"]).assign(experiment=entry["name"]) for entry in compared]
+    pd.concat(by_class).to_csv(out / "per_class.csv", index=False, float_format="%.4f")
+    (out / "comparison.png").write_bytes(figures.differences([(entry["name"], entry["rows"]) for entry in compared]))
+    if len({entry["train_images"] for entry in compared}) > 1:
+        (out / "curve.png").write_bytes(figures.low_data_curve([(entry["train_images"], entry["rows"]) for entry in compared]))

@@ -1,0 +1,90 @@
+"""Masks that do not exist in the training set: what a generator can be asked for and a cache of real features cannot give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featurestore import VOID, FeatureStore
+
+SHIFT = 1 / 4  # of a side, at most
+SCALE = (0.6, 1.6)  # of an object's or a scene's size
+
+
+def moved(masks: Tensor, scales: Tensor, shifts: Tensor, fill: int | None = None) -> Tensor:
+    """Masks (B, H, W) scaled about their centre and then shifted, by nearest pixels.
+
+    Parameters
+    ----------
+    scales
+        (B,) > 0; 2 shows everything twice as large.
+    shifts
+        (B, 2) down and right, as shares of the sides.
+    fill
+        What the outside becomes; None: what stands at the nearest border.
+    """
+    _, height, width = masks.shape
+    sources, inside = [], []
+    for axis, size in enumerate((height, width)):
+        places = (torch.arange(size, device=masks.device) + 0.5) / size - 0.5  # (size,) -1/2..1/2
+        source = (places - shifts[:, axis, None]) / scales[:, None] + 0.5  # (B, size) 0..1 inside
+        inside.append((source >= 0) & (source < 1))
+        sources.append((source * size).floor().long().clamp(0, size - 1))
+    rows = torch.arange(len(masks), device=masks.device)[:, None, None]
+    picked = masks[rows, sources[0][:, :, None], sources[1][:, None, :]]
+    return picked if fill is None else torch.where(inside[0][:, :, None] & inside[1][:, None, :], picked, fill)
+
+
+class NewMasks:
+    """Random changes of masks.
+
+    Parameters
+    ----------
+    changes
+        ``flip`` half of them; ``shift`` and ``scale`` the whole scene; ``paste`` an object of another mask over it, of a
+        class chosen with a chance that falls with how many photographs have it, itself moved and scaled.
+    store, positions
+        Where objects come from.
+    """
+
+    def __init__(self, changes: Sequence[str], store: FeatureStore, positions: np.ndarray) -> None:
+        self.changes, self.store = changes, store
+        self.holders: list[np.ndarray] = []  # by class: who has it
+        if "paste" in changes:
+            present = [np.bincount(store.mask(int(position)).ravel(), minlength=VOID + 1)[:VOID] > 0 for position in positions]
+            classes = np.stack(present).T[: store.spec.num_classes]
+            # The most frequent class (the background) is what things lie on, not a thing.
+            self.holders = [positions[there] for there in classes]
+            most = max(range(len(self.holders)), key=lambda number: len(self.holders[number]))
+            self.chances = np.array([0.0 if number == most or not len(h) else 1 / len(h) ** 0.5 for number, h in enumerate(self.holders)])
+            self.chances /= max(self.chances.sum(), 1e-12)
+
+    def __call__(self, masks: Tensor, rng: torch.Generator) -> Tensor:
+        """(B, H, W) uint8 -> (B, H, W) uint8."""
+
+        def uniform(low: float, high: float, *size: int) -> Tensor:
+            return low + (high - low) * torch.rand(size, generator=rng, device=masks.device)
+
+        def scales() -> Tensor:
+            low, high = (torch.tensor(bound).log().item() for bound in SCALE)
+            return uniform(low, high, count).exp()
+
+        count = len(masks)
+        if "flip" in self.changes:
+            masks = torch.where(uniform(0, 1, count)[:, None, None] < 0.5, masks.flip(2), masks)
+        ones, still = torch.ones(count, device=masks.device), torch.zeros(count, 2, device=masks.device)
+        if "shift" in self.changes or "scale" in self.changes:
+            by = uniform(-SHIFT, SHIFT, count, 2) if "shift" in self.changes else still
+            masks = moved(masks, scales() if "scale" in self.changes else ones, by)
+        if "paste" in self.changes and self.chances.any():
+            drawing = np.random.default_rng(rng.initial_seed())
+            classes = drawing.choice(len(self.chances), count, p=self.chances)
+            donors = [drawing.choice(self.holders[number]) for number in classes]
+            objects = torch.from_numpy(np.stack([self.store.mask(int(donor)) for donor in donors])).to(masks.device)
+            wanted = torch.from_numpy(classes).to(masks.device, masks.dtype)[:, None, None]
+            objects = moved(torch.where(objects == wanted, objects, VOID), scales(), uniform(-SHIFT, SHIFT, count, 2), fill=VOID)
+            masks = torch.where(objects == wanted, wanted, masks)
+        return masks

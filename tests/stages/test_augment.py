@@ -1,0 +1,328 @@
+"""Every augmenter does what its source says."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter
+
+import featurestore
+from featurestore import SpecMismatchError
+from featurestore.dataset import Batch
+from stages.augment.base import Augmenter, Context, Part
+from stages.augment.class_statistics import ClassStatistics
+from stages.augment.cvae import CVAE, fit
+from stages.augment.isda import ISDA
+from stages.augment.new_masks import NewMasks, moved
+from stages.augment.perturb import perturb
+from stages.augment.regions import Regions
+from stages.augment.registry import Variant, build_augmenter
+from stages.augment.upsample import repeat_factors
+from stages.models.decoder import Decoder
+from stages.runtime import make_accelerator
+from tests.featurestore.test_store import SPEC
+
+CHANNELS, SIDE, STRIDE, CLASSES = 6, 4, 8, 3
+VOID = 255
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> featurestore.FeatureStore:
+    """Eight photographs and their mirrored views: 0 everywhere, 1 in all but two, 2 in two."""
+    shapes = {"feature_shape": (CHANNELS, SIDE, SIDE), "mask_shape": (SIDE * STRIDE, SIDE * STRIDE)}
+    spec = dataclasses.replace(SPEC, **shapes, feature_dtype="float32", nonnegative=False)
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("store") / "train"
+    samples = []
+    for number in range(8):
+        labels = np.zeros((SIDE, SIDE), np.uint8)
+        labels[:, 2:] = 1 if number < 6 else 0
+        labels[3, :2] = 2 if number in (0, 5) else 0
+        labels[0, 0] = VOID
+        features = rng.standard_normal((CHANNELS, SIDE, SIDE)).astype(np.float32) + labels[None].clip(0, 2)
+        image = rng.integers(0, 256, (32, 32, 3), np.uint8)
+        samples.append((f"photo {number}", features, labels.repeat(STRIDE, 0).repeat(STRIDE, 1), image))
+    with featurestore.create(path, spec, fingerprint="f") as writer:
+        for view, turn in (("identity", lambda x, axis: x), ("hflip", np.flip)):
+            for id, features, mask, image in samples:
+                mirrored = 10 * (view == "hflip")  # so that one can tell whose features they are
+                writer.append(id=id, view=view, features=turn(features, 2) + mirrored, mask=turn(mask, 1), image=turn(image, 1))
+    return featurestore.open(path)
+
+
+@pytest.fixture
+def batch(store: featurestore.FeatureStore) -> Batch:
+    positions = [0, 1, 2, 5]
+    features, masks = (torch.from_numpy(store.gather(name, positions)) for name in ("features", "masks"))
+    return Batch(torch.tensor(positions), features, masks, None)
+
+
+def build(store: featurestore.FeatureStore, tmp_path: Path, **variant) -> Augmenter:
+    torch.manual_seed(0)
+    decoder = Decoder(head="deeplab", in_channels=CHANNELS, num_classes=CLASSES, width=5, atrous_rates=(1, 2))
+    positions = store.positions("identity")
+    context = Context(make_accelerator("cpu", "no"), store, positions, decoder, tmp_path / "gan", 0, 10, {})
+    return build_augmenter(TypeAdapter(Variant).validate_python(variant), context)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def only(augmenter: Augmenter, batch: Batch, seed: int = 0) -> Part:
+    (part,) = augmenter.augment(batch, rng(seed)).parts
+    return part
+
+
+def small(masks: torch.Tensor) -> torch.Tensor:
+    return masks[:, ::STRIDE, ::STRIDE]
+
+
+def centre(features: torch.Tensor, masks: torch.Tensor, sample: int, number: int) -> torch.Tensor:
+    """(C,) mean over the pixels of a class in a sample, the plain way."""
+    return features[sample][:, small(masks)[sample] == number].mean(1)
+
+
+def test_the_baseline_adds_nothing_and_duplicate_the_same_again(store, batch, tmp_path) -> None:
+    assert build(store, tmp_path, augmenter="none").augment(batch, rng()).parts == []
+    part = only(build(store, tmp_path, augmenter="duplicate", weight=0.5), batch)
+    assert torch.equal(part.features, batch.features)
+    assert torch.equal(part.targets[0][0], batch.masks)
+    assert (part.targets[0][1], part.weight) == (1.0, 0.5)
+
+
+def test_noise_is_additive_in_deviations_and_multiplicative(store, batch, tmp_path) -> None:
+    many = dataclasses.replace(batch, features=batch.features.repeat(300, 1, 1, 1), masks=batch.masks.repeat(300, 1, 1))
+    added = only(build(store, tmp_path, augmenter="noise", additive=2.0, multiplicative=0.0), many).features - many.features
+    spread = added.transpose(0, 1).flatten(1).std(1)
+    torch.testing.assert_close(spread, 2 * torch.from_numpy(store.stats.std).float(), rtol=0.03, atol=0)
+    times = only(build(store, tmp_path, augmenter="noise", additive=0.0, multiplicative=0.3), many).features / many.features
+    assert float(times.mean()) == pytest.approx(1, abs=0.01)
+    assert float(times.std()) == pytest.approx(0.3, rel=0.02)
+    augmenter = build(store, tmp_path, augmenter="noise", additive=1.0, multiplicative=0.0, deviation="class")
+    by_class = only(augmenter, many).features - many.features
+    of_class = by_class.transpose(0, 1)[:, small(many.masks) == 2].std(1)
+    expected = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu")).deviations[2]
+    torch.testing.assert_close(of_class, expected, rtol=0.1, atol=0)
+
+
+def test_channel_dropout_leaves_out_whole_channels_and_keeps_the_mean(store, batch, tmp_path) -> None:
+    many = dataclasses.replace(batch, features=torch.ones(2000, CHANNELS, 2, 2), masks=batch.masks[:1].repeat(2000, 1, 1))
+    features = only(build(store, tmp_path, augmenter="channel-dropout", share=0.25), many).features
+    assert features.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert torch.equal(features.amin((2, 3)), features.amax((2, 3)))
+    assert float(features.mean()) == pytest.approx(1, abs=0.03)
+
+
+def test_class_statistics_equal_numpy(store) -> None:
+    positions = store.positions("identity")
+    found = ClassStatistics.of(store, positions, torch.device("cpu"))
+    features, labels = store.gather("features", positions), store.gather("masks", positions)[:, ::STRIDE, ::STRIDE]
+    for number in range(CLASSES):
+        vectors = features.transpose(0, 2, 3, 1)[labels == number]
+        np.testing.assert_allclose(found.means[number], vectors.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.deviations[number], vectors.std(0), rtol=1e-3, atol=1e-4)
+        assert found.photographs[number] == (labels == number).any((1, 2)).sum() == len(found.centres[number])
+
+
+def test_linear_delta_moves_a_region_by_the_difference_of_two_others(store, batch, tmp_path) -> None:
+    moved_by = only(build(store, tmp_path, augmenter="linear-delta"), batch).features - batch.features
+    deltas = [moved_by[0][:, small(batch.masks)[0] == number] for number in range(CLASSES)]
+    centres = {sample: centre(batch.features, batch.masks, sample, 1) for sample in (1, 2, 3)}
+    candidates = [centres[j] - centres[k] for j in centres for k in centres if j != k]
+    assert any(torch.allclose(deltas[1].mean(1), candidate, atol=1e-5) for candidate in candidates)
+    assert torch.allclose(deltas[1], deltas[1][:, :1].expand_as(deltas[1]), atol=1e-6)  # all its pixels alike
+    assert not deltas[2].any()  # class 2 is in one other photograph of the batch only
+    assert not moved_by[:, :, 0, 0].any()  # void
+
+
+def test_extrapolate_moves_away_from_the_class(store, batch, tmp_path) -> None:
+    moved_by = only(build(store, tmp_path, augmenter="extrapolate", strength=0.5), batch).features - batch.features
+    means = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu")).means
+    expected = 0.5 * (centre(batch.features, batch.masks, 2, 1) - means[1])
+    torch.testing.assert_close(moved_by[2][:, small(batch.masks)[2] == 1].mean(1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_interpolate_moves_to_the_nearest_harder_region(store, batch, tmp_path) -> None:
+    augmenter = build(store, tmp_path, augmenter="interpolate", strength=0.4)
+    moved_by = only(augmenter, batch).features - batch.features
+    with torch.no_grad():
+        scores = augmenter.decoder.eval()(batch.features, (SIDE, SIDE))
+    labels = small(batch.masks).long()
+    losses = F.cross_entropy(scores, labels, ignore_index=VOID, reduction="none")
+    hardness = [float(losses[sample][labels[sample] == 1].mean()) for sample in range(4)]
+    centres = [centre(batch.features, batch.masks, sample, 1) for sample in range(4)]
+    for sample in range(4):
+        harder = [other for other in range(4) if hardness[other] > hardness[sample]]
+        found = moved_by[sample][:, labels[sample] == 1].mean(1)
+        if not harder:
+            assert float(found.abs().max()) < 1e-6
+            continue
+        nearest = min(harder, key=lambda other: float((centres[other] - centres[sample]).norm()))
+        torch.testing.assert_close(found, 0.4 * (centres[nearest] - centres[sample]), rtol=1e-4, atol=1e-5)
+
+
+def test_mixup_mixes_features_and_targets_in_the_same_shares(store, batch, tmp_path) -> None:
+    part = only(build(store, tmp_path, augmenter="mixup", alpha=1.0), batch, seed=3)
+    (masks, share), (others, rest) = part.targets
+    assert torch.equal(masks, batch.masks)
+    assert share + rest == pytest.approx(1)
+    assert 0 < share < 1
+
+    def partner(own: torch.Tensor, other: torch.Tensor, mixed: torch.Tensor) -> int:
+        candidates = (share * own + rest * features for features in batch.features)
+        same = [torch.allclose(mixture, mixed, atol=1e-5) for mixture in candidates]
+        return next(i for i in range(4) if same[i] and torch.equal(batch.masks[i], other))
+
+    order = [partner(*rows) for rows in zip(batch.features, others, part.features, strict=True)]
+    assert sorted(order) == [0, 1, 2, 3]
+
+
+def test_upsample_draws_photographs_of_rare_classes_more_often(store, batch, tmp_path) -> None:
+    positions = store.positions("identity")
+    factors = repeat_factors(store, positions, 1.0)
+    np.testing.assert_allclose(factors, [2, *[(8 / 6) ** 0.5] * 4, 2, 1, 1])  # sqrt(1 / share) of the rarest class
+    np.testing.assert_allclose(repeat_factors(store, positions, 0.5), [2**0.5, 1, 1, 1, 1, 2**0.5, 1, 1])
+    augmenter = build(store, tmp_path, augmenter="upsample")
+    with_rare = sum(int((small(only(augmenter, batch, seed).targets[0][0]) == 2).any((1, 2)).sum()) for seed in range(300))
+    assert with_rare / 1200 == pytest.approx(4 / factors.sum(), abs=0.04)
+
+
+def test_hflip_views_reads_the_mirrored_views_of_the_batch(store, batch, tmp_path) -> None:
+    part = only(build(store, tmp_path, augmenter="hflip-views"), batch)
+    torch.testing.assert_close(part.features, batch.features.flip(3) + 10)
+    assert torch.equal(part.targets[0][0], batch.masks.flip(2))
+
+
+def test_hflip_views_wants_mirrored_views(store, batch, tmp_path) -> None:
+    with featurestore.create(tmp_path / "train", store.spec, fingerprint="f") as writer:
+        writer.append(id="photo", features=store.features(0), mask=store.mask(0), image=store.image(0))
+    with pytest.raises(SpecMismatchError, match="extract.views"):
+        build(featurestore.open(tmp_path / "train"), tmp_path, augmenter="hflip-views")
+
+
+def test_calibration_draws_rare_regions_around_the_calibrated_mean(store, batch, tmp_path) -> None:
+    augmenter = build(store, tmp_path, augmenter="calibration", rare=0.5, neighbours=2)  # class 2 is in a quarter of them
+    rows = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu")).centres
+    own = centre(batch.features, batch.masks, 0, 2)
+    mean = (own + rows[0].mean(0) + rows[1].mean(0)) / 3
+    covariance = (torch.cov(rows[0].T) + torch.cov(rows[1].T)) / 2
+    draws = torch.stack([augmenter.draw(own, rng(seed)) for seed in range(4000)])
+    torch.testing.assert_close(draws.mean(0), mean, rtol=0, atol=0.06)
+    torch.testing.assert_close(torch.cov(draws.T), covariance, rtol=0, atol=0.12 * float(covariance.abs().max()))
+    part = only(augmenter, batch)
+    changed = (part.features != batch.features).any(1)
+    assert torch.equal(changed, small(batch.masks) == 2)
+    assert (part.targets[0][0][1] == VOID).all()  # no rare class there, so its loss is left out
+    assert torch.equal(part.targets[0][0][0], batch.masks[0])
+
+
+def test_cvae_learns_each_classs_distribution(store, batch, tmp_path) -> None:
+    torch.manual_seed(0)
+    classes = torch.arange(2).repeat(500)
+    means = torch.tensor([[2.0, 0.0], [-2.0, 1.0]])
+    model = CVAE(channels=2, num_classes=2, latent=2, hidden=32)
+    fit(model, means[classes] + 0.1 * torch.randn(1000, 2), classes, 600, rng())
+    with torch.no_grad():
+        drawn = model.decode(torch.randn(500, 2), torch.ones(500, dtype=torch.int64))
+    torch.testing.assert_close(drawn.mean(0), means[1], rtol=0, atol=0.15)
+    first, again, other = (only(build(store, tmp_path, augmenter="cvae", fit_steps=20), batch, seed).features for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_isda_is_the_expectation_under_gaussian_samples(store, batch, tmp_path) -> None:
+    """exp(score_k - score_y) after the change is the mean of exp(...) over samples around the vector (paper, eqs 5 to 8)."""
+    augmenter = build(store, tmp_path, augmenter="isda", strength=1.5)
+    torch.manual_seed(1)
+    last = torch.nn.Conv2d(5, CLASSES, 1)
+    augmenter.variances = torch.rand(CLASSES, 5)
+    augmenter.step = 4  # of 10, so that lambda is 0.6
+    margins = augmenter.margins(last.weight.flatten(1))
+    vector, label = torch.randn(5), 2
+    samples = vector + (0.6 * augmenter.variances[label]).sqrt() * torch.randn(400_000, 5)
+    weight, bias = last.weight.flatten(1), last.bias
+    with torch.no_grad():
+        scores = samples @ weight.T + bias
+        expected = (scores - scores[:, label : label + 1]).exp().mean(0)
+        ours = weight @ vector + bias + margins[label]
+        torch.testing.assert_close((ours - ours[label]).exp(), expected, rtol=0.02, atol=0)
+
+
+def test_isda_estimates_the_variances_of_all_vectors_so_far(store, batch, tmp_path) -> None:
+    augmenter = build(store, tmp_path, augmenter="isda")
+    parts = [torch.randn(4, 5, SIDE, SIDE) * 2 + 1 for _ in range(3)]
+    last = torch.nn.Conv2d(5, CLASSES, 1)
+    for embeddings in parts:
+        change = augmenter.adjust(batch.masks)
+        scores = change(embeddings, last(embeddings), last)
+        assert torch.equal(scores, last(embeddings))  # lambda is 0 at the start
+    labels = small(batch.masks)
+    for number in range(CLASSES):
+        vectors = torch.cat([embeddings.permute(0, 2, 3, 1)[labels == number] for embeddings in parts])
+        torch.testing.assert_close(augmenter.variances[number], vectors.var(0, unbiased=False), rtol=1e-4, atol=1e-4)
+    augmenter.step = 10
+    with torch.no_grad():
+        raised = augmenter.adjust(batch.masks)(parts[0], last(parts[0]), last) - last(parts[0])
+    chosen = raised.gather(1, torch.where(labels == VOID, 0, labels).long()[:, None])
+    assert float(chosen.abs().max()) < 1e-5  # the class's own score stays
+    assert (raised >= -1e-5).all()
+    assert not raised[:, :, 0, 0].any()  # void
+
+
+def test_isda_goes_on_from_its_state(store, batch, tmp_path) -> None:
+    one, two = (build(store, tmp_path, augmenter="isda") for _ in range(2))
+    last = torch.nn.Conv2d(5, CLASSES, 1)
+    embeddings = torch.randn(4, 5, SIDE, SIDE)
+    one.adjust(batch.masks)(embeddings, last(embeddings), last)
+    one.step = 7
+    two.load_state(one.state())
+    assert torch.equal(one.margins(last.weight.flatten(1)), two.margins(last.weight.flatten(1)))
+    assert isinstance(two, ISDA)
+
+
+def test_regions_find_others_of_the_same_class(store, batch) -> None:
+    regions = Regions.of(batch.features, batch.masks, CLASSES)
+    chosen, found = regions.others(1, rng())
+    assert found.tolist() == [[True, True, True], [True, True, False], [True, True, False], [True, True, True]]
+    assert chosen[0, 2, 0] == 3
+    assert chosen[3, 2, 0] == 0
+    assert all(chosen[sample, 0, 0] != sample for sample in range(4))
+
+
+def test_moved_masks_shift_and_scale() -> None:
+    masks = torch.arange(16, dtype=torch.uint8).view(1, 4, 4)
+    right = moved(masks, torch.ones(1), torch.tensor([[0.0, 0.25]]), fill=VOID)
+    assert right[0, 0].tolist() == [VOID, 0, 1, 2]
+    larger = moved(masks, torch.full((1,), 2.0), torch.zeros(1, 2))
+    assert larger[0].tolist() == [[5, 5, 6, 6], [5, 5, 6, 6], [9, 9, 10, 10], [9, 9, 10, 10]]
+    smaller = moved(masks, torch.full((1,), 0.5), torch.zeros(1, 2), fill=VOID)
+    assert smaller[0, 0].tolist() == [VOID] * 4
+    assert smaller[0, 1].tolist() == [VOID, 5, 7, VOID]
+
+
+def test_new_masks_paste_rare_objects(store, batch) -> None:
+    pasting = NewMasks(["paste"], store, store.positions("identity"))
+    before = int((batch.masks == 2).sum())
+    after = [int((pasting(batch.masks, rng(seed)) == 2).sum()) for seed in range(20)]
+    assert np.mean(after) > before
+    for seed in range(20):
+        changed = pasting(batch.masks, rng(seed))
+        assert set(changed[changed != batch.masks].tolist()) <= {1, 2}  # things, not what they lie on
+    assert torch.equal(pasting(batch.masks, rng(1)), pasting(batch.masks, rng(1)))
+
+
+def test_perturb_does_the_same_to_features_and_to_all_targets(batch) -> None:
+    part = Part(small(batch.masks)[:, None].float(), [(batch.masks, 0.5), (batch.masks, 0.5)])
+    (changed,) = perturb(["flip", "translation"], [part], rng(2))
+    assert torch.equal(changed.targets[0][0], changed.targets[1][0])
+    labels = small(changed.targets[0][0])
+    assert not torch.equal(labels, small(batch.masks))
+    inside = labels != VOID
+    assert torch.equal(changed.features[:, 0][inside], labels[inside].float())
+    assert perturb([], [part], rng())[0] is part

@@ -1,0 +1,147 @@
+"""The bootstrap's intervals cover, differences are paired, and groups are kept apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from stages.analysis import comparison, tables
+from stages.analysis.bootstrap import Counts, paired_intervals
+from stages.errors import ConfigError, DataError
+
+NAMES = ["sky", "road", "car"]
+
+
+def image(right: dict[int, int], wrong: dict[tuple[int, int], int]) -> list[int]:
+    """A confusion matrix as images.json holds it."""
+    entries = {**{(number, number): pixels for number, pixels in right.items()}, **wrong}
+    return [number for (truth, predicted), pixels in entries.items() for number in (truth, predicted, pixels)]
+
+
+def run_of(variant: str, seed: int, images: dict[str, list[int]], **more) -> dict:
+    """A result with the scores of its images."""
+    confusion = np.zeros((3, 3))
+    for counts in images.values():
+        for truth, predicted, pixels in np.array(counts).reshape(-1, 3):
+            confusion[truth, predicted] += pixels
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    iou = {name: confusion[k, k] / union[k] if union[k] else None for k, name in enumerate(NAMES)}
+    miou = float(np.mean([value for value in iou.values() if value is not None]))
+    absent = [name for name, value in iou.items() if value is None]
+    accuracy = confusion.diagonal().sum() / confusion.sum()
+    scores = {"iou": iou, "miou": miou, "pixel_accuracy": accuracy, "absent": absent}
+    return {"variant": variant, "seed": seed, **scores, "best_on_val": scores, "images": images, **more}
+
+
+def test_counts_and_iou_equal_hand_computed_values() -> None:
+    images = {"a": image({0: 6}, {(0, 1): 2}), "b": image({1: 3}, {(0, 1): 1})}
+    counts = Counts.of(images, ["a", "b"], 3)
+    np.testing.assert_array_equal(counts.truth, [[8, 0, 0], [1, 3, 0]])
+    np.testing.assert_array_equal(counts.predicted, [[6, 2, 0], [0, 4, 0]])
+    iou = counts.iou(np.array([[1.0, 1.0], [2.0, 0.0]]))
+    np.testing.assert_allclose(iou, [[6 / 9, 3 / 6, np.nan], [12 / 16, 0, np.nan]])
+
+
+def test_intervals_cover_the_true_difference() -> None:
+    """Of 200 test splits of 60 images drawn from a population, 95% of the intervals should hold the population's difference."""
+    rng = np.random.default_rng(0)
+    size = 20_000
+    truth = rng.integers(50, 150, (size, 3)).astype(float)
+    difficulty = rng.normal(0, 0.8, (size, 1))  # shared by both sides: images are hard for both
+
+    def side(skill: float) -> Counts:
+        accuracy = 1 / (1 + np.exp(-(skill + difficulty + rng.normal(0, 0.3, (size, 3)))))
+        right = truth * accuracy
+        missed = truth - right
+        return Counts(truth, right + np.roll(missed, 1, axis=1), right)
+
+    ours, theirs = side(1.1), side(1.0)
+
+    def part(counts: Counts, chosen: np.ndarray) -> Counts:
+        return Counts(counts.truth[chosen], counts.predicted[chosen], counts.right[chosen])
+
+    everything = np.ones((1, size))
+    true_difference = float((ours.iou(everything) - theirs.iou(everything)).mean())
+    covered, wide = 0, []
+    for _ in range(200):
+        chosen = rng.integers(0, size, 60)
+        found, _ = paired_intervals([part(ours, chosen)], [part(theirs, chosen)], [0, 1, 2], resamples=400)
+        covered += found.low <= true_difference <= found.high
+        wide.append(found.high - found.low)
+    assert 0.90 <= covered / 200 <= 0.99
+    scores = [float(part(ours, rng.integers(0, size, 60)).iou(np.ones((1, 60))).mean()) for _ in range(200)]
+    unpaired = 2 * 1.96 * 2**0.5 * np.std(scores)  # were the two sides tested on different images
+    assert np.mean(wide) < 0.6 * unpaired  # what pairing is for
+
+
+def test_differences_are_paired_by_seed_and_known_by_hand() -> None:
+    base = [run_of("baseline", seed, {"a": image({0: 8, 1: 6}, {(0, 1): 2}), "b": image({0: 4}, {})}) for seed in (0, 1)]
+    ours = [run_of("better", seed, {"a": image({0: 9, 1: 6}, {(0, 1): 1}), "b": image({0: 4}, {})}) for seed in (1, 7)]
+    rows = tables.compare({"baseline": base, "better": ours}, [])
+    assert rows[0]["delta_miou"] is None
+    expected = 100 * ((13 / 14 + 6 / 7) / 2 - (12 / 14 + 6 / 8) / 2)
+    assert rows[1]["delta_miou_values"] == [pytest.approx(expected)]  # seed 7 has no partner
+    assert rows[1]["delta_interval"]["low"] <= expected <= rows[1]["delta_interval"]["high"]
+    assert set(rows[1]["delta_intervals_by_class"]) == set(NAMES)
+    assert rows[1]["delta_intervals_by_class"]["car"] is None  # in neither
+    of_one_class = tables.compare({"baseline": base, "better": ours}, ["road"])
+    assert of_one_class[1]["delta_miou"] == pytest.approx(100 * (6 / 7 - 6 / 8))
+    with pytest.raises(ConfigError, match="'cat' is no class"):
+        tables.compare({"baseline": base}, ["cat"])
+
+
+def test_runs_tested_on_other_images_are_not_compared() -> None:
+    base = [run_of("baseline", 0, {"a": image({0: 8}, {})})]
+    ours = [run_of("better", 0, {"b": image({0: 8}, {})})]
+    with pytest.raises(DataError, match="other images"):
+        tables.compare({"baseline": base, "better": ours}, [])
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Two data set sizes, two variants, two seeds."""
+    rng = np.random.default_rng(0)
+    for experiment, size in (("full", 80), ("eighth", 10)):
+        for variant, gain in (("baseline", 0), ("noise", 4)):
+            for seed in (0, 1):
+                wrong = [{(0, 1): 20 - gain, (2, 0): int(rng.integers(1, 9))} for _ in range(12)]
+                images = {f"i{n}": image({0: 50 + gain, 1: 40, 2: 30}, some) for n, some in enumerate(wrong)}
+                values = run_of(variant, seed, images, experiment=experiment, protocol=experiment, train_images=size)
+                path = tmp_path / experiment / f"{variant}-{seed}.json"
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps(values))
+    return tmp_path
+
+
+def test_groups_by_protocol_are_written_with_tables_and_pictures(results: Path, tmp_path: Path) -> None:
+    compared = comparison.compare(comparison.read_groups([results]), [], "baseline")
+    assert [(entry["name"], entry["train_images"]) for entry in compared] == [("full", 80), ("eighth", 10)]
+    assert [row["variant"] for row in compared[0]["rows"]] == ["baseline", "noise"]
+    assert all(row["delta_interval"]["low"] > 0 for entry in compared for row in entry["rows"][1:])
+    text = comparison.as_text(compared)
+    assert "full: 80 training photographs" in text
+    comparison.write(compared, tmp_path / "out")
+    table = pd.read_csv(tmp_path / "out" / "comparison.csv")
+    assert list(table["experiment"]) == ["full", "full", "eighth", "eighth"]
+    assert (table["delta_low"].dropna() > 0).all()
+    by_class = pd.read_csv(tmp_path / "out" / "per_class.csv")
+    assert set(by_class["class"]) == set(NAMES)
+    for name in ("comparison.png", "curve.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_that_stand_twice_or_are_none_are_refused(results: Path) -> None:
+    double = results / "full" / "again-0.json"
+    double.write_bytes((results / "full" / "noise-0.json").read_bytes())
+    with pytest.raises(DataError, match="same variant and seed"):
+        comparison.read_groups([results])
+    double.write_text("{}")
+    with pytest.raises(DataError, match="is no result of a study"):
+        comparison.read_groups([results])
+    with pytest.raises(DataError, match="there is no result file"):
+        (results / "empty").mkdir()
+        comparison.read_groups([results / "empty"])

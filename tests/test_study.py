@@ -1,0 +1,140 @@
+"""A study makes one result file a run, goes on from those that are there, and shares what runs have in common."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from commands.options import check_params
+from stages.config import parse_section, read_params
+from stages.errors import ConfigError, DataError
+from stages.study import StudyConfig, plan, with_settings
+from tests.conftest import run, write_photos
+from tests.imports import ROOT
+
+STUDY = """
+preset: quickstart
+set:
+  prepare.dataset: folder
+  extract.input_size: 64
+  train_gan.frozen_epochs: 1
+  train_gan.ngf: 1
+  train_gan.spade_hidden: 8
+  train_gan.ndf: 4
+  train_gan.z_dim: 8
+  train_gan.batch_size: 4
+  train_decoder.epochs: 1
+  train_decoder.batch_size: 4
+  train_decoder.width: 8
+  monitor.every: 0
+seeds: [0, 1]
+gan: once
+experiments:
+  all:
+    seeds: [0]
+    variants: [baseline, featuregan-frozen]
+  half:
+    set: {prepare.train_fraction: 0.5}
+    seeds: [0]
+    variants: {plain: baseline}
+"""
+
+
+def planned(text: str, tmp_path: Path, **overrides):
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    config = parse_section({"study": read_params(file)}, "study", StudyConfig)
+    return plan(config, read_params(ROOT / "presets" / "quickstart.yaml"), overrides, check_params)
+
+
+@pytest.mark.slow
+def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", {"train": 8, "val": 4, "test": 4})
+    (tmp_path / "tiny.yaml").write_text(STUDY)
+    command = (sys.executable, "-m", "pipeline", "study", "tiny.yaml", "--set", f"prepare.root={tmp_path / 'photos'}", "--jobs", "2")
+    run(*command, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    results = tmp_path / "results" / "tiny"
+    files = {path.relative_to(results).as_posix(): path.read_bytes() for path in results.rglob("*.json")}
+    assert set(files) == {"all/baseline-0.json", "all/featuregan-frozen-0.json", "half/plain-0.json"}
+    full, half = (json.loads(files[name]) for name in ("all/baseline-0.json", "half/plain-0.json"))
+    assert (full["train_images"], half["train_images"]) == (8, 4)
+    assert len(full["images"]) == 4
+    assert str(tmp_path) not in files["all/baseline-0.json"].decode()  # any machine can go on from it
+    working = {path.name.split("-")[0] for path in (tmp_path / "scratch" / "study").iterdir()}
+    assert working == {"data", "gan"}  # the runs' own folders are gone
+
+    (results / "half" / "plain-0.json").unlink()
+    text = run(*command, cwd=tmp_path, PYTHONPATH=str(ROOT)).stdout
+    assert "3 runs, 2 done" in text
+    again = json.loads((results / "half" / "plain-0.json").read_text())
+    assert {**again, "made_with": half["made_with"]} == half  # the same run, to the last digit
+    assert (results / "all" / "baseline-0.json").read_bytes() == files["all/baseline-0.json"]
+
+    table = run(sys.executable, "-m", "pipeline", "compare", "results", cwd=tmp_path, PYTHONPATH=str(ROOT)).stdout
+    assert "all: 8 training photographs" in table
+    assert "featuregan-frozen" in table
+
+    (tmp_path / "photos" / "images" / "train" / "0.jpg").write_bytes(b"")
+    (tmp_path / "tiny.yaml").write_text(STUDY.replace("input_size: 64", "input_size: 96"))
+    failed = run(*command, cwd=tmp_path, check=False, PYTHONPATH=str(ROOT))
+    assert failed.returncode == 1
+    assert "prepare failed with exit code 1" in failed.stderr
+
+
+def test_runs_come_seed_by_seed_and_share_what_they_have_in_common(tmp_path: Path) -> None:
+    text = STUDY.replace("    seeds: [0]\n", "")
+    runs = planned(text, tmp_path)
+    assert [run.seed for run in runs] == [0, 0, 0, 1, 1, 1]
+    by_row = {(run.experiment, run.label, run.seed): run for run in runs}
+    assert len({run.digests["run"] for run in runs}) == 6
+    assert by_row["all", "baseline", 0].protocol == by_row["all", "featuregan-frozen", 1].protocol
+    assert by_row["all", "baseline", 0].protocol != by_row["half", "plain", 0].protocol
+    assert by_row["all", "featuregan-frozen", 0].digests["gan"] == by_row["all", "featuregan-frozen", 1].digests["gan"]
+    each = planned(text.replace("gan: once", "gan: per-seed"), tmp_path)
+    assert len({run.digests["gan"] for run in each if run.needs_gan}) == 2
+    assert {run.params["train_gan"]["seed"] for run in each} == {0, 1}
+    # Where the data lie changes no digest; what the GAN is trained with changes those of runs with it.
+    elsewhere = planned(text, tmp_path, **{"prepare.root": "elsewhere"})
+    assert [run.digests for run in elsewhere] == [run.digests for run in runs]
+    other_gan = planned(text, tmp_path, **{"train_gan.lambda_feat": 1.0})
+    changed = {run.variant for run, before in zip(other_gan, runs, strict=True) if run.digests["run"] != before.digests["run"]}
+    assert changed == {"featuregan-frozen"}
+
+
+def test_a_result_of_other_settings_counts_as_missing_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    first = planned(STUDY, tmp_path)[0]
+    path = first.result(tmp_path)
+    assert not first.is_done(tmp_path)
+    path.parent.mkdir()
+    path.write_text('{"digest": "of other settings"}')
+    assert not first.is_done(tmp_path)
+    path.write_text(json.dumps({"digest": first.digests["run"]}))
+    assert first.is_done(tmp_path)
+    path.write_text("[]")
+    with pytest.raises(DataError, match="is no result of a study"):
+        first.is_done(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("train_gan.ngf: 1", "train_gan.nfg: 1", "train_gan.nfg: there is no such parameter"),
+        ("train_gan.ngf: 1", "train_gan.ngf: 0", "train_gan.ngf: input should be greater"),
+        ("variants: [baseline, featuregan-frozen]", "variants: [baseline, featuregan-9x]", "'featuregan-9x' is not described"),
+        ("gan: once", "gan: twice", "study.gan"),
+        ("gan: once", "gan: once\nruns: 3", "study.runs: unknown key"),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(tmp_path: Path, before: str, after: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        planned(STUDY.replace(before, after), tmp_path)
+
+
+def test_settings_change_one_key_of_a_copy() -> None:
+    params = {"a": {"b": 1, "c": 2}, "variants": {}}
+    changed = with_settings(params, {"a.b": 5, "variants.new": {"augmenter": "none"}})
+    assert changed == {"a": {"b": 5, "c": 2}, "variants": {"new": {"augmenter": "none"}}}
+    assert params["a"]["b"] == 1
