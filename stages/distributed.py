@@ -64,7 +64,8 @@ def replicate(network: nn.Module, device: torch.device) -> nn.Module:
 def shard(network: nn.Module, device: torch.device) -> nn.Module:
     """Divide a network's weights over the processes (FSDP), in place; its blocks are put together one after the other."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in network.children():
+    blocks = list(network.children())
+    for block in blocks if len(blocks) > 1 else []:  # a single one is a network in a wrapper that may not call its forward
         if not isinstance(block, nn.ModuleList) and any(True for _ in block.parameters()):
             fully_shard(block, mesh=mesh)
     return fully_shard(network, mesh=mesh)  # type: ignore[return-value]
