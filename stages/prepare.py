@@ -98,7 +98,7 @@ def run(config: PrepareConfig, *, out: Path, scratch: Path, workers: int) -> dic
     root = Path(config.root)
     if not root.is_dir():
         raise DataError(root, "there is no such folder; set prepare.root to the folder of your data set")
-    pairs, classes = _find_pairs(config, root, building)
+    pairs, classes = _find_pairs(config, root, building, workers)
     _check_ids(root, pairs)
     pairs = _with_fewer_for_training(pairs, config)
 
@@ -134,12 +134,13 @@ def _with_fewer_for_training(pairs: list[Pair], config: PrepareConfig) -> list[P
     return [pair for pair in pairs if pair.split != "train" or pair.id in kept]
 
 
-def _find_pairs(config: PrepareConfig, root: Path, building: Path) -> tuple[list[Pair], Classes]:
+def _find_pairs(config: PrepareConfig, root: Path, building: Path, workers: int) -> tuple[list[Pair], Classes]:
     if config.dataset == "wastesim":
         scenes = config.wastesim
         counts = {"train": scenes.train, "val": scenes.val, "test": scenes.test}
         objects = (scenes.fewest_objects, scenes.most_objects)
-        pairs = wastesim.write_pairs(building, root=root, images=counts, size=scenes.size, objects=objects, seed=scenes.seed)
+        size, seed = scenes.size, scenes.seed
+        pairs = wastesim.write_pairs(building, root=root, images=counts, size=size, objects=objects, seed=seed, workers=workers)
         return pairs, wastesim.CLASSES
     if config.dataset == "voc":
         return voc.pairs(root, split=config.split, ratios=config.ratios, seed=config.split_seed), voc.CLASSES

@@ -8,6 +8,7 @@ shadow. The same seed gives the same pixels.
 from __future__ import annotations
 
 import csv
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def read_abundances(root: Path) -> dict[str, Abundance]:
     return rows
 
 
-def write_pairs(folder: Path, *, root: Path, images: dict[str, int], size: int, objects: tuple[int, int], seed: int) -> list[Pair]:
+def write_pairs(
+    folder: Path, *, root: Path, images: dict[str, int], size: int, objects: tuple[int, int], seed: int, workers: int
+) -> list[Pair]:
     """Draw the data set into ``folder/images`` and ``folder/masks``.
 
     Parameters
@@ -74,26 +77,27 @@ def write_pairs(folder: Path, *, root: Path, images: dict[str, int], size: int, 
         Fewest and most objects a scene.
     seed
         Scene n of a split depends on seed, split and n alone.
+    workers
+        Threads that draw.
     """
     abundances = read_abundances(root)
-    pairs = []
-    for split_number, (split, count) in enumerate(images.items()):
-        for number in range(count):
-            pair = Pair(
-                f"{split}-{number:04d}",
-                folder / "images" / split / f"{number:04d}.jpg",
-                folder / "masks" / split / f"{number:04d}.png",
-                split,
-            )
-            for path in (pair.image, pair.mask):
-                path.parent.mkdir(parents=True, exist_ok=True)
-            image, mask = draw_scene(np.random.default_rng([seed, split_number, number]), abundances, size, objects)
-            Image.fromarray(image).save(pair.image, quality=92)
-            labels = Image.fromarray(mask).convert("P")
-            labels.putpalette([part for colour in CLASSES.palette for part in colour])
-            labels.save(pair.mask)
-            pairs.append(pair)
-    return pairs
+
+    def write(split_number: int, split: str, number: int) -> Pair:
+        names = (f"{split}-{number:04d}", f"images/{split}/{number:04d}.jpg", f"masks/{split}/{number:04d}.png")
+        pair = Pair(names[0], folder / names[1], folder / names[2], split)
+        image, mask = draw_scene(np.random.default_rng([seed, split_number, number]), abundances, size, objects)
+        Image.fromarray(image).save(pair.image, quality=92)
+        labels = Image.fromarray(mask).convert("P")
+        labels.putpalette([part for colour in CLASSES.palette for part in colour])
+        labels.save(pair.mask)
+        return pair
+
+    for kind in ("images", "masks"):
+        for split in images:
+            (folder / kind / split).mkdir(parents=True, exist_ok=True)
+    scenes = [(place, split, number) for place, (split, count) in enumerate(images.items()) for number in range(count)]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        return list(pool.map(write, *zip(*scenes, strict=True)))
 
 
 def draw_scene(
