@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -215,7 +217,8 @@ def run(
                     real, *added = perturb(variant.perturb, [Part(part.features, [(part.masks, 1.0)]), *augmented.parts], rng)
                     with accelerator.autocast():
                         real_loss = decoder_loss(trained, real, spec.mask_shape, augmenter.adjust(real.targets[0][0]))
-                        added_losses = [decoder_loss(trained, some, spec.mask_shape) for some in added]
+                        with running_statistics(decoder, kept=variant.statistics == "all"):
+                            added_losses = [decoder_loss(trained, some, spec.mask_shape) for some in added]
                     loss = real_loss
                     for some, added_loss in zip(added, added_losses, strict=True):
                         loss = loss + some.weight * added_loss
@@ -286,6 +289,18 @@ def decoder_loss(decoder: nn.Module, part: Part, size: tuple[int, int], adjust: 
     """Cross-entropy of the decoder's scores for a part's features with its targets, by their shares."""
     scores = decoder(part.features.contiguous(memory_format=torch.channels_last), size, adjust).float()
     return torch.stack([share * cross_entropy(scores, masks) for masks, share in part.targets]).sum()
+
+
+@contextmanager
+def running_statistics(network: nn.Module, *, kept: bool) -> Iterator[None]:
+    """Let BatchNorm normalise by each batch's own statistics, as ever in training, and take them into its running ones or not."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms if not kept else []:
+        norm.momentum = 0.0
+    yield
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def schedule(optimizer: torch.optim.Optimizer, config: TrainDecoderConfig, done: float) -> None:

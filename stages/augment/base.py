@@ -27,6 +27,7 @@ class VariantConfig(Config):
 
     augmenter: str
     perturb: Annotated[tuple[Transform, ...], Field(strict=False)] = ()  # of real and added features, before the decoder
+    statistics: Literal["all", "real"] = "all"  # which batches the decoder's running BatchNorm statistics take in
 
 
 class SourceConfig(VariantConfig):

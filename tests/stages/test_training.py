@@ -395,6 +395,21 @@ def test_passes_and_schedule_are_those_of_the_parameters(features: Path, tmp_pat
     assert len(rates) == 2 * 5
 
 
+def test_added_features_may_be_kept_out_of_the_running_statistics(features: Path, tmp_path: Path) -> None:
+    def first_layer(name: str, **variant) -> tuple[torch.Tensor, torch.Tensor]:
+        run_decoder(features, tmp_path, variant, name=name, epochs=1, lr=1e-30)
+        norm = load_decoder(tmp_path / "decoders" / f"{name}-0").head[0].convs[0][1]
+        return norm.running_mean, norm.running_var
+
+    baseline = first_layer("baseline", augmenter="none")
+    louder = {"augmenter": "noise", "additive": 5.0, "multiplicative": 0.0}
+    with_real = first_layer("real", **louder, statistics="real")
+    with_all = first_layer("all", **louder)
+    for ours, plain in zip(with_real, baseline, strict=True):
+        torch.testing.assert_close(ours, plain)
+    assert (with_all[1] > 1.1 * baseline[1]).all()
+
+
 def test_scores_are_those_of_the_saved_decoder_on_the_whole_test_split(features: Path, tmp_path: Path) -> None:
     scores = run_decoder(features, tmp_path, VARIANTS["baseline"], name="baseline", epochs=40)
     assert scores.miou > 0.6  # the classes are easy to tell apart
