@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pandas as pd
 import torch
 from pydantic import Field, field_validator
 from ruamel.yaml import YAML
@@ -207,6 +208,8 @@ class Workshop:
             "images": json.loads((measured / IMAGES_NAME).read_text(encoding="utf-8")),
         }
         target = run.result(self.results)
+        if run.needs_gan:
+            result["gan"] = _gan_curves(self.root / f"gan-{run.digests['gan']}" / "metrics" / "train-gan")
         unfinished = target.with_suffix(".partial")
         write_json(unfinished, result, indent=None)
         os.replace(unfinished, target)
@@ -253,6 +256,15 @@ class Workshop:
             lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
             reason = next((line for line in reversed(lines) if line.strip()), "no output")
             raise DataError(folder / "log.txt", f"{arguments[0]} failed with exit code {code}: {reason}")
+
+
+def _gan_curves(live: Path) -> dict[str, list[float | None]]:
+    """The GAN's losses by epoch, and its measures where they were taken; not those of each class."""
+    from stages.analysis.figures import read_curves  # and with it matplotlib
+
+    table = pd.DataFrame({name: curve for name, curve in read_curves(live).items() if "class_consistency" not in name})
+    rounded = table.round(4).astype(object)
+    return {str(name): column.tolist() for name, column in rounded.where(table.notna(), None).items()}
 
 
 def _settings(run: Run) -> dict[str, Any]:

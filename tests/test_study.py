@@ -62,6 +62,8 @@ def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path) -> None:
     full, half = (json.loads(files[name]) for name in ("all/baseline-0.json", "half/plain-0.json"))
     assert (full["train_images"], half["train_images"]) == (8, 4)
     assert len(full["images"]) == 4
+    assert len(json.loads(files["all/featuregan-frozen-0.json"])["gan"]["discriminator/real"]) == 1
+    assert "gan" not in full
     assert str(tmp_path) not in files["all/baseline-0.json"].decode()  # any machine can go on from it
     working = {path.name.split("-")[0] for path in (tmp_path / "scratch" / "study").iterdir()}
     assert working == {"data", "gan"}  # the runs' own folders are gone

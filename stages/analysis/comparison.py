@@ -65,13 +65,14 @@ def read_groups(paths: Iterable[Path]) -> list[Group]:
 
 
 def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> list[dict[str, Any]]:
-    """One entry a group: ``name``, ``train_images`` and ``rows`` as :func:`stages.analysis.tables.compare` gives them."""
+    """One entry a group: ``name``, ``train_images``, ``rows`` of :func:`stages.analysis.tables.compare`, ``per_class``, ``gans``."""
     return [
         {
             "name": group.name,
             "train_images": group.train_images,
             "rows": tables.compare(_baseline_first(group.runs, baseline), classes, baseline_name=baseline, key="--class"),
             "per_class": tables.per_class(group.runs),
+            "gans": {name: results[0]["gan"] for name, results in group.runs.items() if "gan" in results[0]},
         }
         for group in groups
     ]
@@ -89,13 +90,16 @@ def as_text(compared: Sequence[dict[str, Any]]) -> str:
 
 
 def write(compared: Sequence[dict[str, Any]], out: Path) -> None:
-    """``comparison.json`` and ``.csv``, ``per_class.csv``, and ``comparison.png`` (``curve.png`` where there are several sizes)."""
+    """``comparison.json``, ``.csv`` and ``.png``, ``per_class.csv``, ``gans.png``, and ``curve.png`` where there are several sizes."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "comparison.json", [{key: entry[key] for key in ("name", "train_images", "rows")} for entry in compared])
     flat = [tables.flat(entry["rows"]).assign(experiment=entry["name"], train_images=entry["train_images"]) for entry in compared]
     pd.concat(flat).to_csv(out / "comparison.csv", index=False, float_format="%.4f")
     by_class = [tables.per_class_with_intervals(entry["rows"], entry["per_class"]).assign(experiment=entry["name"]) for entry in compared]
     pd.concat(by_class).to_csv(out / "per_class.csv", index=False, float_format="%.4f")
+    gans = {name: curves for entry in compared for name, curves in entry["gans"].items()}
+    if gans:
+        (out / "gans.png").write_bytes(figures.gans(gans))
     (out / "comparison.png").write_bytes(figures.differences([(entry["name"], entry["rows"]) for entry in compared]))
     if len({entry["train_images"] for entry in compared}) > 1:
         (out / "curve.png").write_bytes(figures.low_data_curve([(entry["train_images"], entry["rows"]) for entry in compared]))

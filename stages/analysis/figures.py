@@ -112,6 +112,24 @@ def decoder_curves(runs: Mapping[str, Sequence[Mapping[str, pd.Series]]]) -> byt
     return png(figure)
 
 
+def gans(curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> bytes:
+    """Losses of several GANs' pretraining by epoch (thesis figure 5.2), a line a variant."""
+    panels = {
+        "discriminator/real": "Discriminator, real",
+        "discriminator/fake": "Discriminator, generated",
+        "generator/adversarial": "Generator",
+    }
+    figure = Figure(figsize=(11, 3.2))
+    for number, (name, title) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, 3, number + 1)
+        for variant, lines in curves.items():
+            if name in lines:
+                axes.plot(np.arange(len(lines[name])) + 1, np.array(lines[name], float), label=variant)
+        axes.set(title=title, xlabel="epoch")
+    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=4, frameon=False, bbox_to_anchor=(0.5, -0.08))
+    return png(figure)
+
+
 def differences(groups: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> bytes:
     """Difference in mIoU to the baseline by variant: its 95% interval over test images, and each seed as a dot; a panel a group of rows."""
     shown = [(name, [row for row in rows if row["delta_miou"] is not None]) for name, rows in groups]

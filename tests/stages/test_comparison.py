@@ -111,6 +111,8 @@ def results(tmp_path: Path) -> Path:
                 wrong = [{(0, 1): 20 - gain, (2, 0): int(rng.integers(1, 9))} for _ in range(12)]
                 images = {f"i{n}": image({0: 50 + gain, 1: 40, 2: 30}, some) for n, some in enumerate(wrong)}
                 values = run_of(variant, seed, images, experiment=experiment, protocol=experiment, train_images=size)
+                if gain:
+                    values["gan"] = {"discriminator/real": [1.0, 0.9], "monitor/frechet": [None, 3.0]}
                 path = tmp_path / experiment / f"{variant}-{seed}.json"
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(json.dumps(values))
@@ -130,7 +132,7 @@ def test_groups_by_protocol_are_written_with_tables_and_pictures(results: Path, 
     assert (table["delta_low"].dropna() > 0).all()
     by_class = pd.read_csv(tmp_path / "out" / "per_class.csv")
     assert set(by_class["class"]) == set(NAMES)
-    for name in ("comparison.png", "curve.png"):
+    for name in ("comparison.png", "curve.png", "gans.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
