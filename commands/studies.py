@@ -14,13 +14,17 @@ from commands.options import PRESETS, check_params, option, scratch_option
 def _setting(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
     """``KEY=VALUE`` options as a dictionary, each value read as YAML."""
     from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     settings = {}
     for text in values:
         key, separator, value = text.partition("=")
         if not separator:
             raise click.BadParameter(f"{text!r} is not KEY=VALUE")
-        settings[key] = YAML(typ="safe", pure=True).load(value)
+        try:
+            settings[key] = YAML(typ="safe", pure=True).load(value)
+        except YAMLError as error:
+            raise click.BadParameter(f"the value of {key} is not valid YAML ({' '.join(str(error).split())})") from error
     return settings
 
 
@@ -29,18 +33,21 @@ def _setting(context: click.Context, parameter: click.Parameter, values: tuple[s
 @option("--results", type=click.Path(path_type=Path, file_okay=False), default=Path("results"), help="Where result files belong.")
 @option("--set", "overrides", multiple=True, callback=_setting, help="KEY=VALUE of this machine, such as prepare.root=FOLDER.")
 @option("--jobs", type=click.IntRange(1), default=1, help="Runs at a time; the CPU's threads are divided among them.")
+@click.option("--force", is_flag=True, help="Replace results that were made with other settings.")
 @click.option("--dry-run", is_flag=True, help="List what would run and stop.")
 @scratch_option
-def study(file: Path, results: Path, overrides: dict[str, Any], jobs: int, dry_run: bool, scratch: Path) -> None:
+def study(file: Path, results: Path, overrides: dict[str, Any], jobs: int, force: bool, dry_run: bool, scratch: Path) -> None:
     """Train the decoders that FILE describes, each into a result file results/STUDY/EXPERIMENT/VARIANT-SEED.json.
 
-    Runs that have their result file already are left out: interrupt it, and the same command goes on.
+    Runs that have their result file already are left out: interrupt it, and the same command goes on. A run that fails is
+    named at the end; the others go on.
     """
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
     from tqdm import tqdm
 
     from stages.config import parse_section, read_params
+    from stages.errors import DataError
     from stages.study import StudyConfig, Workshop, plan
 
     config: StudyConfig = parse_section({"study": read_params(file)}, "study", StudyConfig)
@@ -55,16 +62,27 @@ def study(file: Path, results: Path, overrides: dict[str, Any], jobs: int, dry_r
         for run in waiting:
             click.echo(f"  {run.result(folder)}")
         return
-    workshop = Workshop(scratch.resolve() / "study", folder.resolve(), max(1, (os.cpu_count() or 1) // jobs))
+    other = [run.result(folder) for run in waiting if run.result(folder).exists()]
+    if other and not force:
+        message = f"{other[0]} was made with other settings ({len(other)} such files); add --force to replace it, or name another --results"
+        raise click.UsageError(message)
+    workshop = Workshop.open(scratch.resolve() / "study", folder.resolve(), max(1, (os.cpu_count() or 1) // jobs))
+    failed = []
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(waiting), desc=file.stem, unit="run", disable=None) as bar:
         futures = [pool.submit(workshop.run, run) for run in waiting]
         try:
             for future in as_completed(futures):
-                click.echo(f"{future.result()}")
+                try:
+                    click.echo(f"{future.result()}")
+                except DataError as error:
+                    failed.append(error)
+                    click.echo(f"Failed: {error}", err=True)
                 bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if failed:
+        raise DataError(folder, f"{len(failed)} of {len(waiting)} runs failed, the first because of {failed[0]}")
 
 
 @click.command(short_help="Compare the results of many runs, with intervals.")

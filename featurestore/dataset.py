@@ -166,7 +166,7 @@ class FeatureLoader:
     batch_size
         Samples a batch, of all ranks together.
     positions
-        Of the samples that take part; default: all.
+        Of the samples that take part, ascending; default: all.
     seed, drop_last, passes, rank, ranks
         See :class:`BatchOrder`.
     images
@@ -242,13 +242,13 @@ class FeatureLoader:
         tensors: dict[str, torch.Tensor] = {}
         for name in self.names:
             if self._resident is not None:
-                whole = self._resident[name]
+                whole, rows = self._resident[name], np.searchsorted(self.positions, positions)
                 if whole.device.type == "cpu":  # not by PyTorch: its own threads would come on top of ours
                     tensors[name] = self._pool.take((len(positions), *whole.shape[1:]), whole.dtype)
                     out = tensors[name].numpy()
-                    take_rows(whole.numpy(), np.array(positions, np.int64), out, past_caches=out.nbytes >= LARGE)
+                    take_rows(whole.numpy(), rows.astype(np.int64), out, past_caches=out.nbytes >= LARGE)
                 else:
-                    tensors[name] = whole[torch.tensor(positions, dtype=torch.int64, device=whole.device)]
+                    tensors[name] = whole[torch.from_numpy(rows).to(whole.device)]
             else:
                 shape, dtype = self.store.spec.row(name)
                 tensors[name] = self._pool.take((len(positions), *shape), getattr(torch, dtype))
@@ -256,28 +256,25 @@ class FeatureLoader:
         return as_batch(positions, tensors)
 
     def _read_all(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The whole store as tensors on ``device``, a few samples at a time."""
+        """All samples that take part as tensors on ``device``, a few at a time."""
         rows = {name: self.store.spec.row(name) for name in self.names}
-        needed = len(self.store) * sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in rows.values())
+        count = len(self.positions)
+        needed = count * sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in rows.values())
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         if needed > 0.9 * free:
             where = "the device" if device.type == "cuda" else "memory"
             message = f"{needed / 1e9:.1f} GB do not fit into {where} ({free / 1e9:.1f} GB are free); use --cache none"
             raise StoreMemoryError(message, path=self.store.path, expected=needed, found=free)
-        whole = {
-            name: torch.empty((len(self.store), *shape), dtype=getattr(torch, dtype), device=device)
-            for name, (shape, dtype) in rows.items()
-        }
+        whole = {name: torch.empty((count, *shape), dtype=getattr(torch, dtype), device=device) for name, (shape, dtype) in rows.items()}
 
-        def read(positions: range) -> None:
+        def read(rows: slice) -> None:
             for name, tensor in whole.items():
-                part = tensor[positions.start : positions.stop]
                 if device.type == "cpu":
-                    self.store.gather(name, positions, out=part.numpy())
+                    self.store.gather(name, self.positions[rows], out=tensor[rows].numpy())
                 else:
-                    part.copy_(torch.from_numpy(self.store.gather(name, positions)))
+                    tensor[rows].copy_(torch.from_numpy(self.store.gather(name, self.positions[rows])))
 
-        parts = [range(start, min(start + 8, len(self.store))) for start in range(0, len(self.store), 8)]
+        parts = [slice(start, min(start + 8, count)) for start in range(0, count, 8)]
         for _ in prefetch(read, parts, workers=self.workers):
             pass
         return whole

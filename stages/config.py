@@ -75,6 +75,12 @@ def _first_error(section: str, kind: Any, value: Any, error: ValidationError) ->
         return ConfigError(key, f"unknown key; {hint}{more}", expected=known, found=found)
     if first["type"] == "missing":
         return ConfigError(key, f"this key is missing{more}")
+    if first["type"].startswith("union_tag"):
+        context = first["ctx"]
+        key = f"{key}.{context['discriminator'].strip(chr(39))}"
+        if first["type"] == "union_tag_not_found":
+            return ConfigError(key, f"this key is missing{more}")
+        return ConfigError(key, f"should be {context['expected_tags']}, found {context['tag']!r}{more}", found=context["tag"])
     text = first["msg"].removeprefix("Value error, ")
     message = text[0].lower() + text[1:]
     return ConfigError(key, f"{message}, found {found!r}{more}", expected=first["msg"], found=found)
@@ -84,10 +90,10 @@ def _place(value: Any, location: tuple[int | str, ...]) -> list[int | str]:
     """The keys on the way to a wrong one: pydantic names the chosen kind of a union among them, which no file holds."""
     keys: list[int | str] = []
     for part in location:
-        if isinstance(value, dict) and part not in value and part is not location[-1]:
-            continue
+        if isinstance(value, dict) and part not in value and part in value.values():
+            continue  # such as featuregan in {augmenter: featuregan}
         keys.append(part)
-        value = value[part] if isinstance(value, dict) and part in value else value
+        value = value[part] if isinstance(value, dict) and part in value else None
     return keys
 
 
@@ -96,9 +102,11 @@ def _fields_at(kind: Any, location: tuple[int | str, ...]) -> set[str]:
     for part in location:
         if isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
             kind = kind.model_fields[str(part)].annotation
-            continue
-        inside = list(_configs(kind))
-        kind = next((item for item in inside if part in _names(item)), inside[0] if len(inside) == 1 else kind)
+        elif get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        else:
+            inside = list(_configs(kind))
+            kind = next((item for item in inside if part in _names(item)), inside[0] if len(inside) == 1 else kind)
     return set(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else set()
 
 

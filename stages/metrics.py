@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,15 @@ def confusion_matrices(predicted: Tensor, masks: Tensor, num_classes: int, void:
     image = torch.arange(len(masks), device=masks.device)[:, None, None].expand_as(masks)[labelled]
     pairs = (image * num_classes + masks[labelled].long()) * num_classes + predicted[labelled].long()
     return torch.bincount(pairs, minlength=len(masks) * num_classes**2).view(-1, num_classes, num_classes)
+
+
+def total(images: Iterable[Sequence[int]], num_classes: int) -> Tensor:
+    """(K, K) sum of confusion matrices given as ``true, predicted, pixels, true, ...``."""
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    for counts in images:
+        truth, predicted, pixels = torch.tensor(counts, dtype=torch.int64).reshape(-1, 3).T
+        confusion[truth, predicted] += pixels
+    return confusion
 
 
 @dataclass(frozen=True)

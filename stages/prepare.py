@@ -130,7 +130,7 @@ def _with_fewer_for_training(pairs: list[Pair], config: PrepareConfig) -> list[P
     """Pairs with ``train_fraction`` of those for training: chosen by chance, and a smaller share is part of a larger one."""
     training = [pair.id for pair in pairs if pair.split == "train"]
     by_chance = sorted(training, key=lambda id: hashlib.sha256(f"{config.split_seed} {id}".encode()).digest())
-    kept = set(by_chance[: math.ceil(config.train_fraction * len(training))])
+    kept = set(by_chance[: math.ceil(round(config.train_fraction * len(training), 6))])
     return [pair for pair in pairs if pair.split != "train" or pair.id in kept]
 
 

@@ -9,6 +9,7 @@ with the same settings is not run again, so a study goes on where it stopped, on
 from __future__ import annotations
 
 import copy
+import fcntl
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +29,12 @@ from pydantic import Field, field_validator
 from ruamel.yaml import YAML
 
 import featurestore
+import stages
+from featurestore.files import file_sha256
 from stages.config import Config, Seed
 from stages.errors import ConfigError, DataError
 from stages.metrics import IMAGES_NAME
-from stages.runtime import write_json
+from stages.runtime import source_digest, write_json
 
 Labels = dict[str, str]  # what a row is called -> its variant in section ``variants``
 
@@ -45,7 +49,11 @@ class ExperimentConfig(Config):
     @field_validator("variants", mode="before")
     @classmethod
     def _named(cls, variants: Any) -> Any:
-        return {name: name for name in variants} if isinstance(variants, list) else variants
+        if not isinstance(variants, list):
+            return variants
+        if not all(isinstance(name, str) for name in variants):
+            raise ValueError("a list holds names of variants; rows of other names are a mapping of label: variant")
+        return {name: name for name in variants}
 
 
 class StudyConfig(Config):
@@ -108,7 +116,13 @@ class Run:
         return results / self.experiment / f"{self.label}-{self.seed}.json"
 
     def is_done(self, results: Path) -> bool:
-        """Whether that file is there, of a run with the same settings."""
+        """Whether that file is there, of a run with the same settings.
+
+        Raises
+        ------
+        DataError
+            When the file is no result.
+        """
         path = self.result(results)
         try:
             return bool(json.loads(path.read_text(encoding="utf-8"))["digest"] == self.digests["run"])
@@ -133,22 +147,39 @@ def plan(config: StudyConfig, preset: Mapping[str, Any], overrides: Mapping[str,
     runs = []
     for experiment, settings in config.experiments.items():
         params = with_settings(preset, {**config.set, **settings.set, **overrides})
+        for variant in settings.variants.values():
+            if variant not in params["variants"]:
+                known = ", ".join(params["variants"])
+                raise ConfigError(f"study.experiments.{experiment}.variants", f"{variant!r} is not described in variants ({known})")
+        params["prepare"]["root"] = str(Path(params["prepare"]["root"]).resolve())  # stages run in folders of their own
+        weights = params["extract"]["weights"]
+        if weights != "default":
+            if not Path(weights).is_file():
+                raise ConfigError("extract.weights", f"there is no file {weights}", found=weights)
+            params["extract"]["weights"] = str(Path(weights).resolve())
         params["compare"] = {"variants": sorted(set(settings.variants.values())), "seeds": list(settings.seeds or config.seeds)}
         sections = check(params, f"experiment {experiment}")
         for seed in settings.seeds or config.seeds:
             if config.gan == "per-seed":
                 params = with_settings(params, {"train_gan.seed": seed})
             plain = {name: sections[name].model_dump(mode="json") for name in ("prepare", "extract", "train_decoder")}
-            plain["prepare"].pop("root")  # where the data lie does not matter
+            plain["prepare"].pop("root")  # where files lie does not matter; which data they are is in the result's protocol
+            if weights != "default":
+                plain["extract"]["weights"] = file_sha256(Path(params["extract"]["weights"]))
             gan = {**sections["train_gan"].model_dump(mode="json"), "seed": params["train_gan"]["seed"]}
             digests = {"data": _digest(plain["prepare"], plain["extract"])}
             digests["gan"] = _digest(digests["data"], gan)
             for label, variant in settings.variants.items():
                 chosen = sections["variants"][variant]
-                needs_gan = chosen.augmenter == "featuregan"
-                of_run = _digest(plain, chosen.model_dump(mode="json"), seed, gan if needs_gan else None)
+                described = chosen.model_dump(mode="json", exclude_defaults=True)  # a key that is added with a default changes nothing
+                of_run = _digest(plain, described, seed, gan if chosen.needs_gan else None)
                 where = (experiment, label, variant, seed)
-                runs.append(Run(*where, params, _digest(plain), {**digests, "run": of_run}, needs_gan))
+                runs.append(Run(*where, params, _digest(plain), {**digests, "run": of_run}, chosen.needs_gan))
+    same = Counter(run.digests["run"] for run in runs)
+    for run in runs:
+        if same[run.digests["run"]] > 1:
+            message = f"{run.label!r} with seed {run.seed} is the same run as another experiment's; leave it out of one of them"
+            raise ConfigError(f"study.experiments.{run.experiment}.variants", message)
     order = {seed: number for number, seed in enumerate(config.seeds)}
     return sorted(runs, key=lambda run: order.get(run.seed, len(order)))
 
@@ -169,13 +200,35 @@ class Workshop:
         Folder of the result files.
     threads
         CPU threads of each stage.
+    lock
+        Descriptor of the lock on ``root``, which stages keep open: one that outlives a killed study still holds it.
     """
 
     root: Path
     results: Path
     threads: int
+    lock: int
     _locks: dict[str, threading.Lock] = field(default_factory=dict)
     _guard: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def open(cls, root: Path, results: Path, threads: int) -> Workshop:
+        """A workshop that no other study works in.
+
+        Raises
+        ------
+        DataError
+            When one does.
+        """
+        root.mkdir(parents=True, exist_ok=True)
+        lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            message = "another study works here, or a stage of one that was killed; wait for it, stop it, or choose another --scratch"
+            raise DataError(root, message) from None
+        return cls(root, results, threads, lock)
 
     def run(self, run: Run) -> Path:
         """Train one decoder, after what it needs, and write its result file.
@@ -185,31 +238,38 @@ class Workshop:
         DataError
             When a stage fails; its output is in the working folder's ``log.txt``.
         """
-        data = self._once(f"data-{run.digests['data']}", self._extract, run)
+        data = self._data(run)
         linked = {"dataset": data / "dataset", "features": data / "features"}
         if run.needs_gan:
-            linked["models/gan"] = self._once(f"gan-{run.digests['gan']}", self._pretrain, run) / "models" / "gan"
+            gan = self._once(f"gan-{run.digests['gan']}-{data.name.split('-')[-1]}", self._pretrain, run)
+            linked["models/gan"] = gan / "models" / "gan"
         folder = self._folder(f"run-{run.digests['run']}", run, linked)
         start = time.perf_counter()
         self._stage(folder, "train-decoder", "--variant", run.variant, "--seed", str(run.seed))
         seconds = time.perf_counter() - start
         measured = folder / "metrics" / f"{run.variant}-{run.seed}"
         test = json.loads((measured / "test.json").read_text(encoding="utf-8"))
-        store = featurestore.open(data / "features" / "train")
+        stores = {split: featurestore.open(data / "features" / split) for split in ("train", "test")}
         result = {
             "experiment": run.experiment,
             **test,
             "variant": run.label,
             "digest": run.digests["run"],
-            "protocol": run.protocol,
-            "train_images": len(set(store.ids)),
+            "protocol": _digest(run.protocol, [store.fingerprint for store in stores.values()]),
+            "train_images": len(set(stores["train"].ids)),
             "settings": _settings(run),
-            "made_with": {"torch": torch.__version__, "threads": self.threads, "seconds": round(seconds, 1)},
+            "made_with": {
+                "sources": source_digest(stages, featurestore)[:16],
+                "torch": torch.__version__,
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                "threads": self.threads,
+                "seconds": round(seconds, 1),
+            },
             "images": json.loads((measured / IMAGES_NAME).read_text(encoding="utf-8")),
         }
         target = run.result(self.results)
         if run.needs_gan:
-            result["gan"] = _gan_curves(self.root / f"gan-{run.digests['gan']}" / "metrics" / "train-gan")
+            result["gan"] = _gan_curves(gan / "metrics" / "train-gan")
         unfinished = target.with_suffix(".partial")
         write_json(unfinished, result, indent=None)
         os.replace(unfinished, target)
@@ -227,13 +287,17 @@ class Workshop:
                 done.touch()
         return (self.root / name).resolve()
 
+    def _data(self, run: Run) -> Path:
+        """Features, of the photographs at the run's root."""
+        return self._once(f"data-{run.digests['data']}-{_digest(run.params['prepare']['root'])[:8]}", self._extract, run)
+
     def _extract(self, name: str, run: Run) -> None:
         folder = self._folder(name, run, {})
         self._stage(folder, "prepare")
         self._stage(folder, "extract")
 
     def _pretrain(self, name: str, run: Run) -> None:
-        data = self._once(f"data-{run.digests['data']}", self._extract, run)
+        data = self._data(run)
         self._stage(self._folder(name, run, {"dataset": data / "dataset", "features": data / "features"}), "train-gan")
 
     def _folder(self, name: str, run: Run, linked: Mapping[str, Path]) -> Path:
@@ -250,8 +314,12 @@ class Workshop:
     def _stage(self, folder: Path, *arguments: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "NUMBA_NUM_THREADS": str(self.threads)}
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
-            command = [sys.executable, "-m", "pipeline", *arguments]
-            code = subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+            # Not from the environment: this run's own parameters, and unfinished work that no other run shares.
+            command = [sys.executable, "-m", "pipeline", *arguments, "--params", "params.yaml", "--scratch", "scratch"]
+            process = subprocess.run(
+                command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False, pass_fds=(self.lock,)
+            )
+            code = process.returncode
         if code:
             lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
             reason = next((line for line in reversed(lines) if line.strip()), "no output")

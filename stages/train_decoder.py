@@ -28,7 +28,7 @@ from stages.config import Config
 from stages.errors import ConfigError
 from stages.evaluation import evaluate, evaluate_images
 from stages.losses import cross_entropy
-from stages.metrics import IMAGES_NAME, Scores
+from stages.metrics import IMAGES_NAME, Scores, score, total
 from stages.models.decoder import Decoder
 from stages.monitor import MEASURED, Monitor, MonitorConfig
 from stages.runtime import (
@@ -169,7 +169,7 @@ def run(
         seed=seed,
         ranks=accelerator.num_processes,
         stores=[store.fingerprint for store in stores.values()],
-        gan=[file_sha256(file) for file in sorted(gan.glob("*.safetensors"))] if augmenter.needs_gan else [],
+        gan=[file_sha256(file) for file in sorted(gan.glob("*.safetensors"))] if variant.needs_gan else [],
         torch=torch.__version__,
         code=source_digest(stages, featurestore),
     )
@@ -214,7 +214,9 @@ def run(
                     part.features = part.features.float().contiguous(memory_format=torch.channels_last)
                     augmented = augmenter.augment(part, rng)
                     # Real and added features pass separately, so that BatchNorm never mixes them (Algorithm 1).
-                    real, *added = perturb(variant.perturb, [Part(part.features, [(part.masks, 1.0)]), *augmented.parts], rng)
+                    parts = [Part(part.features, [(part.masks, 1.0)]), *augmented.parts]
+                    own = random_generator(accelerator.device, seed, epoch, number, part_number, 2, accelerator.process_index)
+                    real, *added = perturb(variant.perturb, parts, own)
                     with accelerator.autocast():
                         real_loss = decoder_loss(trained, real, spec.mask_shape, augmenter.adjust(real.targets[0][0]))
                         with running_statistics(decoder, kept=variant.statistics == "all"):
@@ -246,9 +248,9 @@ def run(
     bar.close()
 
     # Test: the last epoch is what is reported, the best on val stands beside it.
-    last = evaluate(accelerator, decoder, held_out["test"], spec.class_names)
     last_on_val = evaluate(accelerator, decoder, held_out["val"], spec.class_names)
     by_image = evaluate_images(accelerator, decoder, held_out["test"], spec.num_classes)
+    last = score(total(by_image.values(), spec.num_classes), spec.class_names)
     final = augmenter.state()
     if accelerator.is_main_process:
         shutil.rmtree(out, ignore_errors=True)

@@ -106,6 +106,17 @@ BAD_PARAMETERS = {
     "a choice that does not exist": ("norm: batch", "norm: layer", "train_gan.norm: input should be 'batch' or 'instance', found 'layer'"),
     "ratios that do not add up": ("[0.7, 0.15, 0.15]", "[0.7, 0.2, 0.15]", "prepare: ratios must add up to 1"),
     "an unknown variant": ("[baseline, featuregan-1x", "[baseline, featuregan-3x", "compare.variants: 'featuregan-3x' is not described"),
+    "an unknown augmenter": ("{augmenter: isda, ", "{augmenter: idsa, ", "variants.isda.augmenter: should be 'none', 'duplicate'"),
+    "a key that an augmenter has not": (
+        "{augmenter: isda, strength",
+        "{augmenter: isda, strenght",
+        "variants.isda.strenght: unknown key; did you mean strength?",
+    ),
+    "an augmenter's keys that do not fit together": (
+        "generator: frozen, new_masks: [flip",
+        "generator: joint, new_masks: [flip",
+        "variants.featuregan-new-masks: new_masks have no real features",
+    ),
     "an unknown backbone": ("backbone: efficientnet_lite0", "backbone: resnet1001", "extract.backbone: unknown backbone"),
     "an input size that the stride cannot take": ("input_size: 64 ", "input_size: 60 ", "extract.input_size"),
     "an input size that the generator cannot take": ("input_size: 64 ", "input_size: 72 ", "multiple of 32"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from commands.options import check_params
 from stages.config import parse_section, read_params
 from stages.errors import ConfigError, DataError
-from stages.study import StudyConfig, plan, with_settings
+from stages.study import StudyConfig, Workshop, plan, with_settings
 from tests.conftest import run, write_photos
 from tests.imports import ROOT
 
@@ -54,8 +55,9 @@ def planned(text: str, tmp_path: Path, **overrides):
 def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path) -> None:
     write_photos(tmp_path / "photos", {"train": 8, "val": 4, "test": 4})
     (tmp_path / "tiny.yaml").write_text(STUDY)
-    command = (sys.executable, "-m", "pipeline", "study", "tiny.yaml", "--set", f"prepare.root={tmp_path / 'photos'}", "--jobs", "2")
-    run(*command, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    command = (sys.executable, "-m", "pipeline", "study", "tiny.yaml", "--set", "prepare.root=photos", "--jobs", "2")
+    (tmp_path / "other.yaml").write_text("")
+    run(*command, cwd=tmp_path, PYTHONPATH=str(ROOT), FEATUREGAN_PARAMS=str(tmp_path / "other.yaml"))  # runs have parameters of their own
     results = tmp_path / "results" / "tiny"
     files = {path.relative_to(results).as_posix(): path.read_bytes() for path in results.rglob("*.json")}
     assert set(files) == {"all/baseline-0.json", "all/featuregan-frozen-0.json", "half/plain-0.json"}
@@ -66,7 +68,7 @@ def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path) -> None:
     assert "gan" not in full
     assert str(tmp_path) not in files["all/baseline-0.json"].decode()  # any machine can go on from it
     working = {path.name.split("-")[0] for path in (tmp_path / "scratch" / "study").iterdir()}
-    assert working == {"data", "gan"}  # the runs' own folders are gone
+    assert working == {"data", "gan", "lock"}  # the runs' own folders are gone
 
     (results / "half" / "plain-0.json").unlink()
     text = run(*command, cwd=tmp_path, PYTHONPATH=str(ROOT)).stdout
@@ -81,8 +83,12 @@ def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path) -> None:
 
     (tmp_path / "photos" / "images" / "train" / "0.jpg").write_bytes(b"")
     (tmp_path / "tiny.yaml").write_text(STUDY.replace("input_size: 64", "input_size: 96"))
-    failed = run(*command, cwd=tmp_path, check=False, PYTHONPATH=str(ROOT))
+    refused = run(*command, cwd=tmp_path, check=False, PYTHONPATH=str(ROOT))
+    assert refused.returncode == 2
+    assert "was made with other settings" in refused.stderr
+    failed = run(*command, "--force", cwd=tmp_path, check=False, PYTHONPATH=str(ROOT))
     assert failed.returncode == 1
+    assert "3 of 3 runs failed" in failed.stderr  # each is tried
     assert "prepare failed with exit code 1" in failed.stderr
 
 
@@ -126,6 +132,9 @@ def test_a_result_of_other_settings_counts_as_missing_and_a_damaged_one_is_named
         ("train_gan.ngf: 1", "train_gan.nfg: 1", "train_gan.nfg: there is no such parameter"),
         ("train_gan.ngf: 1", "train_gan.ngf: 0", "train_gan.ngf: input should be greater"),
         ("variants: [baseline, featuregan-frozen]", "variants: [baseline, featuregan-9x]", "'featuregan-9x' is not described"),
+        ("variants: [baseline, featuregan-frozen]", "variants: [baseline, {x: y}]", "a list holds names of variants"),
+        ("    set: {prepare.train_fraction: 0.5}\n", "", "'baseline' with seed 0 is the same run as another experiment's"),
+        ("extract.input_size: 64", "extract.weights: none.pth", "there is no file none.pth"),
         ("gan: once", "gan: twice", "study.gan"),
         ("gan: once", "gan: once\nruns: 3", "study.runs: unknown key"),
     ],
@@ -133,6 +142,14 @@ def test_a_result_of_other_settings_counts_as_missing_and_a_damaged_one_is_named
 def test_mistakes_are_named_before_anything_runs(tmp_path: Path, before: str, after: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
         planned(STUDY.replace(before, after), tmp_path)
+
+
+def test_two_studies_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    first = Workshop.open(tmp_path, tmp_path / "results", 1)
+    with pytest.raises(DataError, match="another study works here"):
+        Workshop.open(tmp_path, tmp_path / "results", 1)
+    os.close(first.lock)
+    os.close(Workshop.open(tmp_path, tmp_path / "results", 1).lock)
 
 
 def test_settings_change_one_key_of_a_copy() -> None:

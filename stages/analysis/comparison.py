@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from stages.analysis import figures, tables
-from stages.errors import DataError
+from stages.errors import ConfigError, DataError
 from stages.runtime import write_json
 
 
@@ -65,16 +65,29 @@ def read_groups(paths: Iterable[Path]) -> list[Group]:
 
 
 def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> list[dict[str, Any]]:
-    """One entry a group: ``name``, ``train_images``, ``rows`` of :func:`stages.analysis.tables.compare`, ``per_class``, ``gans``."""
+    """One entry a group that has the baseline: ``name``, ``train_images``, ``versions`` of the sources, ``rows``, ``per_class``, ``gans``.
+
+    Rows are those of :func:`stages.analysis.tables.compare`.
+
+    Raises
+    ------
+    ConfigError
+        When no group has it, or a class is none of the data set's.
+    """
+    having = [group for group in groups if baseline in group.runs]
+    if not having:
+        found = ", ".join(sorted({name for group in groups for name in group.runs}))
+        raise ConfigError("--baseline", f"there is no {baseline!r} among {found}")
     return [
         {
             "name": group.name,
             "train_images": group.train_images,
+            "versions": len({run.get("made_with", {}).get("sources") for runs in group.runs.values() for run in runs}),
             "rows": tables.compare(_baseline_first(group.runs, baseline), classes, baseline_name=baseline, key="--class"),
             "per_class": tables.per_class(group.runs),
             "gans": {name: results[0]["gan"] for name, results in group.runs.items() if "gan" in results[0]},
         }
-        for group in groups
+        for group in having
     ]
 
 
@@ -97,9 +110,11 @@ def write(compared: Sequence[dict[str, Any]], out: Path) -> None:
     pd.concat(flat).to_csv(out / "comparison.csv", index=False, float_format="%.4f")
     by_class = [tables.per_class_with_intervals(entry["rows"], entry["per_class"]).assign(experiment=entry["name"]) for entry in compared]
     pd.concat(by_class).to_csv(out / "per_class.csv", index=False, float_format="%.4f")
-    gans = {name: curves for entry in compared for name, curves in entry["gans"].items()}
+    several = len(compared) > 1
+    gans = {f"{entry['name']}: {name}" if several else name: curves for entry in compared for name, curves in entry["gans"].items()}
     if gans:
         (out / "gans.png").write_bytes(figures.gans(gans))
     (out / "comparison.png").write_bytes(figures.differences([(entry["name"], entry["rows"]) for entry in compared]))
-    if len({entry["train_images"] for entry in compared}) > 1:
-        (out / "curve.png").write_bytes(figures.low_data_curve([(entry["train_images"], entry["rows"]) for entry in compared]))
+    sizes = [(entry["train_images"], entry["rows"]) for entry in compared]
+    if 1 < len(sizes) == len({size for size, _ in sizes}):  # where one size stands twice, its decoders were trained in two ways
+        (out / "curve.png").write_bytes(figures.low_data_curve(sizes))

@@ -154,7 +154,7 @@ def low_data_curve(groups: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) ->
     figure = Figure(figsize=(10, 3.6))
     scores, gains = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
     for position, variant in enumerate(dict.fromkeys(row["variant"] for _, rows in groups for row in rows)):
-        found = sorted((size, row) for size, rows in groups for row in rows if row["variant"] == variant)
+        found = sorted(((size, row) for size, rows in groups for row in rows if row["variant"] == variant), key=lambda pair: pair[0])
         sizes = [size for size, _ in found]
         spreads = [row["miou"]["std"] or 0.0 for _, row in found]
         scores.errorbar(

@@ -25,6 +25,8 @@ Transform = Literal["flip", "translation", "cutout", "channel_dropout"]
 class VariantConfig(Config):
     """What every entry of section ``variants`` may say; each augmenter adds keys of its own."""
 
+    needs_gan: ClassVar[bool] = False  # whether it reads what ``train-gan`` wrote
+
     augmenter: str
     perturb: Annotated[tuple[Transform, ...], Field(strict=False)] = ()  # of real and added features, before the decoder
     statistics: Literal["all", "real"] = "all"  # which batches the decoder's running BatchNorm statistics take in
@@ -113,8 +115,6 @@ class Augmenter:
     ----------
     needs_images
         Whether :meth:`augment` wants the photographs.
-    needs_gan
-        Whether it reads what ``train-gan`` wrote.
     same_draws
         Whether the processes of a training are to give it the same random numbers, because it shares them out itself.
     modules
@@ -122,7 +122,6 @@ class Augmenter:
     """
 
     needs_images = False
-    needs_gan: ClassVar[bool] = False
     same_draws: ClassVar[bool] = False
     modules: tuple[nn.Module, ...] = ()
 

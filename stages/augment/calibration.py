@@ -35,7 +35,7 @@ class Calibration(Augmenter):
     def __init__(self, config: CalibrationConfig, context: Context) -> None:
         super().__init__(config, context)
         self.config = config
-        self.num_classes = context.store.spec.num_classes
+        self.num_classes, self.nonnegative = context.store.spec.num_classes, context.store.spec.nonnegative
         statistics = ClassStatistics.of(context.store, context.positions, context.accelerator.device)
         frequent = statistics.photographs >= max(2.0, config.rare * len(context.positions))
         self.is_rare = ~frequent
@@ -61,7 +61,8 @@ class Calibration(Augmenter):
         """One copy with the regions of rare classes moved; photographs without one are left out of its loss."""
         regions = Regions.of(batch.features, batch.masks, self.num_classes)
         rare = (regions.present & self.is_rare).nonzero().tolist()
-        if not rare:
+        found = torch.tensor(len(rare), device=batch.features.device)
+        if not int(self.accelerator.reduce(found, "sum")):  # in any process, because all of them must call the decoder equally often
             return Augmented()
         moves = torch.zeros_like(regions.centres)
         for sample, number in rare:
@@ -69,4 +70,4 @@ class Calibration(Augmenter):
             moves[sample, number] = self.draw(centre, rng) - centre
         masks = batch.masks.clone()
         masks[~(regions.present & self.is_rare).any(1)] = VOID
-        return Augmented([Part(batch.features + regions.spread(moves), [(masks, 1.0)], self.config.weight)])
+        return Augmented([Part(regions.moved(moves, nonnegative=self.nonnegative), [(masks, 1.0)], self.config.weight)])

@@ -1,4 +1,4 @@
-"""A conditional variational auto-encoder of each class's features (Sohn et al. 2015; Kumar et al. 2019, section 3.5)."""
+"""A conditional variational auto-encoder of each class's features (Sohn et al. 2015; Kumar et al. 2019)."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class CVAEAugmenter(Augmenter):
     def __init__(self, config: CVAEConfig, context: Context) -> None:
         super().__init__(config, context)
         self.config = config
-        self.num_classes = context.store.spec.num_classes
+        self.num_classes, self.nonnegative = context.store.spec.num_classes, context.store.spec.nonnegative
         device = context.accelerator.device
         statistics = ClassStatistics.of(context.store, context.positions, device)
         self.scale = torch.from_numpy(context.store.stats.std).float().clamp(min=1e-6).to(device)
@@ -91,5 +91,5 @@ class CVAEAugmenter(Augmenter):
         z = torch.randn(len(batch) * self.num_classes, self.config.latent, generator=rng, device=batch.features.device)
         classes = torch.arange(self.num_classes, device=z.device).repeat(len(batch))
         drawn = (self.model.decode(z, classes) * self.scale).unflatten(0, (len(batch), self.num_classes))  # (B, K, C)
-        moved = batch.features + regions.spread(drawn - regions.centres)
+        moved = regions.moved(drawn - regions.centres, nonnegative=self.nonnegative)
         return Augmented([Part(moved, [(batch.masks, 1.0)], self.config.weight)])

@@ -1,4 +1,4 @@
-"""Hard-example extrapolation: away from the centre of the class (Kumar et al. 2019, section 3.3; thesis section 2.2.1)."""
+"""Hard-example extrapolation: away from the centre of the class (thesis section 2.2.1, after Cheung and Yeung 2020, MODALS)."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Extrapolate(Augmenter):
     def __init__(self, config: ExtrapolateConfig, context: Context) -> None:
         super().__init__(config, context)
         self.config = config
-        self.num_classes = context.store.spec.num_classes
+        self.num_classes, self.nonnegative = context.store.spec.num_classes, context.store.spec.nonnegative
         self.means = ClassStatistics.of(context.store, context.positions, context.accelerator.device).means
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """One copy with every region moved."""
         regions = Regions.of(batch.features, batch.masks, self.num_classes)
-        moved = batch.features + self.config.strength * regions.spread(regions.centres - self.means)
+        moved = regions.moved(self.config.strength * (regions.centres - self.means), nonnegative=self.nonnegative)
         return Augmented([Part(moved, [(batch.masks, 1.0)], self.config.weight)])

@@ -7,7 +7,7 @@ approach, section 5.1).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -19,7 +19,6 @@ from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
 from stages.augment.new_masks import NewMasks
 from stages.checkpoint import load_gan, load_generator, load_training_state
-from stages.distributed import draw_noise
 from stages.errors import ConfigError
 from stages.gan import Networks
 from stages.gan_trainer import GanTrainer
@@ -32,6 +31,8 @@ Change = Literal["flip", "shift", "scale", "paste"]
 class FeatureGANConfig(SourceConfig):
     """Variants ``featuregan-*``."""
 
+    needs_gan: ClassVar[bool] = True
+
     augmenter: Literal["featuregan"]
     generator: Literal["joint", "frozen"] = "joint"
     ratio: int = Field(default=1, ge=1, le=16)  # draws a mask
@@ -40,6 +41,8 @@ class FeatureGANConfig(SourceConfig):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
+        if self.generator == "frozen" and not self.segmentation_loss:
+            raise ValueError("segmentation_loss is a joint generator's; leave it out, or set generator: joint")
         if self.new_masks and self.generator == "joint":
             raise ValueError("new_masks have no real features for a joint generator's discriminator; set generator: frozen")
         return self
@@ -56,7 +59,6 @@ class JointFeatureGAN(Augmenter):
         The pretrained networks with their optimizers.
     """
 
-    needs_gan = True
     same_draws = True
 
     def __init__(self, config: FeatureGANConfig, trainer: GanTrainer) -> None:
@@ -91,8 +93,6 @@ class JointFeatureGAN(Augmenter):
 class FrozenFeatureGAN(Augmenter):
     """Sample from a generator that no longer learns."""
 
-    needs_gan = True
-
     def __init__(self, config: FeatureGANConfig, context: Context, networks: Networks) -> None:
         super().__init__(config, context)
         self.config = config
@@ -107,7 +107,7 @@ class FrozenFeatureGAN(Augmenter):
         """``ratio`` draws of generated features."""
         ratio = self.config.ratio
         masks = batch.masks if self.new_masks is None else self.new_masks(batch.masks, rng)
-        z = draw_noise(rng, ratio, len(masks), self.generator.z_dim, masks.device)
+        z = torch.randn(ratio * len(masks), self.generator.z_dim, generator=rng, device=masks.device)
         with self.accelerator.autocast():
             if self.encoder is not None:
                 assert batch.images is not None

@@ -1,4 +1,4 @@
-"""Hard-example interpolation: towards the nearest sample of the class that is hard to classify (thesis section 2.2.1)."""
+"""Hard-example interpolation: towards the nearest hard sample of the class (thesis section 2.2.1, after Cheung and Yeung 2020, MODALS)."""
 
 from __future__ import annotations
 
@@ -24,20 +24,22 @@ class InterpolateConfig(SourceConfig):
 class Interpolate(Augmenter):
     """``x + lambda * (s - m)`` with m the centre of x's region and s that of the nearest hard region of its class in the batch.
 
-    Hard are the regions on which the decoder's present cross-entropy is above that of the one at hand.
+    The thesis takes the hardest of q candidates and does not say how many; here those are hard on which the decoder's present
+    cross-entropy is above that of the region at hand.
     """
 
     def __init__(self, config: InterpolateConfig, context: Context) -> None:
         super().__init__(config, context)
         self.config = config
-        self.num_classes = context.store.spec.num_classes
+        self.num_classes, self.nonnegative = context.store.spec.num_classes, context.store.spec.nonnegative
         self.decoder = context.decoder
 
     @torch.no_grad()
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """One copy with every region moved that has a harder one of its class beside it."""
         regions = Regions.of(batch.features, batch.masks, self.num_classes)
-        moved = batch.features + self.config.strength * regions.spread(self._towards(regions, self._losses(batch, regions)))
+        by = self.config.strength * self._towards(regions, self._losses(batch, regions))
+        moved = regions.moved(by, nonnegative=self.nonnegative)
         return Augmented([Part(moved, [(batch.masks, 1.0)], self.config.weight)])
 
     def _losses(self, batch: Batch, regions: Regions) -> torch.Tensor:

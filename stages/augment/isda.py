@@ -44,7 +44,8 @@ class ISDA(Augmenter):
         def change(embeddings: Tensor, scores: Tensor, last: nn.Conv2d) -> Tensor:
             labels = labels_at(masks, (scores.shape[2], scores.shape[3]))
             self._observe(embeddings.detach().float(), labels)
-            margins = self.margins(last.weight.float().flatten(1))  # (K, K), row: the pixel's class
+            with torch.autocast(scores.device.type, enabled=False):  # margins are differences of nearly equal sums
+                margins = self.margins(last.weight.float().flatten(1))  # (K, K), row: the pixel's class
             known = labels != VOID
             added = margins[torch.where(known, labels, 0)] * known[..., None]  # (B, h, w, K)
             return scores.float() + added.permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Linear delta: the difference of two samples of a class added to a third (Kumar et al. 2019, section 3.4; thesis section 2.2.1)."""
+"""Linear delta: the difference of two samples of a class added to a third (Kumar et al. 2019; thesis section 2.2.1)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LinearDelta(Augmenter):
     def __init__(self, config: LinearDeltaConfig, context: Context) -> None:
         super().__init__(config, context)
         self.weight = config.weight
-        self.num_classes = context.store.spec.num_classes
+        self.num_classes, self.nonnegative = context.store.spec.num_classes, context.store.spec.nonnegative
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """One copy with every region moved."""
@@ -31,5 +31,5 @@ class LinearDelta(Augmenter):
         pairs, found = regions.others(2, rng)  # (B, K, 2), (B, K)
         classes = torch.arange(self.num_classes, device=pairs.device)
         first, second = (regions.centres[pairs[..., number], classes] for number in range(2))  # (B, K, C)
-        moved = batch.features + regions.spread((first - second) * found[..., None])
+        moved = regions.moved((first - second) * found[..., None], nonnegative=self.nonnegative)
         return Augmented([Part(moved, [(batch.masks, 1.0)], self.weight)])

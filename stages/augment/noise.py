@@ -1,4 +1,4 @@
-"""Perturb: additive and multiplicative Gaussian noise (Kumar et al. 2019, section 3.2; thesis section 2.2.1)."""
+"""Perturb: additive and multiplicative Gaussian noise (Kumar et al. 2019; thesis section 2.2.1)."""
 
 from __future__ import annotations
 

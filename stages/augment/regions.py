@@ -35,8 +35,11 @@ class Regions:
         (B, K) bool: which photograph has which class.
     centres
         (B, K, C) mean features, 0 where there is no pixel.
+    features
+        (B, C, h, w) themselves.
     """
 
+    features: Tensor
     labels: Tensor
     shares: Tensor
     present: Tensor
@@ -50,11 +53,12 @@ class Regions:
         shares = F.one_hot(index, num_classes + 1)[..., :num_classes].to(features.dtype).transpose(1, 2)
         counts = shares.sum(2)  # (B, K)
         centres = torch.einsum("bkp,bcp->bkc", shares, features.flatten(2)) / counts.clamp(min=1)[..., None]
-        return cls(labels, shares, counts > 0, centres)
+        return cls(features, labels, shares, counts > 0, centres)
 
-    def spread(self, vectors: Tensor) -> Tensor:
-        """Vectors (B, K, C) at every pixel of their regions, (B, C, h, w); 0 at void pixels."""
-        return torch.einsum("bkp,bkc->bcp", self.shares, vectors).unflatten(2, self.labels.shape[1:])
+    def moved(self, by: Tensor, *, nonnegative: bool) -> Tensor:
+        """(B, C, h, w) features, every region moved by its vector in (B, K, C), void pixels by none; at 0 and above if so wanted."""
+        moved = self.features + torch.einsum("bkp,bkc->bcp", self.shares, by).unflatten(2, self.labels.shape[1:])
+        return moved.clamp(min=0) if nonnegative else moved
 
     def others(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """For each region ``count`` different photographs of the batch, chosen at random, that have its class too.

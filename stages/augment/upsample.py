@@ -1,4 +1,4 @@
-"""Upsample: photographs of rare classes more often (Kumar et al. 2019, section 3.1; thesis section 2.2.1)."""
+"""Upsample: photographs of rare classes more often (Kumar et al. 2019; thesis section 2.2.1)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class UpsampleConfig(SourceConfig):
 def repeat_factors(store: FeatureStore, positions: np.ndarray, threshold: float) -> np.ndarray:
     """(n,) how much more often than the others each sample is drawn: ``max over its classes of sqrt(threshold / share)``, 1 at least.
 
-    ``share`` is the share of the photographs that have the class (Gupta et al. 2019, LVIS, section 4.4).
+    ``share`` is the share of the photographs that have the class (Gupta et al. 2019, LVIS).
     """
     masks = (store.mask(int(position)) for position in positions)
     there = np.stack([np.bincount(mask.ravel(), minlength=256)[: store.spec.num_classes] > 0 for mask in masks])  # (n, K)

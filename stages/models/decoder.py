@@ -77,6 +77,8 @@ class Decoder(nn.Module):
         if adjust is None:
             scores = self.head(features)
         else:
-            embeddings = self.head[:-1](features)  # type: ignore[index]
+            embeddings = features
+            for layer in list(self.head.children())[:-1]:
+                embeddings = layer(embeddings)
             scores = adjust(embeddings, self.last(embeddings), self.last)
         return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)

@@ -275,6 +275,25 @@ def test_isda_estimates_the_variances_of_all_vectors_so_far(store, batch, tmp_pa
     assert not raised[:, :, 0, 0].any()  # void
 
 
+@pytest.mark.parametrize("head", ["deeplab", "fcn"])
+def test_scores_can_be_adjusted_in_front_of_the_last_layer(head: str) -> None:
+    decoder = Decoder(head=head, in_channels=8, num_classes=CLASSES, width=5, atrous_rates=(1, 2)).eval()
+    features = torch.randn(2, 8, SIDE, SIDE)
+
+    def again(embeddings: torch.Tensor, scores: torch.Tensor, last: torch.nn.Conv2d) -> torch.Tensor:
+        assert torch.equal(last(embeddings), scores)
+        return scores + 1
+
+    torch.testing.assert_close(decoder(features, (8, 8), again), decoder(features, (8, 8)) + 1)
+
+
+def test_moved_features_stay_as_the_backbones_are(batch) -> None:
+    regions = Regions.of(batch.features.relu(), batch.masks, CLASSES)
+    down = torch.full((4, CLASSES, CHANNELS), -1.0)
+    assert float(regions.moved(down, nonnegative=True).min()) == 0
+    assert float(regions.moved(down, nonnegative=False).min()) == -1
+
+
 def test_isda_goes_on_from_its_state(store, batch, tmp_path) -> None:
     one, two = (build(store, tmp_path, augmenter="isda") for _ in range(2))
     last = torch.nn.Conv2d(5, CLASSES, 1)

@@ -137,6 +137,8 @@ def test_groups_by_protocol_are_written_with_tables_and_pictures(results: Path, 
 
 
 def test_results_that_stand_twice_or_are_none_are_refused(results: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no 'basline' among baseline, noise"):
+        comparison.compare(comparison.read_groups([results]), [], "basline")
     double = results / "full" / "again-0.json"
     double.write_bytes((results / "full" / "noise-0.json").read_bytes())
     with pytest.raises(DataError, match="same variant and seed"):
