@@ -3,9 +3,8 @@
     python -m benchmarks.train [--size voc2012-lite] [--size thesis] [--photographs FOLDER] [--json FILE]
 
 Steps: ours and ``benchmarks/literal.py`` have networks of the same widths and batches of the same shapes, and take turns in
-one process; the median step counts. By default ours computes in bfloat16, as the presets for small machines do, and the literal
-one in float32, as the thesis did (it speaks of no other); ``--precision no`` and ``--literal-precision bf16`` compare
-them at the same precision. Epochs (with
+one process; the median step counts. Both compute at ``--precision``, unless ``--literal-precision`` says otherwise for the
+literal one. Epochs (with
 ``--photographs``): the baseline decoder and the GAN see every photograph once, either from a feature store, or as the thesis
 did it: read, resized and sent through the backbone.
 """
@@ -256,8 +255,8 @@ def _synchronise(device: torch.device) -> None:
 
 @click.command(help=__doc__)
 @click.option("--size", "names", multiple=True, type=click.Choice(list(SIZES)), default=("voc2012-lite", "thesis"), show_default=True)
-@click.option("--precision", type=click.Choice(["no", "bf16"]), default="bf16", show_default=True, help="Of ours, and of epochs.")
-@click.option("--literal-precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True)
+@click.option("--precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True, help="Of both, and of epochs.")
+@click.option("--literal-precision", type=click.Choice(["no", "bf16"]), help="Of the literal implementation. Default: the same.")
 @click.option("--steps", type=click.IntRange(1), default=5, show_default=True, help="Steps of each kind.")
 @click.option("--photographs", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Measure epochs too, on these.")
 @click.option("--images", type=click.IntRange(16), default=64, show_default=True, help="Photographs an epoch.")
@@ -266,7 +265,7 @@ def _synchronise(device: torch.device) -> None:
 def main(
     names: tuple[str, ...],
     precision: str,
-    literal_precision: str,
+    literal_precision: str | None,
     steps: int,
     photographs: Path | None,
     images: int,
@@ -274,7 +273,7 @@ def main(
     file: Path | None,
 ) -> None:
     print(f"{common.machine()}\n", flush=True)
-    precisions = {"ours": precision, "literal": literal_precision}
+    precisions = {"ours": precision, "literal": literal_precision or precision}
     rows = [row for name in names for row in time_steps(name, SIZES[name], device, precisions, steps)]
     if photographs is not None:
         rows += [row for name in names for row in time_epochs(name, SIZES[name], device, precision, photographs, images)]

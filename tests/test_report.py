@@ -123,6 +123,6 @@ def test_the_page_is_whole_and_self_contained(project: Path) -> None:
         assert row["miou"]["values"] == [pytest.approx(100 * stored["miou"])]
     pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in re.findall(r"data:image/png;base64,([^\"]+)", page)]
     assert len(pictures) == 8
-    assert all(picture[..., :3].std() > 10 and min(picture.shape[:2]) > 120 for picture in pictures)
+    assert all(picture[..., :3].std() > 10 and min(picture.shape[:2]) > 200 for picture in pictures)
     assert pd.read_csv(project / "reports" / "comparison.csv")["variant"].tolist() == [row["variant"] for row in rows]
     assert (project / "reports" / "comparison.txt").read_text().startswith("variant")

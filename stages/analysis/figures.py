@@ -134,7 +134,7 @@ def differences(groups: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> by
     """Difference in mIoU to the baseline by variant: its 95% interval over test images, and each seed as a dot; a panel a group of rows."""
     shown = [(name, [row for row in rows if row["delta_miou"] is not None]) for name, rows in groups]
     lines = max(1, max(len(rows) for _, rows in shown))
-    figure = Figure(figsize=(4.6 * len(shown) + 1, 0.9 + 0.34 * lines))
+    figure = Figure(figsize=(4.6 * len(shown) + 1, 1.5 + 0.34 * lines))
     for number, (name, rows) in enumerate(shown):
         axes = figure.add_subplot(1, len(shown), number + 1)
         axes.axvline(0, color="#888", linewidth=0.8)
@@ -169,6 +169,8 @@ def low_data_curve(groups: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) ->
     gains.axhline(0, color="#888", linewidth=0.8)
     for axes, title in ((scores, "mIoU (± over seeds)"), (gains, "Δ mIoU to the baseline (95% interval over images)")):
         axes.set(xscale="log", xlabel="training photographs", title=title)
+        axes.set_xticks([size for size, _ in groups], [str(size) for size, _ in groups])
+        axes.minorticks_off()
     scores.legend(frameon=False, fontsize=7)
     figure.tight_layout()
     return png(figure)

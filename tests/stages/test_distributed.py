@@ -38,7 +38,7 @@ def roots(features: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def test_losses_and_scores_agree(roots: dict[str, Path], stage: str, how: str) -> None:
     one, two = (read_curves(roots[run] / "metrics" / stage) for run in ("one", how))
     assert one.keys() == two.keys()
-    assert len(one) > 15
+    assert len(one) > (15 if stage == "flow" else 20)  # a flow has no discriminator to log
     for curve in one:
         if curve.startswith("monitor"):
             continue  # counts and ratios of the generators, whose weights are compared below
