@@ -22,7 +22,6 @@ from typing import Any
 import click
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import common, literal
@@ -30,10 +29,10 @@ from featurestore.dataset import Batch
 from stages.augment.featuregan import FeatureGANConfig, JointFeatureGAN
 from stages.gan import build_networks
 from stages.gan_trainer import GanTrainer
-from stages.losses import cross_entropy
 from stages.models.decoder import Decoder
 from stages.objective import Objective
 from stages.runtime import make_accelerator
+from stages.upsampled_loss import upsampled_cross_entropy
 
 CLASSES, STRIDE = 21, 8
 
@@ -105,8 +104,8 @@ def our_steps(size: Size, device: str, precision: str, features: Tensor, masks: 
         real = features.float().contiguous(memory_format=torch.channels_last)
         augmented = augmenter.augment(Batch(torch.arange(len(masks)), real, masks, None), rng)
         with trainer.accelerator.autocast():
-            scores = [decoder(some, masks.shape[-2:]) for some in (real, *(part.features for part in augmented.parts))]
-            loss = torch.stack([cross_entropy(some.float(), masks) for some in scores]).sum()
+            scores = [decoder(some) for some in (real, *(part.features for part in augmented.parts))]
+            loss = torch.stack([upsampled_cross_entropy(some, masks) for some in scores]).sum()
         augmenter.update(loss, optimizer)
 
     return {"gan step": gan, "joint step 1:1": lambda: joint(1), "joint step 2:1": lambda: joint(2)}
@@ -218,8 +217,8 @@ def time_epochs(name: str, size: Size, device: str, precision: str, photographs:
 
         def decode(features: Tensor) -> None:
             with accelerator.autocast():
-                logits = decoder(features.float().contiguous(memory_format=torch.channels_last), masks.shape[-2:])
-                loss = F.cross_entropy(logits.float(), masks.long())
+                scores = decoder(features.float().contiguous(memory_format=torch.channels_last))
+                loss = upsampled_cross_entropy(scores, masks)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -27,7 +27,6 @@ from stages.checkpoint import CONFIG_NAME, Checkpoint, read_config, save_gan, sa
 from stages.config import Config
 from stages.errors import ConfigError
 from stages.evaluation import evaluate, evaluate_images
-from stages.losses import cross_entropy
 from stages.metrics import IMAGES_NAME, Scores, score, total
 from stages.models.decoder import Decoder
 from stages.monitor import MEASURED, Monitor, MonitorConfig
@@ -44,6 +43,7 @@ from stages.runtime import (
 )
 from stages.runtime import generator as random_generator
 from stages.tracking import TRACKERS, History, Means
+from stages.upsampled_loss import upsampled_cross_entropy
 
 
 class TrainDecoderConfig(Config):
@@ -218,9 +218,9 @@ def run(
                     own = random_generator(accelerator.device, seed, epoch, number, part_number, 2, accelerator.process_index)
                     real, *added = perturb(variant.perturb, parts, own)
                     with accelerator.autocast():
-                        real_loss = decoder_loss(trained, real, spec.mask_shape, augmenter.adjust(real.targets[0][0]))
+                        real_loss = decoder_loss(trained, real, augmenter.adjust(real.targets[0][0]))
                         with running_statistics(decoder, kept=variant.statistics == "all"):
-                            added_losses = [decoder_loss(trained, some, spec.mask_shape) for some in added]
+                            added_losses = [decoder_loss(trained, some) for some in added]
                     loss = real_loss
                     for some, added_loss in zip(added, added_losses, strict=True):
                         loss = loss + some.weight * added_loss
@@ -287,10 +287,10 @@ def run(
     return last
 
 
-def decoder_loss(decoder: nn.Module, part: Part, size: tuple[int, int], adjust: Adjust | None = None) -> Tensor:
+def decoder_loss(decoder: nn.Module, part: Part, adjust: Adjust | None = None) -> Tensor:
     """Cross-entropy of the decoder's scores for a part's features with its targets, by their shares."""
-    scores = decoder(part.features.contiguous(memory_format=torch.channels_last), size, adjust).float()
-    return torch.stack([share * cross_entropy(scores, masks) for masks, share in part.targets]).sum()
+    scores = decoder(part.features.contiguous(memory_format=torch.channels_last), adjust=adjust)
+    return torch.stack([share * upsampled_cross_entropy(scores, masks) for masks, share in part.targets]).sum()
 
 
 @contextmanager

@@ -56,7 +56,10 @@ class Decoder(nn.Module):
         return layer
 
     def forward(
-        self, features: Tensor, size: tuple[int, int], adjust: Callable[[Tensor, Tensor, nn.Conv2d], Tensor] | None = None
+        self,
+        features: Tensor,
+        size: tuple[int, int] | None = None,
+        adjust: Callable[[Tensor, Tensor, nn.Conv2d], Tensor] | None = None,
     ) -> Tensor:
         """Score every pixel.
 
@@ -65,14 +68,14 @@ class Decoder(nn.Module):
         features
             (B, C, h, w) in the backbone's own scale.
         size
-            (H, W) of the masks.
+            (H, W) of the masks; None leaves the scores at the features' (h, w).
         adjust
             Changes scores (B, K, h, w) in training, given what the last layer made them from, (B, A, h, w), and that layer.
 
         Returns
         -------
         Tensor
-            (B, K, H, W) unnormalised scores.
+            (B, K, H, W) or (B, K, h, w) unnormalised scores.
         """
         if adjust is None:
             scores = self.head(features)
@@ -81,4 +84,4 @@ class Decoder(nn.Module):
             for layer in list(self.head.children())[:-1]:
                 embeddings = layer(embeddings)
             scores = adjust(embeddings, self.last(embeddings), self.last)
-        return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
+        return scores if size is None else F.interpolate(scores, size=size, mode="bilinear", align_corners=False)

@@ -182,9 +182,9 @@ def test_a_step_equals_algorithm_1(monkeypatch: pytest.MonkeyPatch, branch: str,
         optimizer = torch.optim.Adam(decoder.parameters(), LR["decoder"])
         augmenter = JointFeatureGAN(FeatureGANConfig(augmenter="featuregan", ratio=ratio), trainer)
         augmented = augmenter.augment(Batch(torch.arange(len(masks)), features, masks, images), rng)
-        loss = decoder_loss(decoder, Part(features, [(masks, 1.0)]), masks.shape[-2:])
+        loss = decoder_loss(decoder, Part(features, [(masks, 1.0)]))
         for part in augmented.parts:
-            loss = loss + part.weight * decoder_loss(decoder, part, masks.shape[-2:])
+            loss = loss + part.weight * decoder_loss(decoder, part)
         monkeypatch.setattr(optimizer, "zero_grad", lambda: None)
         augmenter.update(loss, optimizer)
         assert_same_parameters(decoder, literal_decoder, start_decoder, LR["decoder"])
