@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from featurestore import StoreSpec
 from featurestore.files import sync_folder
 from stages.distributed import agree, several_processes
 from stages.errors import DataError
@@ -164,6 +165,22 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise DataError(path, "there is no trained model here; run the stage that makes it") from None
     except ValueError as error:
         raise DataError(path, f"is not valid JSON ({error}); run the stage that makes it again") from error
+
+
+def read_spec(path: str | Path) -> StoreSpec:
+    """The spec of the features that a trained decoder or GAN works on: backbone, sizes, classes, palette.
+
+    Raises
+    ------
+    DataError
+        When there is no trained model at ``path``, or its config is damaged or of an older version.
+    """
+    folder = Path(path)
+    try:
+        return StoreSpec.from_dict(read_config(folder)["features"])
+    except (KeyError, TypeError, ValueError) as error:
+        message = f"does not describe the features that the model was trained on ({error!r}); run the stage that makes it again"
+        raise DataError(folder / CONFIG_NAME, message) from error
 
 
 def load_gan(folder: Path) -> tuple[Networks, dict[str, Any]]:

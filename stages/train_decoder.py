@@ -256,7 +256,8 @@ def run(
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         save_weights(decoder.state_dict(), out / "decoder.safetensors")
-        (out / CONFIG_NAME).write_text(json.dumps({"architecture": architecture, "variant": name, "seed": seed}, indent=1) + "\n")
+        described = {"architecture": architecture, "variant": name, "seed": seed, "features": spec.to_dict()}
+        (out / CONFIG_NAME).write_text(json.dumps(described, indent=1) + "\n")
         if isinstance(augmenter, JointFeatureGAN):
             save_gan(out / "gan", final, read_config(gan))
     decoder.load_state_dict(best["weights"])

@@ -241,7 +241,8 @@ def run(
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         save_weights(untrained, out / "generator-initial.safetensors")
-        save_gan(out, final, {"architecture": architecture, "training": settings, "store": store.fingerprint})
+        described = {"architecture": architecture, "training": settings, "store": store.fingerprint, "features": store.spec.to_dict()}
+        save_gan(out, final, described)
     accelerator.wait_for_everyone()  # what comes next may read what the main process wrote
     accelerator.end_training()
     checkpoint.remove()
