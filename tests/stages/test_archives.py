@@ -1,0 +1,179 @@
+"""Archives are unpacked whole or not at all, and none reaches outside its folder."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from featurestore.errors import FeatureStoreError
+from stages.data.archives import unpack
+from stages.errors import DataError
+
+FILES = {"data/a.txt": b"first", "data/deep/b.bin": bytes(100_000), "empty.txt": b""}
+
+
+def write_tar(path: Path, *members: tarfile.TarInfo, mode: str = "w") -> None:
+    """A tar archive of FILES, and of other members after them."""
+    with tarfile.open(path, mode) as tar:
+        for name, content in FILES.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for member in members:
+            tar.addfile(member, io.BytesIO(bytes(member.size)))
+
+
+def write_zip(path: Path, *members: zipfile.ZipInfo) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zipped:
+        zipped.mkdir("data") if hasattr(zipped, "mkdir") else zipped.writestr("data/", "")
+        for name, content in FILES.items():
+            zipped.writestr(name, content)
+        for member in members:
+            zipped.writestr(member, b"../../outside")
+
+
+def tar_member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+def zip_member(name: str, mode: int = 0) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo("x")
+    info.filename, info.external_attr = name, mode << 16  # past ZipInfo's own cleaning of names
+    return info
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "tar": write_tar,
+    "tar.gz": lambda path: write_tar(path, mode="w:gz"),
+    "tar.bz2": lambda path: write_tar(path, mode="w:bz2"),
+    "tar.xz": lambda path: write_tar(path, mode="w:xz"),
+    "zip": write_zip,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_was_packed_comes_out(tmp_path: Path, kind: str) -> None:
+    WRITERS[kind](tmp_path / "archive")
+    unpack(tmp_path / "archive", tmp_path / "new" / "folder")
+    assert contents(tmp_path / "new" / "folder") == FILES
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["folder"]
+
+
+def test_links_that_stay_inside_are_unpacked(tmp_path: Path) -> None:
+    links = (
+        tar_member("data/deep/up", tarfile.SYMTYPE, "../a.txt"),
+        tar_member("data/same", tarfile.LNKTYPE, "data/a.txt"),
+    )
+    write_tar(tmp_path / "archive", *links)
+    unpack(tmp_path / "archive", tmp_path / "folder")
+    assert (tmp_path / "folder" / "data" / "deep" / "up").read_bytes() == (tmp_path / "folder" / "data" / "same").read_bytes() == b"first"
+
+
+BAD_TARS = {
+    "a path upwards": ([tar_member("../outside")], "would leave the folder"),
+    "a path up from a folder": ([tar_member("data/../../outside")], "would leave the folder"),
+    "an absolute path": ([tar_member("/outside")], "would leave the folder"),
+    "a drive": ([tar_member("C:/outside")], "would leave the folder"),
+    "backslashes": ([tar_member("..\\outside")], "would leave the folder"),
+    "a symbolic link upwards": ([tar_member("data/link", tarfile.SYMTYPE, "../../outside")], "links out of the folder, to"),
+    "an absolute symbolic link": ([tar_member("data/link", tarfile.SYMTYPE, "/etc")], "links out of the folder, to /etc"),
+    "a hard link upwards": ([tar_member("link", tarfile.LNKTYPE, "../outside")], "links out of the folder"),
+    "a file below a link": (
+        [tar_member("link", tarfile.SYMTYPE, "data"), tar_member("link/outside")],
+        "'link/outside' lies below a link",
+    ),
+    "a file below a link of another spelling": (
+        [tar_member("./data/../link", tarfile.SYMTYPE, "data"), tar_member("link/deep/outside")],
+        "lies below a link",
+    ),
+    "a device": ([tar_member("null", tarfile.CHRTYPE)], "is neither file nor folder"),
+    "a pipe": ([tar_member("pipe", tarfile.FIFOTYPE)], "is neither file nor folder"),
+}
+BAD_ZIPS = {
+    "a path upwards": (zip_member("../outside"), "would leave the folder"),
+    "a path up from a folder": (zip_member("data/../../outside"), "would leave the folder"),
+    "an absolute path": (zip_member("/outside"), "would leave the folder"),
+    "a drive": (zip_member("C:/outside"), "would leave the folder"),
+    "backslashes": (zip_member("..\\outside"), "would leave the folder"),
+    "a symbolic link": (zip_member("link", stat.S_IFLNK | 0o777), "is neither file nor folder"),
+    "a device": (zip_member("null", stat.S_IFCHR | 0o666), "is neither file nor folder"),
+}
+
+
+def refused(tmp_path: Path, words: str) -> None:
+    """Unpacking fails with these words and leaves nothing at all, inside or outside."""
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=words) as caught:
+        unpack(tmp_path / "archive", tmp_path / "folder")
+    assert str(caught.value).startswith(f"{tmp_path / 'archive'}: ")
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not (tmp_path.parent / "outside").exists()
+
+
+@pytest.mark.parametrize("case", BAD_TARS)
+def test_malicious_tars_are_refused(tmp_path: Path, case: str) -> None:
+    members, words = BAD_TARS[case]
+    write_tar(tmp_path / "archive", *members)
+    refused(tmp_path, words)
+
+
+@pytest.mark.parametrize("case", BAD_ZIPS)
+def test_malicious_zips_are_refused(tmp_path: Path, case: str) -> None:
+    member, words = BAD_ZIPS[case]
+    write_zip(tmp_path / "archive", member)
+    with zipfile.ZipFile(tmp_path / "archive") as zipped:
+        assert member.filename in zipped.namelist()
+    refused(tmp_path, words)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
+def test_damaged_archives_leave_nothing(tmp_path: Path, kind: str, share: float) -> None:
+    WRITERS[kind](tmp_path / "archive")
+    content = (tmp_path / "archive").read_bytes()
+    (tmp_path / "archive").write_bytes(content[: int(share * len(content))])
+    refused(tmp_path, "is no archive, or a damaged one")
+
+
+@pytest.mark.parametrize("kind", ["tar.gz", "zip"])
+def test_archives_with_changed_bytes_leave_nothing(tmp_path: Path, kind: str) -> None:
+    WRITERS[kind](tmp_path / "archive")
+    content = bytearray((tmp_path / "archive").read_bytes())
+    place = 60 if kind == "tar.gz" else content.index(b"a.txt") + len("a.txt")  # compressed bytes
+    content[place] ^= 0xFF
+    (tmp_path / "archive").write_bytes(content)
+    refused(tmp_path, "is no archive, or a damaged one")
+
+
+def test_encrypted_zips_are_refused(tmp_path: Path) -> None:
+    write_zip(tmp_path / "archive")
+    content = bytearray((tmp_path / "archive").read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "archive").write_bytes(content)
+    refused(tmp_path, "is encrypted")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tar(tmp_path / "archive")
+
+    def full(*arguments: object, **more: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(tarfile.TarFile, "extract", full)
+    with pytest.raises(FeatureStoreError, match="No space left on device"):
+        unpack(tmp_path / "archive", tmp_path / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["archive"]
