@@ -14,7 +14,16 @@ from typing import Any
 
 import click
 
-from commands.options import PRESETS, device_option, load_params, params_option, scratch_option, training_options, workers_option
+from commands.options import (
+    PRESETS,
+    device_option,
+    download_option,
+    load_params,
+    params_option,
+    scratch_option,
+    training_options,
+    workers_option,
+)
 from commands.stores import inspect, verify
 from commands.studies import compare, study
 
@@ -92,12 +101,13 @@ def init(preset: str | None, list_them: bool, force: bool, params: Path) -> None
 @params_option
 @scratch_option
 @workers_option
-def prepare(params: Path, scratch: Path, workers: int) -> None:
+@download_option
+def prepare(params: Path, scratch: Path, workers: int, download: bool) -> None:
     """Find or draw the photographs and masks, check every one, write dataset/manifest.csv."""
     sections = load_params(params)
     from stages.prepare import run
 
-    summary = run(sections["prepare"], out=DATASET, scratch=scratch, workers=workers)
+    summary = run(sections["prepare"], out=DATASET, scratch=scratch, workers=workers, download=download)
     sizes = ", ".join(f"{split} {part['images']}" for split, part in summary["splits"].items())
     click.echo(f"{DATASET}: {summary['images']} photographs ({sizes}), {len(summary['classes'])} classes, all checked")
 

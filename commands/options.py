@@ -46,6 +46,12 @@ workers_option = option(
     envvar="FEATUREGAN_WORKERS",
     help="Threads that read, decode and check; results do not depend on it. 0: none beside the main one.",
 )
+download_option = option(
+    "--download/--no-download",
+    default=False,
+    envvar="FEATUREGAN_DOWNLOAD",
+    help="Get the data set into prepare.root first, if it is not there and its licence allows it (voc).",
+)
 device_option = option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

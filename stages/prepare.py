@@ -7,67 +7,40 @@ import math
 import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import ModuleType
+from typing import Any
 
 import numpy as np
-from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from featurestore.files import move_into_place
-from stages.config import Config, Seed
-from stages.data import folder, voc, wastesim
+from stages.data import ade20k, camvid, cityscapes, coco_instances, coco_panoptic, coco_stuff, folder, voc, wastesim
+from stages.data.config import PrepareConfig
+from stages.data.download import download_data
+from stages.data.found import Found
 from stages.data.images import VOID, decode_image, decode_mask, read_bytes
 from stages.data.manifest import SPLITS, Classes, Entry, Pair, write_manifest
-from stages.errors import DataError
+from stages.data.relabel import write_indices
+from stages.data.splits import assign
+from stages.errors import ConfigError, DataError
 
-Channel = Annotated[int, Field(ge=0, le=255)]
-Colour = Annotated[tuple[Channel, Channel, Channel], Field(strict=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class WastesimConfig(Config):
-    """How many belt scenes are drawn, and how."""
-
-    train: int = Field(ge=1)
-    val: int = Field(ge=1)
-    test: int = Field(ge=1)
-    size: int = Field(ge=64, le=2048)
-    fewest_objects: int = Field(ge=1)
-    most_objects: int = Field(ge=1, le=100)
-    seed: Seed
-
-    @model_validator(mode="after")
-    def _ordered(self) -> WastesimConfig:
-        if self.fewest_objects > self.most_objects:
-            raise ValueError("fewest_objects must not be above most_objects")
-        return self
+# Each has ``find(root, config) -> Found`` and ``WHERE``, which says where to get it; ``archives(root, config)`` where we may.
+DATASETS: dict[str, ModuleType] = {
+    "voc": voc,
+    "cityscapes": cityscapes,
+    "ade20k": ade20k,
+    "coco-panoptic": coco_panoptic,
+    "coco-stuff": coco_stuff,
+    "coco-instances": coco_instances,
+    "camvid": camvid,
+    "folder": folder,
+}
 
 
-class PrepareConfig(Config):
-    """Section ``prepare`` of params.yaml."""
-
-    dataset: Literal["wastesim", "voc", "folder"]
-    root: str
-    split: Literal["official", "random"]
-    ratios: Annotated[tuple[Share, Share, Share], Field(strict=False)]
-    split_seed: Seed
-    train_fraction: float = Field(gt=0, le=1)
-    classes: dict[str, Colour]
-    void_index: int = Field(ge=1, le=255)
-    wastesim: WastesimConfig
-
-    @model_validator(mode="after")
-    def _whole(self) -> PrepareConfig:
-        if abs(sum(self.ratios) - 1) > 1e-6:
-            raise ValueError("ratios must add up to 1")
-        if len(self.classes) > self.void_index:
-            raise ValueError(f"{len(self.classes)} classes leave no room for void_index {self.void_index}")
-        return self
-
-
-def run(config: PrepareConfig, *, out: Path, scratch: Path, workers: int) -> dict[str, Any]:
-    """Write ``out/manifest.csv`` and ``out/summary.json`` (and, for wastesim, the pictures).
+def run(config: PrepareConfig, *, out: Path, scratch: Path, workers: int, download: bool = False) -> dict[str, Any]:
+    """Write ``out/manifest.csv`` and ``out/summary.json`` (and wastesim's pictures, and masks that had to be converted).
 
     Parameters
     ----------
@@ -78,7 +51,9 @@ def run(config: PrepareConfig, *, out: Path, scratch: Path, workers: int) -> dic
     scratch
         Where it is put together, and where a full list of problems is left.
     workers
-        Threads that read and check files.
+        Threads that read, convert and check files.
+    download
+        Get the data set first, where ``config.root`` does not hold it yet and its owners allow it.
 
     Returns
     -------
@@ -87,25 +62,32 @@ def run(config: PrepareConfig, *, out: Path, scratch: Path, workers: int) -> dic
 
     Raises
     ------
+    ConfigError
+        When the data set is to be downloaded and cannot be; the text says where to get it.
     DataError
         When any photograph or mask is missing, damaged or does not fit; nothing is written then.
     """
+    root = Path(config.root)
+    if download:
+        _download(config, root, scratch)
+
     building = scratch / "prepare"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
 
     # Which pairs there are.
-    root = Path(config.root)
     if not root.is_dir():
-        raise DataError(root, "there is no such folder; set prepare.root to the folder of your data set")
-    pairs, classes = _find_pairs(config, root, building, workers)
-    _check_ids(root, pairs)
-    pairs = _with_fewer_for_training(pairs, config)
+        raise DataError(root, f"there is no such folder; set prepare.root to the folder of your data set{_way_to_get(config)}")
+    found = _find(config, root, building, workers)
+    classes = found.classes
+    _check_ids(root, found.pairs)
+    pairs = _with_fewer_for_training(found.pairs, config)
 
-    # Every file is read, decoded and checked, and all problems are gathered before the first one is reported.
+    # Every file is read, decoded and checked, masks of other values are converted, and all problems are gathered before
+    # the first one is reported.
     def checked(pair: Pair) -> tuple[Entry, np.ndarray] | DataError:
         try:
-            return _check_pair(pair, classes, out, building)
+            return _check_pair(_converted(pair, found, building), pair.mask, classes, out, building)
         except DataError as problem:
             return problem
 
@@ -134,21 +116,43 @@ def _with_fewer_for_training(pairs: list[Pair], config: PrepareConfig) -> list[P
     return [pair for pair in pairs if pair.split != "train" or pair.id in kept]
 
 
-def _find_pairs(config: PrepareConfig, root: Path, building: Path, workers: int) -> tuple[list[Pair], Classes]:
+def _find(config: PrepareConfig, root: Path, building: Path, workers: int) -> Found:
+    """The pairs in their final splits; wastesim's are drawn here."""
     if config.dataset == "wastesim":
         scenes = config.wastesim
         counts = {"train": scenes.train, "val": scenes.val, "test": scenes.test}
         objects = (scenes.fewest_objects, scenes.most_objects)
         size, seed = scenes.size, scenes.seed
         pairs = wastesim.write_pairs(building, root=root, images=counts, size=size, objects=objects, seed=seed, workers=workers)
-        return pairs, wastesim.CLASSES
-    if config.dataset == "voc":
-        return voc.pairs(root, split=config.split, ratios=config.ratios, seed=config.split_seed), voc.CLASSES
-    if config.classes:
-        classes = Classes(tuple(config.classes), tuple(config.classes.values()), config.void_index)
-    else:
-        classes = folder.read_classes(root / folder.CLASS_LIST, config.void_index)
-    return folder.pairs(root, split=config.split, ratios=config.ratios, seed=config.split_seed), classes
+        return Found(pairs, wastesim.CLASSES)
+    found: Found = DATASETS[config.dataset].find(root, config)
+    return replace(found, pairs=assign(found.pairs, split=config.split, ratios=config.ratios, seed=config.split_seed))
+
+
+def _download(config: PrepareConfig, root: Path, scratch: Path) -> None:
+    """Get the data set where it may be downloaded; refuse where it may not and is not there."""
+    module = DATASETS.get(config.dataset)
+    if module is not None and hasattr(module, "archives"):
+        for archive in module.archives(root, config):
+            download_data(archive, scratch / "downloads")
+    elif not root.is_dir():
+        way = f"get it yourself{_way_to_get(config)}" if module is not None else "it is drawn; prepare.root holds its objects.csv"
+        raise ConfigError("prepare.dataset", f"{config.dataset} cannot be downloaded: {way}", found=config.dataset)
+
+
+def _way_to_get(config: PrepareConfig) -> str:
+    module = DATASETS.get(config.dataset)
+    return f" ({module.WHERE})" if module is not None else ""
+
+
+def _converted(pair: Pair, found: Found, building: Path) -> Pair:
+    """The pair with a mask of our own indices: a new file, where the owners' is anything else."""
+    mask = found.convert(pair) if found.convert is not None else None
+    if mask is None:
+        return pair
+    path = building / "masks" / f"{pair.id}.png"
+    write_indices(path, mask, found.classes)
+    return replace(pair, mask=path)
 
 
 def _check_ids(root: Path, pairs: list[Pair]) -> None:
@@ -164,15 +168,15 @@ def _check_ids(root: Path, pairs: list[Pair]) -> None:
             raise DataError(root, message, expected="at least 1", found=0)
 
 
-def _check_pair(pair: Pair, classes: Classes, out: Path, building: Path) -> tuple[Entry, np.ndarray]:
-    """The pair's manifest entry, and its mask's pixels by value (256,)."""
+def _check_pair(pair: Pair, owners_mask: Path, classes: Classes, out: Path, building: Path) -> tuple[Entry, np.ndarray]:
+    """The pair's manifest entry, and its mask's pixels by value (256,); errors name the file that the mask was made of."""
     image_bytes, mask_bytes = read_bytes(pair.image, "photograph"), read_bytes(pair.mask, "mask")
     image = decode_image(image_bytes, pair.image)
     mask = decode_mask(mask_bytes, pair.mask, num_classes=len(classes.names), void_index=classes.void_index)
     if (image.height, image.width) != mask.shape:
         sizes = [f"{width} x {height}" for height, width in (mask.shape, (image.height, image.width))]
         message = f"the mask is {sizes[0]} pixels, its photograph {pair.image} is {sizes[1]}; they must be of one size"
-        raise DataError(pair.mask, message, expected=(image.height, image.width), found=mask.shape)
+        raise DataError(owners_mask, message, expected=(image.height, image.width), found=mask.shape)
     image_path, mask_path = (
         out / path.relative_to(building) if path.is_relative_to(building) else path for path in (pair.image, pair.mask)
     )

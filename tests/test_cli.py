@@ -172,6 +172,14 @@ def test_cuda_that_is_not_there_is_a_usage_error(params: Path, photos: Path, mon
         assert "no CUDA device" in one_line(result)
 
 
+def test_a_data_set_that_cannot_be_downloaded_is_a_usage_error(params: Path) -> None:
+    change(params, "dataset: folder ", "dataset: cityscapes ")
+    result = call("prepare", "--download")
+    assert result.exit_code == 2
+    assert "cityscapes cannot be downloaded: get it yourself (leftImg8bit_trainvaltest.zip" in one_line(result)
+    assert "FEATUREGAN_DOWNLOAD" in call("prepare", "--help").output
+
+
 def test_stages_out_of_order_say_what_to_run_first(params: Path) -> None:
     for command, words in (
         (("extract",), "run the prepare stage first"),

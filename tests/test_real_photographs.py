@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ruamel.yaml import YAML
 
 from stages import extract
+from stages.data import camvid
+from stages.data.manifest import read_manifest
 from stages.prepare import run as prepare
-from tests.imports import ROOT
 from tests.stages.test_extract import config as extract_config
 from tests.stages.test_prepare import config as prepare_config
 
@@ -32,6 +32,18 @@ def test_voc_whole(real_data: Path, tmp_path: Path) -> None:
     assert {split: part["images"] for split, part in summary["splits"].items()} == {"train": 460, "val": 235, "test": 235}
 
 
+def test_camvid_whole(real_data: Path, tmp_path: Path) -> None:
+    """SegNet's copy is read, and the split that we give the owners' frames by their names is the copy's."""
+    settings = prepare_config(real_data / "camvid", dataset="camvid")
+    summary = prepare(settings, out=tmp_path / "dataset", scratch=tmp_path / "scratch", workers=2)
+    assert {split: part["images"] for split, part in summary["splits"].items()} == {"train": 367, "val": 101, "test": 233}
+    shares = summary["splits"]["train"]["pixel_share"]
+    assert shares["road"] == pytest.approx(0.317 / (1 - 0.039), abs=2e-3)
+    assert shares["bicyclist"] == pytest.approx(0.003 / (1 - 0.039), abs=1e-3)
+    entries, _ = read_manifest(tmp_path / "dataset")
+    assert all(camvid.split_of(entry.id) == entry.split for entry in entries)
+
+
 def test_camvid_extracts_and_a_linear_probe_sees_its_classes(real_data: Path, tmp_path: Path) -> None:
     """A few real frames: features of the real backbone separate sky, road and buildings even linearly."""
     for kind, suffix in (("images", "jpg"), ("masks", "png")):
@@ -40,8 +52,7 @@ def test_camvid_extracts_and_a_linear_probe_sees_its_classes(real_data: Path, tm
             folder.mkdir(parents=True)
             for file in sorted((real_data / "camvid" / kind / split).glob(f"*.{suffix}"))[:: 20 if split == "train" else 25][:count]:
                 (folder / file.name).symlink_to(file)
-    classes = YAML(typ="safe").load((ROOT / "presets" / "camvid-lite.yaml").read_text())["prepare"]["classes"]
-    settings = prepare_config(tmp_path / "camvid", dataset="folder", classes=classes, void_index=11)
+    settings = prepare_config(tmp_path / "camvid", dataset="camvid")
     prepare(settings, out=tmp_path / "dataset", scratch=tmp_path / "scratch", workers=2)
     stores = extract.run(
         extract_config(input_size=[256, 352]),

@@ -3,8 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+
+from stages.data.manifest import Pair
+
+
+def assign(pairs: Sequence[Pair], *, split: str, ratios: Sequence[float], seed: int) -> list[Pair]:
+    """Pairs in their final splits.
+
+    Parameters
+    ----------
+    pairs
+        In the splits of the data set's owners.
+    split
+        ``random`` pools all pairs and divides them by chance; anything else keeps the owners' splits, and halves val
+        where they keep the labels of test to themselves.
+    ratios
+        Of a random split: train, val, test.
+    seed
+        Of the chance.
+    """
+    if split == "random":
+        names = random_split([pair.id for pair in pairs], ratios, seed)
+    elif any(pair.split == "test" for pair in pairs):
+        return list(pairs)
+    else:
+        names = halve([pair.id for pair in pairs if pair.split == "val"], seed)
+    return [replace(pair, split=names.get(pair.id, pair.split)) for pair in pairs]
 
 
 def random_split(ids: Sequence[str], ratios: Sequence[float], seed: int) -> dict[str, str]:

@@ -35,8 +35,8 @@ def config(root: Path, **changes) -> PrepareConfig:
     return PrepareConfig(**{**settings, **changes})
 
 
-def prepare(settings: PrepareConfig, tmp_path: Path) -> dict:
-    return run(settings, out=tmp_path / "dataset", scratch=tmp_path / "scratch", workers=2)
+def prepare(settings: PrepareConfig, tmp_path: Path, download: bool = False) -> dict:
+    return run(settings, out=tmp_path / "dataset", scratch=tmp_path / "scratch", workers=2, download=download)
 
 
 def manifest(tmp_path: Path) -> list[dict[str, str]]:
@@ -206,7 +206,11 @@ BAD_FILES = {
         lambda path: save(path, np.full((64, 64), 7, np.uint8)),
         r"mask value 7 is no class \(0 to 6\)",
     ),
-    "an RGB mask": ("masks/train/3.png", lambda path: save(path, np.zeros((64, 64, 3), np.uint8)), "mode RGB"),
+    "an unknown colour": (
+        "masks/train/3.png",
+        lambda path: save(path, np.zeros((64, 64, 3), np.uint8)),
+        r"colour \(0, 0, 0\) in row 0, column 0 \(from 0\) is that of no class",
+    ),
     "a truncated image": ("images/train/2.jpg", truncate, "not a readable image, or a truncated one"),
     "an unreadable image": ("images/test/1.jpg", lambda path: path.write_bytes(b"no picture"), "not a readable image"),
     "a truncated mask": ("masks/train/5.png", truncate, "not a readable mask, or a truncated one"),
