@@ -22,6 +22,7 @@ WHERE = "701_StillsRaw_full.zip and LabeledApproved_full.zip of mi.eng.cam.ac.uk
 STILLS, LABELS = "701_StillsRaw_full", "LabeledApproved_full"
 SEGNET_VOID = 11
 LAST_FOR_TRAINING = 8520  # frame of drive 0001TP
+DENSE_FRAMES = range(7959, 8160)  # of drive 0016E5
 # The colours of label_colors.txt by class, the class's own first; black is Void.
 GROUPS = {
     "sky": {"Sky": (128, 128, 128)},
@@ -71,15 +72,15 @@ def find(root: Path, config: PrepareConfig) -> Found:
 def split_of(id: str) -> str | None:
     """The usual split of a frame, by its drive; None for a name that is none of CamVid's.
 
-    Of 0001TP the first half is for training and the second for testing; val are the frames of 0016E5 that were labelled
-    15 times a second, whose numbers are odd.
+    Of 0001TP the first half is for training and the second for testing; val is the stretch of 0016E5 that was labelled
+    15 times a second.
     """
     parts = re.fullmatch(r"(0001TP|0006R0|0016E5|Seq05VD)_f?(\d+)", id)
     if parts is None:
         return None
     drive, frame = parts[1], int(parts[2])
     if drive == "0016E5":
-        return "val" if frame % 2 else "train"
+        return "val" if frame in DENSE_FRAMES else "train"
     return "test" if drive == "Seq05VD" or (drive == "0001TP" and frame > LAST_FOR_TRAINING) else "train"
 
 

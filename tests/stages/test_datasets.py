@@ -453,7 +453,7 @@ def test_compressed_run_lengths_are_drawn() -> None:
 # -- CamVid --------------------------------------------------------------------------------------------
 
 FRAMES = {
-    "train": ("0001TP_008520", "0006R0_f00930", "0016E5_00390"),
+    "train": ("0001TP_008520", "0006R0_f00930", "0016E5_00901"),
     "val": ("0016E5_07959", "0016E5_08159"),
     "test": ("0001TP_008550", "Seq05VD_f00000"),
 }
@@ -540,11 +540,11 @@ def test_camvid_as_segnet_has_it(tmp_path: Path, images: str, masks: str) -> Non
 def test_bad_files_of_camvid_are_named(tmp_path: Path) -> None:
     root = tmp_path / "camvid"
     make_camvid_original(root)
-    mask = root / "LabeledApproved_full" / "0016E5_00390_L.png"
+    mask = root / "LabeledApproved_full" / "0016E5_00901_L.png"
     pixels = stripes((128, 128, 128))
     pixels[1, 2] = (128, 128, 129)
     save(mask, pixels)
-    with pytest.raises(DataError, match=r"00390_L\.png: colour \(128, 128, 129\) in row 1, column 2 \(from 0\) is none of the 32"):
+    with pytest.raises(DataError, match=r"00901_L\.png: colour \(128, 128, 129\) in row 1, column 2 \(from 0\) is none of the 32"):
         prepare(config(root, dataset="camvid"), tmp_path)
     photo(root / "701_StillsRaw_full" / "holiday.png")
     with pytest.raises(DataError, match=r"holiday\.png: is no frame of CamVid's four drives"):
