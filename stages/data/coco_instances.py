@@ -33,7 +33,7 @@ def find(root: Path, config: PrepareConfig) -> Found:
     try:
         import pycocotools.mask  # noqa: F401 - here, so that it is missed before anything is read
     except ImportError as error:
-        raise ConfigError("prepare.dataset", "coco-instances needs pycocotools; pip install 'featuregan[coco]'") from error
+        raise ConfigError("prepare.dataset", "coco-instances needs pycocotools; pip install -e '.[coco]'") from error
     contents = {path: coco.read_annotations(path, WHERE) for path in (_annotations(root, folder) for folder, _ in coco.SPLITS)}
     categories = coco.read_categories(contents)
     names = ("background", *(category["name"] for category in categories))

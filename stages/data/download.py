@@ -38,7 +38,7 @@ def download_data(archive: Archive, downloads: Path) -> None:
     FeatureStoreError
         When the disk is full, or a folder cannot be written.
     """
-    target = archive.target
+    target = archive.target.resolve()  # a link to a larger disk stays one
     if (target / archive.has).is_dir():
         return
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -431,7 +431,7 @@ def test_bad_files_of_coco_instances_are_named(tmp_path: Path, monkeypatch: pyte
         prepare(config(root, dataset="coco-instances"), tmp_path)
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     monkeypatch.delitem(sys.modules, "pycocotools.mask", raising=False)
-    with pytest.raises(ConfigError, match=r"coco-instances needs pycocotools; pip install 'featuregan\[coco\]'"):
+    with pytest.raises(ConfigError, match=r"coco-instances needs pycocotools; pip install -e '\.\[coco\]'"):
         prepare(config(root, dataset="coco-instances"), tmp_path)
 
 

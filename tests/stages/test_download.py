@@ -203,6 +203,14 @@ def test_a_root_that_holds_something_else_is_not_touched(official: Server, tmp_p
     assert [path.name for path in other.iterdir()] == ["a.txt"]
 
 
+def test_a_root_that_links_to_another_disk_stays_a_link(official: Server, tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    (tmp_path / "data").symlink_to("large")
+    prepare(config(tmp_path / "data", dataset="voc"), tmp_path, download=True)
+    assert (tmp_path / "data").is_symlink()
+    assert (tmp_path / "large" / "JPEGImages" / "a.jpg").is_file()
+
+
 def test_an_archive_of_something_else_is_refused(official: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DATASET_YEAR_DICT["2012"], "base_dir", "VOCdevkit/VOC2011")
     with pytest.raises(DataError, match="holds no VOCdevkit/VOC2011/JPEGImages"):
