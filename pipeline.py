@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from commands.export import export
+from commands.generate import generate
 from commands.options import PRESETS, device_option, load_params, params_option, scratch_option, training_options, workers_option
 from commands.stores import inspect, verify
 from commands.studies import compare, study
@@ -197,7 +198,7 @@ def report(params: Path, device: str) -> None:
     click.echo(f"\nThe whole report: {(REPORTS / 'index.html').resolve()}")
 
 
-for command in (export, compare, study, inspect, verify):
+for command in (generate, export, compare, study, inspect, verify):
     main.add_command(command)
 
 
