@@ -91,7 +91,8 @@ def run(
     architecture, spec = describe(gan)
     if per_mask > 1 and architecture["family"] == "gan" and not architecture["z_dim"] and not new_masks:
         raise ConfigError("--per-mask", "this generator takes no noise, so all samples of a mask would be equal; use 1, or --new-masks")
-    source = open_masks(masks, spec, images=architecture["image_encoder"])
+    encodes = architecture["family"] == "gan" and architecture["image_encoder"]
+    source = open_masks(masks, spec, images=encodes)
     accelerator = make_accelerator(device, "no")
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     torch.backends.cudnn.deterministic = True
@@ -99,7 +100,7 @@ def run(
     encoder = load_gan(gan)[0].image_encoder if source.has_images else None
     if encoder is not None:
         encoder.to(accelerator.device).eval()
-    elif architecture["image_encoder"]:
+    elif encodes:
         tqdm.write(f"{masks}: has no photographs for the image encoder, so z is drawn from N(0, I)")
     checked = prefetch(partial(_digest, source), range(len(source)), workers=workers, ahead=8)
     digests = list(progress(checked, "generate: checking", len(source), "mask"))

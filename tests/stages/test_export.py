@@ -22,7 +22,7 @@ import featurestore
 import pipeline
 from featurestore import StoreSpec
 from stages import export, export_formats
-from stages.checkpoint import load_decoder, save_weights
+from stages.checkpoint import load_decoder, read_spec, save_weights
 from stages.errors import ConfigError, DataError
 from stages.export_formats import METADATA, dynamic_shapes, trace
 from stages.models.backbone import Backbone, build_backbone
@@ -264,7 +264,7 @@ def test_what_does_not_fit_is_one_line(lite0_decoder: Path, tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_other_models_and_other_weights_are_refused(resnet: tuple[Path, Backbone], tmp_path: Path) -> None:
+def test_other_models_and_other_weights_are_refused(resnet: tuple[Path, Backbone], lite0: Backbone, tmp_path: Path) -> None:
     _, backbone = resnet
     out = tmp_path / "model.pth"
     narrow = write_decoder(tmp_path / "narrow", backbone, width=64)
@@ -278,6 +278,12 @@ def test_other_models_and_other_weights_are_refused(resnet: tuple[Path, Backbone
     refused = call("export", narrow, "--format", "onnx", "--out", tmp_path / "m.onnx", "--backbone-weights", other)
     assert refused.exit_code == 1
     assert "other.pth: these are other resnet50 weights than those that the decoder's features were made with (sha256 " in refused.stderr
+
+    described = {"architecture": {"head": "fcn"}, "features": {**spec_of(lite0).to_dict(), "weights_digest": "ab" * 32}}
+    (tmp_path / "lite0").mkdir()
+    (tmp_path / "lite0" / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match=r"--backbone-weights: these are other efficientnet_lite0 weights .* expected abababababab"):
+        export.load_backbone(read_spec(tmp_path / "lite0"), "default")
 
     config = json.loads((narrow / "config.json").read_text())
     (narrow / "config.json").write_text(json.dumps({**config, "architecture": {"family": "gan"}}))
