@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 
+from commands.export import export
+from commands.generate import generate
 from commands.options import (
     PRESETS,
     device_option,
@@ -206,7 +208,7 @@ def report(params: Path, device: str) -> None:
     click.echo(f"\nThe whole report: {(REPORTS / 'index.html').resolve()}")
 
 
-for command in (compare, study, inspect, verify):
+for command in (generate, export, compare, study, inspect, verify):
     main.add_command(command)
 
 

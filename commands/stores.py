@@ -24,6 +24,8 @@ def inspect(store: Path) -> None:
     click.echo(f"  masks       {spec.mask_shape[0]} x {spec.mask_shape[1]} uint8, void {spec.void_index}")
     click.echo(f"  images      {'yes' if spec.has_images else 'no'}")
     click.echo(f"  backbone    {spec.backbone}, weights {spec.weights_digest[:12]}, {spec.compute}, output stride {spec.output_stride}")
+    if spec.generator:
+        click.echo(f"  generator   {spec.generator}: these features are generated, like the backbone's above")
     click.echo(f"  resize      {spec.resize}")
     click.echo(f"  compression {spec.compression}")
     click.echo(f"  values      {stats.minimum.min():.3g} to {stats.maximum.max():.3g}, mean {stats.mean.mean():.3g}")

@@ -16,6 +16,8 @@ VOID = 255  # mask value of pixels without a label
 
 FEATURES, MASKS, IMAGES, IDS, VIEWS = "features", "masks", "images", "ids", "views"
 
+GENERATOR = "generator"  # the one attribute that a store may lack
+
 FEATURE_DTYPES = ("float16", "float32")
 COMPRESSIONS = ("none", "zeros", "lz4", "zstd", "int8")
 VIEW_NAMES = ("identity", "hflip")
@@ -59,6 +61,9 @@ class StoreSpec:
         ``none`` (contiguous, memory-mapped), ``zeros`` (a bit a value that says whether it is zero, then those that
         are not), ``lz4`` or ``zstd`` (one-sample chunks, bit-shuffled), or ``int8`` (8 bits a value, a scale for each
         sample and channel; the only one that loses something).
+    generator
+        What generated the features in the backbone's place: family and sha256 of the generator's weights. Empty where they
+        are the backbone's own; then it is in no index and no shard, and the store is what it was before there was this field.
     """
 
     feature_shape: tuple[int, int, int]
@@ -77,6 +82,7 @@ class StoreSpec:
     void_index: int = VOID
     has_images: bool = False
     compression: str = "none"
+    generator: str = ""
 
     def __post_init__(self) -> None:
         if self.feature_dtype not in FEATURE_DTYPES:
@@ -117,8 +123,11 @@ class StoreSpec:
         }[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as JSON-ready values (tuples become lists)."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """The spec as JSON-ready values (tuples become lists); an empty ``generator`` is left out."""
+        return json.loads(json.dumps(self._present()))
+
+    def _present(self) -> dict[str, Any]:
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != GENERATOR or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StoreSpec:
@@ -134,7 +143,7 @@ class StoreSpec:
     def to_attributes(self) -> dict[str, Any]:
         """The spec as HDF5 attributes: numbers, strings and arrays that any HDF5 tool shows."""
         attributes: dict[str, Any] = {"format": "featurestore", "format_version": FORMAT_VERSION}
-        for key, value in dataclasses.asdict(self).items():
+        for key, value in self._present().items():
             if key == "class_names":
                 attributes[key] = np.array([name.encode() for name in value])
             elif key == "palette":
@@ -158,6 +167,8 @@ class StoreSpec:
         """
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
+            if field.name == GENERATOR and GENERATOR not in attributes:
+                continue
             value = attributes[field.name]
             if field.name == "class_names":
                 values[field.name] = tuple(name.decode() for name in value.tolist())

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from featurestore import VOID, FeatureStore
+from featurestore import VOID, StoreSpec
 
 SHIFT = 1 / 4  # of a side, at most
 SCALE = (0.6, 1.6)  # of an object's or a scene's size
+
+
+class MaskSource(Protocol):
+    """Whatever has masks by position, such as a feature store."""
+
+    @property
+    def spec(self) -> StoreSpec:
+        """What their values mean."""
+
+    def mask(self, position: int, /) -> np.ndarray:
+        """(H, W) uint8."""
 
 
 def moved(masks: Tensor, scales: Tensor, shifts: Tensor, fill: int | None = None) -> Tensor:
@@ -50,7 +62,7 @@ class NewMasks:
         Where objects come from.
     """
 
-    def __init__(self, changes: Sequence[str], store: FeatureStore, positions: np.ndarray) -> None:
+    def __init__(self, changes: Sequence[str], store: MaskSource, positions: np.ndarray) -> None:
         self.changes, self.store = changes, store
         self.holders: list[np.ndarray] = []  # by class: who has it
         if "paste" in changes:

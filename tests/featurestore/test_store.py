@@ -348,6 +348,25 @@ def test_a_folder_without_an_index_is_no_store(tmp_path: Path) -> None:
         featurestore.open(tmp_path / "store")
 
 
+def test_a_generator_is_named_where_there_is_one_and_nothing_changes_elsewhere(tmp_path: Path) -> None:
+    """Stores of real features, and everything that is derived from their specs, are those of the time before the field."""
+    assert featurestore.fingerprint(spec=SPEC.to_dict()) == "128b9346860794d9160158e9453f5f18ac2ad6ec81f8c6c023604a72e4fb5095"
+    assert "generator" not in SPEC.to_attributes()
+    write(tmp_path / "real")
+    with h5py.File(tmp_path / "real" / "shard-00000.h5") as file:
+        assert "generator" not in file.attrs
+    assert featurestore.open(tmp_path / "real").spec == SPEC
+
+    made = dataclasses.replace(SPEC, generator="gan " + "cd" * 32)
+    with featurestore.create(tmp_path / "made", made) as writer:
+        writer.append(**sample(0, made))
+    for path in (tmp_path / "made", tmp_path / "made" / "shard-00000.h5"):
+        assert featurestore.open(path).spec == made
+        featurestore.open(path)[0]
+    with h5py.File(tmp_path / "made" / "shard-00000.h5") as file:
+        assert file.attrs["generator"] == made.generator
+
+
 def test_another_format_version_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "store")
     index = tmp_path / "store" / "index.json"
