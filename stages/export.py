@@ -28,7 +28,7 @@ from stages.export_formats import (
 )
 from stages.models.backbone import RESNETS, Backbone, BackboneError, build_backbone
 from stages.models.decoder import Decoder
-from stages.models.segmenter import Segmenter
+from stages.models.end_to_end import EndToEnd
 from stages.runtime import progress
 
 SUFFIXES = {"torchvision": (".pth", ".safetensors"), "torch-export": (".pt2",), "onnx": (".onnx",)}
@@ -117,7 +117,7 @@ def run(
                 runner = open_torchvision(partial, model, spec, safetensors=safetensors)
             else:
                 shapes = dynamic_shapes(fixed=size is not None)
-                program = trace(Segmenter(backbone=backbone, decoder=head), shapes, sizes[0], spec.backbone)
+                program = trace(EndToEnd(backbone=backbone, decoder=head), shapes, sizes[0], spec.backbone)
                 bar.update()
                 write, open_file = (write_onnx, open_onnx) if format == "onnx" else (write_program, open_program)
                 write(program, shapes, partial, metadata)

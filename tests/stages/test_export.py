@@ -27,7 +27,7 @@ from stages.errors import ConfigError, DataError
 from stages.export_formats import METADATA, dynamic_shapes, trace
 from stages.models.backbone import Backbone, build_backbone
 from stages.models.decoder import Decoder
-from stages.models.segmenter import Segmenter, _SameConv2d
+from stages.models.end_to_end import EndToEnd, _SameConv2d
 
 CLASSES, PALETTE = ("belt", "Größe", "纸"), ((0, 0, 0), (10, 20, 30), (255, 0, 7))
 
@@ -177,7 +177,7 @@ def test_padding_is_timms_at_every_size(kernel: int, stride: int, dilation: int)
 
 def test_the_segmenter_leaves_its_parts_as_they_are(lite0: Backbone) -> None:
     decoder = Decoder(head="deeplab", in_channels=320, num_classes=3, width=8, atrous_rates=(2, 3))
-    segmenter = Segmenter(backbone=lite0, decoder=decoder)
+    segmenter = EndToEnd(backbone=lite0, decoder=decoder)
     assert sum(isinstance(module, _SameConv2d) for module in segmenter.modules()) == 3
     assert not any(isinstance(module, _SameConv2d) for module in lite0.modules())
     assert decoder.training

@@ -11,7 +11,7 @@ from stages.models.backbone import RESNETS, Backbone
 from stages.models.decoder import Decoder
 
 
-class Segmenter(nn.Module):
+class EndToEnd(nn.Module):
     """A frozen backbone and a trained decoder in one, in evaluation mode.
 
     Parameters
