@@ -17,6 +17,7 @@ from featurestore import FeatureStore, SpecMismatchError
 from featurestore.dataset import FeatureLoader
 from stages.checkpoint import Checkpoint, save_gan, save_weights
 from stages.config import Config, Seed
+from stages.diffaugment import Transform
 from stages.errors import ConfigError
 from stages.flow_trainer import FlowTrainer, principal_components
 from stages.gan import build_networks, feature_scale
@@ -60,7 +61,7 @@ class TrainGanConfig(Config):
     lambda_feat: float = Field(ge=0)
     lambda_kld: float = Field(ge=0)
     r1_gamma: float = Field(ge=0)
-    diffaugment: Annotated[tuple[Literal["flip", "translation", "cutout", "channel_dropout"], ...], Field(strict=False)]
+    diffaugment: Annotated[tuple[Transform, ...], Field(strict=False)]
     ema_decay: float = Field(ge=0, lt=1)
     generator_lr: float = Field(gt=0)
     discriminator_lr: float = Field(gt=0)

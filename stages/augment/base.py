@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from featurestore import FeatureStore
 from featurestore.dataset import Batch
 from stages.config import Config
+from stages.diffaugment import Transform
 from stages.models.decoder import Decoder
 from stages.runtime import step_optimizers
-
-Transform = Literal["flip", "translation", "cutout", "channel_dropout"]
 
 
 class VariantConfig(Config):

@@ -6,7 +6,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
@@ -17,6 +18,12 @@ class MixupConfig(SourceConfig):
 
     augmenter: Literal["mixup"]
     alpha: float = Field(default=0.2, gt=0)  # of the Beta distribution
+
+    @model_validator(mode="after")
+    def _one_mask(self) -> Self:
+        if "copy_paste" in self.perturb:
+            raise ValueError("perturb: copy_paste pastes by one mask, and mixup has two; leave one of them out")
+        return self
 
 
 class Mixup(Augmenter):

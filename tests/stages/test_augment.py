@@ -18,6 +18,7 @@ from stages.augment.base import Augmenter, Context, Part
 from stages.augment.class_statistics import ClassStatistics
 from stages.augment.cvae import CVAE, fit
 from stages.augment.isda import ISDA
+from stages.augment.mixup import MixupConfig
 from stages.augment.new_masks import NewMasks, moved
 from stages.augment.perturb import perturb
 from stages.augment.regions import Regions
@@ -165,6 +166,11 @@ def test_interpolate_moves_to_the_nearest_harder_region(store, batch, tmp_path) 
             continue
         nearest = min(harder, key=lambda other: float((centres[other] - centres[sample]).norm()))
         torch.testing.assert_close(found, 0.4 * (centres[nearest] - centres[sample]), rtol=1e-4, atol=1e-5)
+
+
+def test_mixup_has_two_masks_so_nothing_is_pasted_by_one() -> None:
+    with pytest.raises(ValueError, match="copy_paste"):
+        MixupConfig(augmenter="mixup", perturb=["copy_paste"])
 
 
 def test_mixup_mixes_features_and_targets_in_the_same_shares(store, batch, tmp_path) -> None:

@@ -68,9 +68,41 @@ def test_transformations_by_their_definitions() -> None:
 def test_gradients_pass_and_the_order_of_random_numbers_is_the_seeds() -> None:
     features, masks = sample()
     features.requires_grad_()
-    every = list(TRANSFORMS)
+    every = [name for name in TRANSFORMS if name != "copy_paste"]
     (first,), _ = augment([features], masks, every, torch.Generator().manual_seed(3))
     (again,), _ = augment([features], masks, every, torch.Generator().manual_seed(3))
     assert torch.equal(first, again)
     first.sum().backward()
     assert set(features.grad.unique().tolist()) == {0.0, 1.0}  # each value is shown once or not at all
+
+
+def test_copy_paste_puts_a_class_of_another_sample_over_half_of_the_samples() -> None:
+    """Samples of one background class each, with a square of another: that is what can be pasted, whole, mirrored or shifted."""
+    classes = torch.arange(1, 201)[:, None, None].expand(-1, 8, 8).clone().to(torch.uint8) // 2 * 2  # 0, 2, 2, 4, 4 ...
+    classes[:, 2:5, 3:5] += 1
+    features = classes[:, None].float().requires_grad_()
+    masks = classes.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    (ours,), moved = augment([features], masks, ["copy_paste"], torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours[:, 0], moved[:, ::4, ::4].float())
+    changed = [(mask, before) for mask, before in zip(moved, masks, strict=True) if not torch.equal(mask, before)]
+    assert 0.4 < len(changed) / len(masks) < 0.6
+    places = set()
+    for mask, before in changed:
+        (pasted,) = mask[mask != before].unique().tolist()
+        assert pasted % 2 == 1  # never what covers most of a sample
+        rows, columns = (mask[::4, ::4] == pasted).nonzero().T
+        places.add((int(rows.min()), int(columns.min())))
+        assert len(rows) <= 6 if pasted not in before else len(rows) <= 12
+    assert {row for row, _ in places} == {0, 1, 2, 3, 4}  # 2 shifted by up to a quarter of 8
+    ours.sum().backward()
+    assert features.grad is not None
+    assert features.grad.sum() == ours.numel()  # every pixel comes from one place
+
+
+def test_copy_paste_leaves_samples_of_one_class_as_they_are() -> None:
+    masks = torch.full((4, 8, 8), 3, dtype=torch.uint8)
+    masks[:, :2] = 255
+    features = torch.randn(4, 5, 2, 2)
+    (ours,), moved = augment([features], masks, ["copy_paste"], torch.Generator().manual_seed(0))
+    assert torch.equal(ours, features)
+    assert torch.equal(moved, masks)
