@@ -80,7 +80,18 @@ def run(*command: str, cwd: Path, check: bool = True, **environment: str) -> sub
 def copy_project(target: Path) -> None:
     """A git repository with the project's files, the tiny parameters and drawn photographs; nothing has run in it yet."""
     target.mkdir(parents=True)
-    for name in ("featurestore", "stages", "presets", "data", "notebooks", "pipeline.py", "dvc.yaml", ".dvcignore", ".gitignore"):
+    for name in (
+        "commands",
+        "featurestore",
+        "stages",
+        "presets",
+        "data",
+        "notebooks",
+        "pipeline.py",
+        "dvc.yaml",
+        ".dvcignore",
+        ".gitignore",
+    ):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -189,6 +189,20 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [row["variant"], shown(row["pa"]), shown(row["miou"]), difference, between, shown(row["miou_best_on_val"]), seeds]
 
 
+def sort_keys(row: dict[str, Any]) -> list[str | float | None]:
+    """What each of :func:`cells` is sorted by: the name, and numbers, None where there is nothing."""
+    low = (row["delta_interval"] or {}).get("low")
+    return [
+        row["variant"],
+        row["pa"]["mean"],
+        row["miou"]["mean"],
+        row["delta_miou"],
+        low,
+        row["miou_best_on_val"]["mean"],
+        len(row["seeds"]),
+    ]
+
+
 HEADINGS = ("variant", "PA %", "mIoU %", "Δ mIoU", "95% interval", "best on val", "seeds")
 
 
