@@ -75,8 +75,8 @@ def run(
     features, gan, decoders, metrics
         What the other stages left.
     out
-        Folder of ``index.html``, ``comparison.json``, ``comparison.csv``, ``comparison.txt``, ``metrics.json`` and
-        ``per_class.csv``.
+        Folder of ``index.html``, ``comparison.json``, ``comparison.csv``, ``comparison.txt``, ``metrics.json``,
+        ``per_class.csv`` and ``val_miou.csv``.
     device
         Where features are generated and masks predicted.
 
@@ -96,7 +96,7 @@ def run(
     by_class = tables.per_class(results)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "comparison.json", rows)
-    write_json(out / "metrics.json", {row["variant"]: {"pa": row["pa"]["mean"], "miou": row["miou"]["mean"]} for row in rows})
+    write_json(out / "metrics.json", {row["variant"]: tables.headline(row) for row in rows})
     tables.flat(rows).to_csv(out / "comparison.csv", index=False, float_format="%.4f")
     by_class.to_csv(out / "per_class.csv", float_format="%.4f")
     text = tables.as_text(rows)
@@ -107,6 +107,7 @@ def run(
     train, test = featurestore.open(features / "train"), featurestore.open(features / "test")
     gan_run = read_curves(metrics / "train-gan")
     runs = {name: [read_curves(metrics / f"{name}-{seed}") for seed in compared.seeds] for name in compared.variants}
+    charts.mean_over_seeds(runs, "val/miou").to_csv(out / "val_miou.csv", float_format="%.4f")
     palette = list(zip(test.spec.class_names, map(charts.css_colour, test.spec.palette), strict=True))
     shown = {
         "answer": answer(rows, len(test)),

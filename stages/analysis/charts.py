@@ -127,6 +127,13 @@ def monitor_curves(runs: Mapping[str, Mapping[str, pd.Series]]) -> Chart | None:
     return Chart(tuple(panels), (*_keys(watched), Key("real features", VARIABLES[SOFT], "dashed")))
 
 
+def mean_over_seeds(runs: Mapping[str, Sequence[Mapping[str, pd.Series]]], name: str) -> pd.DataFrame:
+    """One curve of every variant, mean over its seeds: a row an epoch (from 1), a column a variant."""
+    means = {variant: pd.concat([run[name] for run in seeds], axis=1).mean(axis=1) for variant, seeds in runs.items()}
+    table = pd.DataFrame(means)
+    return table.set_axis(table.index + 1).rename_axis("epoch")
+
+
 def decoder_curves(runs: Mapping[str, Sequence[Mapping[str, pd.Series]]]) -> Chart:
     """Training loss on real features and mIoU on val by variant: the mean over seeds, and each seed faintly."""
     titles = {"decoder/ce_real": "Cross-entropy on real training features", "val/miou": "mIoU on val"}

@@ -175,6 +175,14 @@ def flat(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     )
 
 
+def headline(row: dict[str, Any]) -> dict[str, float]:
+    """A variant's few figures for ``dvc metrics``, in percent: PA, mIoU and, where there are any, its difference and interval."""
+    figures = {"pa": row["pa"]["mean"], "miou": row["miou"]["mean"], "delta_miou": row["delta_miou"]}
+    interval = row["delta_interval"] or {}
+    figures |= {"delta_low": interval.get("low"), "delta_high": interval.get("high")}
+    return {name: value for name, value in figures.items() if value is not None}
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """A row as it is shown: variant, PA, mIoU, difference and its interval, mIoU of the checkpoints that were best on val, seeds."""
 
