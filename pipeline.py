@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from commands.estimate import estimate
 from commands.options import PRESETS, device_option, load_params, params_option, scratch_option, training_options, workers_option
 from commands.stores import inspect, verify
 from commands.studies import compare, study
@@ -196,7 +197,7 @@ def report(params: Path, device: str) -> None:
     click.echo(f"\nThe whole report: {(REPORTS / 'index.html').resolve()}")
 
 
-for command in (compare, study, inspect, verify):
+for command in (estimate, compare, study, inspect, verify):
     main.add_command(command)
 
 
