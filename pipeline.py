@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from commands.estimate import estimate
 from commands.export import export
 from commands.generate import generate
 from commands.options import (
@@ -208,7 +209,7 @@ def report(params: Path, device: str) -> None:
     click.echo(f"\nThe whole report: {(REPORTS / 'index.html').resolve()}")
 
 
-for command in (generate, export, compare, study, inspect, verify):
+for command in (generate, export, estimate, compare, study, inspect, verify):
     main.add_command(command)
 
 

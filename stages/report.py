@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +13,11 @@ from pydantic import Field, field_validator
 
 import featurestore
 from featurestore import FeatureStore
-from stages.analysis import figures, tables
+from stages.analysis import charts, pictures, tables
+from stages.analysis.answer import answer
 from stages.analysis.feature_grid import normalised_pair, subsample_channels
 from stages.analysis.fidelity import DIMENSIONS
+from stages.analysis.figures import read_curves
 from stages.analysis.projection import project, sample_vectors
 from stages.checkpoint import load_decoder, load_generator
 from stages.config import Config, Seed
@@ -74,8 +75,8 @@ def run(
     features, gan, decoders, metrics
         What the other stages left.
     out
-        Folder of ``index.html``, ``comparison.json``, ``comparison.csv``, ``comparison.txt``, ``metrics.json`` and
-        ``per_class.csv``.
+        Folder of ``index.html``, ``comparison.json``, ``comparison.csv``, ``comparison.txt``, ``metrics.json``,
+        ``per_class.csv`` and ``val_miou.csv``.
     device
         Where features are generated and masks predicted.
 
@@ -95,43 +96,45 @@ def run(
     by_class = tables.per_class(results)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "comparison.json", rows)
-    write_json(out / "metrics.json", {row["variant"]: {"pa": row["pa"]["mean"], "miou": row["miou"]["mean"]} for row in rows})
+    write_json(out / "metrics.json", {row["variant"]: tables.headline(row) for row in rows})
     tables.flat(rows).to_csv(out / "comparison.csv", index=False, float_format="%.4f")
     by_class.to_csv(out / "per_class.csv", float_format="%.4f")
     text = tables.as_text(rows)
     (out / "comparison.txt").write_text(text + "\n", encoding="utf-8")
 
-    # The pictures.
+    # The charts and pictures.
     accelerator = make_accelerator(device, "no")
     train, test = featurestore.open(features / "train"), featurestore.open(features / "test")
-    gan_run = figures.read_curves(metrics / "train-gan")
-    runs = {name: [figures.read_curves(metrics / f"{name}-{seed}") for seed in compared.seeds] for name in compared.variants}
-    watched = figures.monitor_curves({"train-gan": gan_run, **{name: seeds[0] for name, seeds in runs.items()}})
-    pictures = {
-        "gan_curves": figures.gan_curves(gan_run),
-        "differences": figures.differences([("", rows)]),
-        "decoder_curves": figures.decoder_curves(runs),
-        **({"monitor": watched} if watched else {}),
-        **_generated_pictures(config, train, gan, accelerator.device),
+    gan_run = read_curves(metrics / "train-gan")
+    runs = {name: [read_curves(metrics / f"{name}-{seed}") for seed in compared.seeds] for name in compared.variants}
+    charts.mean_over_seeds(runs, "val/miou").to_csv(out / "val_miou.csv", float_format="%.4f")
+    palette = list(zip(test.spec.class_names, map(charts.css_colour, test.spec.palette), strict=True))
+    shown = {
+        "answer": answer(rows, len(test)),
+        "differences": charts.differences(rows),
         "predictions": _predictions(config, compared, test, decoders, accelerator.device),
+        "decoder_curves": charts.decoder_curves(runs),
+        "gan_curves": charts.gan_curves(gan_run),
+        "monitor": charts.monitor_curves({"train-gan": gan_run, **{name: seeds[0] for name, seeds in runs.items()}}),
+        **_generated(config, train, gan, accelerator.device),
     }
 
     # One file.
     template = jinja2.Template(resources.files("stages.analysis").joinpath("report.html").read_text(encoding="utf-8"), autoescape=True)
     page = template.render(
+        **shown,
+        series=list(zip(charts.SERIES, charts.DARK, strict=True)),
         headings=tables.HEADINGS,
-        rows=[tables.cells(row) for row in rows],
-        headline=config.headline_classes,
+        rows=[list(zip(tables.cells(row), tables.sort_keys(row), strict=True)) for row in rows],
+        headline_classes=config.headline_classes,
         absent=sorted({name for row in rows for name in row["absent_classes"]}),
         all_classes=[(row["variant"], f"{row['miou_all']['mean']:.2f}") for row in rows],
         by_class=by_class,
-        best_of=lambda values: values.max(),
         isnan=np.isnan,
-        swatches=[
-            (name, "#{:02x}{:02x}{:02x}".format(*colour)) for name, colour in zip(test.spec.class_names, test.spec.palette, strict=True)
-        ],
-        pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
-        store={"train": train, "test": test},
+        palette=palette,
+        legend=[charts.Key(name, colour, "mark") for name, colour in palette],
+        train=train,
+        test=test,
         mixtures=min(DIMENSIONS, train.spec.feature_shape[0]),
         seeds=compared.seeds,
     )
@@ -140,7 +143,7 @@ def run(
     return text
 
 
-def _generated_pictures(config: ReportConfig, store: FeatureStore, gan: Path, device: torch.device) -> dict[str, bytes]:
+def _generated(config: ReportConfig, store: FeatureStore, gan: Path, device: torch.device) -> dict[str, Any]:
     """UMAP before and after the GAN's training, by class too, and the feature grids; all of training masks."""
     generators = {name: load_generator(gan, weights=weights).to(device) for name, weights in WEIGHTS.items()}
     draws = {name: random_generator(device, config.seed) for name in generators}
@@ -183,27 +186,30 @@ def _generated_pictures(config: ReportConfig, store: FeatureStore, gan: Path, de
     images = np.stack([store.image(position) for position in few]) if store.spec.has_images else None
     names, palette = store.spec.class_names, store.spec.palette
     labels = np.concatenate(classes)
+    masks = pictures.colour_masks(np.stack([store.mask(position) for position in few]), palette)
     return {
-        "umap": figures.projections(points["real"], points["before"], points["after"]),
-        "umap_classes": figures.projections_by_class((points["real"], labels), (points["after"], labels), names, palette),
-        "grids": figures.grids(
-            real, generated, figures.colour_masks(np.stack([store.mask(position) for position in few]), palette), images
-        ),
+        "umap": charts.projections(points["real"], points["before"], points["after"]),
+        "umap_classes": charts.projections_by_class((points["real"], labels), (points["after"], labels), names, palette),
+        "strips": [pictures.feature_strip(name, some, masks, images) for name, some in (("Real", real), ("Generated", generated))],
     }
 
 
 @torch.no_grad()
-def _predictions(config: ReportConfig, compared: CompareConfig, store: FeatureStore, decoders: Path, device: torch.device) -> bytes:
-    """Masks predicted by each variant's first seed on evenly spaced test images (not chosen by their looks)."""
+def _predictions(
+    config: ReportConfig, compared: CompareConfig, store: FeatureStore, decoders: Path, device: torch.device
+) -> list[tuple[str, list[pictures.Picture]]]:
+    """Masks predicted by each variant's first seed on evenly spaced test images (not chosen by their looks): id, and pictures in a row."""
     positions = np.linspace(0, len(store) - 1, min(config.pictures, len(store))).round().astype(int)
     palette = store.spec.palette
-    columns: dict[str, list[np.ndarray]] = {}
-    if store.spec.has_images:
-        columns["photograph"] = [store.image(position) for position in positions]
-    columns["truth"] = [figures.colour_masks(store.mask(position), palette) for position in positions]
+    rows: list[list[pictures.Picture]] = []
+    for position in positions:
+        known = [pictures.photograph("photograph", store.image(position))] if store.spec.has_images else []
+        rows.append([*known, pictures.drawing("truth", pictures.colour_masks(store.mask(position), palette))])
     features = torch.from_numpy(np.stack([store.features(position) for position in positions]).astype(np.float32)).to(device)
     for variant in compared.variants:
         decoder = load_decoder(decoders / f"{variant}-{compared.seeds[0]}").to(device)
         predicted = decoder(features, store.spec.mask_shape).argmax(1).to(torch.uint8).cpu().numpy()
-        columns[variant] = list(figures.colour_masks(predicted, palette))
-    return figures.predictions(columns)
+        for row, mask in zip(rows, pictures.colour_masks(predicted, palette), strict=True):
+            row.append(pictures.drawing(variant, mask))
+    ids = store.ids
+    return [(ids[position], row) for position, row in zip(positions, rows, strict=True)]

@@ -14,7 +14,7 @@ from commands.options import load_params
 from tests.conftest import tiny_params
 from tests.imports import ROOT
 
-COMMANDS = ("init", "prepare", "extract", "train-gan", "train-decoder", "report", "generate", "export", "inspect", "verify")
+COMMANDS = ("init", "prepare", "extract", "train-gan", "train-decoder", "report", "generate", "export", "inspect", "verify", "estimate")
 
 
 def call(*arguments: str) -> Result:

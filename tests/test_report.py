@@ -1,4 +1,4 @@
-"""The report: right figures, one self-contained file, pictures that show something."""
+"""The report: right figures, an answer in words that they bear out, pictures that show something."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from stages.analysis import tables
+from stages.analysis import charts, pictures, tables
+from stages.analysis.answer import answer
 from stages.analysis.feature_grid import feature_grid, normalised_pair, subsample_channels
 from stages.analysis.projection import project as umap_project
 from stages.analysis.projection import sample_vectors
@@ -110,19 +111,98 @@ def test_umap_separates_what_differs_and_repeats_itself() -> None:
     np.testing.assert_array_equal(umap_project(groups, neighbors=10, min_dist=0.1, seed=0)[0], first)
 
 
+def row(variant: str, by_seed: list[float], interval: tuple[float, float] | None, miou: float = 40.0) -> dict:
+    low_high = {"low": interval[0], "high": interval[1]} if interval else None
+    delta = statistics.fmean(by_seed) if by_seed else None
+    return {
+        "variant": variant,
+        "miou": {"mean": miou + (delta or 0)},
+        "delta_miou": delta,
+        "delta_miou_values": by_seed,
+        "delta_interval": low_high,
+    }
+
+
+BASELINE_ROW = row("baseline", [], None)
+
+
+@pytest.mark.parametrize(
+    ("others", "verdict", "words"),
+    [
+        ([], "open", "Nothing to compare with"),
+        ([row("a", [1.0, 2.0], (0.5, 2.5))], "helps", "Yes: a is 1.50 points of mIoU above"),
+        ([row("a", [1.0], (0.5, 2.5)), row("b", [1.8], (-0.5, 4.5))], "helps", "Yes: a is 1.00 points"),  # b gains more, by chance perhaps
+        ([row("a", [1.0], (-0.5, 2.5))], "unclear", "Not clear: a is 1.00 points of mIoU above"),
+        ([row("a", [-0.2], (-0.5, 0.1)), row("b", [-3.0], (-4.0, -2.0))], "unclear", "a is 0.20 points of mIoU below"),
+        ([row("a", [-2.0], (-3.0, -1.0))], "hurts", "No: a is 2.00 points of mIoU below"),
+        (
+            [row("a", [-2.0], (-3.0, -1.0)), row("b", [-3.0], (-4.0, -2.0))],
+            "hurts",
+            "No: every variant is below the baseline; the closest, a",
+        ),
+        ([row("a", [1.0], None)], "open", "Not known: a is 1.00"),
+    ],
+)
+def test_the_answer_says_what_the_interval_says(others: list[dict], verdict: str, words: str) -> None:
+    found = answer([BASELINE_ROW, *others], 100)
+    assert found.verdict == verdict
+    assert words in found.headline
+
+
+def test_the_answer_says_what_it_rests_on() -> None:
+    one = answer([BASELINE_ROW, row("a", [1.0], (0.5, 2.5)), row("b", [0.0], (-1.0, 1.0))], 100)
+    assert dict(one.figures) == {"baseline, mIoU": "40.00 %", "a, mIoU": "41.00 %", "difference": "+1.00", "95% interval": "+0.50 to +2.50"}
+    assert "100 test images, for one seed" in one.certainty
+    assert "picked from 2 variants" in one.certainty
+    two = answer([BASELINE_ROW, row("a", [-1.0, -3.0], (-4.0, -1.0))], 100)
+    assert "for these 2 seeds; by seed the difference is −1.00, −3.00" in two.certainty
+    assert "picked" not in two.certainty
+
+
+def test_charts_take_the_colours_of_the_page_and_repeat_their_bytes() -> None:
+    curve = pd.Series([0.3, 0.2, 0.1])
+    runs = {f"variant $_{number}": [{"decoder/ce_real": curve, "val/miou": 1 - curve}] for number in range(12)}
+    first, second = charts.decoder_curves(runs), charts.decoder_curves(runs)
+    assert first == second
+    assert [key.name for key in first.legend] == list(runs)
+    assert [first.legend[number].shape for number in (0, 9, 10)] == ["solid", "solid", "dashed"]
+    for panel in first.panels:
+        assert panel.svg.startswith(f'<svg viewBox="0 0 259.2 180" role="img" aria-label="{panel.title}">')
+        assert "var(--series-3)" in panel.svg
+        assert not re.search(r"#[0-9a-f]{6}\b(?!\))", re.sub(r"#[mp][0-9a-f]{10}", "", panel.svg))  # no colour of its own
+        assert "DejaVu" not in panel.svg
+    assert charts.differences([BASELINE_ROW]) is None
+    shown = charts.differences([BASELINE_ROW, row("a & <b>", [1.0], (0.5, 2.5))])
+    assert shown is not None
+    assert "a &amp; &lt;b&gt;</text>" in shown.panels[0].svg
+
+
+def test_pictures_hold_the_pixels() -> None:
+    mask = pictures.colour_masks(np.array([[0, 1], [255, 1]], np.uint8).repeat(4, 0).repeat(4, 1), [(1, 2, 3), (200, 100, 50)])
+    decoded = Image.open(io.BytesIO(base64.b64decode(pictures.drawing("m", mask).uri.removeprefix("data:image/png;base64,"))))
+    np.testing.assert_array_equal(np.asarray(decoded), mask)
+    features = np.linspace(0, 1, 2 * 3 * 4 * 4).reshape(2, 3, 4, 4)
+    strip = pictures.feature_strip("real", features, np.stack([mask, mask]), None)
+    assert [top.name for top in strip.tops] == ["masks"]
+    grid = Image.open(io.BytesIO(base64.b64decode(strip.grid.uri.removeprefix("data:image/png;base64,"))))
+    assert grid.size == (8, 12)
+
+
 @pytest.mark.slow
-def test_the_page_is_whole_and_self_contained(project: Path) -> None:
+def test_the_page_holds_the_figures(project: Path) -> None:
     page = (project / "reports" / "index.html").read_text()
-    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
     rows = json.loads((project / "reports" / "comparison.json").read_text())
     assert [row["variant"] for row in rows] == ["baseline", "featuregan-1x", "featuregan-2x"]
     for row in rows:
-        assert f"<td>{row['miou']['mean']:.2f}" in page
+        assert f">{row['miou']['mean']:.2f}</td>" in page
         stored = json.loads((project / "metrics" / f"{row['variant']}-0" / "test.json").read_text())
         assert row["pa"]["values"] == [pytest.approx(100 * stored["pixel_accuracy"])]
         assert row["miou"]["values"] == [pytest.approx(100 * stored["miou"])]
-    pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in re.findall(r"data:image/png;base64,([^\"]+)", page)]
-    assert len(pictures) == 8
-    assert all(picture[..., :3].std() > 10 and min(picture.shape[:2]) > 200 for picture in pictures)
+    found = re.findall(r"data:image/(?:png|jpeg);base64,([^\"]+)", page)
+    images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
+    # Four rows of photograph, truth and three variants; two strips of three; four charts of points.
+    assert len(images) == 4 * 5 + 2 * 3 + 4
+    assert all(image[..., :3].std() > 5 for image in images if image.shape[-1] == 3)
+    assert all((image[..., 3] > 0).mean() > 0.001 for image in images if image.shape[-1] == 4)  # points on a transparent ground
     assert pd.read_csv(project / "reports" / "comparison.csv")["variant"].tolist() == [row["variant"] for row in rows]
     assert (project / "reports" / "comparison.txt").read_text().startswith("variant")

@@ -1,4 +1,4 @@
-"""The report's figures, drawn with matplotlib and returned as PNG bytes."""
+"""Figures of studies as PNG, and the curves that trainings leave."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from stages.analysis.feature_grid import feature_grid
-
-REAL, GENERATED = "#2563eb", "#dc2626"
+BLUE = "#2563eb"
 mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
 
 
@@ -25,14 +23,6 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def colour_masks(masks: np.ndarray, palette: Sequence[tuple[int, int, int]], void_index: int = 255) -> np.ndarray:
-    """Masks (..., H, W) uint8 as (..., H, W, 3) uint8; void is white."""
-    table = np.full((256, 3), 255, np.uint8)
-    table[: len(palette)] = palette
-    table[void_index] = 255
-    return table[masks]
-
-
 def read_curves(live: Path) -> dict[str, pd.Series]:
     """DVCLive's curves by name, indexed by epoch."""
     folder = live / "plots" / "metrics"
@@ -41,75 +31,6 @@ def read_curves(live: Path) -> dict[str, pd.Series]:
         table = pd.read_csv(file, sep="\t", index_col="step")
         curves[file.relative_to(folder).with_suffix("").as_posix()] = table.iloc[:, -1]
     return curves
-
-
-def gan_curves(curves: Mapping[str, pd.Series]) -> bytes:
-    """Losses of the GAN's own training (thesis figure 4.3), and how often the discriminator is right."""
-    panels = {
-        "Discriminator loss": [name for name in curves if name.startswith("discriminator/") and "accuracy" not in name],
-        "Discriminator accuracy": [name for name in curves if name.startswith("discriminator/accuracy")],
-        "Generator losses": [name for name in curves if name.startswith("generator/")],
-    }
-    figure = Figure(figsize=(10, 3))
-    for number, (title, names) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, 3, number + 1)
-        for name in names:
-            label = name.split("/")[1].removeprefix("accuracy_").replace("_", " ")
-            axes.plot(curves[name].index + 1, curves[name], label=label)
-        axes.set(title=title, xlabel="epoch")
-        if names:
-            axes.legend(frameon=False)
-    return png(figure)
-
-
-def monitor_curves(runs: Mapping[str, Mapping[str, pd.Series]]) -> bytes | None:
-    """Measures of generated features by epoch: the GAN's own training (the first run), then each joint training that goes on from it.
-
-    Dashed: what real features measure. None where nothing was measured.
-    """
-    panels = {
-        "frechet": "Fréchet distance",
-        "coverage": "coverage",
-        "two_sample_accuracy": "two-sample accuracy",
-        "variance_ratio": "variance within classes / real",
-        "diversity": "diversity over z / real",
-        "consistency": "consistency (mIoU of the probe)",
-    }
-    watched = {run: curves for run, curves in runs.items() if "monitor/frechet" in curves}
-    if not watched:
-        return None
-    figure = Figure(figsize=(10, 5.4))
-    start = 0
-    for run_number, (run, curves) in enumerate(watched.items()):
-        for number, (name, title) in enumerate(panels.items()):
-            axes = figure.add_subplot(2, 3, number + 1) if run_number == 0 else figure.axes[number]
-            curve = curves[f"monitor/{name}"]
-            axes.plot(start + curve.index + 1, curve, marker=".", color=f"C{run_number}", label=run)
-            reference = curves.get(f"monitor/{name}_floor", curves.get(f"monitor/{name}_real"))
-            if run_number == 0:
-                axes.set(title=title, xlabel="epoch")
-                if reference is not None:
-                    axes.axhline(reference.iloc[-1], color="#888", linestyle="--", linewidth=0.8)
-        if run_number == 0:
-            start = int(curves["monitor/frechet"].index[-1]) + 1
-    figure.axes[0].legend(frameon=False)
-    figure.tight_layout()
-    return png(figure)
-
-
-def decoder_curves(runs: Mapping[str, Sequence[Mapping[str, pd.Series]]]) -> bytes:
-    """Training loss on real features and mIoU on val by variant: the mean over seeds, and each seed faintly."""
-    panels = {"decoder/ce_real": "Cross-entropy on real training features", "val/miou": "mIoU on val"}
-    figure = Figure(figsize=(9, 3))
-    for number, (name, title) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, 2, number + 1)
-        for position, (variant, seeds) in enumerate(runs.items()):
-            table = pd.concat([run[name] for run in seeds], axis=1)
-            axes.plot(table.index + 1, table, color=f"C{position}", alpha=0.25, linewidth=0.8)
-            axes.plot(table.index + 1, table.mean(axis=1), color=f"C{position}", label=variant)
-        axes.set(title=title, xlabel="epoch")
-        axes.legend(frameon=False)
-    return png(figure)
 
 
 def gans(curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> bytes:
@@ -140,9 +61,9 @@ def differences(groups: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> by
         axes.axvline(0, color="#888", linewidth=0.8)
         for place, row in enumerate(rows):
             if row["delta_interval"] is not None:
-                axes.plot([row["delta_interval"]["low"], row["delta_interval"]["high"]], [place, place], color=REAL, linewidth=2)
+                axes.plot([row["delta_interval"]["low"], row["delta_interval"]["high"]], [place, place], color=BLUE, linewidth=2)
             axes.plot(row["delta_miou_values"], [place] * len(row["delta_miou_values"]), ".", color="#888", markersize=4)
-            axes.plot(row["delta_miou"], place, "o", color=REAL, markersize=5)
+            axes.plot(row["delta_miou"], place, "o", color=BLUE, markersize=5)
         axes.set(title=name, xlabel="Δ mIoU to the baseline", yticks=range(len(rows)), yticklabels=[row["variant"] for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
     figure.tight_layout()
@@ -173,73 +94,4 @@ def low_data_curve(groups: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) ->
         axes.minorticks_off()
     scores.legend(frameon=False, fontsize=7)
     figure.tight_layout()
-    return png(figure)
-
-
-def projections(real: np.ndarray, before: np.ndarray, after: np.ndarray) -> bytes:
-    """Thesis figure 4.1: points (n, 2) each, before and after the GAN's training on the same axes."""
-    figure = Figure(figsize=(9, 4.2))
-    shared = None
-    for number, (points, title) in enumerate(((before, "before GAN training"), (after, "after GAN training"))):
-        shared = axes = figure.add_subplot(1, 2, number + 1, sharex=shared, sharey=shared)
-        axes.scatter(real[:, 0], real[:, 1], s=9, marker="^", color=REAL, alpha=0.45, linewidths=0, label="real")
-        axes.scatter(points[:, 0], points[:, 1], s=11, marker="x", color=GENERATED, alpha=0.55, linewidths=0.7, label="generated")
-        axes.set(title=title, xticks=[], yticks=[])
-        axes.legend(frameon=False, markerscale=1.8)
-    return png(figure)
-
-
-def projections_by_class(
-    real: tuple[np.ndarray, np.ndarray],
-    after: tuple[np.ndarray, np.ndarray],
-    names: Sequence[str],
-    palette: Sequence[tuple[int, int, int]],
-) -> bytes:
-    """The same points (n, 2) coloured by class (n,): real ones left, generated ones after training right."""
-    figure = Figure(figsize=(9, 4.6))
-    shown = [value for value in range(len(names)) if (real[1] == value).any() or (after[1] == value).any()]
-    shared = None
-    for number, ((points, classes), title) in enumerate(((real, "real"), (after, "generated, after training"))):
-        shared = axes = figure.add_subplot(1, 2, number + 1, sharex=shared, sharey=shared)
-        for value in shown:
-            chosen = points[classes == value]
-            axes.scatter(
-                chosen[:, 0], chosen[:, 1], s=9, color=np.array(palette[value]) / 255, linewidths=0.2, edgecolors="#888", label=names[value]
-            )
-        axes.set(title=title, xticks=[], yticks=[])
-    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=7, frameon=False, markerscale=2, bbox_to_anchor=(0.5, -0.08))
-    return png(figure)
-
-
-def grids(real: np.ndarray, generated: np.ndarray, masks: np.ndarray, images: np.ndarray | None) -> bytes:
-    """Thesis figure 4.2: real (left) and generated (right) features (B, C, h, w) in 0..1 of the same masks.
-
-    On top of each column its photograph, where there is one, and its mask (B, H, W, 3).
-    """
-    channels = real.shape[1]
-    figure = Figure(figsize=(10, 1.3 + 0.42 * channels))
-    tops = [strip for strip in (images, masks) if strip is not None]
-    axes = figure.subplots(len(tops) + 1, 2, height_ratios=[1.2] * len(tops) + [channels], squeeze=False)
-    for column, (features, title) in enumerate(((real, "real features"), (generated, "generated features"))):
-        for row, strip in enumerate(tops):
-            axes[row, column].imshow(np.concatenate(list(strip), axis=1), aspect="auto")  # B x (H, W, 3) -> (H, B*W, 3)
-        axes[-1, column].imshow(feature_grid(features), cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        axes[0, column].set_title(title)
-    for panel in axes.flat:
-        panel.set(xticks=[], yticks=[])
-    figure.subplots_adjust(wspace=0.03, hspace=0.03)
-    return png(figure)
-
-
-def predictions(columns: Mapping[str, Sequence[np.ndarray]]) -> bytes:
-    """Rows of test images; each named column is a list of (H, W, 3) pictures, one a row."""
-    rows = len(next(iter(columns.values())))
-    figure = Figure(figsize=(2.1 * len(columns), 2.1 * rows))
-    axes = figure.subplots(rows, len(columns), squeeze=False)
-    for number, (title, pictures) in enumerate(columns.items()):
-        axes[0, number].set_title(title)
-        for row, picture in enumerate(pictures):
-            axes[row, number].imshow(picture)
-            axes[row, number].set(xticks=[], yticks=[])
-    figure.subplots_adjust(wspace=0.03, hspace=0.03)
     return png(figure)

@@ -175,6 +175,14 @@ def flat(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     )
 
 
+def headline(row: dict[str, Any]) -> dict[str, float]:
+    """A variant's few figures for ``dvc metrics``, in percent: PA, mIoU and, where there are any, its difference and interval."""
+    figures = {"pa": row["pa"]["mean"], "miou": row["miou"]["mean"], "delta_miou": row["delta_miou"]}
+    interval = row["delta_interval"] or {}
+    figures |= {"delta_low": interval.get("low"), "delta_high": interval.get("high")}
+    return {name: value for name, value in figures.items() if value is not None}
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """A row as it is shown: variant, PA, mIoU, difference and its interval, mIoU of the checkpoints that were best on val, seeds."""
 
@@ -187,6 +195,20 @@ def cells(row: dict[str, Any]) -> list[str]:
     between = "—" if nothing or interval is None else f"{interval['low']:+.2f} to {interval['high']:+.2f}"
     seeds = str(len(row["seeds"]))
     return [row["variant"], shown(row["pa"]), shown(row["miou"]), difference, between, shown(row["miou_best_on_val"]), seeds]
+
+
+def sort_keys(row: dict[str, Any]) -> list[str | float | None]:
+    """What each of :func:`cells` is sorted by: the name, and numbers, None where there is nothing."""
+    low = (row["delta_interval"] or {}).get("low")
+    return [
+        row["variant"],
+        row["pa"]["mean"],
+        row["miou"]["mean"],
+        row["delta_miou"],
+        low,
+        row["miou_best_on_val"]["mean"],
+        len(row["seeds"]),
+    ]
 
 
 HEADINGS = ("variant", "PA %", "mIoU %", "Δ mIoU", "95% interval", "best on val", "seeds")

@@ -1,0 +1,126 @@
+"""What a configuration will take: bytes of the feature stores, of models and caches, memory, operations and hours, by number of images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from featurestore import StoreSpec
+from stages.models.backbone import OUTPUT_STRIDE
+from stages.operations import ADAM, Cost
+
+SPLITS = ("train", "val", "test")
+EXACT = ("none", "int8")  # layouts whose size does not depend on the values
+
+
+def split_sizes(images: int, ratios: Sequence[float], train_fraction: float) -> dict[str, int]:
+    """Images a split, as the prepare stage divides them at random."""
+    train, val = round(images * ratios[0]), round(images * ratios[1])
+    return {"train": math.ceil(round(train_fraction * train, 6)), "val": val, "test": images - train - val}
+
+
+def store_rows(extract: Any, images: Mapping[str, int], feature_shape: tuple[int, ...], num_classes: int) -> list[dict[str, Any]]:
+    """Samples and bytes of each split's store; HDF5 itself adds a few kilobytes a shard."""
+    spec = StoreSpec(
+        feature_shape=(feature_shape[0], feature_shape[1], feature_shape[2]),
+        mask_shape=extract.input_size,
+        class_names=tuple(map(str, range(num_classes))),
+        palette=((0, 0, 0),) * num_classes,
+        backbone=extract.backbone,
+        weights_digest="",
+        output_stride=OUTPUT_STRIDE,
+        normalization_mean=(0, 0, 0),
+        normalization_std=(1, 1, 1),
+        resize=extract.resize,
+        compute=extract.compute,
+        nonnegative=False,
+        feature_dtype=extract.feature_dtype,
+        has_images=extract.store_images,
+        compression=extract.compression,
+    )
+    views = {"train": len(extract.views)}
+    samples = {split: images[split] * views.get(split, 1) for split in SPLITS}
+    return [{"split": split, "samples": count, "bytes": count * spec.sample_bytes} for split, count in samples.items()]
+
+
+def model_bytes(costs: Mapping[str, Cost], variants: Mapping[str, Any], seeds: int) -> int:
+    """Roughly what ``models/`` takes: the GAN with its optimizers, each decoder twice (last and best), joint ones with their GAN."""
+    gan, decoder = costs["gan"].weight_bytes, costs["decoder"].weight_bytes // ADAM * 4 * 2
+    joint = sum(1 for variant in variants.values() if _ratio(variant))
+    return gan + seeds * (len(variants) * decoder + joint * gan * 3 // 4)  # without the untrained generator
+
+
+def memory_rows(costs: Mapping[str, Cost], gan: Any, decoder: Any, train_bytes: int) -> list[dict[str, Any]]:
+    """Bytes of memory, roughly: weights, gradients, Adam's moments, and what back-propagation keeps of a batch, all in float32."""
+    parts = {"gan": gan.gradient_accumulation, "decoder": decoder.gradient_accumulation}
+    rows = []
+    for name, cost in costs.items():
+        if cost.weight_bytes:
+            of = "gan" if name == "gan" else "decoder"
+            batch = (gan if of == "gan" else decoder).batch_size / parts[of]
+            stage = {"gan": "train-gan", "decoder": "train-decoder: alone"}.get(name, f"train-decoder: {name}")
+            rows.append({"what": stage, "bytes": cost.weight_bytes + batch * cost.activation_bytes})
+    rows.append({"what": "--cache host or device: more", "bytes": train_bytes})
+    return rows
+
+
+def work_rows(
+    costs: Mapping[str, Cost],
+    seconds: Mapping[str, float] | None,
+    tflops: float | None,
+    *,
+    samples: Mapping[str, int],
+    train_images: int,
+    gan: Any,
+    decoder: Any,
+    variants: Mapping[str, Any],
+    seeds: int,
+) -> list[dict[str, Any]]:
+    """Operations and hours of each stage, all seeds together; evaluation, monitor and report left out.
+
+    Parameters
+    ----------
+    costs, seconds
+        Of a sample in each kind of step: counted, and measured where that was asked for.
+    tflops
+        Assumed rate, in 1e12 operations a second, where hours are to be operations over it.
+    samples, train_images
+        Samples of each split's store, and photographs that are trained with (mirrored views are not).
+    variants
+        Those compared, by name.
+    """
+    seen = decoder.epochs * decoder.passes * train_images * seeds
+    parts: list[tuple[str, dict[str, float], float]] = [
+        ("extract", {"backbone": 1}, sum(samples.values())),
+        ("train-gan", {"gan": 1}, gan.frozen_epochs * gan.passes * train_images),
+    ]
+    for name, variant in variants.items():
+        ratio = _ratio(variant)
+        parts.append((f"train-decoder: {name}", {f"joint {ratio}:1": 1} if ratio else {"decoder": 1 + _added(variant)}, seen))
+    rows: list[dict[str, Any]] = []
+    for part, kinds, count in parts:
+        operations = sum(times * costs[kind].operations for kind, times in kinds.items())
+        row = {"part": part, "gflop_a_sample": operations / 1e9, "samples": count, "pflop": operations * count / 1e15}
+        if seconds is not None:
+            row["hours"] = sum(times * seconds[kind] for kind, times in kinds.items()) * count / 3600
+        elif tflops is not None:
+            row["hours"] = operations * count / (tflops * 1e12) / 3600
+        rows.append(row)
+    total = {key: sum(row[key] for row in rows) for key in ("pflop", "hours") if key in rows[0]}
+    return [*rows, {"part": "all", **total}]
+
+
+def joint_ratios(variants: Mapping[str, Any]) -> list[int]:
+    """Draws a mask of the variants that train the GAN on, each once."""
+    return sorted({_ratio(variant) for variant in variants.values()} - {0})
+
+
+def _ratio(variant: Any) -> int:
+    """Draws a mask of a joint training; 0 for other variants."""
+    return int(variant.ratio) if variant.augmenter == "featuregan" and variant.generator == "joint" else 0
+
+
+def _added(variant: Any) -> int:
+    """Batches that the decoder sees beside each real one; what making them costs is small."""
+    return getattr(variant, "ratio", 0 if variant.augmenter in ("none", "isda") else 1)

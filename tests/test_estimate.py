@@ -1,0 +1,180 @@
+"""What a run will take: sizes are those of stores that were extracted, operations those of the steps that train."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch.utils.flop_counter import FlopCounterMode
+
+import pipeline
+from benchmarks.train import Size, our_steps
+from commands.options import load_params
+from stages import operations
+from stages.estimate import joint_ratios, split_sizes, work_rows
+from stages.models.backbone import build_backbone
+from tests.conftest import tiny_params
+from tests.imports import ROOT
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(pipeline.main, ["estimate", *arguments])
+
+
+def sections(tmp_path: Path) -> dict:
+    path = tmp_path / "params.yaml"
+    path.write_text(tiny_params())
+    return load_params(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with the tiny parameters and no data."""
+    (tmp_path / "params.yaml").write_text(tiny_params())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_sizes_are_those_of_the_extracted_stores(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    said = json.loads(call("--json").stdout)
+    assert said["images"] == {"train": 10, "val": 4, "test": 4}
+    assert said["classes"] == 7
+    for row in said["stores"]:
+        index = json.loads((project / "features" / row["split"] / "index.json").read_text())
+        size = sum(shard["bytes"] for shard in index["shards"])
+        assert row["samples"] == sum(shard["samples"] for shard in index["shards"])
+        assert 0 <= size - row["bytes"] < 20_000 * len(index["shards"])  # attributes, ids and HDF5's own structures
+    models = sum(path.stat().st_size for path in (project / "models").rglob("*") if path.is_file())
+    about = next(row["bytes"] for row in said["disk"] if row["what"].startswith("models"))
+    assert about == pytest.approx(models, rel=0.2)
+
+
+def test_operations_are_those_of_the_steps_that_train(tmp_path: Path) -> None:
+    """Counted on real tensors in the trainer itself, and on fake ones."""
+    found = sections(tmp_path)
+    decoder = found["train_decoder"].model_copy(update={"atrous_rates": (12, 24, 36)})  # as the benchmark's
+    costs, shape = operations.count(found["extract"], found["train_gan"], decoder, num_classes=21, ratios=(1, 2))
+    assert shape == (320, 8, 8)
+    size = Size("efficientnet_lite0", 320, operations.BATCH, 8, 1, 8, 4, 8, side=8)
+    features, masks = torch.rand(2, 320, 8, 8), torch.randint(0, 21, (2, 64, 64), dtype=torch.uint8)
+    for name, step in our_steps(size, "cpu", "no", features, masks).items():
+        with FlopCounterMode(display=False) as counter:
+            step()
+        cost = costs[name.replace(" step", "")]
+        assert cost.operations == counter.get_total_flops() / operations.BATCH, name
+    with FlopCounterMode(display=False) as counter:
+        build_backbone(name="efficientnet_lite0", weights="default")(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    assert costs["backbone"].operations == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet50", "timm/resnet18"])
+def test_the_untrained_backbone_is_the_backbone(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = operations.untrained_backbone(name)
+    state = network.state_dict()
+    if name == "resnet50":  # numbered parts in place of torchvision's names
+        parts = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+        state = OrderedDict((f"{parts[int(key.split('.')[0])]}.{key.split('.', 1)[1]}", value) for key, value in state.items())
+    torch.save(state, tmp_path / "weights.pth")
+    built = build_backbone(name=name, weights=str(tmp_path / "weights.pth"))
+    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    with torch.inference_mode():
+        ours = network(images.float() * built._scale + built._shift)
+    torch.testing.assert_close(ours[-1] if isinstance(ours, list) else ours, built(images))
+
+
+def test_counting_leaves_nothing_fake_behind(tmp_path: Path) -> None:
+    from stages.upsampled_loss import upsampled_cross_entropy
+
+    found = sections(tmp_path)
+    networks = [found[name] for name in ("extract", "train_gan", "train_decoder")]
+    operations.count(*networks, num_classes=7)
+    loss = upsampled_cross_entropy(torch.zeros(2, 7, 8, 8), torch.zeros(2, 64, 64, dtype=torch.uint8))
+    assert float(loss) == pytest.approx(1.9459, abs=1e-4)  # log 7
+
+
+def test_memory_grows_with_what_is_kept(tmp_path: Path) -> None:
+    found = sections(tmp_path)
+    networks = [found[name] for name in ("extract", "train_gan", "train_decoder")]
+    costs, _ = operations.count(*networks, num_classes=7, ratios=(1, 2))
+    assert costs["backbone"].weight_bytes == costs["backbone"].activation_bytes == 0
+    assert costs["decoder"].activation_bytes > 320 * 8 * 8 * 4  # the features themselves, at least
+    assert costs["joint 1:1"].weight_bytes == costs["gan"].weight_bytes + costs["decoder"].weight_bytes
+    assert costs["gan"].activation_bytes < costs["joint 1:1"].activation_bytes < costs["joint 2:1"].activation_bytes
+
+
+@pytest.mark.parametrize("change", [{"family": "flow"}, {"image_encoder": True}, {"discriminator_scales": 2}, {"noise": "spatial"}])
+def test_every_kind_of_gan_is_counted(tmp_path: Path, change: dict) -> None:
+    found = sections(tmp_path)
+    gan = found["train_gan"].model_copy(update={**change, "flow_components": 16, "flow_width": 8})
+    costs, _ = operations.count(found["extract"], gan, found["train_decoder"], num_classes=7)
+    assert costs["gan"].operations > 0
+
+
+def test_work_adds_up(tmp_path: Path) -> None:
+    found = sections(tmp_path)
+    variants = {name: found["variants"][name] for name in ("baseline", "duplicate", "featuregan-2x", "featuregan-frozen")}
+    assert joint_ratios(variants) == [2]
+    cost = {name: operations.Cost(float(number), 0, 0) for number, name in enumerate(("backbone", "decoder", "gan", "joint 2:1"), 1)}
+    counts = {"samples": {"train": 10, "val": 3, "test": 2}, "train_images": 10}
+    sizes = {"gan": found["train_gan"], "decoder": found["train_decoder"], "variants": variants, "seeds": 3}
+    *rows, everything = work_rows(cost, None, 1e-12, **counts, **sizes)
+    assert [row["samples"] for row in rows] == [15, 20, 60, 60, 60, 60]
+    assert [row["gflop_a_sample"] * 1e9 for row in rows] == pytest.approx([1, 3, 2, 4, 4, 4])
+    assert everything["hours"] == pytest.approx((15 + 60 + 120 + 240 + 240 + 240) / 3600)
+
+
+def test_splits_are_those_of_prepare() -> None:
+    assert split_sizes(2913, (0.7, 0.15, 0.15), 1.0) == {"train": 2039, "val": 437, "test": 437}
+    assert split_sizes(100, (0.7, 0.15, 0.15), 0.25) == {"train": 18, "val": 15, "test": 15}
+
+
+def test_both_views_double_the_training_store(folder: Path) -> None:
+    one = json.loads(call("--images", "100", "--json").stdout)["stores"]
+    (folder / "params.yaml").write_text(tiny_params().replace("views: [identity] ", "views: [identity, hflip] "))
+    two = json.loads(call("--images", "100", "--json").stdout)["stores"]
+    assert [row["bytes"] for row in two] == [2 * one[0]["bytes"], one[1]["bytes"], one[2]["bytes"]]
+
+
+def test_measured_hours_are_seconds_times_samples(folder: Path) -> None:
+    work = json.loads(call("--images", "20", "--measure", "--device", "cpu", "--json").stdout)["work"]
+    assert all(row["hours"] > 0 for row in work)
+    assert work[-1]["hours"] == pytest.approx(sum(row["hours"] for row in work[:-1]))
+    assert "hours, measured" not in call("--images", "20").stdout
+
+
+def test_mistakes_are_one_line(folder: Path) -> None:
+    for arguments, words in (
+        ((), "name them with --images"),
+        (("--images", "10", "--preset", "nonsense"), "choose from camvid-lite"),
+        (("--images", "10", "--tflops", "1", "--measure"), "leave one out"),
+    ):
+        result = call(*arguments)
+        assert result.exit_code == 2
+        assert words in result.stderr
+    (folder / "dataset").mkdir()
+    (folder / "dataset" / "summary.json").write_text("{}")
+    result = call()
+    assert result.exit_code == 1
+    assert "dataset/summary.json: cannot be read" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_documents_tables_are_what_the_command_prints() -> None:
+    text = (ROOT / "docs" / "hardware.md").read_text()
+    commands = [
+        line.strip().removeprefix("python pipeline.py estimate ")
+        for line in text.splitlines()
+        if line.startswith("    python pipeline.py estimate --preset")
+    ]
+    assert len(commands) == 3
+    for command in commands:
+        if "--measure" not in command:
+            for block in call(*command.split()).stdout.strip().split("\n\n"):
+                assert block.strip() in text, command
