@@ -29,6 +29,7 @@ from commands.options import (
 )
 from commands.stores import inspect, verify
 from commands.studies import compare, study
+from commands.use import evaluate, predict
 
 DATASET, FEATURES, GAN, DECODERS = Path("dataset"), Path("features"), Path("models/gan"), Path("models/decoders")
 METRICS, REPORTS, LOGS = Path("metrics"), Path("reports"), Path("logs")
@@ -209,7 +210,7 @@ def report(params: Path, device: str) -> None:
     click.echo(f"\nThe whole report: {(REPORTS / 'index.html').resolve()}")
 
 
-for command in (generate, export, estimate, compare, study, inspect, verify):
+for command in (predict, evaluate, generate, export, estimate, compare, study, inspect, verify):
     main.add_command(command)
 
 

@@ -183,6 +183,22 @@ def read_spec(path: str | Path) -> StoreSpec:
         raise DataError(folder / CONFIG_NAME, message) from error
 
 
+def read_precision(path: str | Path) -> str:
+    """The precision that a trained decoder was trained and evaluated in: ``no`` (float32), ``bf16`` or ``fp16``.
+
+    Raises
+    ------
+    DataError
+        When there is no trained decoder at ``path``, or its config is damaged or of an older version.
+    """
+    folder = Path(path)
+    try:
+        return str(read_config(folder)["mixed_precision"])
+    except KeyError as error:
+        message = "does not say in which precision the decoder was trained; run the stage that makes it again"
+        raise DataError(folder / CONFIG_NAME, message) from error
+
+
 def load_gan(folder: Path) -> tuple[Networks, dict[str, Any]]:
     """Networks and config as :func:`save_gan` wrote them, on the CPU, for training to go on from.
 

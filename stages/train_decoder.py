@@ -256,7 +256,8 @@ def run(
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         save_weights(decoder.state_dict(), out / "decoder.safetensors")
-        described = {"architecture": architecture, "variant": name, "seed": seed, "features": spec.to_dict()}
+        described = {"architecture": architecture, "mixed_precision": config.mixed_precision, "variant": name, "seed": seed}
+        described["features"] = spec.to_dict()
         (out / CONFIG_NAME).write_text(json.dumps(described, indent=1) + "\n")
         if isinstance(augmenter, JointFeatureGAN):
             save_gan(out / "gan", final, read_config(gan))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from stages.data import wastesim
@@ -114,6 +115,25 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("dvc") / "project"
     copy_project(target)
     run("dvc", "repro", cwd=target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with features and the decoder ``baseline-0``, made without DVC; tests must leave its files as they are."""
+    import pipeline
+
+    target = tmp_path_factory.mktemp("trained")
+    (target / "params.yaml").write_text(tiny_params())
+    write_photos(target / "photos", {"train": 10, "val": 4, "test": 4})
+    before = Path.cwd()
+    os.chdir(target)
+    try:
+        for command in ("prepare", "extract --device cpu", "train-decoder --variant baseline --device cpu"):
+            result = CliRunner().invoke(pipeline.main, command.split())
+            assert result.exit_code == 0, result.output
+    finally:
+        os.chdir(before)
     return target
 
 

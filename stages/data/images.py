@@ -42,11 +42,16 @@ def decode_image(content: bytes, path: Path) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as file:
             file.load()
-            turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            image = ImageOps.exif_transpose(file) if turned else file
-            return image if image.mode == "RGB" else image.convert("RGB")
+            return upright(file)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(path, f"not a readable image, or a truncated one ({error}); replace it") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An opened photograph in RGB, turned as its EXIF tag says."""
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    image = ImageOps.exif_transpose(image) if turned else image
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decode_mask(content: bytes, path: Path, *, num_classes: int, void_index: int) -> np.ndarray:
@@ -77,6 +82,17 @@ def decode_mask(content: bytes, path: Path, *, num_classes: int, void_index: int
     return mask if mask.dtype == np.uint8 and void_index == VOID else np.where(mask == void_index, VOID, mask).astype(np.uint8)
 
 
+def scaled_size(photograph: tuple[int, int], *, size: tuple[int, int], rule: str) -> tuple[int, int]:
+    """Height and width to which a rule scales a photograph of (height, width), before it pads or crops it to (H, W) = ``size``."""
+    height, width = size
+    if rule == "stretch":
+        return height, width
+    ratios = (height / photograph[0], width / photograph[1])
+    ratio = min(ratios) if rule == "pad" else max(ratios)
+    fit = min if rule == "pad" else max  # rounding must not leave the frame, or a gap in it
+    return max(1, fit(height, round(photograph[0] * ratio))), max(1, fit(width, round(photograph[1] * ratio)))
+
+
 def resize_pair(image: Image.Image, mask: np.ndarray, *, size: tuple[int, int], rule: str) -> tuple[np.ndarray, np.ndarray]:
     """Bring a photograph and its mask to (H, W) = ``size``: bilinear with antialiasing, nearest for the mask.
 
@@ -89,14 +105,8 @@ def resize_pair(image: Image.Image, mask: np.ndarray, *, size: tuple[int, int], 
     """
     height, width = size
     labels = Image.fromarray(mask)
-    if rule == "stretch":
-        box = (width, height)
-    else:
-        ratios = (width / image.width, height / image.height)
-        ratio = min(ratios) if rule == "pad" else max(ratios)
-        fit = min if rule == "pad" else max  # rounding must not leave the frame, or a gap in it
-        box = (fit(width, round(image.width * ratio)), fit(height, round(image.height * ratio)))
-        box = (max(1, box[0]), max(1, box[1]))
+    rows, columns = scaled_size((image.height, image.width), size=size, rule=rule)
+    box = (columns, rows)
     small_image = np.asarray(image.resize(box, Image.Resampling.BILINEAR))
     small_mask = np.asarray(labels.resize(box, Image.Resampling.NEAREST))
     if rule == "pad":

@@ -209,9 +209,7 @@ def _from_hub(name: str, load: Callable[[], dict[str, Tensor]]) -> dict[str, Ten
         return load()
     except Exception as error:  # URLError, HTTPError, OSError, hub errors: all mean that the download failed
         reason = " ".join(str(error).split())[:200]
-        message = (
-            f"the default weights of {name} cannot be downloaded ({reason}); download them elsewhere and set extract.weights to the file"
-        )
+        message = f"the default weights of {name} cannot be downloaded ({reason}); download them elsewhere and give the file as the weights"
         raise BackboneError(message) from error
 
 
@@ -220,7 +218,7 @@ def _read_state(path: str) -> dict[str, Tensor]:
     try:
         state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise BackboneError(f"{path}: there is no such weights file; set extract.weights to `default` or to a state dict") from None
+        raise BackboneError(f"{path}: there is no such weights file; give `default` or the path of a state dict") from None
     except Exception as error:  # pickle, zip, safetensors and OS errors
         reason = " ".join(str(error).split())[:120]
         raise BackboneError(f"{path}: cannot be read as a state dict ({reason})") from error

@@ -169,7 +169,7 @@ def test_weights_that_are_missing_are_named(prepared: Path) -> None:
 def test_weights_that_cannot_be_downloaded_say_what_to_do(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(prepared / "empty"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(ConfigError, match="cannot be downloaded .*no network.*set extract.weights to the file"):
+    with pytest.raises(ConfigError, match="cannot be downloaded .*no network.*give the file as the weights"):
         run(config(backbone="resnet50"), prepared)
 
 
