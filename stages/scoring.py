@@ -137,7 +137,7 @@ def write(evaluation: Evaluation, out: Path) -> None:
     StoreWriteError
         When the file system refuses.
     """
-    from stages.analysis.figures import confusion  # matplotlib takes a second to import
+    from stages.analysis.confusion import confusion  # matplotlib takes a second to import
 
     values = {
         "decoder": str(evaluation.decoder),
