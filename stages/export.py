@@ -26,10 +26,11 @@ from stages.export_formats import (
     write_program,
     write_torchvision,
 )
-from stages.models.backbone import RESNETS, Backbone, BackboneError, build_backbone
+from stages.models.backbone import RESNETS, Backbone
 from stages.models.decoder import Decoder
 from stages.models.end_to_end import EndToEnd
 from stages.runtime import progress
+from stages.trained_backbone import load_backbone
 
 SUFFIXES = {"torchvision": (".pth", ".safetensors"), "torch-export": (".pt2",), "onnx": (".onnx",)}
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
@@ -171,31 +172,6 @@ def torchvision_model(spec: StoreSpec, architecture: dict[str, Any]) -> str:
             message = f"torchvision's deeplabv3 has {name} {expected}, this decoder {found}; use torch-export or onnx"
             raise ConfigError(key, message, expected=expected, found=found)
     return f"deeplabv3_{spec.backbone}"
-
-
-def load_backbone(spec: StoreSpec, weights: str) -> Backbone:
-    """The backbone that made a decoder's features.
-
-    Raises
-    ------
-    ConfigError, DataError
-        When its default weights, or those of a file, cannot be had or are others than those that made the features.
-    """
-    remedy = "give --backbone-weights the file that extract.weights named"
-
-    def wrong(reason: str, found: str | None = None) -> ConfigError | DataError:
-        if weights == "default":
-            return ConfigError("--backbone-weights", f"{reason}; {remedy}", expected=spec.weights_digest, found=found)
-        return DataError(weights, f"{reason}; {remedy}", expected=spec.weights_digest, found=found)
-
-    try:
-        backbone = build_backbone(name=spec.backbone, weights=weights)
-    except BackboneError as error:
-        raise wrong(str(error).removeprefix(f"{weights}: ").split(";")[0]) from error
-    if (found := backbone.digest()) != spec.weights_digest:
-        digests = f"sha256 {found[:12]}..., expected {spec.weights_digest[:12]}..."
-        raise wrong(f"these are other {spec.backbone} weights than those that the decoder's features were made with ({digests})", found)
-    return backbone
 
 
 def describe(spec: StoreSpec, format: str) -> dict[str, Any]:

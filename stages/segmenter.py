@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featurestore import StoreSpec
-from stages.checkpoint import CONFIG_NAME, load_decoder, read_precision, read_spec
+from stages.checkpoint import load_decoder, read_precision, read_spec
 from stages.data.images import decode_image, read_bytes, upright
-from stages.errors import ConfigError, DataError
-from stages.models.backbone import BackboneError, build_backbone
+from stages.errors import ConfigError
 from stages.runtime import make_accelerator
+from stages.trained_backbone import load_backbone
 from stages.windows import Photograph, View, cut, join
 
 Input: TypeAlias = Image.Image | np.ndarray | str | Path
@@ -96,23 +96,10 @@ class Segmenter:
         """
         if weights not in WEIGHTS:
             raise ConfigError("weights", f"should be {' or '.join(WEIGHTS)}, found {weights!r}", expected=WEIGHTS, found=weights)
-        folder, source = Path(path), str(backbone_weights)
+        folder = Path(path)
         where = make_accelerator(device, "no").device
         spec, precision, decoder = read_spec(folder), read_precision(folder), load_decoder(folder, weights=weights)
-        try:
-            backbone = build_backbone(name=spec.backbone, weights=source)
-        except BackboneError as error:
-            if source == "default":
-                raise ConfigError("backbone weights", str(error)) from error
-            raise DataError(source, str(error).removeprefix(f"{source}: ")) from error
-        digest = backbone.digest()
-        if digest != spec.weights_digest:
-            message = (
-                f"the decoder was trained on features of {spec.backbone} with weights {spec.weights_digest[:12]}, but the "
-                f"{'default weights' if source == 'default' else f'weights {source}'} are {digest[:12]}; give those that "
-                "extract.weights named (--backbone-weights)"
-            )
-            raise DataError(folder / CONFIG_NAME, message, expected=spec.weights_digest, found=digest)
+        backbone = load_backbone(spec, str(backbone_weights))
         return cls(backbone, decoder, spec, device=where, precision=precision)
 
     def __call__(self, image: Input, *, mode: str = "resize", overlap: float = 0.25, scale: float = 1.0) -> np.ndarray:
