@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from commands.options import weights_option
+
 FORMATS = ("torchvision", "torch-export", "onnx")
 
 
@@ -15,9 +17,9 @@ FORMATS = ("torchvision", "torch-export", "onnx")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The file: .pth or .safetensors, .pt2, .onnx.")
 @click.option("--backbone-weights", default="default", show_default=True, help="As extract.weights: `default`, or a state dict's file.")
 @click.option("--size", type=click.IntRange(1), nargs=2, metavar="H W", help="Pictures of this size alone. Default: of any size.")
-@click.option("--best", is_flag=True, help="The epoch that was best on val, in place of the last.")
+@weights_option
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
-def export(decoder: Path, format: str, out: Path, backbone_weights: str, size: tuple[int, int] | None, best: bool, force: bool) -> None:
+def export(decoder: Path, format: str, out: Path, backbone_weights: str, size: tuple[int, int] | None, weights: str, force: bool) -> None:
     """Write DECODER, a folder that train-decoder left, with its backbone as one file.
 
     Photographs go in, scores for every pixel come out. The file is compared with PyTorch's own scores before it gets its name.
@@ -26,7 +28,6 @@ def export(decoder: Path, format: str, out: Path, backbone_weights: str, size: t
         raise click.UsageError(f"{out} is there already; add --force to replace it")
     from stages.export import run
 
-    weights = "decoder-best" if best else "decoder"
     done = run(decoder, format=format, out=out, backbone_weights=backbone_weights, weights=weights, size=size)
     sizes = " and ".join(f"{height} x {width}" for height, width in done.sizes)
     click.echo(f"{out}: {done.bytes / 1e6:.1f} MB, checked at {sizes}")

@@ -59,6 +59,12 @@ device_option = option(
     envvar="FEATUREGAN_DEVICE",
     help="Where networks run. auto: CUDA where there is one.",
 )
+weights_option = option(
+    "--weights",
+    type=click.Choice(["decoder", "decoder-best"]),
+    default="decoder",
+    help="decoder: of the last epoch; decoder-best: of the epoch with the best mIoU on val.",
+)
 cache_option = option(
     "--cache",
     type=click.Choice(["none", "host", "device"]),

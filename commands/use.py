@@ -6,15 +6,9 @@ from pathlib import Path
 
 import click
 
-from commands.options import device_option, option, workers_option
+from commands.options import device_option, option, weights_option, workers_option
 
 decoder_argument = click.argument("decoder", type=click.Path(path_type=Path))
-weights_option = option(
-    "--weights",
-    type=click.Choice(["decoder", "decoder-best"]),
-    default="decoder",
-    help="decoder: of the last epoch; decoder-best: of the epoch with the best mIoU on val.",
-)
 
 
 @click.command(short_help="Segment photographs with a trained decoder.")

@@ -233,7 +233,7 @@ def test_the_command_says_what_it_wrote_and_replaces_nothing_unasked(resnet: tup
     assert refused.exit_code == 2
     assert "add --force" in refused.stderr
     assert (tmp_path / "new" / "model.pth").stat().st_mtime_ns == before
-    assert call(*command, "--force", "--best").exit_code == 0
+    assert call(*command, "--force", "--weights", "decoder-best").exit_code == 0
 
 
 WRONG = {
