@@ -21,13 +21,18 @@ decoder_argument = click.argument("decoder", type=click.Path(path_type=Path))
     default="resize",
     help="resize: whole photographs, scaled as in training; slide: windows of the training's size over them at their own resolution.",
 )
-@option("--overlap", type=click.FloatRange(0, 0.9), default=0.25, help="Share of a window's side that neighbouring windows share.")
+@option(
+    "--overlap",
+    type=click.FloatRange(0, 0.9),
+    default=0.25,
+    help="Share of a window's side that neighbours have in common, at least.",
+)
 @option("--scale", type=click.FloatRange(0, min_open=True), default=1.0, help="Of the photographs before windows slide over them.")
 @option("--batch-size", type=click.IntRange(1), default=8, help="Windows that pass the networks at once.")
 @option("--overlay/--no-overlay", "overlays", default=True, help="Write the classes in colour over the photographs, too.")
 @option("--probabilities", is_flag=True, help="Write every class's probability at every pixel, too: large files.")
 @weights_option
-@option("--backbone-weights", default="default", help="What extract.weights was in training: default, or a file.")
+@option("--backbone-weights", metavar="[default|FILE]", default="default", help="What extract.weights was in training.")
 @device_option
 @workers_option
 @click.option("--force", is_flag=True, help="Replace predictions that were made with another decoder or in another way.")
@@ -81,8 +86,9 @@ def predict(
         failed = run(waiting, predictions, segmenter, view=view, batch_size=batch_size, workers=workers)
     for error in failed:
         click.echo(f"Failed: {error}", err=True)
-    before = f", {len(jobs) - len(waiting)} of them before" if waiting and len(waiting) < len(jobs) else ""
-    click.echo(f"{out}: {len(jobs) - len(failed)} of {len(jobs)} photographs segmented{before if waiting else ', all of them before'}")
+    before = len(jobs) - len(waiting)
+    were = f", {before if waiting else 'all'} of them before" if before else ""
+    click.echo(f"{out}: {len(jobs) - len(failed)} of {len(jobs)} photographs segmented{were}")
     if failed:
         raise DataError(out, f"{len(failed)} of {len(jobs)} photographs could not be read; the others are done")
 
@@ -90,7 +96,7 @@ def predict(
 @click.command(short_help="Score a trained decoder on a feature store.")
 @decoder_argument
 @click.argument("store", type=click.Path(path_type=Path))
-@option("--class", "classes", multiple=True, help="Class of the mean IoU; several may be named. Default: all.")
+@option("--class", "classes", metavar="NAME", multiple=True, help="Class of the mean IoU; several may be named. Default: all.")
 @option("--batch-size", type=click.IntRange(1), default=8, help="Samples that pass the decoder at once.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write evaluation.json and confusion.png here.")
 @weights_option

@@ -67,9 +67,8 @@ def find_photographs(inputs: Sequence[str], out: Path) -> list[Job]:
     for text in inputs:
         found = list(_photographs_of(text, out))
         if not found:
-            kinds = ", ".join(IMAGE_SUFFIXES)
-            message = f"there is no photograph ({kinds}) in this folder" if Path(text).is_dir() else "no file, folder or pattern of files"
-            raise ConfigError(text, message)
+            nothing = f"there is no photograph ({', '.join(IMAGE_SUFFIXES)}) in this folder"
+            raise ConfigError(text, nothing if Path(text).is_dir() else "no such file or folder, nor a pattern of one")
         for job in found:
             other = jobs.setdefault(job.name, job)
             if other.image.resolve() != job.image.resolve():

@@ -136,7 +136,7 @@ def join(photograph: Photograph, scores: Iterator[Tensor], *, probabilities: boo
     Yields
     ------
     Tensor
-        (K, rows, W0) float32; all together they are (K, H0, W0).
+        (K, rows, W0) float32; all together they are (K, H0, W0). Its memory may be used again for the next ones.
     """
     if len(photograph) > 1:
         averaged, scaled = _average(photograph, scores), photograph.pixels.shape[:2]
@@ -151,7 +151,10 @@ def join(photograph: Photograph, scores: Iterator[Tensor], *, probabilities: boo
 
 
 def _average(photograph: Photograph, scores: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Probabilities (K, rows, Ws) of the scaled photograph, averaged over windows; in memory is one row of windows."""
+    """Probabilities (K, rows, Ws) of the scaled photograph, averaged over windows.
+
+    In memory is one row of windows; each band is overwritten when the next one is asked for.
+    """
     height, width = photograph.window
     rows, columns = photograph.pixels.shape[:2]
     down, across = (_cover(*sides) for sides in zip((rows, columns), (photograph.tops, photograph.lefts), (height, width), strict=True))
@@ -165,8 +168,9 @@ def _average(photograph: Photograph, scores: Iterator[Tensor]) -> Iterator[Tenso
         assert total is not None
         done = following - top  # rows that no window further down reaches
         times = down[top:following, None] * across  # (rows, Ws)
-        yield total[:, :done, :columns] / times.to(total.device)
-        total = torch.cat([total[:, done:], torch.zeros_like(total[:, :done])], 1)
+        yield total[:, :done, :columns].div_(times.to(total.device))
+        shared = total[:, done:].clone()  # with the next row of windows
+        total.zero_()[:, : shared.shape[1]] = shared
 
 
 def _cover(side: int, starts: Sequence[int], window: int) -> Tensor:
@@ -200,7 +204,7 @@ def _interpolate(bands: Iterator[Tensor], size: tuple[int, int], extent: tuple[f
         done = max(done, ready)
         if done < height:
             keep = min(int(above[done]), stop)
-            held, first = held[:, keep - first :], keep
+            held, first = held[:, keep - first :].clone(), keep
 
 
 def _taps(fine: int, extent: float) -> tuple[Tensor, Tensor]:

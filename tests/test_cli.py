@@ -14,7 +14,21 @@ from commands.options import load_params
 from tests.conftest import tiny_params
 from tests.imports import ROOT
 
-COMMANDS = ("init", "prepare", "extract", "train-gan", "train-decoder", "report", "generate", "export", "inspect", "verify", "estimate")
+COMMANDS = (
+    "init",
+    "prepare",
+    "extract",
+    "train-gan",
+    "train-decoder",
+    "report",
+    "predict",
+    "evaluate",
+    "generate",
+    "export",
+    "inspect",
+    "verify",
+    "estimate",
+)
 
 
 def call(*arguments: str) -> Result:
