@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -16,7 +17,7 @@ from stages.data.images import MASK_SUFFIXES, decode_mask, read_bytes, resize_pa
 from stages.errors import DataError
 
 
-class Masks:
+class Masks(ABC):
     """Masks by position, brought to the size of a spec by its resize rule.
 
     Attributes
@@ -58,8 +59,9 @@ class Masks:
         resized, mask = resize_pair(picture, mask, size=self.spec.mask_shape, rule=self.spec.resize)
         return None if image is None else resized, mask
 
+    @abstractmethod
     def _original(self, position: int) -> tuple[np.ndarray | None, np.ndarray]:
-        raise NotImplementedError
+        """Photograph, or None, and mask at their own size."""
 
 
 class FolderMasks(Masks):

@@ -113,7 +113,7 @@ BAD_ZIPS = {
 }
 
 
-def refused(tmp_path: Path, words: str) -> None:
+def assert_refused(tmp_path: Path, words: str) -> None:
     """Unpacking fails with these words and leaves nothing at all, inside or outside."""
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DataError, match=words) as caught:
@@ -128,7 +128,7 @@ def refused(tmp_path: Path, words: str) -> None:
 def test_malicious_tars_are_refused(tmp_path: Path, case: str) -> None:
     members, words = BAD_TARS[case]
     write_tar(tmp_path / "archive", *members)
-    refused(tmp_path, words)
+    assert_refused(tmp_path, words)
 
 
 @pytest.mark.parametrize("case", BAD_ZIPS)
@@ -137,7 +137,7 @@ def test_malicious_zips_are_refused(tmp_path: Path, case: str) -> None:
     write_zip(tmp_path / "archive", member)
     with zipfile.ZipFile(tmp_path / "archive") as zipped:
         assert member.filename in zipped.namelist()
-    refused(tmp_path, words)
+    assert_refused(tmp_path, words)
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -146,7 +146,7 @@ def test_damaged_archives_leave_nothing(tmp_path: Path, kind: str, share: float)
     WRITERS[kind](tmp_path / "archive")
     content = (tmp_path / "archive").read_bytes()
     (tmp_path / "archive").write_bytes(content[: int(share * len(content))])
-    refused(tmp_path, "is no archive, or a damaged one")
+    assert_refused(tmp_path, "is no archive, or a damaged one")
 
 
 @pytest.mark.parametrize("kind", ["tar.gz", "zip"])
@@ -156,7 +156,7 @@ def test_archives_with_changed_bytes_leave_nothing(tmp_path: Path, kind: str) ->
     place = 60 if kind == "tar.gz" else content.index(b"a.txt") + len("a.txt")  # compressed bytes
     content[place] ^= 0xFF
     (tmp_path / "archive").write_bytes(content)
-    refused(tmp_path, "is no archive, or a damaged one")
+    assert_refused(tmp_path, "is no archive, or a damaged one")
 
 
 def test_encrypted_zips_are_refused(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_encrypted_zips_are_refused(tmp_path: Path) -> None:
     content = bytearray((tmp_path / "archive").read_bytes())
     content[content.index(b"PK\x01\x02") + 8] |= 1
     (tmp_path / "archive").write_bytes(content)
-    refused(tmp_path, "is encrypted")
+    assert_refused(tmp_path, "is encrypted")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
