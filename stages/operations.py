@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.gan import build_networks
+from stages.models import winograd
 from stages.models.backbone import LITE0, OUTPUT_STRIDE, RESNETS, TIMM
 from stages.models.decoder import Decoder
 from stages.models.flow_generator import FlowGenerator
@@ -154,7 +155,7 @@ def count(extract: Any, gan: Any, decoder: Any, *, num_classes: int, ratios: Seq
     """
     interpolation.cache_clear()  # what it holds is real, and what it will hold is not
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(), winograd.disabled():
             work = Workload(extract, gan, decoder, num_classes=num_classes, ratios=ratios, batch=BATCH, device="cpu")
             costs = {}
             for name, (step, networks, _) in work.kinds().items():

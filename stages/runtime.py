@@ -67,7 +67,7 @@ def _keep_freed_memory() -> None:
     if mallopt is not None and sys.platform == "linux":
         # Older glibc takes no threshold above 32 MB; setting the others alone would freeze it at 128 KB.
         if mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20):
-            mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+            mallopt(M_TRIM_THRESHOLD, -1)  # never: 2^31 - 1, the most that fits, is less than a large network frees in a step
             mallopt(M_TOP_PAD, 64 << 20)
             mallopt(M_ARENA_MAX, 1)
 

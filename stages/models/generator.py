@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stages.models.blocks import autocast_dtype, one_hot, xavier_
 from stages.models.spade import SPADEResBlk
+from stages.models.winograd import WideConv2d
 
 UPSAMPLING = 4  # the first block works at h/4 x w/4
 
@@ -89,7 +90,7 @@ class Generator(nn.Module):
         else:  # SPADE's generator without an image encoder starts from the mask
             self.first = xavier_(nn.Conv2d(label_channels, self.start[0], 3, padding=1), init_gain)
         self.quarter, self.half_0, self.half_1, self.full = block(), block(), block(), block()
-        self.to_features = xavier_(nn.Conv2d(16 * ngf, channels, 3, padding=1), init_gain)
+        self.to_features = xavier_(WideConv2d(16 * ngf, channels, 3, padding=1), init_gain)
 
     def forward(self, z: Tensor, masks: Tensor) -> Tensor:
         """Generate scaled features, as the discriminator sees them.

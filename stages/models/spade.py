@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stages.models.blocks import parameter_free_norm, xavier_
 from stages.models.spectral import SpectralConv2d
+from stages.models.winograd import WideConv2d
 
 
 class SPADE(nn.Module):
@@ -32,7 +33,7 @@ class SPADE(nn.Module):
         self.norm = parameter_free_norm(norm, channels)
         self.shared = xavier_(nn.Conv2d(label_channels, hidden, 3, padding=1), gain)
         # gamma and beta in one convolution: the same values as two, in one pass over the embedding.
-        self.gamma_beta = nn.Conv2d(hidden, 2 * channels, 3, padding=1)
+        self.gamma_beta = WideConv2d(hidden, 2 * channels, 3, padding=1)
         for half in self.gamma_beta.weight.data.split(channels):
             nn.init.xavier_normal_(half, gain)
         nn.init.zeros_(self.gamma_beta.bias)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.models.blocks import xavier_
+from stages.models.winograd import conv2d
 
 START = 15  # power iterations before the first step, as many as PyTorch's own takes
 
@@ -60,7 +61,7 @@ class SpectralConv2d(nn.Conv2d):
 
     def convolve(self, x: Tensor, scale: Tensor) -> Tensor:
         """:meth:`forward` with a :meth:`scale` that several inputs share."""
-        return self.rescale(F.conv2d(x, self.weight, None, self.stride, self.padding), scale)
+        return self.rescale(conv2d(x, self.weight, None, self.stride, self.padding), scale)
 
     def rescale(self, y: Tensor, scale: Tensor) -> Tensor:
         """``y * scale + bias`` for the output of the bare convolution, (B, out, h, w)."""
