@@ -11,8 +11,8 @@ demo: install            ## the whole quickstart pipeline, then its table
 	@echo
 	@echo "The whole report: $(CURDIR)/reports/index.html"
 
-test: $(VENV)/.installed-test   ## every test
-	. $(BIN)/activate && python -m pytest
+test: $(VENV)/.installed-test   ## every test, in as many processes as there are cores, at most four
+	. $(BIN)/activate && python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 lint: $(VENV)/.installed-test   ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -17,6 +17,8 @@ from stages.data import wastesim
 from tests.imports import ROOT
 
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+if WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # several processes test at once: they share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 TINY = {
     "dataset: wastesim ": "dataset: folder ",
@@ -35,6 +37,16 @@ TINY = {
     "grid_samples: 8": "grid_samples: 3",
     "grid_channels: 12": "grid_channels: 4",
 }
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Processes share the tests file by file, slow files first; tests of one costly fixture go to one of them, so that it is made once."""
+    for item in items:
+        needed = getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group(next((name for name in ("project", "trained") if name in needed), item.path.name)))
+    if WORKERS:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def tiny_params() -> str:

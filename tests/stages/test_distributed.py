@@ -25,11 +25,9 @@ def roots(features: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """Results of one process, of two, and of two that divide the weights; the decoders start from the same GAN."""
     launchers = {"one": (sys.executable,), "two": TORCHRUN, "sharded": TORCHRUN}
     found = {how: tmp_path_factory.mktemp(how) for how in launchers}
-    for stage in ("gan", "oasis", "flow", "joint"):
-        for how, launcher in launchers.items():
-            gan = found["one"] / "gan" if stage == "joint" else found[how] / stage
-            command = (*launcher, "-m", "tests.stages.train_in_processes", stage, str(features), str(found[how]), str(gan))
-            run(*command, cwd=ROOT, OMP_NUM_THREADS="1")
+    for how, launcher in launchers.items():
+        paths = map(str, (features, found[how], found["one"] / "gan"))
+        run(*launcher, "-m", "tests.stages.train_in_processes", "gan,oasis,flow,joint", *paths, cwd=ROOT, OMP_NUM_THREADS="1")
     return found
 
 

@@ -1,4 +1,4 @@
-"""What ``test_distributed.py`` starts in one process and in two: a training stage, on a small store."""
+"""What ``test_distributed.py`` starts in one process and in two: training stages, one after the other, on a small store."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class NoDropout(nn.Module):
         return x
 
 
-def main(stage: str, features: Path, root: Path, gan: Path, saves: int = 0) -> None:
-    """Train a GAN of :data:`GANS`, or a decoder jointly with one; die after so many saved states, where that is not 0."""
+def main(stages: str, features: Path, root: Path, gan: Path, saves: int = 0) -> None:
+    """Train GANs of :data:`GANS`, and ``joint``: a decoder with ``gan``; die after so many saved states, where that is not 0."""
     save, saved = Checkpoint.save, []
 
     def dying(self: Checkpoint, **state) -> None:
@@ -47,17 +47,23 @@ def main(stage: str, features: Path, root: Path, gan: Path, saves: int = 0) -> N
 
     Checkpoint.save = dying  # type: ignore[method-assign]
     nn.Dropout = NoDropout  # type: ignore[assignment, misc]
+    dist.destroy_process_group = lambda group=None: None  # processes that have parted do not meet again; the next stage needs them
+    for stage in stages.split(","):
+        train(stage, features, root, gan, checkpoint_minutes=0 if saves else 60)
+
+
+def train(stage: str, features: Path, root: Path, gan: Path, checkpoint_minutes: float) -> None:
     machine = {"logs": root / "logs", "scratch": root / "scratch", "device": "cpu", "workers": 0, "cache": "none"}
     machine |= {
         "compile_networks": False,
         "sharded": "sharded" in root.name,
-        "checkpoint_minutes": 0 if saves else 60,
+        "checkpoint_minutes": checkpoint_minutes,
         "features": features,
         "metrics": root / "metrics" / stage,
     }
     monitor = MonitorConfig(**MONITOR)
     if stage in GANS:
-        train_gan.run(TrainGanConfig(**{**GAN, **GANS[stage]}), monitor, out=gan, **machine)
+        train_gan.run(TrainGanConfig(**{**GAN, **GANS[stage]}), monitor, out=root / stage, **machine)
     else:
         config, variant = TrainDecoderConfig(**{**DECODER, "lr": 5e-4}), FeatureGANConfig(augmenter="featuregan", ratio=2)
         train_decoder.run(config, variant, monitor, name=stage, seed=0, gan=gan, out=root / stage, **machine)
