@@ -118,10 +118,11 @@ def as_text(evaluation: Evaluation) -> str:
         cells = "".join(f"  {_percent(float(values[number])):>9}" for values in columns.values())
         lines.append(f"{name:{width}}  {_percent(iou):>6}{cells}")
     absent = [name for name in evaluation.scores.absent if name in evaluation.classes]
-    over = f"{len(evaluation.classes)} classes" if len(evaluation.classes) == len(evaluation.scores.iou) else ", ".join(evaluation.classes)
+    counted = [name for name in evaluation.classes if name not in absent]
+    over = f"{len(counted)} classes" if len(evaluation.classes) == len(evaluation.scores.iou) else ", ".join(counted)
     lines += ["", f"PA {_percent(evaluation.scores.pixel_accuracy)}, mIoU {_percent(evaluation.miou)} over {over}"]
     if absent:
-        lines[-1] += f" (absent: {', '.join(absent)})"
+        lines[-1] += f" (in neither truth nor prediction: {', '.join(absent)})"
     return "\n".join(lines)
 
 
