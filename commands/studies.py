@@ -42,13 +42,12 @@ def study(file: Path, results: Path, overrides: dict[str, Any], jobs: int, force
     Runs that have their result file already are left out: interrupt it, and the same command goes on. A run that fails is
     named at the end; the others go on.
     """
-    from concurrent.futures import ThreadPoolExecutor, as_completed
-
     from tqdm import tqdm
 
     from stages.config import parse_section, read_params
     from stages.errors import DataError
-    from stages.study import StudyConfig, Workshop, plan
+    from stages.study import StudyConfig, plan
+    from stages.workshop import Workshop
 
     config: StudyConfig = parse_section({"study": read_params(file)}, "study", StudyConfig)
     presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
@@ -68,19 +67,14 @@ def study(file: Path, results: Path, overrides: dict[str, Any], jobs: int, force
         raise click.UsageError(message)
     workshop = Workshop.open(scratch.resolve() / "study", folder.resolve(), max(1, (os.cpu_count() or 1) // jobs))
     failed = []
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(waiting), desc=file.stem, unit="run", disable=None) as bar:
-        futures = [pool.submit(workshop.run, run) for run in waiting]
-        try:
-            for future in as_completed(futures):
-                try:
-                    click.echo(f"{future.result()}")
-                except DataError as error:
-                    failed.append(error)
-                    click.echo(f"Failed: {error}", err=True)
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with tqdm(total=len(waiting), desc=file.stem, unit="run", disable=None) as bar:
+        for future in workshop.work(waiting, jobs):
+            try:
+                click.echo(f"{future.result()}")
+            except DataError as error:
+                failed.append(error)
+                click.echo(f"Failed: {error}", err=True)
+            bar.update()
     if failed:
         raise DataError(folder, f"{len(failed)} of {len(waiting)} runs failed, the first because of {failed[0]}")
 
@@ -101,6 +95,8 @@ def compare(results: tuple[Path, ...], classes: tuple[str, ...], baseline: str, 
     groups = comparison.read_groups(results)
     tables = comparison.compare(groups, classes, baseline)
     click.echo(comparison.as_text(tables))
+    for line in comparison.left_out(groups, baseline):
+        click.echo(f"Left out: {line}", err=True)
     if out is not None:
         comparison.write(tables, out)
         click.echo(f"\nwrote {out}/comparison.json, comparison.csv, per_class.csv and comparison.png")

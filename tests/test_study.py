@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import featurestore
 from commands.options import check_params
 from stages.config import parse_section, read_params
+from stages.data.manifest import SPLITS, Entry, write_manifest
 from stages.errors import ConfigError, DataError
-from stages.study import StudyConfig, Workshop, plan, with_settings
+from stages.study import StudyConfig, plan, with_settings
+from stages.workshop import Workshop, data_content
 from tests.conftest import run, write_photos
+from tests.featurestore.test_store import SPEC
 from tests.imports import ROOT
 
 STUDY = """
@@ -64,6 +71,7 @@ def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path) -> None:
     full, half = (json.loads(files[name]) for name in ("all/baseline-0.json", "half/plain-0.json"))
     assert (full["train_images"], half["train_images"]) == (8, 4)
     assert len(full["images"]) == 4
+    assert json.loads(files["all/featuregan-frozen-0.json"])["protocol"] == full["protocol"] != half["protocol"]
     assert len(json.loads(files["all/featuregan-frozen-0.json"])["gan"]["discriminator/real"]) == 1
     assert "gan" not in full
     assert str(tmp_path) not in files["all/baseline-0.json"].decode()  # any machine can go on from it
@@ -142,6 +150,55 @@ def test_a_result_of_other_settings_counts_as_missing_and_a_damaged_one_is_named
 def test_mistakes_are_named_before_anything_runs(tmp_path: Path, before: str, after: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
         planned(STUDY.replace(before, after), tmp_path)
+
+
+def store_of(path: Path, seed: int, label: int) -> featurestore.FeatureStore:
+    """Two samples, with random features and one label."""
+    rng = np.random.default_rng(seed)
+    spec = replace(SPEC, has_images=False)
+    with featurestore.create(path, spec, fingerprint=f"sources {seed}", overwrite=True) as writer:
+        for number in range(2):
+            features = rng.random(spec.feature_shape).astype(np.float16)
+            writer.append(id=f"{path.name} {number}", features=features, mask=np.full(spec.mask_shape, label, np.uint8))
+    return featurestore.open(path)
+
+
+def test_results_are_paired_by_their_data_not_by_the_code_that_extracted_them(tmp_path: Path) -> None:
+    entries = [Entry(f"{split} {number}", "0.jpg", "0.png", split, 9, 9, "ab", "cd") for split in SPLITS for number in range(2)]
+    write_manifest(tmp_path, entries, {"classes": list(SPEC.class_names), "palette": SPEC.palette, "void_index": 255})
+    stores = {split: store_of(tmp_path / split, seed=0, label=1) for split in SPLITS}
+    before = data_content(tmp_path, stores)
+    stores["train"] = store_of(tmp_path / "train", seed=1, label=1)
+    assert data_content(tmp_path, stores) == before
+    assert data_content(tmp_path, {**stores, "test": store_of(tmp_path / "test", seed=0, label=2)}) != before
+    entries[-1] = replace(entries[-1], image_sha256="ef")
+    write_manifest(tmp_path, entries, {"classes": list(SPEC.class_names), "palette": SPEC.palette, "void_index": 255})
+    assert data_content(tmp_path, stores) != before
+
+
+def test_a_run_that_waits_for_a_gan_lets_the_others_go_first(tmp_path: Path) -> None:
+    rows = "variants: {a: featuregan-frozen, b: featuregan-1x, c: baseline}"
+    runs = planned(STUDY.replace("variants: [baseline, featuregan-frozen]", rows), tmp_path)
+    gan, started, others = Workshop.shared(runs[0])[1], [], threading.Semaphore(0)
+    for folder in {Workshop.shared(each)[0] for each in runs}:  # features are there
+        (tmp_path / "work" / folder).mkdir(parents=True)
+        (tmp_path / "work" / folder / "done").touch()
+
+    class Recording(Workshop):
+        def run(self, run):
+            started.append(run.label)
+            if run.label == "a":  # its GAN takes as long as two runs without one
+                others.acquire(), others.acquire()
+                (self.root / gan).mkdir()
+                (self.root / gan / "done").touch()
+            elif not run.needs_gan:
+                others.release()
+            return self.root
+
+    workshop = Recording.open(tmp_path / "work", tmp_path / "results", 1)
+    assert [future.result() for future in workshop.work(runs, 2)] == [workshop.root] * 4
+    assert started == ["a", "c", "plain", "b"]
+    os.close(workshop.lock)
 
 
 def test_two_studies_do_not_work_in_one_folder(tmp_path: Path) -> None:

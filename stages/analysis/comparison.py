@@ -91,6 +91,16 @@ def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> l
     ]
 
 
+def left_out(groups: Sequence[Group], baseline: str) -> list[str]:
+    """A line for each result that :func:`compare` cannot pair, and why."""
+    lines = []
+    for group in groups:
+        paired = {run["seed"] for run in group.runs.get(baseline, [])}
+        alone = [run for runs in group.runs.values() for run in runs if run["seed"] not in paired]
+        lines += [f"{run['file']}: there is no {baseline!r} of seed {run['seed']} with the same data and settings" for run in alone]
+    return lines
+
+
 def _baseline_first(runs: dict[str, list[dict[str, Any]]], baseline: str) -> dict[str, list[dict[str, Any]]]:
     return dict(sorted(runs.items(), key=lambda item: (item[0] != baseline, item[0])))
 

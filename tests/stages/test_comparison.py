@@ -136,6 +136,17 @@ def test_groups_by_protocol_are_written_with_tables_and_pictures(results: Path, 
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_results_that_cannot_be_paired_are_named(results: Path) -> None:
+    assert comparison.left_out(comparison.read_groups([results]), "baseline") == []
+    (results / "full" / "baseline-1.json").unlink()
+    for seed in (0, 1):
+        (results / "eighth" / f"baseline-{seed}.json").unlink()
+    lines = comparison.left_out(comparison.read_groups([results]), "baseline")
+    named = [line.split(":")[0].removeprefix(f"{results}/") for line in lines]
+    assert named == ["full/noise-1.json", "eighth/noise-0.json", "eighth/noise-1.json"]
+    assert "there is no 'baseline' of seed 1" in lines[0]
+
+
 def test_results_that_stand_twice_or_are_none_are_refused(results: Path) -> None:
     with pytest.raises(ConfigError, match="there is no 'basline' among baseline, noise"):
         comparison.compare(comparison.read_groups([results]), [], "basline")
