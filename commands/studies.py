@@ -33,10 +33,20 @@ def _setting(context: click.Context, parameter: click.Parameter, values: tuple[s
 @option("--results", type=click.Path(path_type=Path, file_okay=False), default=Path("results"), help="Where result files belong.")
 @option("--set", "overrides", multiple=True, callback=_setting, help="KEY=VALUE of this machine, such as prepare.root=FOLDER.")
 @option("--jobs", type=click.IntRange(1), default=1, help="Runs at a time; the CPU's threads are divided among them.")
+@click.option("--experiment", "experiments", multiple=True, help="Only this one of the study's experiments; several may be named.")
 @click.option("--force", is_flag=True, help="Replace results that were made with other settings.")
 @click.option("--dry-run", is_flag=True, help="List what would run and stop.")
 @scratch_option
-def study(file: Path, results: Path, overrides: dict[str, Any], jobs: int, force: bool, dry_run: bool, scratch: Path) -> None:
+def study(
+    file: Path,
+    results: Path,
+    overrides: dict[str, Any],
+    jobs: int,
+    experiments: tuple[str, ...],
+    force: bool,
+    dry_run: bool,
+    scratch: Path,
+) -> None:
     """Train the decoders that FILE describes, each into a result file results/STUDY/EXPERIMENT/VARIANT-SEED.json.
 
     Runs that have their result file already are left out: interrupt it, and the same command goes on. A run that fails is
@@ -53,8 +63,12 @@ def study(file: Path, results: Path, overrides: dict[str, Any], jobs: int, force
     presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
     if config.preset not in presets:
         raise click.UsageError(f"{file}: unknown preset {config.preset!r}; choose from {', '.join(presets)}")
+    for name in experiments:
+        if name not in config.experiments:
+            raise click.UsageError(f"{file}: there is no experiment {name!r}; choose from {', '.join(config.experiments)}")
     folder = results / file.stem
     runs = plan(config, read_params(PRESETS / f"{config.preset}.yaml"), overrides, check_params)
+    runs = [run for run in runs if run.experiment in experiments or not experiments]
     waiting = [run for run in runs if not run.is_done(folder)]
     click.echo(f"{file}: {len(runs)} runs, {len(runs) - len(waiting)} done")
     if dry_run:

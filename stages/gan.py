@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from featurestore import FeatureStore
+from stages.augment.regions import Regions
 from stages.models.discriminator import Discriminator
 from stages.models.flow_generator import FlowGenerator
 from stages.models.generator import Generator
@@ -32,7 +33,7 @@ class Networks:
         return {name: network for name, network in named.items() if network is not None}
 
 
-def build_networks(architecture: Mapping[str, Any], feature_scale: Tensor | None = None) -> Networks:
+def build_networks(architecture: Mapping[str, Any], feature_scale: Tensor | None = None, class_means: Tensor | None = None) -> Networks:
     """Fresh networks.
 
     Parameters
@@ -41,6 +42,8 @@ def build_networks(architecture: Mapping[str, Any], feature_scale: Tensor | None
         As :func:`stages.train_gan.describe` gives it.
     feature_scale
         (C,); None where a state dict will bring it.
+    class_means
+        (K + 1, C), as :func:`class_means` gives them; None too where a state dict will bring them.
     """
     settings = dict(architecture)
     shared = {"num_classes": settings["num_classes"], "init_gain": settings["init_gain"]}
@@ -57,6 +60,8 @@ def build_networks(architecture: Mapping[str, Any], feature_scale: Tensor | None
             steps=settings["flow_steps"],
         )
         return Networks(flow)
+    if settings["prior"] == "class-means" and class_means is None:
+        class_means = torch.zeros(settings["num_classes"] + 1, channels)
     generator = Generator(
         feature_shape=tuple(settings["feature_shape"]),
         nonnegative=settings["nonnegative"],
@@ -66,6 +71,7 @@ def build_networks(architecture: Mapping[str, Any], feature_scale: Tensor | None
         noise=settings["noise"],
         spade_hidden=settings["spade_hidden"],
         norm=settings["norm"],
+        class_means=class_means,
         **shared,
     )
     discriminator = Discriminator(
@@ -82,6 +88,25 @@ def build_networks(architecture: Mapping[str, Any], feature_scale: Tensor | None
     if settings["image_encoder"]:
         encoder = ImageEncoder(z_dim=settings["z_dim"], nef=settings["nef"], init_gain=settings["init_gain"])
     return Networks(generator, discriminator, encoder)
+
+
+def class_means(store: FeatureStore, scale: Tensor) -> Tensor:
+    """(K + 1, C): the mean of each class's feature vectors in a training store, divided by ``scale`` (C,).
+
+    Void, and a class without a pixel, get the mean of all labelled pixels.
+    """
+    sums = torch.zeros(store.spec.num_classes, len(scale), dtype=torch.float64)
+    counts = torch.zeros(store.spec.num_classes, dtype=torch.float64)
+    for position in store.positions("identity").tolist():
+        features = torch.from_numpy(store.features(position).copy())[None].float()
+        regions = Regions.of(features, torch.from_numpy(store.mask(position).copy())[None], store.spec.num_classes)
+        sizes = regions.shares.sum(2)[0]
+        sums += regions.centres[0] * sizes[:, None]
+        counts += sizes
+    overall = (sums.sum(0) / counts.sum().clamp(min=1)).expand(len(counts) + 1, -1).clone()
+    there = torch.nonzero(counts)[:, 0]
+    overall[there] = sums[there] / counts[there, None]
+    return (overall / scale).float()
 
 
 def feature_scale(store: FeatureStore, rule: str) -> Tensor:

@@ -138,6 +138,11 @@ def feature_matching(real: list[Tensor], fake: list[Tensor]) -> Tensor:
     return torch.stack(terms).sum()
 
 
+def reconstruction(real: Tensor, fake: Tensor) -> Tensor:
+    """Mean squared difference of generated features (k*B, C, h, w), k draws a mask, from the real ones (B, C, h, w) of the masks."""
+    return (fake.float().unflatten(0, (-1, len(real))) - real).square().mean()
+
+
 # -- the others -----------------------------------------------------------------------------------------
 
 

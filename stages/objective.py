@@ -24,6 +24,8 @@ class Objective:
         A name in :data:`stages.losses.ADVERSARIAL`.
     lambda_feat, lambda_kld
         Weights of the feature matching and KLD losses.
+    lambda_rec
+        Weight of the mean squared difference between generated features and the real ones of the same mask; 0: none.
     r1_gamma, r1_every
         Weight of R1, which is added every so many steps with so many times its weight (Karras et al. 2020, appendix B); 0: never.
     diffaugment
@@ -33,6 +35,7 @@ class Objective:
     adversarial_loss: str = "hinge"
     lambda_feat: float = 7.0
     lambda_kld: float = 0.05
+    lambda_rec: float = 0.0
     r1_gamma: float = 0.0
     r1_every: int = 16
     diffaugment: tuple[str, ...] = ()
@@ -103,6 +106,9 @@ def forward(
         terms["generator/kld"] = losses.kl_divergence(mu, logvar)
         extra = objective.lambda_kld * terms["generator/kld"]
     fake = generator(z, masks)
+    if objective.lambda_rec:
+        terms["generator/reconstruction"] = losses.reconstruction(real, fake)
+        extra = extra + objective.lambda_rec * terms["generator/reconstruction"]
 
     # Scores of both, and each layer's activations; averaged over the discriminator's scales.
     (real_seen, fake_seen), masks_seen = augment([real, fake], masks, objective.diffaugment, rng)

@@ -20,7 +20,7 @@ from stages.config import Config, Seed
 from stages.diffaugment import Transform
 from stages.errors import ConfigError
 from stages.flow_trainer import FlowTrainer, principal_components
-from stages.gan import build_networks, feature_scale
+from stages.gan import build_networks, class_means, feature_scale
 from stages.gan_trainer import GanTrainer
 from stages.models.flow_generator import FlowGenerator
 from stages.models.generator import UPSAMPLING
@@ -46,6 +46,7 @@ class TrainGanConfig(Config):
     gradient_accumulation: int = Field(ge=1)
     z_dim: int = Field(ge=0)
     noise: Literal["vector", "spatial"]
+    prior: Literal["none", "class-means"]
     ngf: int = Field(ge=1)
     spade_hidden: int = Field(ge=1)
     norm: Literal["batch", "instance"]
@@ -60,6 +61,7 @@ class TrainGanConfig(Config):
     adversarial_loss: Literal["hinge", "non-saturating", "wasserstein-clip", "wasserstein-gp", "segmentation"]
     lambda_feat: float = Field(ge=0)
     lambda_kld: float = Field(ge=0)
+    lambda_rec: float = Field(ge=0)
     r1_gamma: float = Field(ge=0)
     diffaugment: Annotated[tuple[Transform, ...], Field(strict=False)]
     ema_decay: float = Field(ge=0, lt=1)
@@ -85,6 +87,7 @@ ARCHITECTURE = (
     "flow_steps",
     "z_dim",
     "noise",
+    "prior",
     "ngf",
     "spade_hidden",
     "norm",
@@ -179,12 +182,12 @@ def run(
     # Networks and optimizers.
     seed_everything(config.seed)
     architecture = describe(config, store)
-    networks = build_networks(architecture, feature_scale(store, config.feature_scale))
+    scale = feature_scale(store, config.feature_scale)
+    networks = build_networks(architecture, scale, class_means(store, scale) if config.prior == "class-means" else None)
     settings = config.model_dump()
-    scale = networks.generator.feature_scale.clone()
     machine: dict[str, Any] = {"compile_networks": compile_networks, "sharded": sharded}
     if isinstance(networks.generator, FlowGenerator):
-        components = principal_components(store, scale.flatten(), config.flow_components, config.seed)
+        components = principal_components(store, scale, config.flow_components, config.seed)
         networks.generator.set_components(components)
     untrained = copy.deepcopy(networks.generator.state_dict())
     trainer: Trainer

@@ -131,6 +131,11 @@ BAD_PARAMETERS = {
         "generator: joint, new_masks: [flip",
         "variants.featuregan-new-masks: new_masks have no real features",
     ),
+    "an edit that would move real features": (
+        "new_masks: [swap], edit",
+        "new_masks: [swap, flip], edit",
+        "variants.featuregan-edited: edit needs generator: frozen and new_masks of paste and swap alone",
+    ),
     "an unknown backbone": ("backbone: efficientnet_lite0", "backbone: resnet1001", "extract.backbone: unknown backbone"),
     "an input size that the stride cannot take": ("input_size: 64 ", "input_size: 60 ", "extract.input_size"),
     "an input size that the generator cannot take": ("input_size: 64 ", "input_size: 72 ", "multiple of 32"),

@@ -85,6 +85,14 @@ def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path) -> None:
     assert {**again, "made_with": half["made_with"]} == half  # the same run, to the last digit
     assert (results / "all" / "baseline-0.json").read_bytes() == files["all/baseline-0.json"]
 
+    (results / "half" / "plain-0.json").unlink()
+    assert "2 runs, 2 done" in run(*command, "--experiment", "all", cwd=tmp_path, PYTHONPATH=str(ROOT)).stdout
+    assert (
+        "there is no experiment 'quarter'; choose from all, half"
+        in run(*command, "--experiment", "quarter", cwd=tmp_path, check=False, PYTHONPATH=str(ROOT)).stderr
+    )
+    (results / "half" / "plain-0.json").write_bytes(files["half/plain-0.json"])
+
     table = run(sys.executable, "-m", "pipeline", "compare", "results", cwd=tmp_path, PYTHONPATH=str(ROOT)).stdout
     assert "all: 8 training photographs" in table
     assert "featuregan-frozen" in table

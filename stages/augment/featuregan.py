@@ -2,7 +2,8 @@
 
 ``JointFeatureGAN`` is Algorithm 1's second branch: generator and discriminator are trained on while the decoder learns, and
 the segmentation loss reaches the generator. ``FrozenFeatureGAN`` only samples from a finished generator (the thesis's first
-approach, section 5.1).
+approach, section 5.1), or edits real features: what the generator makes of the new mask less what it makes of the old one is added
+to them, and all that no mask says of a photograph stays real.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from stages.gan_trainer import GanTrainer
 from stages.models.image_encoder import sample_z
 from stages.objective import Step
 
-Change = Literal["flip", "shift", "scale", "paste"]
+Change = Literal["flip", "shift", "scale", "paste", "swap"]
 
 
 class FeatureGANConfig(SourceConfig):
@@ -38,6 +39,7 @@ class FeatureGANConfig(SourceConfig):
     ratio: int = Field(default=1, ge=1, le=16)  # draws a mask
     segmentation_loss: bool = True  # whether it reaches a joint generator (Algorithm 1), or the decoder alone
     new_masks: Annotated[tuple[Change, ...], Field(strict=False)] = ()  # what is done to the masks; none: they are the batch's own
+    edit: bool = False  # the batch's real features, moved as the generator's are by the change of the mask
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -45,6 +47,8 @@ class FeatureGANConfig(SourceConfig):
             raise ValueError("segmentation_loss is a joint generator's; leave it out, or set generator: joint")
         if self.new_masks and self.generator == "joint":
             raise ValueError("new_masks have no real features for a joint generator's discriminator; set generator: frozen")
+        if self.edit and (self.generator == "joint" or not self.new_masks or set(self.new_masks) - {"paste", "swap"}):
+            raise ValueError("edit needs generator: frozen and new_masks of paste and swap alone: real features stay where they are")
         return self
 
 
@@ -113,8 +117,12 @@ class FrozenFeatureGAN(Augmenter):
                 assert batch.images is not None
                 mu, logvar = self.encoder(batch.images)
                 z = sample_z(mu.float().repeat(ratio, 1), logvar.float().repeat(ratio, 1), z)
-            generated = self.generator.generate(masks, z=z).chunk(ratio)
-        return Augmented([Part(features, [(masks, 1.0)], self.config.weight) for features in generated])
+            generated = self.generator.generate(masks, z=z)
+            if self.config.edit:
+                change = generated.float() - self.generator.generate(batch.masks, z=z).float()
+                generated = batch.features.repeat(ratio, 1, 1, 1) + change
+                generated = generated.clamp(min=0) if self.generator.nonnegative else generated
+        return Augmented([Part(features, [(masks, 1.0)], self.config.weight) for features in generated.chunk(ratio)])
 
 
 def featuregan(config: FeatureGANConfig, context: Context) -> Augmenter:

@@ -57,7 +57,8 @@ class NewMasks:
     ----------
     changes
         ``flip`` half of them; ``shift`` and ``scale`` the whole scene; ``paste`` an object of another mask over it, of a
-        class chosen with a chance that falls with how many photographs have it, itself moved and scaled.
+        class chosen with a chance that falls with how many photographs have it, itself moved and scaled; ``swap`` gives a
+        thing of the mask another class, any with the same chance.
     store, positions
         Where objects come from.
     """
@@ -65,7 +66,7 @@ class NewMasks:
     def __init__(self, changes: Sequence[str], store: MaskSource, positions: np.ndarray) -> None:
         self.changes, self.store = changes, store
         self.holders: list[np.ndarray] = []  # by class: who has it
-        if "paste" in changes:
+        if "paste" in changes or "swap" in changes:
             present = [np.bincount(store.mask(int(position)).ravel(), minlength=VOID + 1)[:VOID] > 0 for position in positions]
             classes = np.stack(present).T[: store.spec.num_classes]
             # The most frequent class (the background) is what things lie on, not a thing.
@@ -73,6 +74,7 @@ class NewMasks:
             most = max(range(len(self.holders)), key=lambda number: len(self.holders[number]))
             self.chances = np.array([0.0 if number == most or not len(h) else 1 / len(h) ** 0.5 for number, h in enumerate(self.holders)])
             self.chances /= max(self.chances.sum(), 1e-12)
+            self.things = torch.from_numpy(np.flatnonzero(self.chances))
 
     def __call__(self, masks: Tensor, rng: torch.Generator) -> Tensor:
         """(B, H, W) uint8 -> (B, H, W) uint8."""
@@ -99,4 +101,17 @@ class NewMasks:
             wanted = torch.from_numpy(classes).to(masks.device, masks.dtype)[:, None, None]
             objects = moved(torch.where(objects == wanted, objects, VOID), scales(), uniform(-SHIFT, SHIFT, count, 2), fill=VOID)
             masks = torch.where(objects == wanted, wanted, masks)
+        if "swap" in self.changes and len(self.things) > 1:
+            masks = _swapped(masks, self.things.to(masks.device), rng)
         return masks
+
+
+def _swapped(masks: Tensor, things: Tensor, rng: torch.Generator) -> Tensor:
+    """Masks (B, H, W) with one of the classes ``things`` (T,) that each has called another of them."""
+    pixels = masks.flatten(1).long()
+    counts = torch.zeros(len(masks), VOID + 1, device=masks.device).scatter_add_(1, pixels, torch.ones_like(pixels, dtype=torch.float32))
+    draws = torch.rand(2, len(masks), len(things), generator=rng, device=masks.device)
+    old = torch.where(counts[:, things] > 0, draws[0], -1.0).argmax(1)  # a mask without things has none of the first one's pixels either
+    new = draws[1].scatter(1, old[:, None], -1.0).argmax(1)
+    old_class, new_class = (things[chosen].to(masks.dtype)[:, None, None] for chosen in (old, new))
+    return torch.where(masks == old_class, new_class, masks)

@@ -10,6 +10,7 @@ from pydantic import Field
 from stages.augment.base import Augmenter, Context, VariantConfig
 from stages.augment.calibration import Calibration, CalibrationConfig
 from stages.augment.channel_dropout import ChannelDropout, ChannelDropoutConfig
+from stages.augment.class_transfer import ClassTransfer, ClassTransferConfig
 from stages.augment.cvae import CVAEAugmenter, CVAEConfig
 from stages.augment.duplicate import Duplicate, DuplicateConfig
 from stages.augment.extrapolate import Extrapolate, ExtrapolateConfig
@@ -42,6 +43,7 @@ AUGMENTERS: dict[type[VariantConfig], Callable[[Any, Context], Augmenter]] = {
     CVAEConfig: CVAEAugmenter,
     ISDAConfig: ISDA,
     CalibrationConfig: Calibration,
+    ClassTransferConfig: ClassTransfer,
     HflipViewsConfig: HflipViews,
     FeatureGANConfig: featuregan,
 }

@@ -39,6 +39,9 @@ class Generator(nn.Module):
         ``batch`` or ``instance``.
     init_gain
         Of the Xavier initialisation.
+    class_means
+        (num_classes + 1, C) scaled features, void's last: what the mask alone says of them, to which the network adds the rest.
+        None: it makes all of them.
 
     Raises
     ------
@@ -47,6 +50,7 @@ class Generator(nn.Module):
     """
 
     feature_scale: Tensor
+    class_means: Tensor | None
 
     def __init__(
         self,
@@ -61,6 +65,7 @@ class Generator(nn.Module):
         spade_hidden: int = 128,
         norm: str = "batch",
         init_gain: float = 0.02,
+        class_means: Tensor | None = None,
     ) -> None:
         super().__init__()
         channels, height, width = feature_shape
@@ -74,6 +79,7 @@ class Generator(nn.Module):
         label_channels = num_classes + 1 + (z_dim if self.spatial else 0)
         self.start = (16 * ngf, height // UPSAMPLING, width // UPSAMPLING)
         self.register_buffer("feature_scale", feature_scale.reshape(1, channels, 1, 1).float())
+        self.register_buffer("class_means", class_means)
 
         def block() -> SPADEResBlk:
             return SPADEResBlk(
@@ -129,7 +135,17 @@ class Generator(nn.Module):
         x = F.interpolate(x, scale_factor=2, mode="nearest")
         x = self.full(x, labels[1])
         x = self.to_features(F.leaky_relu(x, 0.2))
+        if self.class_means is not None:
+            means = self._means(masks)
+            x = x + means.repeat(len(x) // len(means), 1, 1, 1).to(x.dtype)
         return F.relu(x) if self.nonnegative else x
+
+    def _means(self, masks: Tensor) -> Tensor:
+        """(B, C, h, w): the class means, mixed where a feature pixel has several classes."""
+        assert self.class_means is not None
+        labels = one_hot(masks, self.num_classes, dtype=self.class_means.dtype)
+        shares = F.adaptive_avg_pool2d(labels, self.feature_size)
+        return torch.einsum("bkhw,kc->bchw", shares, self.class_means).contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def generate(self, masks: Tensor, *, z: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:

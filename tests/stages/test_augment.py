@@ -342,6 +342,35 @@ def test_new_masks_paste_rare_objects(store, batch) -> None:
     assert torch.equal(pasting(batch.masks, rng(1)), pasting(batch.masks, rng(1)))
 
 
+def test_new_masks_give_a_thing_another_class(store, batch) -> None:
+    swapping = NewMasks(["swap"], store, store.positions("identity"))
+    seen = set()
+    for seed in range(20):
+        for before, after in zip(batch.masks, swapping(batch.masks, rng(seed)), strict=True):
+            ((old, new),) = {pair for pair in zip(before.flatten().tolist(), after.flatten().tolist(), strict=True) if pair[0] != pair[1]}
+            assert torch.equal(after, torch.where(before == old, new, before))  # the whole of it, and nothing else
+            seen.add((old, new))
+    assert seen == {(1, 2), (2, 1)}
+    ground = torch.zeros_like(batch.masks)
+    assert torch.equal(swapping(ground, rng()), ground)
+
+
+def test_class_transfer_moves_an_object_by_the_difference_of_the_means(store, batch, tmp_path) -> None:
+    part = only(build(store, tmp_path, augmenter="class-transfer", weight=0.5), batch)
+    positions = store.positions("identity")
+    features, masks = (torch.from_numpy(store.gather(name, positions)) for name in ("features", "masks"))
+    vectors, labels = features.transpose(0, 1).flatten(1), small(masks).flatten()
+    means = torch.stack([vectors[:, labels == number].mean(1) for number in range(CLASSES)])
+    old, new = small(batch.masks), small(part.targets[0][0])
+    places = (old != new).nonzero().tolist()
+    assert places
+    expected = batch.features.clone()
+    for sample, row, column in places:
+        expected[sample, :, row, column] += means[new[sample, row, column].long()] - means[old[sample, row, column].long()]
+    torch.testing.assert_close(part.features, expected)
+    assert part.weight == 0.5
+
+
 def test_perturb_does_the_same_to_features_and_to_all_targets(batch) -> None:
     part = Part(small(batch.masks)[:, None].float(), [(batch.masks, 0.5), (batch.masks, 0.5)])
     (changed,) = perturb(["flip", "translation"], [part], rng(2))

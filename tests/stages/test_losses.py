@@ -30,6 +30,12 @@ def test_feature_matching_sums_layer_means_and_repeats_the_real_side() -> None:
     assert fake[0].grad is not None
 
 
+def test_reconstruction_is_the_squared_distance_of_every_draw() -> None:
+    real, fake = torch.randn(2, 3, 4, 4), torch.randn(4, 3, 4, 4)
+    expected = (F.mse_loss(fake[:2], real) + F.mse_loss(fake[2:], real)) / 2
+    torch.testing.assert_close(losses.reconstruction(real, fake), expected)
+
+
 def test_kl_divergence_is_torchs() -> None:
     mu, logvar = torch.randn(5, 3), torch.randn(5, 3)
     normal = torch.distributions.Normal

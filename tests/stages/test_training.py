@@ -14,17 +14,21 @@ from pydantic import TypeAdapter
 
 import featurestore
 from featurestore import IncompleteStoreError, ShardCorruptError, SpecMismatchError
-from featurestore.dataset import FeatureLoader
+from featurestore.dataset import Batch, FeatureLoader
 from stages import train_decoder, train_gan
 from stages.analysis.figures import read_curves
-from stages.augment.registry import Variant
+from stages.augment.base import Context
+from stages.augment.new_masks import NewMasks
+from stages.augment.registry import Variant, build_augmenter
 from stages.checkpoint import Checkpoint, load_decoder, load_gan, load_generator
 from stages.errors import ConfigError, DataError
 from stages.gan_trainer import GanTrainer
 from stages.metrics import Scores, confusion_matrix, score
+from stages.models.decoder import Decoder
 from stages.models.spectral import SpectralConv2d
 from stages.monitor import MonitorConfig
 from stages.runtime import generator as random_generator
+from stages.runtime import make_accelerator
 from stages.train_decoder import TrainDecoderConfig
 from stages.train_gan import TrainGanConfig
 from tests.conftest import run
@@ -42,6 +46,7 @@ GAN = {
     "gradient_accumulation": 1,
     "z_dim": 6,
     "noise": "vector",
+    "prior": "none",
     "ngf": 1,
     "spade_hidden": 8,
     "norm": "batch",
@@ -56,6 +61,7 @@ GAN = {
     "adversarial_loss": "hinge",
     "lambda_feat": 7.0,
     "lambda_kld": 0.05,
+    "lambda_rec": 0.0,
     "r1_gamma": 0.0,
     "diffaugment": [],
     "ema_decay": 0.0,
@@ -220,6 +226,52 @@ def test_a_loaded_generator_makes_features_like_the_stores(features: Path, train
     assert not torch.allclose(untrained, generated)
 
 
+def test_a_generator_starts_from_the_class_means_where_it_is_told_to(features: Path, tmp_path: Path) -> None:
+    run_gan(features, tmp_path, frozen_epochs=1, prior="class-means", init_gain=1e-6)
+    store = featurestore.open(features / "train")
+    masks = store.gather("masks", np.arange(len(store)))
+    labels, vectors = masks[:, 4::8, 4::8], store.gather("features", np.arange(len(store))).astype(np.float64).transpose(0, 2, 3, 1)
+    nearest = masks[:, ::8, ::8]  # void in the first row of cells, a quarter of each
+    means = np.stack([vectors[nearest == number].mean(0) for number in range(3)])
+    untrained = load_generator(tmp_path / "gan", weights="generator-initial").generate(torch.from_numpy(masks))
+    made = untrained.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(made[:, 1:], means[labels[:, 1:]], rtol=1e-3)
+    overall = vectors[nearest != 255].mean(0)
+    np.testing.assert_allclose(made[:, 0], 0.25 * overall + 0.75 * means[labels[:, 0]], rtol=1e-3)  # mixed, as the pixel is
+
+
+@pytest.mark.parametrize("change", ["paste", "swap"])
+def test_edited_features_are_real_ones_moved_as_the_generators_are(features: Path, trained: Path, change: str) -> None:
+    store = featurestore.open(features / "train")
+    described = {"augmenter": "featuregan", "generator": "frozen", "new_masks": [change], "edit": True, "ratio": 2, "weight": 0.5}
+    decoder = Decoder(head="deeplab", in_channels=12, num_classes=3, width=8, atrous_rates=(2, 3))
+    context = Context(make_accelerator("cpu", "no"), store, np.arange(len(store)), decoder, trained / "gan", 0, 1, {})
+    augmenter = build_augmenter(TypeAdapter(Variant).validate_python(described), context)
+    real, masks = (torch.from_numpy(store.gather(name, [0, 1, 2])).clone() for name in ("features", "masks"))
+    parts = augmenter.augment(Batch(torch.arange(3), real, masks, None), torch.Generator().manual_seed(3)).parts
+    assert [part.weight for part in parts] == [0.5, 0.5]
+    rng = torch.Generator().manual_seed(3)
+    new = NewMasks([change], store, np.arange(len(store)))(masks, rng)
+    assert not torch.equal(new, masks)
+    generator, z = load_generator(trained / "gan"), torch.randn(6, 6, generator=rng)
+    for part, noise in zip(parts, z.chunk(2), strict=True):
+        assert torch.equal(part.targets[0][0], new)
+        expected = real + generator.generate(new, z=noise) - generator.generate(masks, z=noise)
+        torch.testing.assert_close(part.features, expected.clamp(min=0), rtol=1e-4, atol=1e-5)
+
+
+def test_reconstruction_draws_generated_features_to_the_real_ones_of_their_masks(features: Path, tmp_path: Path) -> None:
+    store = featurestore.open(features / "val")
+    real, masks = (torch.from_numpy(store.gather(name, np.arange(len(store)))) for name in ("features", "masks"))
+    errors = {}
+    for weight in (0.0, 100.0):
+        row = run_gan(features, tmp_path / str(weight), frozen_epochs=20, lambda_rec=weight, generator_lr=2e-3)
+        assert ("generator/reconstruction" in row) == (weight > 0)
+        made = load_generator(tmp_path / str(weight) / "gan").generate(masks, generator=torch.Generator().manual_seed(0))
+        errors[weight] = float((made - real).square().mean())
+    assert errors[100.0] < 0.85 * errors[0.0]
+
+
 def test_longer_training_brings_generated_statistics_closer(features: Path, tmp_path: Path) -> None:
     run_gan(features, tmp_path, frozen_epochs=40)
     store = featurestore.open(features / "train")
@@ -318,12 +370,22 @@ VARIANTS = {
     "featuregan-2x": {"augmenter": "featuregan", "ratio": 2},
     "frozen": {"augmenter": "featuregan", "generator": "frozen"},
     "new-masks": {"augmenter": "featuregan", "generator": "frozen", "new_masks": ["flip", "paste"], "perturb": ["flip", "cutout"]},
+    "edited": {"augmenter": "featuregan", "generator": "frozen", "new_masks": ["swap"], "edit": True},
     "isda": {"augmenter": "isda"},
     "cvae": {"augmenter": "cvae", "fit_steps": 5},
     "mixup": {"augmenter": "mixup", "perturb": ["translation"]},
     "upsample": {"augmenter": "upsample"},
 }
-KILLED = [("baseline", 3), ("featuregan-1x", 1), ("featuregan-2x", 2), ("frozen", 5), ("new-masks", 3), ("isda", 3), ("cvae", 1)]
+KILLED = [
+    ("baseline", 3),
+    ("featuregan-1x", 1),
+    ("featuregan-2x", 2),
+    ("frozen", 5),
+    ("new-masks", 3),
+    ("edited", 2),
+    ("isda", 3),
+    ("cvae", 1),
+]
 
 
 @pytest.mark.parametrize(("name", "saves"), KILLED)
