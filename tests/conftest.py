@@ -33,6 +33,7 @@ TINY = {
     "  batch_size: 8\n": "  batch_size: 4\n",
     "width: 64": "width: 8",
     "seeds: [0, 1]": "seeds: [0]",
+    "featuregan-2x, featuregan-edited]": "featuregan-2x]",
     "umap_points: 1000": "umap_points: 60",
     "grid_samples: 8": "grid_samples: 3",
     "grid_channels: 12": "grid_channels: 4",
