@@ -69,6 +69,7 @@ def our_trainer(size: Size, device: str, precision: str) -> GanTrainer:
             "family": "gan",
             "z_dim": size.z_dim,
             "noise": "vector",
+            "prior": "none",
             "ngf": size.ngf,
             "spade_hidden": size.hidden,
             "norm": "batch",

@@ -59,7 +59,8 @@ def test_operations_are_those_of_the_steps_that_train(tmp_path: Path) -> None:
     """Counted on real tensors in the trainer itself, and on fake ones."""
     found = sections(tmp_path)
     decoder = found["train_decoder"].model_copy(update={"atrous_rates": (12, 24, 36)})  # as the benchmark's
-    costs, shape = operations.count(found["extract"], found["train_gan"], decoder, num_classes=21, ratios=(1, 2))
+    gan = found["train_gan"].model_copy(update={"prior": "none"})
+    costs, shape = operations.count(found["extract"], gan, decoder, num_classes=21, ratios=(1, 2))
     assert shape == (320, 8, 8)
     size = Size("efficientnet_lite0", 320, operations.BATCH, 8, 1, 8, 4, 8, side=8)
     features, masks = torch.rand(2, 320, 8, 8), torch.randint(0, 21, (2, 64, 64), dtype=torch.uint8)

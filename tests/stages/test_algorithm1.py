@@ -34,6 +34,7 @@ def architecture(*, image_encoder: bool) -> dict:
         "family": "gan",
         "z_dim": 6,
         "noise": "vector",
+        "prior": "none",
         "ngf": 1,
         "spade_hidden": 8,
         "norm": "batch",

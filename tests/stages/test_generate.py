@@ -40,6 +40,7 @@ ARCHITECTURE = {
     "flow_steps": 3,
     "z_dim": 6,
     "noise": "vector",
+    "prior": "none",
     "ngf": 1,
     "spade_hidden": 8,
     "norm": "batch",
