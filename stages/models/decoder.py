@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.models.segmentation.fcn import FCNHead
 
+from stages.models.aspp import ASPP
 from stages.models.blocks import xavier_
 
 
@@ -40,7 +41,7 @@ class Decoder(nn.Module):
             self.head: nn.Module = FCNHead(in_channels, num_classes)
         else:
             self.head = nn.Sequential(
-                ASPP(in_channels, list(atrous_rates), width),
+                ASPP(in_channels, width, atrous_rates),
                 nn.Conv2d(width, width, 3, padding=1, bias=False),
                 nn.BatchNorm2d(width),
                 nn.ReLU(),
@@ -77,6 +78,9 @@ class Decoder(nn.Module):
         Tensor
             (B, K, H, W) or (B, K, h, w) unnormalised scores.
         """
+        device = features.device.type
+        if torch.is_autocast_enabled(device):
+            features = features.to(torch.get_autocast_dtype(device))  # once, and not in each of the head's branches
         if adjust is None:
             scores = self.head(features)
         else:

@@ -1,0 +1,97 @@
+"""A decoder's training step against torchvision's head, interpolation and PyTorch's cross-entropy, the same weights on the same features.
+
+    python -m benchmarks.decoder [--precision bf16] [--rounds 5] [--json FILE]
+
+Both take turns in one process; the median step counts. The step is that of the baseline: forward, backward, Adam.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.segmentation.deeplabv3 import ASPP
+
+from benchmarks import common
+from featurestore import VOID
+from stages.models.decoder import Decoder
+from stages.runtime import make_accelerator
+from stages.upsampled_loss import upsampled_cross_entropy
+
+CLASSES, STRIDE, RATES = 21, 8, (12, 24, 36)
+SHAPES = (  # batch, channels, height, width, channels of the head
+    (16, 320, 32, 32, 64),  # voc2012-lite
+    (16, 320, 32, 44, 64),  # camvid-lite
+    (4, 320, 64, 64, 64),  # photographs of 512 x 512
+    (2, 2048, 32, 32, 256),  # the thesis's
+)
+
+
+def torchvisions(ours: Decoder, channels: int, width: int) -> nn.Module:
+    """torchvision's head with our weights."""
+    head = nn.Sequential(ASPP(channels, list(RATES), width), *(copy.deepcopy(layer) for layer in list(ours.head)[1:]))
+    head.load_state_dict(ours.head.state_dict())
+    return head
+
+
+def time_shape(shape: tuple[int, int, int, int, int], precision: str, rounds: int) -> dict[str, Any]:
+    batch, channels, height, across, width = shape
+    accelerator = make_accelerator("cpu", precision)
+    rng = torch.Generator().manual_seed(0)
+    features = torch.randn(batch, channels, height, across, generator=rng).relu().to(memory_format=torch.channels_last)
+    masks = torch.randint(0, CLASSES, (batch, height * STRIDE, across * STRIDE), generator=rng, dtype=torch.uint8)
+    ours = Decoder(head="deeplab", in_channels=channels, num_classes=CLASSES, width=width, atrous_rates=RATES)
+
+    def literal(scores: Tensor) -> Tensor:
+        fine = F.interpolate(scores.float(), size=masks.shape[1:], mode="bilinear", align_corners=False)
+        return F.cross_entropy(fine, masks.long(), ignore_index=VOID)
+
+    def step(network: nn.Module, loss: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        network.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        optimizer = torch.optim.Adam(network.parameters(), 5e-4, fused=True)
+
+        def take() -> None:
+            with accelerator.autocast():
+                scores = network(features)
+            optimizer.zero_grad()
+            loss(scores).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+        return take
+
+    steps = {
+        "torchvision": step(torchvisions(ours, channels, width), literal),
+        "ours": step(ours, lambda some: upsampled_cross_entropy(some, masks)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, take in steps.items():  # in turns
+            start = time.perf_counter()
+            take()
+            if number:  # the first warms up
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    shown = f"{batch} x {channels} x {height} x {across}, {width}"
+    return {"shape": shown, "precision": precision, **medians, "speedup": medians["torchvision"] / medians["ours"]}
+
+
+@click.command(help=__doc__)
+@click.option("--precision", type=click.Choice(["no", "bf16"]), default="bf16", show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
+def main(precision: str, rounds: int, file: Path | None) -> None:
+    print(f"{common.machine()}\n")
+    rows = [time_shape(shape, precision, rounds) for shape in SHAPES]
+    common.report(rows, ("shape", "precision", "torchvision", "ours", "speedup"), file)
+
+
+if __name__ == "__main__":
+    main()
