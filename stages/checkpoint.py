@@ -207,12 +207,20 @@ def load_gan(folder: Path) -> tuple[Networks, dict[str, Any]]:
     DataError
         When there is no trained GAN, or it is damaged.
     """
-    config = read_config(folder)
-    networks = build_networks(config["architecture"])
+    networks, config = _untrained(folder), read_config(folder)
     for name, network in networks.by_name().items():
         trained = name == "generator" and (folder / f"{TRAINED}.safetensors").is_file()
         load_weights(network, folder / f"{TRAINED if trained else name}.safetensors")
     return networks, config
+
+
+def _untrained(folder: Path) -> Networks:
+    """The networks of a GAN folder, as its config describes them."""
+    try:
+        return build_networks(read_config(folder)["architecture"])
+    except (KeyError, TypeError) as error:
+        message = f"does not describe networks of this version ({error!r}); run train-gan again"
+        raise DataError(folder / CONFIG_NAME, message) from error
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:
@@ -254,7 +262,7 @@ def load_generator(path: str | Path, *, weights: str = "generator") -> AnyGenera
         When there is no trained GAN at ``path``, or it is damaged.
     """
     folder = Path(path)
-    generator = build_networks(read_config(folder)["architecture"]).generator
+    generator = _untrained(folder).generator
     load_weights(generator, folder / f"{weights}.safetensors")
     return generator.eval().requires_grad_(False)
 
