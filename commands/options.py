@@ -134,6 +134,9 @@ def check_params(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     unknown = [name for name in sections["compare"].variants if name not in sections["variants"]]
     if unknown:
         raise ConfigError("compare.variants", f"{unknown[0]!r} is not described in variants ({', '.join(sections['variants'])})")
+    mirrored = [name for name in sections["compare"].variants if sections["variants"][name].needs_mirrored]
+    if mirrored and "hflip" not in sections["extract"].views:
+        raise ConfigError("extract.views", f"variant {mirrored[0]!r} reads mirrored photographs; set it to [identity, hflip]")
     from stages.models.backbone import OUTPUT_STRIDE
     from stages.train_gan import check_input_size
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import psutil
@@ -97,7 +98,7 @@ class BatchOrder:
     Parameters
     ----------
     samples
-        Number of samples in the store.
+        How many there are to choose from.
     batch_size
         Samples a batch, of all ranks together.
     seed
@@ -106,13 +107,15 @@ class BatchOrder:
         Leave out a last batch that is not full.
     passes
         How often an epoch goes over the samples, each time in another order where it shuffles.
+    views
+        Of each sample, of which every pass takes one at random; more than one wants a seed.
     rank, ranks
         Which part of each batch is this process's, of how many.
 
     Raises
     ------
     ValueError
-        When the ranks cannot share the batches evenly.
+        When the ranks cannot share the batches evenly, or views cannot be drawn.
     """
 
     def __init__(
@@ -123,16 +126,20 @@ class BatchOrder:
         seed: int | None = None,
         drop_last: bool = False,
         passes: int = 1,
+        views: int = 1,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
         if batch_size % ranks:
             raise ValueError(f"a batch of {batch_size} cannot be divided evenly over {ranks} processes")
+        if views > 1 and seed is None:
+            raise ValueError("one of several views is drawn at random; give a seed")
         self.samples = samples
         self.batch_size = batch_size
         self.seed = seed
         self.drop_last = drop_last
         self.passes = passes
+        self.views = views
         self.rank, self.ranks = rank, ranks
 
     def __len__(self) -> int:
@@ -140,14 +147,17 @@ class BatchOrder:
         return seen // self.batch_size if self.drop_last else -(-seen // self.batch_size)
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """Positions of each batch of an epoch, this rank's part of them (which a short last batch may leave empty).
+        """Numbers of each batch of an epoch, this rank's part of them (which a short last batch may leave empty).
 
-        Within a batch, where order means nothing, they ascend: files are read forwards, neighbours at once.
+        Of sample s they are s * views to s * views + views - 1. Within a batch, where order means nothing, they ascend: files
+        are read forwards, neighbours at once.
         """
         order = np.tile(np.arange(self.samples), self.passes)
         if self.seed is not None:
             rng = np.random.default_rng([self.seed, epoch])
             order = np.concatenate([rng.permutation(self.samples) for _ in range(self.passes)])
+            if self.views > 1:
+                order = order * self.views + rng.integers(self.views, size=len(order))
         batches = (np.sort(order[number * self.batch_size : (number + 1) * self.batch_size]) for number in range(len(self)))
         return [np.array_split(batch, self.ranks)[self.rank].tolist() for batch in batches]
 
@@ -166,7 +176,7 @@ class FeatureLoader:
     batch_size
         Samples a batch, of all ranks together.
     positions
-        Of the samples that take part, ascending; default: all.
+        (S,) of the samples that take part; default: all. Or (S, V), each sample's views, of which one is drawn each time.
     seed, drop_last, passes, rank, ranks
         See :class:`BatchOrder`.
     images
@@ -207,7 +217,9 @@ class FeatureLoader:
         check_images(store, images)
         self.store = store
         self.positions = np.arange(len(store)) if positions is None else np.asarray(positions)
-        self.order = BatchOrder(len(self.positions), batch_size, seed=seed, drop_last=drop_last, passes=passes, rank=rank, ranks=ranks)
+        order = partial(BatchOrder, views=self.positions.shape[1] if self.positions.ndim > 1 else 1)
+        self.order = order(len(self.positions), batch_size, seed=seed, drop_last=drop_last, passes=passes, rank=rank, ranks=ranks)
+        self._known = np.unique(self.positions)
         self.workers = workers
         self.device = torch.device(device)
         self.names = names_of(images)
@@ -223,7 +235,7 @@ class FeatureLoader:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number ``first`` on; without a seed all epochs are the same."""
-        batches = [self.positions[batch].tolist() for batch in self.order.epoch(epoch)[first:]]
+        batches = [self.positions.reshape(-1)[batch].tolist() for batch in self.order.epoch(epoch)[first:]]
         ready = prefetch(self._gather, batches, workers=self.workers, ahead=2 * self.workers)
         if self.device.type == "cpu":
             yield from ready
@@ -242,7 +254,7 @@ class FeatureLoader:
         tensors: dict[str, torch.Tensor] = {}
         for name in self.names:
             if self._resident is not None:
-                whole, rows = self._resident[name], np.searchsorted(self.positions, positions)
+                whole, rows = self._resident[name], np.searchsorted(self._known, positions)
                 if whole.device.type == "cpu":  # not by PyTorch: its own threads would come on top of ours
                     tensors[name] = self._pool.take((len(positions), *whole.shape[1:]), whole.dtype)
                     out = tensors[name].numpy()
@@ -258,7 +270,7 @@ class FeatureLoader:
     def _read_all(self, device: torch.device) -> dict[str, torch.Tensor]:
         """All samples that take part as tensors on ``device``, a few at a time."""
         rows = {name: self.store.spec.row(name) for name in self.names}
-        count = len(self.positions)
+        count = len(self._known)
         needed = count * sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in rows.values())
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         if needed > 0.9 * free:
@@ -270,9 +282,9 @@ class FeatureLoader:
         def read(rows: slice) -> None:
             for name, tensor in whole.items():
                 if device.type == "cpu":
-                    self.store.gather(name, self.positions[rows], out=tensor[rows].numpy())
+                    self.store.gather(name, self._known[rows], out=tensor[rows].numpy())
                 else:
-                    tensor[rows].copy_(torch.from_numpy(self.store.gather(name, self.positions[rows])))
+                    tensor[rows].copy_(torch.from_numpy(self.store.gather(name, self._known[rows])))
 
         parts = [slice(start, min(start + 8, count)) for start in range(0, count, 8)]
         for _ in prefetch(read, parts, workers=self.workers):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from featurestore import FeatureStore
-from stages.augment.regions import Regions
+from stages.regions import Regions
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class ClassStatistics:
     ----------
     means, deviations
         (K, C) of the class's pixels; 0 for a class without one.
+    pixels
+        (K,) how many it has.
     photographs
         (K,) how many have the class.
     centres
@@ -28,6 +30,7 @@ class ClassStatistics:
 
     means: Tensor
     deviations: Tensor
+    pixels: Tensor
     photographs: Tensor
     centres: list[Tensor]
 
@@ -52,4 +55,4 @@ class ClassStatistics:
         variances = squares / counts.clamp(min=1)[:, None] - means.square()
         joined = [torch.cat(parts) for parts in centres]
         photographs = torch.tensor([len(rows) for rows in joined], device=device)
-        return cls(means.float(), variances.clamp(min=0).sqrt().float(), photographs, joined)
+        return cls(means.float(), variances.clamp(min=0).sqrt().float(), counts, photographs, joined)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from featurestore import FeatureStore
-from stages.augment.regions import Regions
+from stages.class_statistics import ClassStatistics
 from stages.models.discriminator import Discriminator
 from stages.models.flow_generator import FlowGenerator
 from stages.models.generator import Generator
@@ -95,18 +95,10 @@ def class_means(store: FeatureStore, scale: Tensor) -> Tensor:
 
     Void, and a class without a pixel, get the mean of all labelled pixels.
     """
-    sums = torch.zeros(store.spec.num_classes, len(scale), dtype=torch.float64)
-    counts = torch.zeros(store.spec.num_classes, dtype=torch.float64)
-    for position in store.positions("identity").tolist():
-        features = torch.from_numpy(store.features(position).copy())[None].float()
-        regions = Regions.of(features, torch.from_numpy(store.mask(position).copy())[None], store.spec.num_classes)
-        sizes = regions.shares.sum(2)[0]
-        sums += regions.centres[0] * sizes[:, None]
-        counts += sizes
-    overall = (sums.sum(0) / counts.sum().clamp(min=1)).expand(len(counts) + 1, -1).clone()
-    there = torch.nonzero(counts)[:, 0]
-    overall[there] = sums[there] / counts[there, None]
-    return (overall / scale).float()
+    found = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu"))
+    overall = torch.einsum("kc,k->c", found.means.double(), found.pixels) / found.pixels.sum().clamp(min=1)
+    means = torch.where(found.pixels[:, None] > 0, found.means.double(), overall)
+    return (torch.cat([means, overall[None]]) / scale).float()
 
 
 def feature_scale(store: FeatureStore, rule: str) -> Tensor:

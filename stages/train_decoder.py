@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from featurestore.dataset import FeatureLoader
 from featurestore.files import file_sha256
 from stages.augment.base import Adjust, Augmenter, Context, Part, VariantConfig
 from stages.augment.featuregan import JointFeatureGAN
+from stages.augment.hflip_views import mirrored
 from stages.augment.perturb import perturb
 from stages.augment.registry import build_augmenter
 from stages.checkpoint import CONFIG_NAME, Checkpoint, read_config, save_gan, save_weights
@@ -158,7 +160,8 @@ def run(
     steps = config.epochs * (config.passes * len(positions) // config.batch_size)
     machine = {"compile_networks": compile_networks, "sharded": sharded}
     augmenter = build_augmenter(variant, Context(accelerator, train, positions, decoder, gan, seed, steps, machine))
-    batches = load(train, seed=seed, drop_last=True, positions=positions, passes=config.passes, images=augmenter.needs_images)
+    views = positions if variant.view == "identity" else np.stack([positions, mirrored(train, positions)], axis=1)
+    batches = load(train, seed=seed, drop_last=True, positions=views, passes=config.passes, images=augmenter.needs_images)
     monitor = build_monitor(monitoring, augmenter, stores, seed)
 
     # Resume, or start anew.

@@ -120,6 +120,11 @@ BAD_PARAMETERS = {
     "a choice that does not exist": ("norm: batch", "norm: layer", "train_gan.norm: input should be 'batch' or 'instance', found 'layer'"),
     "ratios that do not add up": ("[0.7, 0.15, 0.15]", "[0.7, 0.2, 0.15]", "prepare: ratios must add up to 1"),
     "an unknown variant": ("[baseline, featuregan-1x", "[baseline, featuregan-3x", "compare.variants: 'featuregan-3x' is not described"),
+    "mirrored photographs that nobody extracts": (
+        "[baseline, featuregan-1x",
+        "[mirrored-perturbed, featuregan-1x",
+        "extract.views: variant 'mirrored-perturbed' reads mirrored photographs; set it to [identity, hflip]",
+    ),
     "an unknown augmenter": ("{augmenter: isda, ", "{augmenter: idsa, ", "variants.isda.augmenter: should be 'none', 'duplicate'"),
     "a key that an augmenter has not": (
         "{augmenter: isda, strength",

@@ -28,7 +28,13 @@ class VariantConfig(Config):
 
     augmenter: str
     perturb: Annotated[tuple[Transform, ...], Field(strict=False)] = ()  # of real and added features, before the decoder
+    view: Literal["identity", "random"] = "identity"  # of each real sample: as it is, or mirrored or not by chance
     statistics: Literal["all", "real"] = "all"  # which batches the decoder's running BatchNorm statistics take in
+
+    @property
+    def needs_mirrored(self) -> bool:
+        """Whether it reads features of mirrored photographs."""
+        return self.view == "random"
 
 
 class SourceConfig(VariantConfig):

@@ -11,9 +11,9 @@ from torch import Tensor
 from featurestore import VOID
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
-from stages.augment.class_statistics import ClassStatistics
-from stages.augment.regions import Regions
+from stages.class_statistics import ClassStatistics
 from stages.errors import ConfigError
+from stages.regions import Regions
 
 
 class CalibrationConfig(SourceConfig):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
-from stages.augment.class_statistics import ClassStatistics
-from stages.augment.regions import Regions
+from stages.class_statistics import ClassStatistics
 from stages.losses import kl_divergence
+from stages.regions import Regions
 from stages.runtime import generator as random_generator
 
 VECTORS = 128  # a step

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
-from stages.augment.class_statistics import ClassStatistics
-from stages.augment.regions import Regions
+from stages.class_statistics import ClassStatistics
+from stages.regions import Regions
 
 
 class ExtrapolateConfig(SourceConfig):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 
-from featurestore import SpecMismatchError
+from featurestore import FeatureStore, SpecMismatchError
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
 
@@ -15,6 +16,12 @@ class HflipViewsConfig(SourceConfig):
     """Variant ``hflip-views``."""
 
     augmenter: Literal["hflip-views"]
+    view: Literal["identity"] = "identity"  # the mirrored one is what it adds
+
+    @property
+    def needs_mirrored(self) -> bool:
+        """Always."""
+        return True
 
 
 class HflipViews(Augmenter):
@@ -23,13 +30,7 @@ class HflipViews(Augmenter):
     def __init__(self, config: HflipViewsConfig, context: Context) -> None:
         super().__init__(config, context)
         self.store, self.weight = context.store, config.weight
-        ids = context.store.ids
-        by_id = {ids[position]: position for position, view in enumerate(context.store.views) if view == "hflip"}
-        missing = [ids[position] for position in context.positions if ids[position] not in by_id]
-        if missing:
-            message = f"there is no mirrored view of {missing[0]}; set extract.views to [identity, hflip] for this variant"
-            raise SpecMismatchError(message, path=context.store.path)
-        self.mirrored = [by_id.get(id, -1) for id in ids]  # by position
+        self.mirrored = dict(zip(context.positions.tolist(), mirrored(context.store, context.positions).tolist(), strict=True))
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """Read them."""
@@ -38,3 +39,20 @@ class HflipViews(Augmenter):
         features = torch.from_numpy(self.store.gather("features", chosen)).to(device).float()
         masks = torch.from_numpy(self.store.gather("masks", chosen)).to(device)
         return Augmented([Part(features, [(masks, 1.0)], self.weight)])
+
+
+def mirrored(store: FeatureStore, positions: np.ndarray) -> np.ndarray:
+    """(S,) positions of the mirrored views of the photographs at ``positions`` (S,).
+
+    Raises
+    ------
+    SpecMismatchError
+        When one has none.
+    """
+    ids = store.ids
+    by_id = {ids[position]: position for position in store.positions("hflip").tolist()}
+    for position in positions.tolist():
+        if ids[position] not in by_id:
+            message = f"there is no mirrored view of {ids[position]}; set extract.views to [identity, hflip] for this variant"
+            raise SpecMismatchError(message, path=store.path)
+    return np.array([by_id[ids[position]] for position in positions.tolist()])

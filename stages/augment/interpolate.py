@@ -11,7 +11,7 @@ from pydantic import Field
 from featurestore import VOID
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
-from stages.augment.regions import Regions
+from stages.regions import Regions
 
 
 class InterpolateConfig(SourceConfig):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from featurestore import VOID
 from stages.augment.base import Adjust, Augmenter, Context, VariantConfig
-from stages.augment.regions import labels_at
+from stages.regions import labels_at
 
 
 class ISDAConfig(VariantConfig):

@@ -8,7 +8,7 @@ import torch
 
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
-from stages.augment.regions import Regions
+from stages.regions import Regions
 
 
 class LinearDeltaConfig(SourceConfig):

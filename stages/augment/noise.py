@@ -11,8 +11,8 @@ from torch import Tensor
 from featurestore import VOID
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
-from stages.augment.class_statistics import ClassStatistics
-from stages.augment.regions import labels_at
+from stages.class_statistics import ClassStatistics
+from stages.regions import labels_at
 
 
 class NoiseConfig(SourceConfig):

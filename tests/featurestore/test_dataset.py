@@ -59,6 +59,25 @@ def test_an_epoch_may_go_over_some_samples_several_times(tmp_path: Path) -> None
     assert all(sorted(batch.positions.tolist()) == [1, 4, 6] for batch in once)  # every pass over all of them
 
 
+def test_each_pass_takes_one_view_of_each_sample(tmp_path: Path) -> None:
+    store = write(tmp_path / "store")
+    views = np.array([[0, 4], [1, 5], [2, 6]])
+    loader = FeatureLoader(store, 3, seed=1, positions=views)
+    epochs = [next(iter(loader.epoch(epoch))).positions.tolist() for epoch in range(40)]
+    assert all(sorted(position % 4 for position in epoch) == [0, 1, 2] for epoch in epochs)
+    assert {sum(position > 3 for position in epoch) for epoch in epochs} == {0, 1, 2, 3}  # each by itself
+    assert epochs[7] == next(iter(FeatureLoader(store, 3, seed=1, positions=views).epoch(7))).positions.tolist()
+    resident = FeatureLoader(store, 3, seed=1, positions=views, cache="host")
+    for epoch in range(3):
+        for ours, theirs in zip(resident.epoch(epoch), loader.epoch(epoch), strict=True):
+            assert torch.equal(ours.features, theirs.features)
+    whole = BatchOrder(11, 4, seed=3, views=2).epoch(5)
+    parts = [BatchOrder(11, 4, seed=3, views=2, rank=rank, ranks=2).epoch(5) for rank in range(2)]
+    assert [first + second for first, second in zip(*parts, strict=True)] == whole
+    with pytest.raises(ValueError, match="drawn at random; give a seed"):
+        FeatureLoader(store, 3, positions=views)
+
+
 def test_ranks_share_the_batches_of_a_single_process() -> None:
     whole = BatchOrder(11, 4, seed=3).epoch(5)
     parts = [BatchOrder(11, 4, seed=3, rank=rank, ranks=2).epoch(5) for rank in range(2)]

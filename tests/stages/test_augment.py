@@ -15,16 +15,17 @@ import featurestore
 from featurestore import SpecMismatchError
 from featurestore.dataset import Batch
 from stages.augment.base import Augmenter, Context, Part
-from stages.augment.class_statistics import ClassStatistics
 from stages.augment.cvae import CVAE, fit
+from stages.augment.hflip_views import mirrored
 from stages.augment.isda import ISDA
 from stages.augment.mixup import MixupConfig
 from stages.augment.new_masks import NewMasks, moved
 from stages.augment.perturb import perturb
-from stages.augment.regions import Regions
 from stages.augment.registry import Variant, build_augmenter
 from stages.augment.upsample import repeat_factors
+from stages.class_statistics import ClassStatistics
 from stages.models.decoder import Decoder
+from stages.regions import Regions
 from stages.runtime import make_accelerator
 from tests.featurestore.test_store import SPEC
 
@@ -128,6 +129,7 @@ def test_class_statistics_equal_numpy(store) -> None:
         vectors = features.transpose(0, 2, 3, 1)[labels == number]
         np.testing.assert_allclose(found.means[number], vectors.mean(0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found.deviations[number], vectors.std(0), rtol=1e-3, atol=1e-4)
+        assert found.pixels[number] == (labels == number).sum()
         assert found.photographs[number] == (labels == number).any((1, 2)).sum() == len(found.centres[number])
 
 
@@ -203,6 +205,13 @@ def test_hflip_views_reads_the_mirrored_views_of_the_batch(store, batch, tmp_pat
     part = only(build(store, tmp_path, augmenter="hflip-views"), batch)
     torch.testing.assert_close(part.features, batch.features.flip(3) + 10)
     assert torch.equal(part.targets[0][0], batch.masks.flip(2))
+
+
+def test_the_mirrored_views_of_photographs_are_found(store) -> None:
+    positions = np.array([6, 2])
+    found = mirrored(store, positions)
+    assert [store.ids[position] for position in found] == ["photo 6", "photo 2"]
+    assert {store.views[position] for position in found} == {"hflip"}
 
 
 def test_hflip_views_wants_mirrored_views(store, batch, tmp_path) -> None:

@@ -240,6 +240,49 @@ def test_a_generator_starts_from_the_class_means_where_it_is_told_to(features: P
     np.testing.assert_allclose(made[:, 0], 0.25 * overall + 0.75 * means[labels[:, 0]], rtol=1e-3)  # mixed, as the pixel is
 
 
+def test_a_gan_of_another_version_is_refused_in_one_line(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "gan", tmp_path / "gan")
+    config = json.loads((tmp_path / "gan" / "config.json").read_text())
+    del config["architecture"]["prior"]
+    (tmp_path / "gan" / "config.json").write_text(json.dumps(config))
+    for load in (load_generator, load_gan):
+        with pytest.raises(
+            DataError, match=r"config.json: does not describe networks of this version \(KeyError\('prior'\)\); run train-gan again"
+        ):
+            load(tmp_path / "gan")
+
+
+def test_a_decoder_may_see_each_photograph_mirrored_or_not_by_chance(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = {"augmenter": "none", "view": "random"}
+    with pytest.raises(SpecMismatchError, match="there is no mirrored view of train 0; set extract.views to"):
+        run_decoder(features, tmp_path, described, name="random")
+    root = tmp_path / "features"
+    for split in ("val", "test"):
+        shutil.copytree(features / split, root / split)
+    store = featurestore.open(features / "train")
+    with featurestore.create(root / "train", store.spec, fingerprint="both") as writer:
+        for view in ("identity", "hflip"):
+            for sample in store:
+                writer.append(id=sample.id, view=view, features=sample.features, mask=sample.mask, image=sample.image)
+    seen: set[int] = set()
+
+    class Watched(FeatureLoader):
+        def epoch(self, epoch: int, first: int = 0):
+            for batch in super().epoch(epoch, first):
+                if self.store.path.name == "train":
+                    seen.update(batch.positions.tolist())
+                yield batch
+
+    monkeypatch.setattr(train_decoder, "FeatureLoader", Watched)
+    run_decoder(root, tmp_path, described, name="random", epochs=12)
+    assert seen == set(range(20))
+    seen.clear()
+    run_decoder(root, tmp_path, {"augmenter": "none"}, name="baseline", epochs=12)
+    assert seen == set(range(10))
+
+
 @pytest.mark.parametrize("change", ["paste", "swap"])
 def test_edited_features_are_real_ones_moved_as_the_generators_are(features: Path, trained: Path, change: str) -> None:
     store = featurestore.open(features / "train")
