@@ -189,7 +189,10 @@ class Workshop:
         return folder
 
     def _stage(self, folder: Path, *arguments: str) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "NUMBA_NUM_THREADS": str(self.threads)}
+        sources = str(Path(stages.__file__).resolve().parents[1])  # this code, which the result file names, wherever another is installed
+        found = os.pathsep.join(filter(None, [sources, os.environ.get("PYTHONPATH")]))
+        threads = str(self.threads)
+        environment = {**os.environ, "PYTHONPATH": found, "OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             # Not from the environment: this run's own parameters, and unfinished work that no other run shares.
             command = [sys.executable, "-m", "pipeline", *arguments, "--params", "params.yaml", "--scratch", "scratch"]
