@@ -156,8 +156,8 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> Chart | None:
         return None
     axes = _axes(height=0.7 + 0.42 * len(shown))
     axes.grid(axis="y", visible=False)
-    axes.axvline(0, color=SOFT, linewidth=1)
     for place, row in enumerate(shown):  # its name stands above its line: names may be long, and the page narrow
+        axes.plot([0, 0], [place - 0.1, place + 0.5], color=SOFT, linewidth=1)  # no difference: not through the names
         axes.text(0.01, place - 0.28, row["variant"], transform=axes.get_yaxis_transform(), va="center", color=INK, size=10)
         if row["delta_interval"] is not None:
             axes.plot([row["delta_interval"]["low"], row["delta_interval"]["high"]], [place, place], color=SERIES[0], linewidth=2)
