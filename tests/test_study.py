@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 from dataclasses import replace
@@ -106,6 +107,20 @@ def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path) -> None:
     assert failed.returncode == 1
     assert "3 of 3 runs failed" in failed.stderr  # each is tried
     assert "prepare failed with exit code 1" in failed.stderr
+
+
+def test_stages_run_the_code_of_the_study_whatever_is_installed(tmp_path: Path) -> None:
+    for name in ("commands", "featurestore", "presets", "stages"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pipeline.py", tmp_path)
+    with (tmp_path / "stages" / "prepare.py").open("a") as code:
+        code.write('\n\ndef run(*_, **__):\n    raise ConfigError("prepare", "this is the copy")\n')
+    write_photos(tmp_path / "photos", {"train": 8, "val": 4, "test": 4})
+    (tmp_path / "tiny.yaml").write_text(STUDY)
+    command = (sys.executable, "-m", "pipeline", "study", "tiny.yaml", "--set", "prepare.root=photos", "--experiment", "half")
+    failed = run(*command, cwd=tmp_path, check=False, PYTHONPATH=".")
+    assert failed.returncode == 1
+    assert "this is the copy" in failed.stderr
 
 
 def test_runs_come_seed_by_seed_and_share_what_they_have_in_common(tmp_path: Path) -> None:
