@@ -6,7 +6,8 @@ Networks are those of a preset, with random weights: weights do not change what 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.gan import build_networks
-from stages.models import winograd
+from stages.models import aspp, winograd
 from stages.models.backbone import LITE0, OUTPUT_STRIDE, RESNETS, TIMM
 from stages.models.decoder import Decoder
 from stages.models.flow_generator import FlowGenerator
@@ -155,7 +156,7 @@ def count(extract: Any, gan: Any, decoder: Any, *, num_classes: int, ratios: Seq
     """
     interpolation.cache_clear()  # what it holds is real, and what it will hold is not
     try:
-        with FakeTensorMode(), winograd.disabled():
+        with FakeTensorMode(), _as_on_a_gpu():
             work = Workload(extract, gan, decoder, num_classes=num_classes, ratios=ratios, batch=BATCH, device="cpu")
             costs = {}
             for name, (step, networks, _) in work.kinds().items():
@@ -169,6 +170,17 @@ def count(extract: Any, gan: Any, decoder: Any, *, num_classes: int, ratios: Seq
         interpolation.cache_clear()
 
 
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """Only the library's convolutions: what ``aspp`` and ``winograd`` do in their place, they do on a CPU alone."""
+    least, aspp.DENSE = aspp.DENSE, 0.0
+    try:
+        with winograd.disabled():
+            yield
+    finally:
+        aspp.DENSE = least
+
+
 class _Kept(saved_tensors_hooks):
     """Counts the bytes of what back-propagation keeps, weights aside, each piece of memory once."""
 
@@ -177,7 +189,8 @@ class _Kept(saved_tensors_hooks):
         super().__init__(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        if not tensor.is_leaf or not tensor.requires_grad:
+        whole = tensor if tensor._base is None else tensor._base  # a part of a weight is no less a weight
+        if not whole.is_leaf or not whole.requires_grad:
             storage = tensor.untyped_storage()
             self._seen[storage._cdata] = storage.nbytes()
         return tensor
