@@ -134,6 +134,10 @@ def check_params(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     unknown = [name for name in sections["compare"].variants if name not in sections["variants"]]
     if unknown:
         raise ConfigError("compare.variants", f"{unknown[0]!r} is not described in variants ({', '.join(sections['variants'])})")
+    for name in sections["compare"].variants:
+        family = sections["variants"][name].needs_family
+        if family not in (None, sections["train_gan"].family):
+            raise ConfigError("train_gan.family", f"variant {name!r} works with a {family} alone; set it to {family}")
     mirrored = [name for name in sections["compare"].variants if sections["variants"][name].needs_mirrored]
     if mirrored and "hflip" not in sections["extract"].views:
         raise ConfigError("extract.views", f"variant {mirrored[0]!r} reads mirrored photographs; set it to [identity, hflip]")

@@ -141,6 +141,21 @@ BAD_PARAMETERS = {
         "new_masks: [swap, flip], edit",
         "variants.featuregan-edited: edit needs generator: frozen and new_masks of paste and swap alone",
     ),
+    "variations by a GAN": (
+        "[baseline, featuregan-1x",
+        "[featuregan-varied, featuregan-1x",
+        "train_gan.family: variant 'featuregan-varied' works with a flow alone; set it to flow",
+    ),
+    "a flow trained jointly": (
+        "family: gan ",
+        "family: flow ",
+        "train_gan.family: variant 'featuregan-1x' works with a gan alone; set it to gan",
+    ),
+    "variations that would move real features": (
+        "generator: frozen, vary: 0.5",
+        "generator: frozen, new_masks: [flip], vary: 0.5",
+        "variants.featuregan-varied: vary needs generator: frozen, no edit, and no new_masks but paste and swap",
+    ),
     "an unknown backbone": ("backbone: efficientnet_lite0", "backbone: resnet1001", "extract.backbone: unknown backbone"),
     "an input size that the stride cannot take": ("input_size: 64 ", "input_size: 60 ", "extract.input_size"),
     "an input size that the generator cannot take": ("input_size: 64 ", "input_size: 72 ", "multiple of 32"),

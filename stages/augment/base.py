@@ -36,6 +36,11 @@ class VariantConfig(Config):
         """Whether it reads features of mirrored photographs."""
         return self.view == "random"
 
+    @property
+    def needs_family(self) -> str | None:
+        """Which family of generators it works with alone."""
+        return None
+
 
 class SourceConfig(VariantConfig):
     """Of the augmenters that add features."""

@@ -2,8 +2,8 @@
 
 ``JointFeatureGAN`` is Algorithm 1's second branch: generator and discriminator are trained on while the decoder learns, and
 the segmentation loss reaches the generator. ``FrozenFeatureGAN`` only samples from a finished generator (the thesis's first
-approach, section 5.1), or edits real features: what the generator makes of the new mask less what it makes of the old one is added
-to them, and all that no mask says of a photograph stays real.
+approach, section 5.1), or starts from real features. It edits them: what the generator makes of the new mask less what it makes of the
+old one is added to them, and all that no mask says of a photograph stays real. Or it varies them, where the generator is a flow.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class FeatureGANConfig(SourceConfig):
     segmentation_loss: bool = True  # whether it reaches a joint generator (Algorithm 1), or the decoder alone
     new_masks: Annotated[tuple[Change, ...], Field(strict=False)] = ()  # what is done to the masks; none: they are the batch's own
     edit: bool = False  # the batch's real features, moved as the generator's are by the change of the mask
+    vary: float = Field(default=0.0, ge=0, le=1)  # the batch's real features, by this share turned to noise and carried back; 0: off
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -49,7 +50,14 @@ class FeatureGANConfig(SourceConfig):
             raise ValueError("new_masks have no real features for a joint generator's discriminator; set generator: frozen")
         if self.edit and (self.generator == "joint" or not self.new_masks or set(self.new_masks) - {"paste", "swap"}):
             raise ValueError("edit needs generator: frozen and new_masks of paste and swap alone: real features stay where they are")
+        if self.vary and (self.generator == "joint" or self.edit or set(self.new_masks) - {"paste", "swap"}):
+            raise ValueError("vary needs generator: frozen, no edit, and no new_masks but paste and swap")
         return self
+
+    @property
+    def needs_family(self) -> str | None:
+        """A GAN for joint training, a flow for variations."""
+        return "gan" if self.generator == "joint" else "flow" if self.vary else None
 
 
 class JointFeatureGAN(Augmenter):
@@ -117,7 +125,11 @@ class FrozenFeatureGAN(Augmenter):
                 assert batch.images is not None
                 mu, logvar = self.encoder(batch.images)
                 z = sample_z(mu.float().repeat(ratio, 1), logvar.float().repeat(ratio, 1), z)
-            generated = self.generator.generate(masks, z=z)
+            if self.config.vary:
+                real, wanted = batch.features.repeat(ratio, 1, 1, 1), masks.repeat(ratio, 1, 1)
+                generated = self.generator.vary(real, wanted, z=z, strength=self.config.vary)
+            else:
+                generated = self.generator.generate(masks, z=z)
             if self.config.edit:
                 change = generated.float() - self.generator.generate(batch.masks, z=z).float()
                 generated = batch.features.repeat(ratio, 1, 1, 1) + change
@@ -135,12 +147,14 @@ def featuregan(config: FeatureGANConfig, context: Context) -> Augmenter:
     SpecMismatchError
         When it was trained on other features than those of the training store.
     ConfigError
-        When a flow is to be trained jointly.
+        When a flow is to be trained jointly, or a GAN is to vary features.
     """
     networks, trained = load_gan(context.gan)
     if trained["store"] != context.store.fingerprint:
         message = "this GAN was trained on other features than those of the training store; run train-gan again"
         raise SpecMismatchError(message, path=context.gan, expected=context.store.fingerprint, found=trained["store"])
+    if config.vary and networks.discriminator is not None:
+        raise ConfigError("variants", "only a flow varies features; set train_gan.family: flow and run train-gan again")
     if config.generator == "frozen":
         return FrozenFeatureGAN(config, context, networks)
     if networks.discriminator is None:

@@ -150,13 +150,17 @@ class FlowGenerator(nn.Module):
             (k*B, C, h, w). Draw j of mask i is row j*B + i.
         """
         x = z.view(-1, *self.shape)
-        many = masks.repeat(len(x) // len(masks), 1, 1)
-        step = 1 / self.steps
-        for number in range(self.steps):  # midpoint rule
-            now = torch.full((len(x),), number * step, device=x.device)
-            middle = x + step / 2 * self.velocity(x, now, many).float()
-            x = x + step * self.velocity(middle, now + step / 2, many).float()
-        return self.restore(x)
+        return self.restore(self._carried(x, masks.repeat(len(x) // len(masks), 1, 1)))
+
+    def _carried(self, x: Tensor, masks: Tensor, start: float = 0.0) -> Tensor:
+        """(B, R, h, w) components at time ``start``, carried to time 1 by the midpoint rule in steps of about 1 / steps."""
+        count = max(1, round(self.steps * (1 - start)))
+        step = (1 - start) / count
+        for number in range(count):
+            now = torch.full((len(x),), start + number * step, device=x.device)
+            middle = x + step / 2 * self.velocity(x, now, masks).float()
+            x = x + step * self.velocity(middle, now + step / 2, masks).float()
+        return x
 
     @torch.no_grad()
     def generate(self, masks: Tensor, *, z: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
@@ -164,3 +168,32 @@ class FlowGenerator(nn.Module):
         if z is None:
             z = torch.randn(len(masks), self.z_dim, generator=generator, device=masks.device)
         return self(z, masks) * self.feature_scale
+
+    @torch.no_grad()
+    def vary(self, features: Tensor, masks: Tensor, *, z: Tensor, strength: float) -> Tensor:
+        """Variations of features: taken part of the way back to noise, and carried forwards again under the masks.
+
+        The source is SDEdit (Meng et al. 2022, section 3), of photographs; DA-Fusion (Trabucco et al. 2024) augments with it.
+        What the principal components do not hold of the features stays as it is.
+
+        Parameters
+        ----------
+        features
+            (B, C, h, w) in the backbone's scale.
+        masks
+            (B, H, W) uint8, 255 = void: what the variations are to show, the features' own or others.
+        z
+            (B, z_dim) noise.
+        strength
+            0 < strength <= 1: the share of noise where the way forwards starts; with 1 nothing of the components is kept.
+
+        Returns
+        -------
+        Tensor
+            (B, C, h, w) float32 in the backbone's scale.
+        """
+        old = self.reduce(features / self.feature_scale).float()
+        new = self._carried(torch.lerp(old, z.view_as(old), strength), masks, start=1 - strength)
+        change = torch.einsum("brhw,cr->bchw", new - old, self.basis * self.spread).float()
+        varied = features + change * self.feature_scale
+        return F.relu(varied) if self.nonnegative else varied

@@ -7,16 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 import featurestore
+from featurestore.dataset import Batch
+from stages.augment.base import Context
+from stages.augment.new_masks import NewMasks
+from stages.augment.registry import Variant, build_augmenter
 from stages.checkpoint import load_generator
 from stages.errors import ConfigError
 from stages.flow_trainer import FlowTrainer, principal_components
 from stages.gan import Networks
+from stages.models.decoder import Decoder
 from stages.models.flow_generator import FlowGenerator
 from stages.runtime import make_accelerator
-from tests.stages.test_training import VARIANTS, features, files, run_decoder, run_gan, stop_after  # noqa: F401  (features is a fixture)
+from tests.stages.test_training import VARIANTS, features, files, run_decoder, run_gan, stop_after, with_gan  # noqa: F401  (features is a fixture)
 
 
 def flow(**changes) -> FlowGenerator:
@@ -65,6 +71,38 @@ def test_integration_follows_the_velocity(monkeypatch: pytest.MonkeyPatch) -> No
     assert errors[1] < 0.3 * errors[0] < 0.01
 
 
+def test_variations_start_from_the_real_features_in_their_share_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dx/dt = b, what starts at time 1 - s ends s b further on; what the components do not hold stays as it was."""
+    network = flow(components=4, steps=8)
+    directions = torch.linalg.qr(torch.randn(12, 12))[0]
+    network.set_components((torch.randn(12), directions[:, :4], torch.rand(4) + 0.5))
+    times: list[float] = []
+
+    def velocity(x: Tensor, time: Tensor, masks: Tensor) -> Tensor:
+        times.append(float(time[0]))
+        return torch.full_like(x, 3.0)
+
+    monkeypatch.setattr(network, "velocity", velocity)
+    real, z = torch.randn(2, 12, 8, 8), torch.randn(2, network.z_dim)
+    scale = network.feature_scale
+    old, noise = network.reduce(real / scale), z.view(2, 4, 8, 8)
+    for strength, evaluations in ((0.25, 4), (0.5, 8), (1.0, 16)):
+        times.clear()
+        varied = network.vary(real, MASKS, z=z, strength=strength)
+        assert len(times) == evaluations
+        assert times[0] == 1 - strength
+        new = (1 - strength) * old + strength * noise + 3 * strength
+        torch.testing.assert_close(network.reduce(varied / scale), new, rtol=1e-4, atol=1e-4)
+        others = directions[:, 4:]
+        rest = [torch.einsum("bchw,cr->brhw", maps / scale, others) for maps in (varied, real)]
+        torch.testing.assert_close(rest[0], rest[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(network.vary(real, MASKS, z=z, strength=1e-6), real, rtol=1e-3, atol=1e-3)
+    anew = network.generate(MASKS, z=z) + real - network.restore(old) * scale
+    torch.testing.assert_close(network.vary(real, MASKS, z=z, strength=1.0), anew, rtol=1e-3, atol=1e-3)
+    monkeypatch.setattr(network, "nonnegative", True)
+    assert network.vary(real, MASKS, z=z, strength=0.5).min() == 0
+
+
 def test_loss_is_the_regression_of_straight_lines() -> None:
     network = flow()
     trainer = FlowTrainer(make_accelerator("cpu", "no"), Networks(network), lr=1e-3, betas=(0.9, 0.999))
@@ -95,6 +133,54 @@ def test_a_flow_learns_and_feeds_a_decoder(features: Path, tmp_path: Path) -> No
     assert scores.miou > 0
     with pytest.raises(ConfigError, match="set generator: frozen"):
         run_decoder(features, tmp_path, VARIANTS["featuregan-1x"], name="joint")
+
+
+@pytest.fixture(scope="module")
+def flows(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A folder with a trained flow."""
+    folder = tmp_path_factory.mktemp("flows")
+    run_gan(features, folder, family="flow", frozen_epochs=5)
+    return folder
+
+
+@pytest.mark.parametrize("changes", [[], ["swap"]], ids=str)
+def test_a_decoder_gets_the_flows_variations_of_its_batch(features: Path, flows: Path, changes: list[str]) -> None:  # noqa: F811
+    store = featurestore.open(features / "train")
+    described = {"augmenter": "featuregan", "generator": "frozen", "vary": 0.5, "new_masks": changes, "ratio": 2}
+    decoder = Decoder(head="deeplab", in_channels=12, num_classes=3, width=8, atrous_rates=(2, 3))
+    context = Context(make_accelerator("cpu", "no"), store, np.arange(len(store)), decoder, flows / "gan", 0, 1, {})
+    augmenter = build_augmenter(TypeAdapter(Variant).validate_python(described), context)
+    real, masks = (torch.from_numpy(store.gather(name, [0, 1, 2])).clone() for name in ("features", "masks"))
+    parts = augmenter.augment(Batch(torch.arange(3), real, masks, None), torch.Generator().manual_seed(3)).parts
+    rng = torch.Generator().manual_seed(3)
+    wanted = NewMasks(changes, store, np.arange(len(store)))(masks, rng) if changes else masks
+    network = load_generator(flows / "gan")
+    assert isinstance(network, FlowGenerator)
+    for part, z in zip(parts, torch.randn(6, network.z_dim, generator=rng).chunk(2), strict=True):
+        assert torch.equal(part.targets[0][0], wanted)
+        torch.testing.assert_close(part.features, network.vary(real, wanted, z=z, strength=0.5), rtol=1e-4, atol=1e-4)
+
+
+def test_a_killed_decoder_with_variations_resumes_to_the_same_bits(
+    features: Path,  # noqa: F811
+    flows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    described = {"augmenter": "featuregan", "generator": "frozen", "vary": 0.5}
+    whole, killed = with_gan(flows, tmp_path / "whole"), with_gan(flows, tmp_path / "killed")
+    expected = run_decoder(features, whole, described, name="varied")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 2)
+        run_decoder(features, killed, described, name="varied")
+    assert run_decoder(features, killed, described, name="varied") == expected
+    assert files(killed / "decoders") == files(whole / "decoders")
+
+
+def test_a_gan_is_not_asked_for_variations(features: Path, tmp_path: Path) -> None:  # noqa: F811
+    run_gan(features, tmp_path)
+    with pytest.raises(ConfigError, match="only a flow varies features; set train_gan.family: flow"):
+        run_decoder(features, tmp_path, {"augmenter": "featuregan", "generator": "frozen", "vary": 0.5}, name="varied")
 
 
 def test_a_killed_flow_training_resumes_to_the_same_bits(
