@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,9 @@ def _setting(context: click.Context, parameter: click.Parameter, values: tuple[s
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @option("--results", type=click.Path(path_type=Path, file_okay=False), default=Path("results"), help="Where result files belong.")
 @option("--set", "overrides", multiple=True, callback=_setting, help="KEY=VALUE of this machine, such as prepare.root=FOLDER.")
-@option("--jobs", type=click.IntRange(1), default=1, help="Runs at a time; the CPU's threads are divided among them.")
+@option(
+    "--jobs", type=click.IntRange(1), default=1, help="Runs at a time; the threads (OMP_NUM_THREADS, or the cores) are divided among them."
+)
 @click.option("--experiment", "experiments", multiple=True, help="Only this one of the study's experiments; several may be named.")
 @click.option("--force", is_flag=True, help="Replace results that were made with other settings.")
 @click.option("--dry-run", is_flag=True, help="List what would run and stop.")
@@ -52,6 +53,7 @@ def study(
     Runs that have their result file already are left out: interrupt it, and the same command goes on. A run that fails is
     named at the end; the others go on.
     """
+    import torch
     from tqdm import tqdm
 
     from stages.config import parse_section, read_params
@@ -79,7 +81,7 @@ def study(
     if other and not force:
         message = f"{other[0]} was made with other settings ({len(other)} such files); add --force to replace it, or name another --results"
         raise click.UsageError(message)
-    workshop = Workshop.open(scratch.resolve() / "study", folder.resolve(), max(1, (os.cpu_count() or 1) // jobs))
+    workshop = Workshop.open(scratch.resolve() / "study", folder.resolve(), max(1, torch.get_num_threads() // jobs))
     failed = []
     with tqdm(total=len(waiting), desc=file.stem, unit="run", disable=None) as bar:
         for future in workshop.work(waiting, jobs):

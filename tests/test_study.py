@@ -12,8 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
 
 import featurestore
+import pipeline
 from commands.options import check_params
 from stages.config import parse_section, read_params
 from stages.data.manifest import SPLITS, Entry, write_manifest
@@ -222,6 +225,32 @@ def test_a_run_that_waits_for_a_gan_lets_the_others_go_first(tmp_path: Path) -> 
     assert [future.result() for future in workshop.work(runs, 2)] == [workshop.root] * 4
     assert started == ["a", "c", "plain", "b"]
     os.close(workshop.lock)
+
+
+def test_runs_at_a_time_share_the_threads_that_the_study_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a SLURM job or a container, not the machine's."""
+    (tmp_path / "study.yaml").write_text(STUDY)
+    command = [
+        "study",
+        str(tmp_path / "study.yaml"),
+        "--set",
+        "prepare.root=photos",
+        "--results",
+        str(tmp_path),
+        "--scratch",
+        str(tmp_path),
+    ]
+    found: list[int] = []
+
+    def opened(work: Path, results: Path, threads: int) -> Workshop:
+        found.append(threads)
+        raise DataError(work, "enough")
+
+    monkeypatch.setattr(Workshop, "open", opened)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    for jobs in ("1", "2", "8"):
+        assert CliRunner().invoke(pipeline.main, [*command, "--jobs", jobs]).exit_code == 1
+    assert found == [6, 3, 1]
 
 
 def test_two_studies_do_not_work_in_one_folder(tmp_path: Path) -> None:
