@@ -104,7 +104,9 @@ def compare(results: tuple[Path, ...], classes: tuple[str, ...], baseline: str, 
     """Compare the runs of RESULTS, result files of studies or folders of them, variant by variant.
 
     Differences are to the baseline of the same seed, with 95% intervals by a paired bootstrap over the test images.
-    Runs on different data, or with decoders trained in other ways, are compared apart from each other.
+    Means are over the classes that the test images have. Runs on different data, or with decoders trained in other
+    ways, are compared apart from each other. Where there are several numbers of training photographs, --out also gets
+    curve.png, the gain by their number.
     """
     from stages.analysis import comparison
 
@@ -114,5 +116,4 @@ def compare(results: tuple[Path, ...], classes: tuple[str, ...], baseline: str, 
     for line in comparison.left_out(groups, baseline):
         click.echo(f"Left out: {line}", err=True)
     if out is not None:
-        comparison.write(tables, out)
-        click.echo(f"\nwrote {out}/comparison.json, comparison.csv, per_class.csv and comparison.png")
+        click.echo(f"\nwrote {', '.join(comparison.write(tables, out))} into {out}")

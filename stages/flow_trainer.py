@@ -16,6 +16,7 @@ from stages.objective import Step
 from stages.trainer import Trainer
 
 VECTORS = 20_000  # from which the principal components are computed
+MAPS = 500  # from which their spectrum is
 
 
 def principal_components(store: FeatureStore, scale: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,6 +49,18 @@ def principal_components(store: FeatureStore, scale: Tensor, count: int, seed: i
     values, directions = torch.linalg.eigh((vectors - mean).T.double() @ (vectors - mean).double() / (len(vectors) - 1))
     values, directions = values.flip(0).clamp(min=0), directions.flip(1)
     return mean, directions[:, :count].float(), values[:count].sqrt().clamp(min=1e-6).float()
+
+
+def mean_amplitude(store: FeatureStore, flow: FlowGenerator, seed: int) -> Tensor:
+    """(R, h, w // 2 + 1): the root of the mean squared spectrum of the components of a store's maps, from a sample of them."""
+    rng = np.random.default_rng([seed, 2])
+    samples = rng.permutation(len(store))[:MAPS]
+    power = torch.zeros_like(flow.amplitude)
+    for position in samples:
+        features = torch.from_numpy(store.features(int(position)).astype(np.float32))[None].to(power.device)
+        waves = torch.fft.rfft2(flow.reduce(features / flow.feature_scale), norm="ortho")
+        power += waves[0].abs().square() / len(samples)
+    return power.sqrt()
 
 
 class FlowTrainer(Trainer):
@@ -84,11 +97,11 @@ class FlowTrainer(Trainer):
         target = self.flow.reduce(features.float() / self.flow.feature_scale).repeat(ratio, 1, 1, 1)
         noise = draw_noise(rng, ratio, len(features), self.flow.z_dim + 1, target.device)
         time = torch.special.ndtr(noise[:, -1])  # uniform in 0..1
-        start = noise[:, :-1].reshape(target.shape)
+        start = self.flow.start(noise[:, :-1])
         now = torch.lerp(start, target, time.view(-1, 1, 1, 1))
         with self.accelerator.autocast():
             velocity = self.modules["generator"](now, time, masks.repeat(ratio, 1, 1))
-        loss = F.mse_loss(velocity.float(), target - start)
+        loss = F.mse_loss(velocity, target - start)
         return Step(target[:0], loss, torch.zeros_like(loss), {"generator/flow": loss.detach()})
 
     def update(self, step: Step) -> None:

@@ -116,7 +116,9 @@ class Workload:
         if isinstance(self.networks.generator, FlowGenerator):
             flow = self.networks.generator
             target = flow.reduce(self.features / flow.feature_scale)
-            velocity = flow.velocity(torch.randn_like(target), torch.rand(len(target), device=target.device), self.masks)
+            velocity = flow.velocity(
+                flow.start(torch.randn_like(target).flatten(1)), torch.rand(len(target), device=target.device), self.masks
+            )
             (velocity - target).square().mean().backward()
             return
         self._step(1, lambda fake: [])

@@ -130,6 +130,7 @@ def run(
         absent=sorted({name for row in rows for name in row["absent_classes"]}),
         all_classes=[(row["variant"], f"{row['miou_all']['mean']:.2f}") for row in rows],
         by_class=by_class,
+        class_intervals={row["variant"]: row["iou_intervals_by_class"] for row in rows},
         isnan=np.isnan,
         palette=palette,
         legend=[charts.Key(name, colour, "mark") for name, colour in palette],

@@ -19,7 +19,7 @@ from stages.checkpoint import Checkpoint, save_gan, save_weights
 from stages.config import Config, Seed
 from stages.diffaugment import Transform
 from stages.errors import ConfigError
-from stages.flow_trainer import FlowTrainer, principal_components
+from stages.flow_trainer import FlowTrainer, mean_amplitude, principal_components
 from stages.gan import build_networks, class_means, feature_scale
 from stages.gan_trainer import GanTrainer
 from stages.models.flow_generator import FlowGenerator
@@ -189,6 +189,7 @@ def run(
     if isinstance(networks.generator, FlowGenerator):
         components = principal_components(store, scale, config.flow_components, config.seed)
         networks.generator.set_components(components)
+        networks.generator.set_amplitude(mean_amplitude(store, networks.generator, config.seed))
     untrained = copy.deepcopy(networks.generator.state_dict())
     trainer: Trainer
     if networks.discriminator is None:

@@ -62,7 +62,7 @@ def test_comparison_by_hand(metrics: Path) -> None:
     assert rows[1]["delta_miou"] == pytest.approx((5 + 2) / 2)
     assert rows[1]["pa"]["mean"] == pytest.approx(82)
     assert rows[1]["seeds"] == [0, 1]
-    assert rows[1]["miou_all"]["values"] == pytest.approx([45, 100 * (0.61 + 0.43 + 0) / 3])
+    assert rows[1]["miou_all"]["values"] == pytest.approx([45, 52])  # no test image has c, which one of the decoders sees
     assert rows[1]["absent_classes"] == ["c"]
     text = tables.as_text(rows)
     assert re.search(r"featuregan-1x +82.00 ± 1.41 +48.50 ± 4.95 +\+3.50", text)

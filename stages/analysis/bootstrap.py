@@ -32,15 +32,19 @@ class Counts:
         return counts
 
     def iou(self, weights: np.ndarray) -> np.ndarray:
-        """(R, n) how often each image counts -> (R, K) IoU; nan for a class in neither truth nor prediction."""
-        right = weights @ self.right
-        union = weights @ (self.truth + self.predicted) - right
-        return np.divide(right, union, out=np.full_like(right, np.nan), where=union > 0)
+        """(R, n) how often each image counts -> (R, K) IoU; nan for a class that the truth of these images lacks.
+
+        So both sides of a comparison have a mean over the same classes: one that a single side predicts, be it in one
+        pixel, would count there with zero.
+        """
+        truth, right = weights @ self.truth, weights @ self.right
+        union = truth + weights @ self.predicted - right
+        return np.divide(right, union, out=np.full_like(right, np.nan), where=truth > 0)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference and its 95% interval, in the unit of IoU (0..1)."""
+    """A figure and its 95% interval, in the unit of IoU (0..1)."""
 
     value: float
     low: float
@@ -61,17 +65,24 @@ def paired_intervals(
     ours, theirs
         One a seed, the same seeds and the same images on both sides.
     classes
-        Of the mean; a class that a resample lacks is left out of that resample's mean, as in equation 2.2.
+        Of the mean; a class that a resample's truth lacks is left out of that resample's mean.
     """
-    images = len(ours[0].truth)
-    drawn = np.random.default_rng(SEED).multinomial(images, np.full(images, 1 / images), size=resamples)
-    weights = np.concatenate([np.ones((1, images)), drawn])  # the first row is the split itself
+    weights = _resampled(len(ours[0].truth), resamples)
     by_class = np.mean([mine.iou(weights) - other.iou(weights) for mine, other in zip(ours, theirs, strict=True)], axis=0)
-    means = np.mean(
-        [_mean(mine.iou(weights)[:, classes]) - _mean(other.iou(weights)[:, classes]) for mine, other in zip(ours, theirs, strict=True)],
-        axis=0,
-    )
-    return _interval(means), {number: _interval(by_class[:, number]) for number in range(by_class.shape[1])}
+    return _interval(_mean(by_class[:, classes])), {number: _interval(values) for number, values in enumerate(by_class.T)}
+
+
+def intervals(runs: Sequence[Counts], *, resamples: int = RESAMPLES) -> dict[int, Interval]:
+    """Each class's IoU, mean over seeds, with its percentile interval over the same resamples."""
+    weights = _resampled(len(runs[0].truth), resamples)
+    by_class = np.mean([run.iou(weights) for run in runs], axis=0)
+    return {number: _interval(values) for number, values in enumerate(by_class.T)}
+
+
+def _resampled(images: int, resamples: int) -> np.ndarray:
+    """(1 + resamples, images) how often each image counts; the first row is the split itself."""
+    drawn = np.random.default_rng(SEED).multinomial(images, np.full(images, 1 / images), size=resamples)
+    return np.concatenate([np.ones((1, images)), drawn])
 
 
 def _mean(iou: np.ndarray) -> np.ndarray:

@@ -65,7 +65,7 @@ def read_groups(paths: Iterable[Path]) -> list[Group]:
 
 
 def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> list[dict[str, Any]]:
-    """One entry a group that has the baseline: ``name``, ``train_images``, ``versions`` of the sources, ``rows``, ``per_class``, ``gans``.
+    """One entry a group that has the baseline: ``name``, ``train_images``, ``versions`` of the sources, ``rows``, ``gans``.
 
     Rows are those of :func:`stages.analysis.tables.compare`.
 
@@ -84,7 +84,6 @@ def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> l
             "train_images": group.train_images,
             "versions": len({run.get("made_with", {}).get("sources") for runs in group.runs.values() for run in runs}),
             "rows": tables.compare(_baseline_first(group.runs, baseline), classes, baseline_name=baseline, key="--class"),
-            "per_class": tables.per_class(group.runs),
             "gans": {name: results[0]["gan"] for name, results in group.runs.items() if "gan" in results[0]},
         }
         for group in having
@@ -107,24 +106,36 @@ def _baseline_first(runs: dict[str, list[dict[str, Any]]], baseline: str) -> dic
 
 def as_text(compared: Sequence[dict[str, Any]]) -> str:
     """All tables for a terminal."""
-    return "\n\n".join(
-        f"{entry['name']}: {entry['train_images']} training photographs\n{tables.as_text(entry['rows'])}" for entry in compared
-    )
+    return "\n\n".join(f"{_title(entry)}\n{tables.as_text(entry['rows'])}" for entry in compared)
 
 
-def write(compared: Sequence[dict[str, Any]], out: Path) -> None:
-    """``comparison.json``, ``.csv`` and ``.png``, ``per_class.csv``, ``gans.png``, and ``curve.png`` where there are several sizes."""
+def _title(entry: dict[str, Any]) -> str:
+    versions = f", made by {entry['versions']} versions of the sources" if entry["versions"] > 1 else ""
+    return f"{entry['name']}: {entry['train_images']} training photographs{versions}"
+
+
+def write(compared: Sequence[dict[str, Any]], out: Path) -> list[str]:
+    """``comparison.json``, ``.csv`` and ``.png``, ``per_class.csv``, ``gans.png``, and ``curve.png`` where there are several sizes.
+
+    Returns
+    -------
+    list of str
+        Names of the files.
+    """
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "comparison.json", [{key: entry[key] for key in ("name", "train_images", "rows")} for entry in compared])
     flat = [tables.flat(entry["rows"]).assign(experiment=entry["name"], train_images=entry["train_images"]) for entry in compared]
     pd.concat(flat).to_csv(out / "comparison.csv", index=False, float_format="%.4f")
-    by_class = [tables.per_class_with_intervals(entry["rows"], entry["per_class"]).assign(experiment=entry["name"]) for entry in compared]
+    by_class = [tables.per_class_with_intervals(entry["rows"]).assign(experiment=entry["name"]) for entry in compared]
     pd.concat(by_class).to_csv(out / "per_class.csv", index=False, float_format="%.4f")
     several = len(compared) > 1
     gans = {f"{entry['name']}: {name}" if several else name: curves for entry in compared for name, curves in entry["gans"].items()}
+    pictures = {"comparison.png": figures.differences([(entry["name"], entry["rows"]) for entry in compared])}
     if gans:
-        (out / "gans.png").write_bytes(figures.gans(gans))
-    (out / "comparison.png").write_bytes(figures.differences([(entry["name"], entry["rows"]) for entry in compared]))
+        pictures["gans.png"] = figures.gans(gans)
     sizes = [(entry["train_images"], entry["rows"]) for entry in compared]
     if 1 < len(sizes) == len({size for size, _ in sizes}):  # where one size stands twice, its decoders were trained in two ways
-        (out / "curve.png").write_bytes(figures.low_data_curve(sizes))
+        pictures["curve.png"] = figures.low_data_curve(sizes)
+    for name, content in pictures.items():
+        (out / name).write_bytes(content)
+    return ["comparison.json", "comparison.csv", "per_class.csv", *pictures]

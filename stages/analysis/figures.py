@@ -84,8 +84,9 @@ def low_data_curve(groups: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) ->
         gained = [(size, row) for size, row in found if row["delta_interval"] is not None]
         if gained:
             middle = [row["delta_miou"] for _, row in gained]
-            low = [row["delta_miou"] - row["delta_interval"]["low"] for _, row in gained]
-            high = [row["delta_interval"]["high"] - row["delta_miou"] for _, row in gained]
+            # A percentile interval may leave the figure itself out; lengths of bars cannot be negative.
+            low = [max(0.0, row["delta_miou"] - row["delta_interval"]["low"]) for _, row in gained]
+            high = [max(0.0, row["delta_interval"]["high"] - row["delta_miou"]) for _, row in gained]
             gains.errorbar([size for size, _ in gained], middle, [low, high], marker="o", markersize=3, color=f"C{position}")
     gains.axhline(0, color="#888", linewidth=0.8)
     for axes, title in ((scores, "mIoU (± over seeds)"), (gains, "Δ mIoU to the baseline (95% interval over images)")):

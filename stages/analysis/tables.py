@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from stages.analysis.bootstrap import Counts, Interval, paired_intervals
+from stages.analysis.bootstrap import Counts, Interval, intervals, paired_intervals
 from stages.errors import ConfigError, DataError
 from stages.metrics import IMAGES_NAME, mean_iou
 
@@ -61,22 +61,27 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One row a variant, all figures in percent.
 
-    ``miou`` is over ``headline_classes`` where there are any (``miou_all`` is over all classes then as ever);
-    ``delta_miou`` is the mean over seeds of the difference to the baseline of the same seed (``delta_miou_values``), and
+    ``miou`` is over ``headline_classes`` where there are any (``miou_all`` is over all classes then as ever), and always over
+    those that the truth of the test images has: a class that one variant alone predicts would change the mean of that
+    variant only. ``delta_miou`` is the mean over seeds of the difference to the baseline of the same seed (``delta_miou_values``), and
     ``delta_interval`` its 95% interval by the bootstrap over test images; None without a baseline.
 
     Raises
     ------
     ConfigError
-        When a headline class is none of the data set's; ``key`` is where it was named.
+        When a headline class is none of the data set's, or the test images have none of them; ``key`` is where it was named.
     """
-    known = list(next(iter(results.values()))[0]["iou"])
+    first = next(iter(results.values()))[0]
+    known, tested = list(first["iou"]), tested_classes(first)
     for name in headline_classes:
         if name not in known:
             raise ConfigError(key, f"{name!r} is no class of this data set ({', '.join(known)})")
+    classes = [name for name in headline_classes or known if name in tested]
+    if not classes:
+        raise ConfigError(key, f"the test images have none of these classes; they have {', '.join(tested)}")
 
     def headline(result: dict[str, Any]) -> float:
-        return 100 * mean_iou(result["iou"], headline_classes or known)
+        return 100 * mean_iou(result["iou"], classes)
 
     rows = []
     baseline = {run["seed"]: run for run in results.get(baseline_name, [])}
@@ -84,7 +89,7 @@ def compare(
         values = [headline(run) for run in runs]
         paired = [(run, baseline[run["seed"]]) for run in runs if run["seed"] in baseline and variant != baseline_name]
         differences = [headline(run) - headline(other) for run, other in paired]
-        of_mean, by_class = differences_by_images(paired, headline_classes or known) if paired else (None, None)
+        of_mean, by_class = differences_by_images(paired, classes) if paired else (None, None)
         rows.append(
             {
                 "variant": variant,
@@ -95,12 +100,26 @@ def compare(
                 "delta_miou_values": differences,
                 "delta_interval": of_mean,
                 "delta_intervals_by_class": by_class,
-                "miou_all": spread([100 * run["miou"] for run in runs]),
+                "iou_intervals_by_class": intervals_by_images(runs),
+                "miou_all": spread([100 * mean_iou(run["iou"], tested) for run in runs]),
                 "miou_best_on_val": spread([headline(run["best_on_val"]) for run in runs]),
-                "absent_classes": sorted({name for run in runs for name in run["absent"]}),
+                "absent_classes": [name for name in known if name not in tested],
             }
         )
     return rows
+
+
+def tested_classes(result: dict[str, Any]) -> list[str]:
+    """The classes of which the truth of a result's test images has a pixel."""
+    numbers = {number for counts in result["images"].values() for number in counts[::3]}
+    return [name for number, name in enumerate(result["iou"]) if number in numbers]
+
+
+def intervals_by_images(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float] | None]:
+    """Each class's IoU in percent, mean over seeds, with its 95% interval over test images; None where they lack the class."""
+    names, ids = list(runs[0]["iou"]), sorted(runs[0]["images"])
+    found = intervals([Counts.of(run["images"], ids, len(names)) for run in runs])
+    return {names[number]: _percent(interval) for number, interval in found.items()}
 
 
 def differences_by_images(paired: Sequence[tuple[dict[str, Any], dict[str, Any]]], classes: Sequence[str]) -> tuple[Any, Any]:
@@ -117,11 +136,11 @@ def differences_by_images(paired: Sequence[tuple[dict[str, Any], dict[str, Any]]
             raise DataError(f"{run['variant']} {run['seed']}", "was tested on other images or classes; compare runs of one data set")
     ours, theirs = ([Counts.of(run["images"], ids, len(names)) for run in side] for side in zip(*paired, strict=True))
     of_mean, by_class = paired_intervals(ours, theirs, [names.index(name) for name in classes])
+    return _percent(of_mean), {names[number]: _percent(interval) for number, interval in by_class.items()}
 
-    def percent(interval: Interval) -> dict[str, float] | None:
-        return None if math.isnan(interval.low) else {"low": 100 * interval.low, "high": 100 * interval.high}
 
-    return percent(of_mean), {names[number]: percent(interval) for number, interval in by_class.items()}
+def _percent(interval: Interval) -> dict[str, float] | None:
+    return None if math.isnan(interval.low) else {name: 100 * value for name, value in vars(interval).items()}
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -130,29 +149,26 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def per_class(results: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
-    """IoU in percent, mean over seeds: one row a class, one column a variant; empty where a class is absent."""
+    """IoU in percent, mean over seeds: one row a class, one column a variant; empty where the test images lack a class."""
     columns = {}
     for variant, runs in results.items():
         frame = pd.DataFrame([run["iou"] for run in runs], dtype=float)
         columns[variant] = 100 * frame.mean()
-    return pd.DataFrame(columns).rename_axis("class")
+    frame = pd.DataFrame(columns).rename_axis("class")
+    frame.loc[~frame.index.isin(tested_classes(next(iter(results.values()))[0]))] = math.nan
+    return frame
 
 
-def per_class_with_intervals(rows: Sequence[dict[str, Any]], iou: pd.DataFrame) -> pd.DataFrame:
-    """One line a variant and class: IoU, and the 95% interval of its difference to the baseline, in percent."""
+def per_class_with_intervals(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One line a variant and class: IoU and its difference to the baseline, each with its 95% interval, in percent."""
     lines = []
     for row in rows:
-        for name, value in iou[row["variant"]].items():
-            interval = (row["delta_intervals_by_class"] or {}).get(name) or {}
-            lines.append(
-                {
-                    "variant": row["variant"],
-                    "class": name,
-                    "iou": value,
-                    "delta_low": interval.get("low"),
-                    "delta_high": interval.get("high"),
-                }
-            )
+        for name, iou in row["iou_intervals_by_class"].items():
+            line = {"variant": row["variant"], "class": name}
+            for column, interval in (("iou", iou), ("delta", (row["delta_intervals_by_class"] or {}).get(name))):
+                found = interval or {}
+                line |= {column: found.get("value"), f"{column}_low": found.get("low"), f"{column}_high": found.get("high")}
+            lines.append(line)
     return pd.DataFrame(lines)
 
 

@@ -3,6 +3,11 @@
 The thesis names diffusion as future work (chapter 6). A flow is its simplest form: a network learns the velocity
 that carries noise to features along straight lines, and generating is following it. It works on the features' principal
 components, because the velocity of 2048 channels is more than a small network can learn.
+
+Feature maps are smooth. From white noise such a flow first learns to blur, and in few steps it learns little else: what it makes is
+grainy and has too little of what differs from one object to the next. So the noise has the features' own spectrum,
+and the network gives the difference from the velocity that carries such noise to a Gaussian field of the same spectrum (as Karras
+et al. 2022, section 5, let a network of diffusion give the difference from its input). Untrained, the flow makes such fields.
 """
 
 from __future__ import annotations
@@ -62,6 +67,7 @@ class FlowGenerator(nn.Module):
     mean: Tensor
     basis: Tensor
     spread: Tensor
+    amplitude: Tensor
 
     def __init__(
         self,
@@ -83,6 +89,7 @@ class FlowGenerator(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("basis", torch.eye(channels, components))
         self.register_buffer("spread", torch.ones(components))
+        self.register_buffer("amplitude", torch.ones(components, height, width_ // 2 + 1))
         labels = num_classes + 1
 
         def block(channels: int) -> _Block:
@@ -94,13 +101,22 @@ class FlowGenerator(nn.Module):
         self.middle = nn.ModuleList([block(width), block(width)])
         self.up = nn.ModuleList([block(2 * width), block(2 * width)])
         self.last = nn.Conv2d(width, components, 3, padding=1)
-        nn.init.zeros_(self.last.weight)  # the velocity starts at zero
+        nn.init.zeros_(self.last.weight)  # the velocity starts as a Gaussian field's
         nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def set_components(self, components: tuple[Tensor, Tensor, Tensor]) -> None:
         """The principal components of scaled features: mean (C,), directions (C, R), standard deviations (R,) along them."""
         for buffer, value in zip((self.mean, self.basis, self.spread), components, strict=True):
             buffer.copy_(value)
+
+    def set_amplitude(self, amplitude: Tensor) -> None:
+        """(R, h, w // 2 + 1): the root of the components' mean squared spectrum, of the orthonormal Fourier transform."""
+        self.amplitude.copy_(amplitude)
+
+    def start(self, z: Tensor) -> Tensor:
+        """(B, z_dim) white noise -> (B, R, h, w) noise of the components' spectrum: where the way to features starts."""
+        waves = torch.fft.rfft2(z.view(-1, *self.shape).float(), norm="ortho") * self.amplitude
+        return torch.fft.irfft2(waves, s=self.shape[1:], norm="ortho")
 
     def reduce(self, features: Tensor) -> Tensor:
         """(B, C, h, w) scaled features -> (B, R, h, w) components of unit variance."""
@@ -113,7 +129,12 @@ class FlowGenerator(nn.Module):
         return F.relu(features) if self.nonnegative else features
 
     def velocity(self, x: Tensor, time: Tensor, masks: Tensor) -> Tensor:
-        """(B, R, h, w) components at times (B,) in 0..1, and masks (B, H, W) -> their velocity, of the same shape."""
+        """(B, R, h, w) components at times (B,) in 0..1, and masks (B, H, W) -> their velocity, of the same shape.
+
+        Of two Gaussian fields of one spectrum, x_t = (1 - t) x_0 + t x_1 and the mean of x_1 - x_0 given x_t is
+        (2 t - 1) / (t^2 + (1 - t)^2) x_t; the network gives what is to be added.
+        """
+        gaussian = ((2 * time - 1) / (time.square() + (1 - time).square())).view(-1, 1, 1, 1) * x.float()
         half = self.width // 2
         frequencies = torch.exp(-math.log(1000) * torch.arange(half, device=x.device) / half)
         angles = 1000 * time[:, None] * frequencies
@@ -132,7 +153,7 @@ class FlowGenerator(nn.Module):
         for block, label in zip(self.up, reversed(labels[:2]), strict=True):
             x = F.interpolate(x, scale_factor=2, mode="nearest")
             x = block(torch.cat([x, skips.pop()], dim=1), label, embedded)
-        return self.last(x)
+        return gaussian + self.last(x).float()
 
     def forward(self, z: Tensor, masks: Tensor) -> Tensor:
         """Generate scaled features.
@@ -149,7 +170,7 @@ class FlowGenerator(nn.Module):
         Tensor
             (k*B, C, h, w). Draw j of mask i is row j*B + i.
         """
-        x = z.view(-1, *self.shape)
+        x = self.start(z)
         return self.restore(self._carried(x, masks.repeat(len(x) // len(masks), 1, 1)))
 
     def _carried(self, x: Tensor, masks: Tensor, start: float = 0.0) -> Tensor:
@@ -158,8 +179,8 @@ class FlowGenerator(nn.Module):
         step = (1 - start) / count
         for number in range(count):
             now = torch.full((len(x),), start + number * step, device=x.device)
-            middle = x + step / 2 * self.velocity(x, now, masks).float()
-            x = x + step * self.velocity(middle, now + step / 2, masks).float()
+            middle = x + step / 2 * self.velocity(x, now, masks)
+            x = x + step * self.velocity(middle, now + step / 2, masks)
         return x
 
     @torch.no_grad()
@@ -193,7 +214,7 @@ class FlowGenerator(nn.Module):
             (B, C, h, w) float32 in the backbone's scale.
         """
         old = self.reduce(features / self.feature_scale).float()
-        new = self._carried(torch.lerp(old, z.view_as(old), strength), masks, start=1 - strength)
+        new = self._carried(torch.lerp(old, self.start(z), strength), masks, start=1 - strength)
         change = torch.einsum("brhw,cr->bchw", new - old, self.basis * self.spread).float()
         varied = features + change * self.feature_scale
         return F.relu(varied) if self.nonnegative else varied

@@ -43,7 +43,7 @@ def test_counts_and_iou_equal_hand_computed_values() -> None:
     np.testing.assert_array_equal(counts.truth, [[8, 0, 0], [1, 3, 0]])
     np.testing.assert_array_equal(counts.predicted, [[6, 2, 0], [0, 4, 0]])
     iou = counts.iou(np.array([[1.0, 1.0], [2.0, 0.0]]))
-    np.testing.assert_allclose(iou, [[6 / 9, 3 / 6, np.nan], [12 / 16, 0, np.nan]])
+    np.testing.assert_allclose(iou, [[6 / 9, 3 / 6, np.nan], [12 / 16, np.nan, np.nan]])  # the second image alone has class 1
 
 
 def test_intervals_cover_the_true_difference() -> None:
@@ -87,11 +87,41 @@ def test_differences_are_paired_by_seed_and_known_by_hand() -> None:
     assert rows[1]["delta_miou_values"] == [pytest.approx(expected)]  # seed 7 has no partner
     assert rows[1]["delta_interval"]["low"] <= expected <= rows[1]["delta_interval"]["high"]
     assert set(rows[1]["delta_intervals_by_class"]) == set(NAMES)
-    assert rows[1]["delta_intervals_by_class"]["car"] is None  # in neither
+    assert rows[1]["delta_intervals_by_class"]["car"] is None  # the images have none
     of_one_class = tables.compare({"baseline": base, "better": ours}, ["road"])
     assert of_one_class[1]["delta_miou"] == pytest.approx(100 * (6 / 7 - 6 / 8))
     with pytest.raises(ConfigError, match="'cat' is no class"):
         tables.compare({"baseline": base}, ["cat"])
+
+
+def test_means_are_over_the_classes_of_the_truth_whoever_predicts_others() -> None:
+    """One pixel of a class that the test images lack costs that pixel, not a share of the mean."""
+    base = [run_of("baseline", 0, {"a": image({0: 8, 1: 6}, {(0, 1): 2}), "b": image({0: 4}, {})})]
+    ours = [run_of("other", 0, {"a": image({0: 7, 1: 6}, {(0, 1): 2, (0, 2): 1}), "b": image({0: 4}, {})})]
+    assert (base[0]["iou"]["car"], ours[0]["iou"]["car"]) == (None, 0.0)
+    rows = tables.compare({"baseline": base, "other": ours}, [])
+    assert rows[1]["delta_miou"] == pytest.approx(100 * (11 / 14 - 12 / 14) / 2)
+    assert rows[1]["delta_miou"] == pytest.approx(rows[1]["delta_interval"]["value"])
+    assert rows[1]["miou_all"]["mean"] == pytest.approx(100 * (11 / 14 + 6 / 8) / 2)
+    assert rows[1]["absent_classes"] == ["car"]
+    assert np.isnan(tables.per_class({"baseline": base, "other": ours}).loc["car", "other"])
+    with pytest.raises(ConfigError, match="the test images have none of these classes; they have sky, road"):
+        tables.compare({"baseline": base}, ["car"])
+
+
+def test_every_class_has_the_intervals_of_its_iou_and_of_its_difference() -> None:
+    images = {str(n): image({0: 8, 1: n}, {(1, 0): 10 - n}) for n in range(1, 9)}
+    better = {str(n): image({0: 8, 1: n + 1}, {(1, 0): 9 - n}) for n in range(1, 9)}
+    rows = tables.compare({"baseline": [run_of("baseline", 0, images)], "better": [run_of("better", 0, better)]}, [])
+    table = tables.per_class_with_intervals(rows).set_index(["variant", "class"])
+    road = table.loc["baseline", "road"]
+    assert road["iou"] == pytest.approx(100 * 36 / 80)
+    assert road["iou_low"] < 40 < road["iou"] < 50 < road["iou_high"]
+    assert np.isnan(road["delta"])
+    road = table.loc["better", "road"]
+    assert road["delta"] == pytest.approx(10)  # of ten pixels of every image one more is right
+    assert road["delta_low"] == pytest.approx(10) == road["delta_high"]
+    assert table.loc["better", "car"].isna().all()
 
 
 def test_runs_tested_on_other_images_are_not_compared() -> None:
@@ -126,7 +156,8 @@ def test_groups_by_protocol_are_written_with_tables_and_pictures(results: Path, 
     assert all(row["delta_interval"]["low"] > 0 for entry in compared for row in entry["rows"][1:])
     text = comparison.as_text(compared)
     assert "full: 80 training photographs" in text
-    comparison.write(compared, tmp_path / "out")
+    written = comparison.write(compared, tmp_path / "out")
+    assert sorted(written) == sorted(path.name for path in (tmp_path / "out").iterdir())
     table = pd.read_csv(tmp_path / "out" / "comparison.csv")
     assert list(table["experiment"]) == ["full", "full", "eighth", "eighth"]
     assert (table["delta_low"].dropna() > 0).all()

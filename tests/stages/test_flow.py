@@ -17,7 +17,7 @@ from stages.augment.new_masks import NewMasks
 from stages.augment.registry import Variant, build_augmenter
 from stages.checkpoint import load_generator
 from stages.errors import ConfigError
-from stages.flow_trainer import FlowTrainer, principal_components
+from stages.flow_trainer import FlowTrainer, mean_amplitude, principal_components
 from stages.gan import Networks
 from stages.models.decoder import Decoder
 from stages.models.flow_generator import FlowGenerator
@@ -57,6 +57,38 @@ def test_components_are_those_of_the_vectors_and_all_of_them_lose_nothing(featur
     few.set_components(principal_components(store, scale, 4, seed=0))
     assert few.reduce(maps).shape == (2, 4, 8, 8)
     assert few.generate(MASKS).shape == (2, 12, 8, 8)
+
+
+def test_noise_has_the_spectrum_of_the_features_and_an_untrained_flow_leaves_it_alone(features: Path) -> None:  # noqa: F811
+    store = featurestore.open(features / "train")
+    network = flow(components=4)
+    network.set_components(principal_components(store, network.feature_scale.flatten(), 4, seed=0))
+    network.set_amplitude(mean_amplitude(store, network, seed=0))
+    maps = torch.from_numpy(store.gather("features", np.arange(len(store)))).float()
+    real = network.reduce(maps / network.feature_scale)
+    noise = network.start(torch.randn(4000, network.z_dim, generator=torch.Generator().manual_seed(0)))
+    assert noise.shape == (4000, 4, 8, 8)
+
+    def power(fields: Tensor) -> Tensor:
+        return torch.fft.fft2(fields).abs().square().mean(0)
+
+    torch.testing.assert_close(power(noise), power(real), rtol=0.15, atol=0.05)  # of 4000 fields: 1.6% for each wave
+    z = torch.randn(2, network.z_dim)
+    network.steps = 64
+    torch.testing.assert_close(network(z, MASKS), network.restore(network.start(z)), rtol=1e-2, atol=1e-2)
+
+
+def test_the_velocity_of_a_gaussian_field_is_known() -> None:
+    """Regression of x_1 - x_0 on x_t, for fields of one spectrum, finds what an untrained network gives."""
+    generator = torch.Generator().manual_seed(0)
+    network = flow()
+    network.set_amplitude(torch.rand(12, 8, 5, generator=generator) + 0.2)
+    start, end = (network.start(torch.randn(500, network.z_dim, generator=generator)) for _ in range(2))
+    for time in (0.0, 0.3, 0.5, 0.9):
+        now = torch.lerp(start, end, time)
+        slope = float((now * (end - start)).sum() / now.square().sum())
+        given = network.velocity(now[:2], torch.full((2,), time), MASKS)
+        torch.testing.assert_close(given, slope * now[:2], rtol=0.05, atol=0.05)
 
 
 def test_integration_follows_the_velocity(monkeypatch: pytest.MonkeyPatch) -> None:
