@@ -110,7 +110,19 @@ def test_memory_grows_with_what_is_kept(tmp_path: Path) -> None:
     assert costs["gan"].activation_bytes < costs["joint 1:1"].activation_bytes < costs["joint 2:1"].activation_bytes
 
 
-@pytest.mark.parametrize("change", [{"family": "flow"}, {"image_encoder": True}, {"discriminator_scales": 2}, {"noise": "spatial"}])
+CHANGES = [
+    {"family": "flow"},
+    {"image_encoder": True},
+    {"discriminator_scales": 2},
+    {"noise": "spatial"},
+    {"adversarial_loss": "wasserstein-clip"},
+    {"adversarial_loss": "wasserstein-gp"},
+    {"adversarial_loss": "segmentation"},
+    {"adversarial_loss": "non-saturating", "r1_gamma": 1.0},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_every_kind_of_gan_is_counted(tmp_path: Path, change: dict) -> None:
     found = sections(tmp_path)
     gan = found["train_gan"].model_copy(update={**change, "flow_components": 16, "flow_width": 8})

@@ -251,6 +251,20 @@ def test_cvae_learns_each_classs_distribution(store, batch, tmp_path) -> None:
     assert not torch.equal(first, other)
 
 
+def test_cvae_puts_drawn_centres_in_the_place_of_real_ones(store, batch, tmp_path) -> None:
+    augmenter = build(store, tmp_path, augmenter="cvae", latent=4, fit_steps=20)
+    added = only(augmenter, batch, 7).features
+    z = torch.randn(len(batch) * CLASSES, 4, generator=rng(7)).view(len(batch), CLASSES, 4)
+    for sample, number in ((0, 0), (0, 1), (0, 2), (3, 2)):
+        with torch.no_grad():
+            drawn = augmenter.model.decode(z[sample, number][None], torch.tensor([number]))[0] * augmenter.scale
+        region = small(batch.masks)[sample] == number
+        moved = batch.features[sample][:, region] - centre(batch.features, batch.masks, sample, number)[:, None] + drawn[:, None]
+        torch.testing.assert_close(added[sample][:, region], moved, rtol=1e-4, atol=1e-4)
+    void = small(batch.masks) == VOID
+    assert torch.equal(added.movedim(1, -1)[void], batch.features.movedim(1, -1)[void])
+
+
 def test_isda_is_the_expectation_under_gaussian_samples(store, batch, tmp_path) -> None:
     """exp(score_k - score_y) after the change is the mean of exp(...) over samples around the vector (paper, eqs 5 to 8)."""
     augmenter = build(store, tmp_path, augmenter="isda", strength=1.5)

@@ -78,6 +78,36 @@ def test_intervals_cover_the_true_difference() -> None:
     assert np.mean(wide) < 0.6 * unpaired  # what pairing is for
 
 
+def test_intervals_of_several_seeds_cover_with_a_class_that_few_images_have() -> None:
+    """Three decoders on each side, and a class in one of eight images, which some resamples lack nearly."""
+    rng = np.random.default_rng(1)
+    size, seeds, drawn = 10_000, 3, 120
+    truth = rng.integers(50, 150, (size, 3)).astype(float)
+    truth[:, 2] *= rng.random(size) < 1 / 8
+    difficulty = rng.normal(0, 0.8, (size, 1))
+
+    def sides(skill: float) -> list[Counts]:
+        found = []
+        for _ in range(seeds):
+            right = truth / (1 + np.exp(-(skill + difficulty + rng.normal(0, 0.3, (size, 3)))))
+            found.append(Counts(truth, right + np.roll(truth - right, 1, axis=1), right))
+        return found
+
+    ours, theirs = sides(1.1), sides(1.0)
+    everything = np.ones((1, size))
+    of_all = [[float(counts.iou(everything).mean()) for counts in side] for side in (ours, theirs)]
+    true_difference = float(np.mean(of_all[0]) - np.mean(of_all[1]))
+    covered = 0
+    for _ in range(200):
+        chosen = rng.integers(0, size, drawn)
+        parts = [
+            [Counts(counts.truth[chosen], counts.predicted[chosen], counts.right[chosen]) for counts in side] for side in (ours, theirs)
+        ]
+        found, _ = paired_intervals(*parts, [0, 1, 2], resamples=400)
+        covered += found.low <= true_difference <= found.high
+    assert 0.90 <= covered / 200 <= 0.99
+
+
 def test_differences_are_paired_by_seed_and_known_by_hand() -> None:
     base = [run_of("baseline", seed, {"a": image({0: 8, 1: 6}, {(0, 1): 2}), "b": image({0: 4}, {})}) for seed in (0, 1)]
     ours = [run_of("better", seed, {"a": image({0: 9, 1: 6}, {(0, 1): 1}), "b": image({0: 4}, {})}) for seed in (1, 7)]

@@ -283,6 +283,26 @@ def test_a_decoder_may_see_each_photograph_mirrored_or_not_by_chance(
     assert seen == set(range(10))
 
 
+@pytest.mark.parametrize("changes", [[], ["flip", "paste"]], ids=str)
+def test_a_frozen_generator_gives_features_of_the_masks_that_the_decoder_is_to_find(
+    features: Path, trained: Path, changes: list[str]
+) -> None:
+    store = featurestore.open(features / "train")
+    described = {"augmenter": "featuregan", "generator": "frozen", "new_masks": changes, "ratio": 2}
+    decoder = Decoder(head="deeplab", in_channels=12, num_classes=3, width=8, atrous_rates=(2, 3))
+    context = Context(make_accelerator("cpu", "no"), store, np.arange(len(store)), decoder, trained / "gan", 0, 1, {})
+    augmenter = build_augmenter(TypeAdapter(Variant).validate_python(described), context)
+    real, masks = (torch.from_numpy(store.gather(name, [0, 1, 2])).clone() for name in ("features", "masks"))
+    parts = augmenter.augment(Batch(torch.arange(3), real, masks, None), torch.Generator().manual_seed(3)).parts
+    rng = torch.Generator().manual_seed(3)
+    wanted = NewMasks(changes, store, np.arange(len(store)))(masks, rng) if changes else masks
+    assert torch.equal(wanted, masks) != bool(changes)
+    generator = load_generator(trained / "gan")
+    for part, z in zip(parts, torch.randn(6, 6, generator=rng).chunk(2), strict=True):
+        assert torch.equal(part.targets[0][0], wanted)
+        torch.testing.assert_close(part.features, generator.generate(wanted, z=z), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("change", ["paste", "swap"])
 def test_edited_features_are_real_ones_moved_as_the_generators_are(features: Path, trained: Path, change: str) -> None:
     store = featurestore.open(features / "train")
