@@ -108,11 +108,13 @@ class Workshop:
         """
         data = self._data(run)
         linked = {"dataset": data / "dataset", "features": data / "features"}
+        sources = {"features_sources": _made_by(data)}
         if run.needs_gan:
             gan = self._once(self.shared(run)[-1], self._pretrain, run)
             linked["models/gan"] = gan / "models" / "gan"
+            sources["gan_sources"] = _made_by(gan)
         folder = self._folder(f"run-{run.digests['run']}", run, linked)
-        start = time.perf_counter()
+        start, sources["sources"] = time.perf_counter(), _sources()
         self._stage(folder, "train-decoder", "--variant", run.variant, "--seed", str(run.seed))
         seconds = time.perf_counter() - start
         measured = folder / "metrics" / f"{run.variant}-{run.seed}"
@@ -127,7 +129,7 @@ class Workshop:
             "train_images": len(set(stores["train"].ids)),
             "settings": _settings(run),
             "made_with": {
-                "sources": source_digest(stages, featurestore)[:16],
+                **sources,
                 "torch": torch.__version__,
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                 "threads": self.threads,
@@ -160,8 +162,9 @@ class Workshop:
         with lock:
             done = self.root / name / "done"
             if not done.exists():
+                sources = _sources()
                 make(name, run)
-                done.touch()
+                done.write_text(sources, encoding="utf-8")
         return (self.root / name).resolve()
 
     def _data(self, run: Run) -> Path:
@@ -204,6 +207,16 @@ class Workshop:
             lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
             reason = next((line for line in reversed(lines) if line.strip()), "no output")
             raise DataError(folder / "log.txt", f"{arguments[0]} failed with exit code {code}: {reason}")
+
+
+def _sources() -> str:
+    """The digest of the code that a stage started now would run."""
+    return source_digest(stages, featurestore)[:16]
+
+
+def _made_by(shared: Path) -> str:
+    """The digest of the code that made a shared folder; later code takes it over as it is."""
+    return (shared / "done").read_text(encoding="utf-8") or "unknown"
 
 
 def data_content(dataset: Path, stores: Mapping[str, FeatureStore]) -> list[Any]:
