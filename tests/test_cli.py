@@ -141,6 +141,11 @@ BAD_PARAMETERS = {
         "new_masks: [swap, flip], edit",
         "variants.featuregan-edited: edit needs generator: frozen and new_masks of paste and swap alone",
     ),
+    "a share of no masks": (
+        "generator: frozen, vary: 0.5",
+        "generator: frozen, share: 0.5, vary: 0.5",
+        "variants.featuregan-varied: share is of the masks that new_masks changes; name some, or leave it out",
+    ),
     "variations by a GAN": (
         "[baseline, featuregan-1x",
         "[featuregan-varied, featuregan-1x",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import Field
 
 from featurestore import VOID
 from featurestore.dataset import Batch
@@ -18,6 +19,7 @@ class ClassTransferConfig(SourceConfig):
     """Variant ``class-transfer``."""
 
     augmenter: Literal["class-transfer"]
+    share: float = Field(default=1.0, gt=0, le=1)  # of the samples that it happens to; the others are added as they are
 
 
 class ClassTransfer(Augmenter):
@@ -32,7 +34,7 @@ class ClassTransfer(Augmenter):
         means = ClassStatistics.of(context.store, context.positions, context.accelerator.device).means
         self.means = torch.zeros(VOID + 1, means.shape[1], device=means.device)  # void's pixels stay void, and where they are
         self.means[: len(means)] = means
-        self.new_masks = NewMasks(["swap"], context.store, context.positions)
+        self.new_masks = NewMasks(["swap"], context.store, context.positions, config.share)
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """One copy with an object of each photograph moved to another class."""

@@ -39,6 +39,7 @@ class FeatureGANConfig(SourceConfig):
     ratio: int = Field(default=1, ge=1, le=16)  # draws a mask
     segmentation_loss: bool = True  # whether it reaches a joint generator (Algorithm 1), or the decoder alone
     new_masks: Annotated[tuple[Change, ...], Field(strict=False)] = ()  # what is done to the masks; none: they are the batch's own
+    share: float = Field(default=1.0, gt=0, le=1)  # of the masks, that new_masks changes; edits of the others are real features
     edit: bool = False  # the batch's real features, moved as the generator's are by the change of the mask
     vary: float = Field(default=0.0, ge=0, le=1)  # the batch's real features, by this share turned to noise and carried back; 0: off
 
@@ -48,6 +49,8 @@ class FeatureGANConfig(SourceConfig):
             raise ValueError("segmentation_loss is a joint generator's; leave it out, or set generator: joint")
         if self.new_masks and self.generator == "joint":
             raise ValueError("new_masks have no real features for a joint generator's discriminator; set generator: frozen")
+        if self.share < 1 and not self.new_masks:
+            raise ValueError("share is of the masks that new_masks changes; name some, or leave it out")
         if self.edit and (self.generator == "joint" or not self.new_masks or set(self.new_masks) - {"paste", "swap"}):
             raise ValueError("edit needs generator: frozen and new_masks of paste and swap alone: real features stay where they are")
         if self.vary and (self.generator == "joint" or self.edit or set(self.new_masks) - {"paste", "swap"}):
@@ -112,7 +115,7 @@ class FrozenFeatureGAN(Augmenter):
         self.generator = load_generator(context.gan).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.encoder = None if networks.image_encoder is None else networks.image_encoder.to(device).eval()
         self.needs_images = self.encoder is not None
-        self.new_masks = NewMasks(config.new_masks, context.store, context.positions) if config.new_masks else None
+        self.new_masks = NewMasks(config.new_masks, context.store, context.positions, config.share) if config.new_masks else None
 
     @torch.no_grad()
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:

@@ -61,10 +61,12 @@ class NewMasks:
         thing of the mask another class, any with the same chance.
     store, positions
         Where objects come from.
+    share
+        Of the masks that are changed, each by chance; the others stay as they are.
     """
 
-    def __init__(self, changes: Sequence[str], store: MaskSource, positions: np.ndarray) -> None:
-        self.changes, self.store = changes, store
+    def __init__(self, changes: Sequence[str], store: MaskSource, positions: np.ndarray, share: float = 1.0) -> None:
+        self.changes, self.store, self.share = changes, store, share
         self.holders: list[np.ndarray] = []  # by class: who has it
         if "paste" in changes or "swap" in changes:
             present = [np.bincount(store.mask(int(position)).ravel(), minlength=VOID + 1)[:VOID] > 0 for position in positions]
@@ -86,7 +88,7 @@ class NewMasks:
             low, high = (torch.tensor(bound).log().item() for bound in SCALE)
             return uniform(low, high, count).exp()
 
-        count = len(masks)
+        count, given = len(masks), masks
         if "flip" in self.changes:
             masks = torch.where(uniform(0, 1, count)[:, None, None] < 0.5, masks.flip(2), masks)
         ones, still = torch.ones(count, device=masks.device), torch.zeros(count, 2, device=masks.device)
@@ -103,7 +105,7 @@ class NewMasks:
             masks = torch.where(objects == wanted, wanted, masks)
         if "swap" in self.changes and len(self.things) > 1:
             masks = _swapped(masks, self.things.to(masks.device), rng)
-        return masks
+        return masks if self.share == 1 else torch.where(uniform(0, 1, count)[:, None, None] < self.share, masks, given)
 
 
 def _swapped(masks: Tensor, things: Tensor, rng: torch.Generator) -> Tensor:

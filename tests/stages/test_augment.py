@@ -365,6 +365,20 @@ def test_new_masks_paste_rare_objects(store, batch) -> None:
     assert torch.equal(pasting(batch.masks, rng(1)), pasting(batch.masks, rng(1)))
 
 
+def test_a_share_of_the_masks_is_changed_and_the_other_samples_are_added_as_they_are(store, batch, tmp_path) -> None:
+    masks = batch.masks.repeat(500, 1, 1)
+    half = NewMasks(["swap"], store, store.positions("identity"), share=0.5)(masks, rng())
+    all_of_them = NewMasks(["swap"], store, store.positions("identity"))(masks, rng())
+    changed = (half != masks).flatten(1).any(1)
+    assert torch.equal(half[changed], all_of_them[changed])
+    assert float(changed.float().mean()) == pytest.approx(0.5 * float((all_of_them != masks).flatten(1).any(1).float().mean()), abs=0.04)
+    many = Batch(torch.arange(2000), batch.features.repeat(500, 1, 1, 1), masks, None)
+    part = only(build(store, tmp_path, augmenter="class-transfer", share=0.5), many)
+    same = (part.targets[0][0] == masks).flatten(1).all(1)
+    assert 800 < int(same.sum()) < 1600
+    torch.testing.assert_close(part.features[same], many.features[same])
+
+
 def test_new_masks_give_a_thing_another_class(store, batch) -> None:
     swapping = NewMasks(["swap"], store, store.positions("identity"))
     seen = set()
