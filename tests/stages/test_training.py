@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,14 @@ import pandas as pd
 import pytest
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 
 import featurestore
 from featurestore import IncompleteStoreError, ShardCorruptError, SpecMismatchError
 from featurestore.dataset import Batch, FeatureLoader
 from stages import train_decoder, train_gan
 from stages.analysis.figures import read_curves
-from stages.augment.base import Context
+from stages.augment.base import Context, Part
 from stages.augment.new_masks import NewMasks
 from stages.augment.registry import Variant, build_augmenter
 from stages.checkpoint import Checkpoint, load_decoder, load_gan, load_generator
@@ -283,42 +285,42 @@ def test_a_decoder_may_see_each_photograph_mirrored_or_not_by_chance(
     assert seen == set(range(10))
 
 
-@pytest.mark.parametrize("changes", [[], ["flip", "paste"]], ids=str)
-def test_a_frozen_generator_gives_features_of_the_masks_that_the_decoder_is_to_find(
-    features: Path, trained: Path, changes: list[str]
-) -> None:
+def added_by_a_frozen_generator(
+    features: Path, folder: Path, changes: Sequence[str], **described
+) -> tuple[list[Part], Tensor, Tensor, Tensor, Tensor]:
+    """What is added to a batch of three with two draws a mask; and the real features, their masks, those asked for, and the noise."""
     store = featurestore.open(features / "train")
-    described = {"augmenter": "featuregan", "generator": "frozen", "new_masks": changes, "ratio": 2}
+    variant = {"augmenter": "featuregan", "generator": "frozen", "new_masks": changes, "ratio": 2, **described}
     decoder = Decoder(head="deeplab", in_channels=12, num_classes=3, width=8, atrous_rates=(2, 3))
-    context = Context(make_accelerator("cpu", "no"), store, np.arange(len(store)), decoder, trained / "gan", 0, 1, {})
-    augmenter = build_augmenter(TypeAdapter(Variant).validate_python(described), context)
+    context = Context(make_accelerator("cpu", "no"), store, np.arange(len(store)), decoder, folder / "gan", 0, 1, {})
+    augmenter = build_augmenter(TypeAdapter(Variant).validate_python(variant), context)
     real, masks = (torch.from_numpy(store.gather(name, [0, 1, 2])).clone() for name in ("features", "masks"))
     parts = augmenter.augment(Batch(torch.arange(3), real, masks, None), torch.Generator().manual_seed(3)).parts
     rng = torch.Generator().manual_seed(3)
     wanted = NewMasks(changes, store, np.arange(len(store)))(masks, rng) if changes else masks
+    z = torch.randn(6, load_generator(folder / "gan").z_dim, generator=rng)
+    assert len(parts) == 2
     assert torch.equal(wanted, masks) != bool(changes)
+    assert all(torch.equal(part.targets[0][0], wanted) for part in parts)
+    return parts, real, masks, wanted, z
+
+
+@pytest.mark.parametrize("changes", [[], ["flip", "paste"]], ids=str)
+def test_a_frozen_generator_gives_features_of_the_masks_that_the_decoder_is_to_find(
+    features: Path, trained: Path, changes: list[str]
+) -> None:
+    parts, _, _, wanted, z = added_by_a_frozen_generator(features, trained, changes)
     generator = load_generator(trained / "gan")
-    for part, z in zip(parts, torch.randn(6, 6, generator=rng).chunk(2), strict=True):
-        assert torch.equal(part.targets[0][0], wanted)
-        torch.testing.assert_close(part.features, generator.generate(wanted, z=z), rtol=1e-4, atol=1e-5)
+    for part, noise in zip(parts, z.chunk(2), strict=True):
+        torch.testing.assert_close(part.features, generator.generate(wanted, z=noise), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", ["paste", "swap"])
 def test_edited_features_are_real_ones_moved_as_the_generators_are(features: Path, trained: Path, change: str) -> None:
-    store = featurestore.open(features / "train")
-    described = {"augmenter": "featuregan", "generator": "frozen", "new_masks": [change], "edit": True, "ratio": 2, "weight": 0.5}
-    decoder = Decoder(head="deeplab", in_channels=12, num_classes=3, width=8, atrous_rates=(2, 3))
-    context = Context(make_accelerator("cpu", "no"), store, np.arange(len(store)), decoder, trained / "gan", 0, 1, {})
-    augmenter = build_augmenter(TypeAdapter(Variant).validate_python(described), context)
-    real, masks = (torch.from_numpy(store.gather(name, [0, 1, 2])).clone() for name in ("features", "masks"))
-    parts = augmenter.augment(Batch(torch.arange(3), real, masks, None), torch.Generator().manual_seed(3)).parts
+    parts, real, masks, new, z = added_by_a_frozen_generator(features, trained, [change], edit=True, weight=0.5)
     assert [part.weight for part in parts] == [0.5, 0.5]
-    rng = torch.Generator().manual_seed(3)
-    new = NewMasks([change], store, np.arange(len(store)))(masks, rng)
-    assert not torch.equal(new, masks)
-    generator, z = load_generator(trained / "gan"), torch.randn(6, 6, generator=rng)
+    generator = load_generator(trained / "gan")
     for part, noise in zip(parts, z.chunk(2), strict=True):
-        assert torch.equal(part.targets[0][0], new)
         expected = real + generator.generate(new, z=noise) - generator.generate(masks, z=noise)
         torch.testing.assert_close(part.features, expected.clamp(min=0), rtol=1e-4, atol=1e-5)
 
