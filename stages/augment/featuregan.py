@@ -128,16 +128,26 @@ class FrozenFeatureGAN(Augmenter):
                 assert batch.images is not None
                 mu, logvar = self.encoder(batch.images)
                 z = sample_z(mu.float().repeat(ratio, 1), logvar.float().repeat(ratio, 1), z)
-            if self.config.vary:
+            if self.config.edit:
+                generated = self._edited(batch, masks, z)
+            elif self.config.vary:
                 real, wanted = batch.features.repeat(ratio, 1, 1, 1), masks.repeat(ratio, 1, 1)
                 generated = self.generator.vary(real, wanted, z=z, strength=self.config.vary)
             else:
                 generated = self.generator.generate(masks, z=z)
-            if self.config.edit:
-                change = generated.float() - self.generator.generate(batch.masks, z=z).float()
-                generated = batch.features.repeat(ratio, 1, 1, 1) + change
-                generated = generated.clamp(min=0) if self.generator.nonnegative else generated
         return Augmented([Part(features, [(masks, 1.0)], self.config.weight) for features in generated.chunk(ratio)])
+
+    def _edited(self, batch: Batch, masks: Tensor, z: Tensor) -> Tensor:
+        """``ratio`` draws of the batch's real features moved to new masks (B, H, W); z (ratio*B, z_dim)."""
+        features = batch.features.float().repeat(self.config.ratio, 1, 1, 1)
+        # The generator is asked about the masks that changed alone: the other samples stay as they are, at no cost.
+        changed = (masks != batch.masks).flatten(1).any(1)
+        if changed.any():
+            draws = changed.repeat(self.config.ratio)
+            new, old = (self.generator.generate(of[changed], z=z[draws]).float() for of in (masks, batch.masks))
+            moved = features[draws] + (new - old)
+            features[draws] = moved.clamp(min=0) if self.generator.nonnegative else moved
+        return features
 
 
 def featuregan(config: FeatureGANConfig, context: Context) -> Augmenter:

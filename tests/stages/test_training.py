@@ -297,7 +297,8 @@ def added_by_a_frozen_generator(
     real, masks = (torch.from_numpy(store.gather(name, [0, 1, 2])).clone() for name in ("features", "masks"))
     parts = augmenter.augment(Batch(torch.arange(3), real, masks, None), torch.Generator().manual_seed(3)).parts
     rng = torch.Generator().manual_seed(3)
-    wanted = NewMasks(changes, store, np.arange(len(store)))(masks, rng) if changes else masks
+    share = described.get("share", 1.0)
+    wanted = NewMasks(changes, store, np.arange(len(store)), share)(masks, rng) if changes else masks
     z = torch.randn(6, load_generator(folder / "gan").z_dim, generator=rng)
     assert len(parts) == 2
     assert torch.equal(wanted, masks) != bool(changes)
@@ -315,14 +316,17 @@ def test_a_frozen_generator_gives_features_of_the_masks_that_the_decoder_is_to_f
         torch.testing.assert_close(part.features, generator.generate(wanted, z=noise), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["paste", "swap"])
-def test_edited_features_are_real_ones_moved_as_the_generators_are(features: Path, trained: Path, change: str) -> None:
-    parts, real, masks, new, z = added_by_a_frozen_generator(features, trained, [change], edit=True, weight=0.5)
+@pytest.mark.parametrize(("change", "share"), [("paste", 1.0), ("swap", 1.0), ("swap", 0.3)])
+def test_edited_features_are_real_ones_moved_as_the_generators_are(features: Path, trained: Path, change: str, share: float) -> None:
+    parts, real, masks, new, z = added_by_a_frozen_generator(features, trained, [change], edit=True, weight=0.5, share=share)
     assert [part.weight for part in parts] == [0.5, 0.5]
     generator = load_generator(trained / "gan")
+    same = (new == masks).flatten(1).all(1)
+    assert (0 < same.sum() < 3) == (share < 1)
     for part, noise in zip(parts, z.chunk(2), strict=True):
         expected = real + generator.generate(new, z=noise) - generator.generate(masks, z=noise)
         torch.testing.assert_close(part.features, expected.clamp(min=0), rtol=1e-4, atol=1e-5)
+        assert torch.equal(part.features[same], real[same].float())
 
 
 def test_reconstruction_draws_generated_features_to_the_real_ones_of_their_masks(features: Path, tmp_path: Path) -> None:
