@@ -97,7 +97,9 @@ def work_rows(
     ]
     for name, variant in variants.items():
         ratio = _ratio(variant)
-        parts.append((f"train-decoder: {name}", {f"joint {ratio}:1": 1} if ratio else {"decoder": 1 + _added(variant)}, seen))
+        # What making the added batches costs is small where no network learns to.
+        kinds = {f"joint {ratio}:1": 1} if ratio else {"decoder": 1 + variant.added_batches}
+        parts.append((f"train-decoder: {name}", kinds, seen))
     rows: list[dict[str, Any]] = []
     for part, kinds, count in parts:
         operations = sum(times * costs[kind].operations for kind, times in kinds.items())
@@ -120,7 +122,3 @@ def _ratio(variant: Any) -> int:
     """Draws a mask of a joint training; 0 for other variants."""
     return int(variant.ratio) if variant.augmenter == "featuregan" and variant.generator == "joint" else 0
 
-
-def _added(variant: Any) -> int:
-    """Batches that the decoder sees beside each real one; what making them costs is small."""
-    return getattr(variant, "ratio", 0 if variant.augmenter in ("none", "isda") else 1)

@@ -24,12 +24,20 @@ from stages.runtime import step_optimizers
 class VariantConfig(Config):
     """What every entry of section ``variants`` may say; each augmenter adds keys of its own."""
 
-    needs_gan: ClassVar[bool] = False  # whether it reads what ``train-gan`` wrote
-
     augmenter: str
     perturb: Annotated[tuple[Transform, ...], Field(strict=False)] = ()  # of real and added features, before the decoder
     view: Literal["identity", "random"] = "identity"  # of each real sample: as it is, or mirrored or not by chance
     statistics: Literal["all", "real"] = "all"  # which batches the decoder's running BatchNorm statistics take in
+
+    @property
+    def needs_gan(self) -> bool:
+        """Whether it reads what ``train-gan`` wrote."""
+        return False
+
+    @property
+    def added_batches(self) -> int:
+        """How many the decoder sees beside each real one."""
+        return 0
 
     @property
     def needs_mirrored(self) -> bool:
@@ -46,6 +54,11 @@ class SourceConfig(VariantConfig):
     """Of the augmenters that add features."""
 
     weight: float = Field(default=1.0, gt=0)  # of the added features' cross-entropy, beside the 1 of the real ones
+
+    @property
+    def added_batches(self) -> int:
+        """One, unless it says how many."""
+        return int(getattr(self, "ratio", 1))
 
 
 @dataclass
@@ -150,6 +163,10 @@ class Augmenter:
         """Back-propagate the decoder's loss and step its optimizer; and the augmenter's own, if it learns."""
         self.accelerator.backward(loss)
         step_optimizers(self.accelerator, decoder)
+        self.advance()
+
+    def advance(self) -> None:
+        """Take note of an update of the decoder."""
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs."""

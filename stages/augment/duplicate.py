@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import Field
 
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
 
 
 class DuplicateConfig(SourceConfig):
-    """Variant ``duplicate``."""
+    """Variants ``duplicate*``."""
 
     augmenter: Literal["duplicate"]
+    ratio: int = Field(default=1, ge=1, le=16)  # copies of the batch
 
 
 class Duplicate(Augmenter):
@@ -21,8 +23,8 @@ class Duplicate(Augmenter):
 
     def __init__(self, config: DuplicateConfig, context: Context) -> None:
         super().__init__(config, context)
-        self.weight = config.weight
+        self.ratio, self.weight = config.ratio, config.weight
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """The batch itself."""
-        return Augmented([Part(batch.features, [(batch.masks, 1.0)], self.weight)])
+        """The batch itself, ``ratio`` times."""
+        return Augmented([Part(batch.features, [(batch.masks, 1.0)], self.weight)] * self.ratio)

@@ -8,7 +8,7 @@ old one is added to them, and all that no mask says of a photograph stays real. 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -32,8 +32,6 @@ Change = Literal["flip", "shift", "scale", "paste", "swap"]
 class FeatureGANConfig(SourceConfig):
     """Variants ``featuregan-*``."""
 
-    needs_gan: ClassVar[bool] = True
-
     augmenter: Literal["featuregan"]
     generator: Literal["joint", "frozen"] = "joint"
     ratio: int = Field(default=1, ge=1, le=16)  # draws a mask
@@ -56,6 +54,11 @@ class FeatureGANConfig(SourceConfig):
         if self.vary and (self.generator == "joint" or self.edit or set(self.new_masks) - {"paste", "swap"}):
             raise ValueError("vary needs generator: frozen, no edit, and no new_masks but paste and swap")
         return self
+
+    @property
+    def needs_gan(self) -> bool:
+        """Always."""
+        return True
 
     @property
     def needs_family(self) -> str | None:

@@ -79,9 +79,8 @@ class ISDA(Augmenter):
         self.means = torch.lerp(self.means, mean, share)
         self.counts = self.counts + count
 
-    def update(self, loss: Tensor, decoder: torch.optim.Optimizer) -> None:
-        """As for the baseline."""
-        super().update(loss, decoder)
+    def advance(self) -> None:
+        """Let lambda grow."""
         self.step += self.accelerator.sync_gradients
 
     def state(self) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from stages.augment.base import Augmenter, Context, VariantConfig
 from stages.augment.calibration import Calibration, CalibrationConfig
 from stages.augment.channel_dropout import ChannelDropout, ChannelDropoutConfig
 from stages.augment.class_transfer import ClassTransfer, ClassTransferConfig
+from stages.augment.combined import Combined
 from stages.augment.cvae import CVAEAugmenter, CVAEConfig
 from stages.augment.duplicate import Duplicate, DuplicateConfig
 from stages.augment.extrapolate import Extrapolate, ExtrapolateConfig
@@ -48,8 +50,49 @@ AUGMENTERS: dict[type[VariantConfig], Callable[[Any, Context], Augmenter]] = {
     FeatureGANConfig: featuregan,
 }
 
+Member: Any = Annotated[Union[tuple(AUGMENTERS)], Field(discriminator="augmenter")]  # noqa: UP007
+
+
+class CombinedConfig(VariantConfig):
+    """Variants of several augmenters."""
+
+    augmenter: Literal["combined"]
+    of: Annotated[tuple[Member, ...], Field(strict=False, min_length=2)]
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        for member in self.of:
+            if shared := sorted({"perturb", "view", "statistics"} & member.model_fields_set):
+                raise ValueError(f"{shared[0]} of {member.augmenter} is for all that are combined; write it beside of")
+            if getattr(member, "generator", None) == "joint":
+                raise ValueError("a joint generator learns with its own decoder alone; set generator: frozen")
+            if member.augmenter == "mixup" and "copy_paste" in self.perturb:
+                raise ValueError("perturb: copy_paste pastes by one mask, and mixup has two; leave one of them out")
+        return self
+
+    @property
+    def needs_gan(self) -> bool:
+        """Where a member does."""
+        return any(member.needs_gan for member in self.of)
+
+    @property
+    def added_batches(self) -> int:
+        """Of all members."""
+        return sum(member.added_batches for member in self.of)
+
+    @property
+    def needs_mirrored(self) -> bool:
+        """Where a member does, or all read them."""
+        return super().needs_mirrored or any(member.needs_mirrored for member in self.of)
+
+    @property
+    def needs_family(self) -> str | None:
+        """The members'; there is one generator."""
+        return next((member.needs_family for member in self.of if member.needs_family), None)
+
+
 # One entry of section ``variants``: its key ``augmenter`` says which of these it is.
-Variant: Any = Annotated[Union[tuple(AUGMENTERS)], Field(discriminator="augmenter")]  # noqa: UP007
+Variant: Any = Annotated[Union[(*AUGMENTERS, CombinedConfig)], Field(discriminator="augmenter")]  # noqa: UP007
 
 
 def build_augmenter(config: VariantConfig, context: Context) -> Augmenter:
@@ -60,4 +103,6 @@ def build_augmenter(config: VariantConfig, context: Context) -> Augmenter:
     ConfigError, DataError, FeatureStoreError
         When it does not fit the store, or needs a GAN and there is no usable one.
     """
+    if isinstance(config, CombinedConfig):
+        return Combined(config, context, [build_augmenter(member, context) for member in config.of])
     return AUGMENTERS[type(config)](config, context)

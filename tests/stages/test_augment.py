@@ -96,6 +96,7 @@ def test_the_baseline_adds_nothing_and_duplicate_the_same_again(store, batch, tm
     assert torch.equal(part.features, batch.features)
     assert torch.equal(part.targets[0][0], batch.masks)
     assert (part.targets[0][1], part.weight) == (1.0, 0.5)
+    assert len(build(store, tmp_path, augmenter="duplicate", ratio=2).augment(batch, rng()).parts) == 2
 
 
 def test_noise_is_additive_in_deviations_and_multiplicative(store, batch, tmp_path) -> None:
@@ -321,6 +322,46 @@ def test_moved_features_stay_as_the_backbones_are(batch) -> None:
     down = torch.full((4, CLASSES, CHANNELS), -1.0)
     assert float(regions.moved(down, nonnegative=True).min()) == 0
     assert float(regions.moved(down, nonnegative=False).min()) == -1
+
+
+def test_combined_augmenters_add_what_each_of_them_adds(store, batch, tmp_path) -> None:
+    isda = {"augmenter": "isda", "strength": 3.0}
+    of = [{"augmenter": "duplicate", "ratio": 2, "weight": 0.5}, isda, {"augmenter": "channel-dropout"}]
+    combined, alone = build(store, tmp_path, augmenter="combined", of=of), build(store, tmp_path, **isda)
+    *copies, dropped = combined.augment(batch, rng()).parts
+    assert [part.weight for part in copies] == [0.5, 0.5]
+    assert all(torch.equal(part.features, batch.features) for part in copies)
+    assert torch.equal(dropped.features, only(build(store, tmp_path, augmenter="channel-dropout"), batch).features)
+    last = torch.nn.Conv2d(5, CLASSES, 1)
+    embeddings = torch.randn(4, 5, SIDE, SIDE)
+    adjusted = []
+    for augmenter in (combined, alone):
+        augmenter.advance()
+        adjusted.append(augmenter.adjust(batch.masks)(embeddings, last(embeddings), last))
+    assert torch.equal(*adjusted)
+    assert not torch.equal(adjusted[0], last(embeddings))
+
+
+@pytest.mark.parametrize(
+    ("of", "perturb", "text"),
+    [
+        ([{"augmenter": "noise", "perturb": ["flip"]}, {"augmenter": "isda"}], [], "perturb of noise is for all that are combined"),
+        ([{"augmenter": "featuregan"}, {"augmenter": "isda"}], [], "a joint generator learns with its own decoder alone"),
+        ([{"augmenter": "mixup"}, {"augmenter": "isda"}], ["copy_paste"], "mixup has two"),
+        ([{"augmenter": "isda"}], [], "at least 2"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(of, perturb, text) -> None:
+    with pytest.raises(ValueError, match=text):
+        TypeAdapter(Variant).validate_python({"augmenter": "combined", "of": of, "perturb": perturb})
+
+
+def test_combined_variants_need_what_their_members_need() -> None:
+    varied = {"augmenter": "featuregan", "generator": "frozen", "vary": 0.5, "ratio": 2}
+    needs = TypeAdapter(Variant).validate_python({"augmenter": "combined", "of": [varied, {"augmenter": "hflip-views"}, {"augmenter": "isda"}]})
+    assert (needs.needs_gan, needs.needs_mirrored, needs.needs_family, needs.added_batches) == (True, True, "flow", 3)
+    needs = TypeAdapter(Variant).validate_python({"augmenter": "combined", "of": [{"augmenter": "noise"}, {"augmenter": "isda"}]})
+    assert (needs.needs_gan, needs.needs_mirrored, needs.needs_family, needs.added_batches) == (False, False, None, 1)
 
 
 def test_isda_goes_on_from_its_state(store, batch, tmp_path) -> None:

@@ -444,6 +444,11 @@ VARIANTS = {
     "cvae": {"augmenter": "cvae", "fit_steps": 5},
     "mixup": {"augmenter": "mixup", "perturb": ["translation"]},
     "upsample": {"augmenter": "upsample"},
+    "combined": {
+        "augmenter": "combined",
+        "of": [{"augmenter": "isda"}, {"augmenter": "featuregan", "generator": "frozen"}, {"augmenter": "noise"}],
+        "perturb": ["flip"],
+    },
 }
 KILLED = [
     ("baseline", 3),
@@ -453,6 +458,7 @@ KILLED = [
     ("new-masks", 3),
     ("edited", 2),
     ("isda", 3),
+    ("combined", 3),
     ("cvae", 1),
 ]
 
