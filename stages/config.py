@@ -93,7 +93,8 @@ def _place(value: Any, location: tuple[int | str, ...]) -> list[int | str]:
         if isinstance(value, dict) and part not in value and part in value.values():
             continue  # such as featuregan in {augmenter: featuregan}
         keys.append(part)
-        value = value[part] if isinstance(value, list) or (isinstance(value, dict) and part in value) else None
+        inside = isinstance(part, int) if isinstance(value, list) else isinstance(value, dict) and part in value
+        value = value[part] if inside else None
     return keys
 
 

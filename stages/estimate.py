@@ -98,7 +98,7 @@ def work_rows(
     for name, variant in variants.items():
         ratio = _ratio(variant)
         # What making the added batches costs is small where no network learns to.
-        kinds = {f"joint {ratio}:1": 1} if ratio else {"decoder": 1 + variant.added_batches}
+        kinds = {f"joint {ratio}:1": 1.0} if ratio else {"decoder": 1.0 + variant.added_batches}
         parts.append((f"train-decoder: {name}", kinds, seen))
     rows: list[dict[str, Any]] = []
     for part, kinds, count in parts:
@@ -121,4 +121,3 @@ def joint_ratios(variants: Mapping[str, Any]) -> list[int]:
 def _ratio(variant: Any) -> int:
     """Draws a mask of a joint training; 0 for other variants."""
     return int(variant.ratio) if variant.augmenter == "featuregan" and variant.generator == "joint" else 0
-

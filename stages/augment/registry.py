@@ -92,7 +92,7 @@ class CombinedConfig(VariantConfig):
 
 
 # One entry of section ``variants``: its key ``augmenter`` says which of these it is.
-Variant: Any = Annotated[Union[(*AUGMENTERS, CombinedConfig)], Field(discriminator="augmenter")]  # noqa: UP007
+Variant: Any = Annotated[Union[(*AUGMENTERS, CombinedConfig)], Field(discriminator="augmenter")]
 
 
 def build_augmenter(config: VariantConfig, context: Context) -> Augmenter:

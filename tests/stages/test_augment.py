@@ -358,7 +358,8 @@ def test_what_cannot_be_combined_is_refused(of, perturb, text) -> None:
 
 def test_combined_variants_need_what_their_members_need() -> None:
     varied = {"augmenter": "featuregan", "generator": "frozen", "vary": 0.5, "ratio": 2}
-    needs = TypeAdapter(Variant).validate_python({"augmenter": "combined", "of": [varied, {"augmenter": "hflip-views"}, {"augmenter": "isda"}]})
+    of = [varied, {"augmenter": "hflip-views"}, {"augmenter": "isda"}]
+    needs = TypeAdapter(Variant).validate_python({"augmenter": "combined", "of": of})
     assert (needs.needs_gan, needs.needs_mirrored, needs.needs_family, needs.added_batches) == (True, True, "flow", 3)
     needs = TypeAdapter(Variant).validate_python({"augmenter": "combined", "of": [{"augmenter": "noise"}, {"augmenter": "isda"}]})
     assert (needs.needs_gan, needs.needs_mirrored, needs.needs_family, needs.added_batches) == (False, False, None, 1)
