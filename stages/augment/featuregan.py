@@ -2,8 +2,8 @@
 
 ``JointFeatureGAN`` is Algorithm 1's second branch: generator and discriminator are trained on while the decoder learns, and
 the segmentation loss reaches the generator. ``FrozenFeatureGAN`` only samples from a finished generator (the thesis's first
-approach, section 5.1), or starts from real features. It edits them: what the generator makes of the new mask less what it makes of the
-old one is added to them, and all that no mask says of a photograph stays real. Or it varies them, where the generator is a flow.
+approach, section 5.1), or starts from real features. It edits them, as the generator says that the change of the mask changes them,
+and all that no mask says of a photograph stays real. Or it varies them, where the generator is a flow.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FeatureGANConfig(SourceConfig):
     segmentation_loss: bool = True  # whether it reaches a joint generator (Algorithm 1), or the decoder alone
     new_masks: Annotated[tuple[Change, ...], Field(strict=False)] = ()  # what is done to the masks; none: they are the batch's own
     share: float = Field(default=1.0, gt=0, le=1)  # of the masks, that new_masks changes; edits of the others are real features
-    edit: bool = False  # the batch's real features, moved as the generator's are by the change of the mask
+    edit: bool = False  # the batch's real features, changed as the generator says that the change of the mask changes them
     vary: float = Field(default=0.0, ge=0, le=1)  # the batch's real features, by this share turned to noise and carried back; 0: off
 
     @model_validator(mode="after")
@@ -147,9 +147,7 @@ class FrozenFeatureGAN(Augmenter):
         changed = (masks != batch.masks).flatten(1).any(1)
         if changed.any():
             draws = changed.repeat(self.config.ratio)
-            new, old = (self.generator.generate(of[changed], z=z[draws]).float() for of in (masks, batch.masks))
-            moved = features[draws] + (new - old)
-            features[draws] = moved.clamp(min=0) if self.generator.nonnegative else moved
+            features[draws] = self.generator.edit(features[draws], batch.masks[changed], masks[changed], z=z[draws])
         return features
 
 

@@ -168,3 +168,24 @@ class Generator(nn.Module):
         if z is None:
             z = torch.randn(len(masks), self.z_dim, generator=generator, device=masks.device)
         return self(z, masks) * self.feature_scale
+
+    @torch.no_grad()
+    def edit(self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor) -> Tensor:
+        """Features moved as the generated ones are by a change of the mask: ``x + G(z, new) - G(z, old)``.
+
+        Parameters
+        ----------
+        features
+            (k*B, C, h, w) float32 in the backbone's scale, k of each mask.
+        old, new
+            (B, H, W) uint8, 255 = void: what they show, and what they are to show.
+        z
+            (k*B, z_dim).
+
+        Returns
+        -------
+        Tensor
+            (k*B, C, h, w) float32 in the backbone's scale.
+        """
+        moved = features + (self.generate(new, z=z).float() - self.generate(old, z=z).float())
+        return F.relu(moved) if self.nonnegative else moved

@@ -138,6 +138,33 @@ def test_variations_start_from_the_real_features_in_their_share_of_noise(monkeyp
     assert network.vary(real, MASKS, z=z, strength=0.5).min() == 0
 
 
+def test_an_edit_carries_an_object_from_the_distribution_of_its_class_to_that_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between Gaussians the flow is known: of N(m, s^2) x becomes m' + s' / s (x - m); pixels that keep their class, and what no component holds, stay."""
+    network = flow(components=4, steps=64)
+    directions = torch.linalg.qr(torch.randn(12, 12))[0]
+    network.set_components((torch.randn(12), directions[:, :4], torch.rand(4) + 0.5))
+    means, spreads = torch.tensor([0.0, 2.0, -1.0]), torch.tensor([1.0, 0.5, 1.5])
+
+    def velocity(x: Tensor, time: Tensor, masks: Tensor) -> Tensor:
+        labels = masks[:, ::8, ::8].long()[:, None]
+        mean, variance, t = means[labels], spreads[labels].square(), time.view(-1, 1, 1, 1)
+        return mean + (t * variance - (1 - t)) / (t.square() * variance + (1 - t).square()) * (x - t * mean)
+
+    monkeypatch.setattr(network, "velocity", velocity)
+    real, scale = torch.randn(4, 12, 8, 8), network.feature_scale
+    old = MASKS.clone()
+    new = torch.where(old == 1, 2, old)
+    edited = network.edit(real, old, new)
+    before, after = network.reduce(real / scale), network.reduce(edited / scale)
+    changed = (old[:, ::8, ::8] == 1).repeat(2, 1, 1)[:, None]
+    expected = torch.where(changed, -1.0 + 1.5 / 0.5 * (before - 2.0), before)
+    torch.testing.assert_close(after, expected, rtol=5e-3, atol=5e-3)
+    rest = [torch.einsum("bchw,cr->brhw", maps / scale, directions[:, 4:]) for maps in (edited, real)]
+    torch.testing.assert_close(rest[0], rest[1], rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(network, "nonnegative", True)
+    assert network.edit(real, old, new).min() == 0
+
+
 def test_loss_is_the_regression_of_straight_lines() -> None:
     network = flow()
     trainer = FlowTrainer(make_accelerator("cpu", "no"), Networks(network), lr=1e-3, betas=(0.9, 0.999))
@@ -185,6 +212,13 @@ def test_a_decoder_gets_the_flows_variations_of_its_batch(features: Path, flows:
     assert isinstance(network, FlowGenerator)
     for part, noise in zip(parts, z.chunk(2), strict=True):
         torch.testing.assert_close(part.features, network.vary(real, wanted, z=noise, strength=0.5), rtol=1e-4, atol=1e-4)
+
+
+def test_a_decoder_gets_the_flows_edits_of_its_batch(features: Path, flows: Path) -> None:  # noqa: F811
+    parts, real, masks, wanted, _ = added_by_a_frozen_generator(features, flows, ["swap"], edit=True)
+    network = load_generator(flows / "gan")
+    for part in parts:
+        torch.testing.assert_close(part.features, network.edit(real, masks, wanted), rtol=1e-4, atol=1e-4)
 
 
 def test_a_killed_decoder_with_variations_resumes_to_the_same_bits(
