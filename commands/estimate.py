@@ -123,7 +123,7 @@ def _estimate(
             {"what": "DVC's cache, if it can link", "bytes": 0},
             {"what": "DVC's cache, if it must copy", "bytes": features + models},
         ],
-        "memory": memory_rows(costs, gan, decoder, stores[0]["bytes"]),
+        "memory": memory_rows(costs, gan, decoder, variants, stores[0]["bytes"]),
         "work": work_rows(costs, seconds, tflops, samples=samples, train_images=training, **settings),
     }
 

@@ -51,14 +51,18 @@ def model_bytes(costs: Mapping[str, Cost], variants: Mapping[str, Any], seeds: i
     return gan + seeds * (len(variants) * decoder + joint * gan * 3 // 4)  # without the untrained generator
 
 
-def memory_rows(costs: Mapping[str, Cost], gan: Any, decoder: Any, train_bytes: int) -> list[dict[str, Any]]:
-    """Bytes of memory, roughly: weights, gradients, Adam's moments, and what back-propagation keeps of a batch, all in float32."""
+def memory_rows(costs: Mapping[str, Cost], gan: Any, decoder: Any, variants: Mapping[str, Any], train_bytes: int) -> list[dict[str, Any]]:
+    """Bytes of memory, roughly: weights, gradients, Adam's moments, and what back-propagation keeps of a batch, all in float32.
+
+    A decoder that trains alone keeps as many batches as the largest of the variants adds, and the real one.
+    """
     parts = {"gan": gan.gradient_accumulation, "decoder": decoder.gradient_accumulation}
+    added = max((variant.added_batches for variant in variants.values() if not _ratio(variant)), default=0)
     rows = []
     for name, cost in costs.items():
         if cost.weight_bytes:
             of = "gan" if name == "gan" else "decoder"
-            batch = (gan if of == "gan" else decoder).batch_size / parts[of]
+            batch = (gan if of == "gan" else decoder).batch_size / parts[of] * (1 + added if name == "decoder" else 1)
             stage = {"gan": "train-gan", "decoder": "train-decoder: alone"}.get(name, f"train-decoder: {name}")
             rows.append({"what": stage, "bytes": cost.weight_bytes + batch * cost.activation_bytes})
     rows.append({"what": "--cache host or device: more", "bytes": train_bytes})
@@ -97,8 +101,9 @@ def work_rows(
     ]
     for name, variant in variants.items():
         ratio = _ratio(variant)
-        # What making the added batches costs is small where no network learns to.
-        kinds = {f"joint {ratio}:1": 1.0} if ratio else {"decoder": 1.0 + variant.added_batches}
+        # What the other augmenters do to a batch costs little beside the decoder.
+        frozen = {"decoder": 1.0 + variant.added_batches, "generator": _generated(variant, gan.family)}
+        kinds = {f"joint {ratio}:1": 1.0} if ratio else {kind: times for kind, times in frozen.items() if times}
         parts.append((f"train-decoder: {name}", kinds, seen))
     rows: list[dict[str, Any]] = []
     for part, kinds, count in parts:
@@ -111,6 +116,17 @@ def work_rows(
         rows.append(row)
     total = {key: sum(row[key] for row in rows) for key in ("pflop", "hours") if key in rows[0]}
     return [*rows, {"part": "all", **total}]
+
+
+def _generated(variant: Any, family: str) -> float:
+    """Batches that a finished generator makes beside each real one."""
+    if variant.augmenter == "combined":
+        return sum(_generated(member, family) for member in variant.of)
+    if variant.augmenter != "featuregan" or variant.generator == "joint":
+        return 0.0
+    if variant.edit:  # a GAN is asked for the old mask and for the new one, a flow goes half of its way twice
+        return float(variant.ratio * variant.share * (1 if family == "flow" else 2))
+    return float(variant.ratio * (variant.vary or 1))
 
 
 def joint_ratios(variants: Mapping[str, Any]) -> list[int]:

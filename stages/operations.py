@@ -93,6 +93,7 @@ class Workload:
             "backbone": (self.extract_step, [], "no"),
             "gan": (self.gan_step, gans, ours),
             "decoder": (lambda: self.decoder_loss(self.features).backward(), [decoder], theirs),
+            "generator": (self.generate_step, [], theirs),
         }
         for ratio in self.ratios:
             kinds[f"joint {ratio}:1"] = (lambda ratio=ratio: self.joint_step(ratio), [*gans, decoder], theirs)  # type: ignore[misc]
@@ -106,6 +107,11 @@ class Workload:
     def extract_step(self) -> None:
         """The frozen backbone, forwards."""
         self._features()
+
+    def generate_step(self) -> None:
+        """A finished generator, forwards."""
+        generator = self.networks.generator
+        generator.generate(self.masks, z=torch.randn(len(self.masks), generator.z_dim, device=self.masks.device))
 
     def decoder_loss(self, features: Tensor) -> Tensor:
         """Cross-entropy on one batch of features."""

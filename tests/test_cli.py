@@ -131,6 +131,16 @@ BAD_PARAMETERS = {
         "{augmenter: isda, strenght",
         "variants.isda.strenght: unknown key; did you mean strength?",
     ),
+    "a key of one of several combined augmenters": (
+        "{augmenter: isda, strength: 2.5}",
+        "{augmenter: combined, of: [{augmenter: noise}, {augmenter: isda, strenght: 2.5}]}",
+        "variants.isda.of.1.strenght: unknown key; did you mean strength?",
+    ),
+    "a value of one of several combined augmenters": (
+        "{augmenter: isda, strength: 2.5}",
+        "{augmenter: combined, of: [{augmenter: noise}, {augmenter: isda, strength: -1.0}]}",
+        "variants.isda.of.1.strength: input should be greater than 0",
+    ),
     "an augmenter's keys that do not fit together": (
         "generator: frozen, new_masks: [flip",
         "generator: joint, new_masks: [flip",

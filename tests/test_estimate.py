@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from pydantic import TypeAdapter
 from torch.utils.flop_counter import FlopCounterMode
 
 import pipeline
 from benchmarks.train import Size, our_steps
 from commands.options import load_params
 from stages import operations
-from stages.estimate import joint_ratios, split_sizes, work_rows
+from stages.augment.registry import Variant
+from stages.estimate import joint_ratios, memory_rows, split_sizes, work_rows
 from stages.models.backbone import build_backbone
 from tests.conftest import tiny_params
 from tests.imports import ROOT
@@ -132,15 +134,34 @@ def test_every_kind_of_gan_is_counted(tmp_path: Path, change: dict) -> None:
 
 def test_work_adds_up(tmp_path: Path) -> None:
     found = sections(tmp_path)
-    variants = {name: found["variants"][name] for name in ("baseline", "duplicate", "featuregan-2x", "featuregan-frozen")}
+    names = ("baseline", "duplicate-2x", "featuregan-2x", "featuregan-frozen", "featuregan-edited", "featuregan-varied")
+    variants = {name: found["variants"][name] for name in names}
+    frozen = {"augmenter": "featuregan", "generator": "frozen"}
+    described = {"augmenter": "combined", "of": [{"augmenter": "isda"}, frozen, {"augmenter": "noise"}]}
+    variants["combined"] = TypeAdapter(Variant).validate_python(described)
     assert joint_ratios(variants) == [2]
-    cost = {name: operations.Cost(float(number), 0, 0) for number, name in enumerate(("backbone", "decoder", "gan", "joint 2:1"), 1)}
+    kinds = ("backbone", "decoder", "gan", "joint 2:1", "generator")
+    cost = {name: operations.Cost(float(number), 0, 0) for number, name in enumerate(kinds, 1)}
     counts = {"samples": {"train": 10, "val": 3, "test": 2}, "train_images": 10}
     sizes = {"gan": found["train_gan"], "decoder": found["train_decoder"], "variants": variants, "seeds": 3}
     *rows, everything = work_rows(cost, None, 1e-12, **counts, **sizes)
-    assert [row["samples"] for row in rows] == [15, 20, 60, 60, 60, 60]
-    assert [row["gflop_a_sample"] * 1e9 for row in rows] == pytest.approx([1, 3, 2, 4, 4, 4])
-    assert everything["hours"] == pytest.approx((15 + 60 + 120 + 240 + 240 + 240) / 3600)
+    assert [row["samples"] for row in rows] == [15, 20, *[60] * 7]
+    once = [2, 3 * 2, 4, 2 * 2 + 5, 2 * 2 + 2 * 5, 2 * 2 + 0.5 * 5, 3 * 2 + 5]
+    assert [row["gflop_a_sample"] * 1e9 for row in rows] == pytest.approx([1, 3, *once])
+    assert everything["hours"] == pytest.approx((15 + 60 + 60 * sum(once)) / 3600)
+    sizes["gan"] = found["train_gan"].model_copy(update={"family": "flow"})
+    assert work_rows(cost, None, None, **counts, **sizes)[6]["gflop_a_sample"] * 1e9 == pytest.approx(2 * 2 + 5)  # a flow's edits
+
+
+def test_memory_is_that_of_the_variant_that_adds_most(tmp_path: Path) -> None:
+    found = sections(tmp_path)
+    cost = {"decoder": operations.Cost(0.0, 100, 10.0), "joint 2:1": operations.Cost(0.0, 300, 20.0)}
+    names = ("baseline", "duplicate-2x", "featuregan-2x")
+    for chosen, batches in ((names[:1], 1), (names, 3)):
+        variants = {name: found["variants"][name] for name in chosen}
+        alone, joint, _ = memory_rows(cost, found["train_gan"], found["train_decoder"], variants, 0)
+        assert alone["bytes"] == 100 + found["train_decoder"].batch_size * 10 * batches
+        assert joint["bytes"] == 300 + found["train_decoder"].batch_size * 20
 
 
 def test_splits_are_those_of_prepare() -> None:

@@ -57,8 +57,8 @@ class SourceConfig(VariantConfig):
 
     @property
     def added_batches(self) -> int:
-        """One, unless it says how many."""
-        return int(getattr(self, "ratio", 1))
+        """One."""
+        return 1
 
 
 @dataclass
@@ -166,7 +166,7 @@ class Augmenter:
         self.advance()
 
     def advance(self) -> None:
-        """Take note of an update of the decoder."""
+        """Take note of a back-propagation; ``accelerator.sync_gradients`` says whether the decoder was updated by it."""
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs."""

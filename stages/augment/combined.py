@@ -10,21 +10,26 @@ from torch import Tensor, nn
 
 from featurestore.dataset import Batch
 from stages.augment.base import Adjust, Augmented, Augmenter, Context, VariantConfig
+from stages.runtime import generator as random_generator
 
 
 class Combined(Augmenter):
-    """What each of the members adds to the real features, and all of their terms of the loss."""
+    """What each of the members adds to the real features, and each one's change of the real features' scores.
+
+    The update is the decoder's alone, so a member must not learn from the loss.
+    """
 
     def __init__(self, config: VariantConfig, context: Context, members: Sequence[Augmenter]) -> None:
         super().__init__(config, context)
+        assert all(type(member).update is Augmenter.update for member in members)
         self.members = members
         self.needs_images = any(member.needs_images for member in members)
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """The members' parts in their order."""
-        each = [member.augment(batch, rng) for member in self.members]
-        terms = {name: term for one in each for name, term in one.terms.items()}
-        return Augmented([part for one in each for part in one.parts], terms)
+        """The members' parts in their order; the first draws what it would alone, the others apart from it and from each other."""
+        own = [rng, *(random_generator(rng.device, rng.initial_seed(), number) for number in range(1, len(self.members)))]
+        parts = [member.augment(batch, draws).parts for member, draws in zip(self.members, own, strict=True)]
+        return Augmented([part for some in parts for part in some])
 
     def adjust(self, masks: Tensor) -> Adjust | None:
         """One change of the scores after the other."""

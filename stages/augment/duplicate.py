@@ -17,6 +17,11 @@ class DuplicateConfig(SourceConfig):
     augmenter: Literal["duplicate"]
     ratio: int = Field(default=1, ge=1, le=16)  # copies of the batch
 
+    @property
+    def added_batches(self) -> int:
+        """The copies."""
+        return self.ratio
+
 
 class Duplicate(Augmenter):
     """Real features again."""

@@ -61,6 +61,11 @@ class FeatureGANConfig(SourceConfig):
         return True
 
     @property
+    def added_batches(self) -> int:
+        """The draws."""
+        return self.ratio
+
+    @property
     def needs_family(self) -> str | None:
         """A GAN for joint training, a flow for variations."""
         return "gan" if self.generator == "joint" else "flow" if self.vary else None
@@ -161,7 +166,7 @@ def featuregan(config: FeatureGANConfig, context: Context) -> Augmenter:
     SpecMismatchError
         When it was trained on other features than those of the training store.
     ConfigError
-        When a flow is to be trained jointly, or a GAN is to vary features.
+        When a flow is to be trained jointly or to edit a batch in several ways, or a GAN is to vary features.
     """
     networks, trained = load_gan(context.gan)
     if trained["store"] != context.store.fingerprint:
@@ -169,6 +174,8 @@ def featuregan(config: FeatureGANConfig, context: Context) -> Augmenter:
         raise SpecMismatchError(message, path=context.gan, expected=context.store.fingerprint, found=trained["store"])
     if config.vary and networks.discriminator is not None:
         raise ConfigError("variants", "only a flow varies features; set train_gan.family: flow and run train-gan again")
+    if config.edit and config.ratio > 1 and networks.discriminator is None:
+        raise ConfigError("variants", "a flow makes one edit of a batch, whatever it draws; set ratio: 1 for this variant")
     if config.generator == "frozen":
         return FrozenFeatureGAN(config, context, networks)
     if networks.discriminator is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from stages.augment.base import Augmenter, Context, VariantConfig
@@ -50,7 +50,8 @@ AUGMENTERS: dict[type[VariantConfig], Callable[[Any, Context], Augmenter]] = {
     FeatureGANConfig: featuregan,
 }
 
-Member: Any = Annotated[Union[tuple(AUGMENTERS)], Field(discriminator="augmenter")]  # noqa: UP007
+_MEMBERS = tuple(kind for kind in AUGMENTERS if kind is not NoneConfig)
+Member: Any = Annotated[Union[_MEMBERS], Field(discriminator="augmenter")]  # noqa: UP007
 
 
 class CombinedConfig(VariantConfig):
@@ -63,11 +64,19 @@ class CombinedConfig(VariantConfig):
     def _fit_together(self) -> Self:
         for member in self.of:
             if shared := sorted({"perturb", "view", "statistics"} & member.model_fields_set):
-                raise ValueError(f"{shared[0]} of {member.augmenter} is for all that are combined; write it beside of")
+                raise ValueError(
+                    f"{shared[0]} of {member.augmenter} is for all that are combined; write it where augmenter: combined stands"
+                )
             if getattr(member, "generator", None) == "joint":
                 raise ValueError("a joint generator learns with its own decoder alone; set generator: frozen")
-            if member.augmenter == "mixup" and "copy_paste" in self.perturb:
-                raise ValueError("perturb: copy_paste pastes by one mask, and mixup has two; leave one of them out")
+            try:  # what is for all must suit each
+                type(member).model_validate({**member.model_dump(exclude_unset=True), "perturb": self.perturb, "view": self.view})
+            except ValidationError as error:
+                first = error.errors()[0]
+                wrong = ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
+                raise ValueError(f"{member.augmenter} cannot be among them: {wrong}") from error
+        if sum(member.augmenter == "isda" for member in self.of) > 1:
+            raise ValueError("isda more than once is isda with another strength; name it once")
         return self
 
     @property

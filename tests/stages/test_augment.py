@@ -331,7 +331,9 @@ def test_combined_augmenters_add_what_each_of_them_adds(store, batch, tmp_path) 
     *copies, dropped = combined.augment(batch, rng()).parts
     assert [part.weight for part in copies] == [0.5, 0.5]
     assert all(torch.equal(part.features, batch.features) for part in copies)
-    assert torch.equal(dropped.features, only(build(store, tmp_path, augmenter="channel-dropout"), batch).features)
+    kept = dropped.features != 0
+    assert 0 < kept.float().mean() < 1
+    torch.testing.assert_close(dropped.features[kept], batch.features[kept] / 0.7)
     last = torch.nn.Conv2d(5, CLASSES, 1)
     embeddings = torch.randn(4, 5, SIDE, SIDE)
     adjusted = []
@@ -342,18 +344,34 @@ def test_combined_augmenters_add_what_each_of_them_adds(store, batch, tmp_path) 
     assert not torch.equal(adjusted[0], last(embeddings))
 
 
+def test_combined_augmenters_draw_apart_and_the_first_as_it_would_alone(store, batch, tmp_path) -> None:
+    upsample = {"augmenter": "upsample"}
+    twice = build(store, tmp_path, augmenter="combined", of=[upsample, upsample])
+    alone = build(store, tmp_path, **upsample)
+    each = [twice.augment(batch, rng(seed)).parts for seed in range(5)]
+    assert all(torch.equal(first.features, only(alone, batch, seed).features) for seed, (first, _) in enumerate(each))
+    assert not any(torch.equal(first.features, second.features) for first, second in each)
+
+
 @pytest.mark.parametrize(
-    ("of", "perturb", "text"),
+    ("of", "shared", "text"),
     [
-        ([{"augmenter": "noise", "perturb": ["flip"]}, {"augmenter": "isda"}], [], "perturb of noise is for all that are combined"),
-        ([{"augmenter": "featuregan"}, {"augmenter": "isda"}], [], "a joint generator learns with its own decoder alone"),
-        ([{"augmenter": "mixup"}, {"augmenter": "isda"}], ["copy_paste"], "mixup has two"),
-        ([{"augmenter": "isda"}], [], "at least 2"),
+        ([{"augmenter": "noise", "perturb": ["flip"]}, {"augmenter": "isda"}], {}, "perturb of noise is for all that are combined"),
+        ([{"augmenter": "featuregan"}, {"augmenter": "isda"}], {}, "a joint generator learns with its own decoder alone"),
+        ([{"augmenter": "mixup"}, {"augmenter": "isda"}], {"perturb": ["copy_paste"]}, "mixup cannot be among them: perturb: copy_paste"),
+        (
+            [{"augmenter": "hflip-views"}, {"augmenter": "isda"}],
+            {"view": "random"},
+            "hflip-views cannot be among them: view: ",
+        ),
+        ([{"augmenter": "isda"}, {"augmenter": "isda"}], {}, "name it once"),
+        ([{"augmenter": "none"}, {"augmenter": "isda"}], {}, "'none' found"),
+        ([{"augmenter": "isda"}], {}, "at least 2"),
     ],
 )
-def test_what_cannot_be_combined_is_refused(of, perturb, text) -> None:
+def test_what_cannot_be_combined_is_refused(of, shared, text) -> None:
     with pytest.raises(ValueError, match=text):
-        TypeAdapter(Variant).validate_python({"augmenter": "combined", "of": of, "perturb": perturb})
+        TypeAdapter(Variant).validate_python({"augmenter": "combined", "of": of, **shared})
 
 
 def test_combined_variants_need_what_their_members_need() -> None:

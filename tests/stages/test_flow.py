@@ -139,7 +139,10 @@ def test_variations_start_from_the_real_features_in_their_share_of_noise(monkeyp
 
 
 def test_an_edit_carries_an_object_from_the_distribution_of_its_class_to_that_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between Gaussians the flow is known: of N(m, s^2) x becomes m' + s' / s (x - m); pixels that keep their class, and what no component holds, stay."""
+    """Between Gaussians the flow is known: of N(m, s^2) x becomes m' + s' / s (x - m).
+
+    Pixels that keep their class, and what no component holds, stay.
+    """
     network = flow(components=4, steps=64)
     directions = torch.linalg.qr(torch.randn(12, 12))[0]
     network.set_components((torch.randn(12), directions[:, :4], torch.rand(4) + 0.5))
@@ -215,10 +218,14 @@ def test_a_decoder_gets_the_flows_variations_of_its_batch(features: Path, flows:
 
 
 def test_a_decoder_gets_the_flows_edits_of_its_batch(features: Path, flows: Path) -> None:  # noqa: F811
-    parts, real, masks, wanted, _ = added_by_a_frozen_generator(features, flows, ["swap"], edit=True)
+    parts, real, masks, wanted, _ = added_by_a_frozen_generator(features, flows, ["swap"], edit=True, ratio=1)
     network = load_generator(flows / "gan")
-    for part in parts:
-        torch.testing.assert_close(part.features, network.edit(real, masks, wanted), rtol=1e-4, atol=1e-4)
+    (part,) = parts
+    edited = network.edit(real, masks, wanted)
+    torch.testing.assert_close(part.features, edited, rtol=1e-4, atol=1e-4)
+    assert (edited - real).abs().max() > 0.01 * real.std()
+    with pytest.raises(ConfigError, match="a flow makes one edit of a batch"):
+        added_by_a_frozen_generator(features, flows, ["swap"], edit=True, ratio=2)
 
 
 def test_a_killed_decoder_with_variations_resumes_to_the_same_bits(

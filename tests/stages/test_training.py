@@ -27,6 +27,7 @@ from stages.errors import ConfigError, DataError
 from stages.gan_trainer import GanTrainer
 from stages.metrics import Scores, confusion_matrix, score
 from stages.models.decoder import Decoder
+from stages.models.generator import Generator
 from stages.models.spectral import SpectralConv2d
 from stages.monitor import MonitorConfig
 from stages.runtime import generator as random_generator
@@ -288,9 +289,10 @@ def test_a_decoder_may_see_each_photograph_mirrored_or_not_by_chance(
 def added_by_a_frozen_generator(
     features: Path, folder: Path, changes: Sequence[str], **described
 ) -> tuple[list[Part], Tensor, Tensor, Tensor, Tensor]:
-    """What is added to a batch of three with two draws a mask; and the real features, their masks, those asked for, and the noise."""
+    """What is added to a batch of three, two draws a mask by default; the real features, their masks, those asked for, and the noise."""
     store = featurestore.open(features / "train")
     variant = {"augmenter": "featuregan", "generator": "frozen", "new_masks": changes, "ratio": 2, **described}
+    ratio = variant["ratio"]
     decoder = Decoder(head="deeplab", in_channels=12, num_classes=3, width=8, atrous_rates=(2, 3))
     context = Context(make_accelerator("cpu", "no"), store, np.arange(len(store)), decoder, folder / "gan", 0, 1, {})
     augmenter = build_augmenter(TypeAdapter(Variant).validate_python(variant), context)
@@ -299,8 +301,8 @@ def added_by_a_frozen_generator(
     rng = torch.Generator().manual_seed(3)
     share = described.get("share", 1.0)
     wanted = NewMasks(changes, store, np.arange(len(store)), share)(masks, rng) if changes else masks
-    z = torch.randn(6, load_generator(folder / "gan").z_dim, generator=rng)
-    assert len(parts) == 2
+    z = torch.randn(ratio * 3, load_generator(folder / "gan").z_dim, generator=rng)
+    assert len(parts) == ratio
     assert torch.equal(wanted, masks) != bool(changes)
     assert all(torch.equal(part.targets[0][0], wanted) for part in parts)
     return parts, real, masks, wanted, z
@@ -317,12 +319,18 @@ def test_a_frozen_generator_gives_features_of_the_masks_that_the_decoder_is_to_f
 
 
 @pytest.mark.parametrize(("change", "share"), [("paste", 1.0), ("swap", 1.0), ("swap", 0.3)])
-def test_edited_features_are_real_ones_moved_as_the_generators_are(features: Path, trained: Path, change: str, share: float) -> None:
+def test_edited_features_are_real_ones_moved_as_the_generators_are(
+    features: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, change: str, share: float
+) -> None:
+    asked = []
+    edit = Generator.edit
+    monkeypatch.setattr(Generator, "edit", lambda self, real, old, new, *, z: (asked.append(len(real)), edit(self, real, old, new, z=z))[1])
     parts, real, masks, new, z = added_by_a_frozen_generator(features, trained, [change], edit=True, weight=0.5, share=share)
     assert [part.weight for part in parts] == [0.5, 0.5]
     generator = load_generator(trained / "gan")
     same = (new == masks).flatten(1).all(1)
     assert (0 < same.sum() < 3) == (share < 1)
+    assert asked == [2 * int((~same).sum())]  # what stays costs nothing
     for part, noise in zip(parts, z.chunk(2), strict=True):
         expected = real + generator.generate(new, z=noise) - generator.generate(masks, z=noise)
         torch.testing.assert_close(part.features, expected.clamp(min=0), rtol=1e-4, atol=1e-5)
