@@ -97,9 +97,9 @@ def study(
 
 @click.command(short_help="Compare the results of many runs, with intervals.")
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@option("--class", "classes", multiple=True, help="Class of the mean; several may be named. Default: all.")
+@option("--class", "classes", multiple=True, help="Class of the mean, beside that over all classes; several may be named.")
 @option("--baseline", default="baseline", help="The variant that others are compared with.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write comparison.json, .csv, per_class.csv and .png here.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write tables (.md, .csv, .json) and pictures here.")
 def compare(results: tuple[Path, ...], classes: tuple[str, ...], baseline: str, out: Path | None) -> None:
     """Compare the runs of RESULTS, result files of studies or folders of them, variant by variant.
 

@@ -15,9 +15,9 @@ import featurestore
 from featurestore import FeatureStore
 from stages.analysis import charts, pictures, tables
 from stages.analysis.answer import answer
+from stages.analysis.curves import read_curves
 from stages.analysis.feature_grid import normalised_pair, subsample_channels
 from stages.analysis.fidelity import DIMENSIONS
-from stages.analysis.figures import read_curves
 from stages.analysis.projection import project, sample_vectors
 from stages.checkpoint import load_decoder, load_generator
 from stages.config import Config, Seed

@@ -235,7 +235,7 @@ def data_content(dataset: Path, stores: Mapping[str, FeatureStore]) -> list[Any]
 
 def _gan_curves(live: Path) -> dict[str, list[float | None]]:
     """The GAN's losses by epoch, and its measures where they were taken; not those of each class."""
-    from stages.analysis.figures import read_curves  # and with it matplotlib
+    from stages.analysis.curves import read_curves
 
     table = pd.DataFrame({name: curve for name, curve in read_curves(live).items() if "class_consistency" not in name})
     rounded = table.round(4).astype(object)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -79,6 +80,7 @@ def intervals(runs: Sequence[Counts], *, resamples: int = RESAMPLES) -> dict[int
     return {number: _interval(values) for number, values in enumerate(by_class.T)}
 
 
+@lru_cache(maxsize=1)  # a comparison asks for the same ones again and again, and drawing them takes longer than all else in it
 def _resampled(images: int, resamples: int) -> np.ndarray:
     """(1 + resamples, images) how often each image counts; the first row is the split itself."""
     drawn = np.random.default_rng(SEED).multinomial(images, np.full(images, 1 / images), size=resamples)

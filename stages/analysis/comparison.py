@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from stages.analysis import figures, tables
+from stages.analysis.markdown import as_markdown
 from stages.errors import ConfigError, DataError
 from stages.runtime import write_json
 
@@ -65,9 +66,10 @@ def read_groups(paths: Iterable[Path]) -> list[Group]:
 
 
 def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> list[dict[str, Any]]:
-    """One entry a group that has the baseline: ``name``, ``train_images``, ``versions`` of the sources, ``rows``, ``gans``.
+    """One entry a group that has the baseline: ``name``, ``train_images``, ``title``, ``rows``, ``rows_all``, ``gans``.
 
-    Rows are those of :func:`stages.analysis.tables.compare`.
+    ``rows`` are those of :func:`stages.analysis.tables.compare`, means over ``classes``, the baseline first and then the
+    variants that gain most; ``rows_all`` the same rows in the same order over all classes, None where ``classes`` names none.
 
     Raises
     ------
@@ -78,16 +80,24 @@ def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> l
     if not having:
         found = ", ".join(sorted({name for group in groups for name in group.runs}))
         raise ConfigError("--baseline", f"there is no {baseline!r} among {found}")
-    return [
-        {
-            "name": group.name,
-            "train_images": group.train_images,
-            "versions": len({run.get("made_with", {}).get("sources") for runs in group.runs.values() for run in runs}),
-            "rows": tables.compare(_baseline_first(group.runs, baseline), classes, baseline_name=baseline, key="--class"),
-            "gans": {name: results[0]["gan"] for name, results in group.runs.items() if "gan" in results[0]},
-        }
-        for group in having
-    ]
+    entries = []
+    for group in having:
+        rows = tables.compare(group.runs, classes, baseline_name=baseline, key="--class")
+        rows.sort(key=lambda row: (row["variant"] != baseline, row["delta_miou"] is None, -(row["delta_miou"] or 0.0)))
+        in_order = {row["variant"]: group.runs[row["variant"]] for row in rows}
+        versions = len({run.get("made_with", {}).get("sources") for runs in group.runs.values() for run in runs})
+        made_by = f", made by {versions} versions of the sources" if versions > 1 else ""
+        entries.append(
+            {
+                "name": group.name,
+                "train_images": group.train_images,
+                "title": f"{group.name}: {group.train_images} training photographs{made_by}",
+                "rows": rows,
+                "rows_all": tables.compare(in_order, [], baseline_name=baseline) if classes else None,
+                "gans": {name: results[0]["gan"] for name, results in group.runs.items() if "gan" in results[0]},
+            }
+        )
+    return entries
 
 
 def left_out(groups: Sequence[Group], baseline: str) -> list[str]:
@@ -100,22 +110,18 @@ def left_out(groups: Sequence[Group], baseline: str) -> list[str]:
     return lines
 
 
-def _baseline_first(runs: dict[str, list[dict[str, Any]]], baseline: str) -> dict[str, list[dict[str, Any]]]:
-    return dict(sorted(runs.items(), key=lambda item: (item[0] != baseline, item[0])))
-
-
 def as_text(compared: Sequence[dict[str, Any]]) -> str:
     """All tables for a terminal."""
-    return "\n\n".join(f"{_title(entry)}\n{tables.as_text(entry['rows'])}" for entry in compared)
-
-
-def _title(entry: dict[str, Any]) -> str:
-    versions = f", made by {entry['versions']} versions of the sources" if entry["versions"] > 1 else ""
-    return f"{entry['name']}: {entry['train_images']} training photographs{versions}"
+    parts = []
+    for entry in compared:
+        parts.append(f"{entry['title']}\n{tables.as_text(entry['rows'])}")
+        if entry["rows_all"] is not None:
+            parts.append(f"{entry['title']}; means over all classes of the test images\n{tables.as_text(entry['rows_all'])}")
+    return "\n\n".join(parts)
 
 
 def write(compared: Sequence[dict[str, Any]], out: Path) -> list[str]:
-    """``comparison.json``, ``.csv`` and ``.png``, ``per_class.csv``, ``gans.png``, and ``curve.png`` where there are several sizes.
+    """``comparison.md``, ``.json``, ``.csv`` and ``.png``, ``per_class.csv``, ``gans.png``; ``curve.png`` where there are several sizes.
 
     Returns
     -------
@@ -123,7 +129,9 @@ def write(compared: Sequence[dict[str, Any]], out: Path) -> list[str]:
         Names of the files.
     """
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "comparison.json", [{key: entry[key] for key in ("name", "train_images", "rows")} for entry in compared])
+    of_sizes = has_curve(compared)
+    (out / "comparison.md").write_text(as_markdown(compared, curve=of_sizes), encoding="utf-8")
+    write_json(out / "comparison.json", [{key: entry[key] for key in ("name", "train_images", "rows", "rows_all")} for entry in compared])
     flat = [tables.flat(entry["rows"]).assign(experiment=entry["name"], train_images=entry["train_images"]) for entry in compared]
     pd.concat(flat).to_csv(out / "comparison.csv", index=False, float_format="%.4f")
     by_class = [tables.per_class_with_intervals(entry["rows"]).assign(experiment=entry["name"]) for entry in compared]
@@ -133,9 +141,14 @@ def write(compared: Sequence[dict[str, Any]], out: Path) -> list[str]:
     pictures = {"comparison.png": figures.differences([(entry["name"], entry["rows"]) for entry in compared])}
     if gans:
         pictures["gans.png"] = figures.gans(gans)
-    sizes = [(entry["train_images"], entry["rows"]) for entry in compared]
-    if 1 < len(sizes) == len({size for size, _ in sizes}):  # where one size stands twice, its decoders were trained in two ways
-        pictures["curve.png"] = figures.low_data_curve(sizes)
+    if of_sizes:
+        pictures["curve.png"] = figures.low_data_curve([(entry["train_images"], entry["rows"]) for entry in compared])
     for name, content in pictures.items():
         (out / name).write_bytes(content)
-    return ["comparison.json", "comparison.csv", "per_class.csv", *pictures]
+    return ["comparison.md", "comparison.json", "comparison.csv", "per_class.csv", *pictures]
+
+
+def has_curve(compared: Sequence[dict[str, Any]]) -> bool:
+    """Whether there are several sizes, each once; where one stands twice, its decoders were trained in two ways."""
+    sizes = [entry["train_images"] for entry in compared]
+    return 1 < len(sizes) == len(set(sizes))

@@ -1,15 +1,13 @@
-"""Figures of studies as PNG, and the curves that trainings leave."""
+"""Figures of studies as PNG."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 
 BLUE = "#2563eb"
@@ -21,16 +19,6 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", facecolor="white")
     return buffer.getvalue()
-
-
-def read_curves(live: Path) -> dict[str, pd.Series]:
-    """DVCLive's curves by name, indexed by epoch."""
-    folder = live / "plots" / "metrics"
-    curves = {}
-    for file in sorted(folder.rglob("*.tsv")):
-        table = pd.read_csv(file, sep="\t", index_col="step")
-        curves[file.relative_to(folder).with_suffix("").as_posix()] = table.iloc[:, -1]
-    return curves
 
 
 def gans(curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> bytes:
@@ -54,45 +42,48 @@ def gans(curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> bytes:
 def differences(groups: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> bytes:
     """Difference in mIoU to the baseline by variant: its 95% interval over test images, and each seed as a dot; a panel a group of rows."""
     shown = [(name, [row for row in rows if row["delta_miou"] is not None]) for name, rows in groups]
-    lines = max(1, max(len(rows) for _, rows in shown))
-    figure = Figure(figsize=(4.6 * len(shown) + 1, 1.5 + 0.34 * lines))
-    for number, (name, rows) in enumerate(shown):
-        axes = figure.add_subplot(1, len(shown), number + 1)
+    heights = [0.9 + 0.26 * max(1, len(rows)) for _, rows in shown]
+    figure = Figure(figsize=(7.5, sum(heights)))
+    panels = figure.subplots(len(shown), sharex=True, squeeze=False, height_ratios=heights)
+    for axes, (name, rows) in zip(panels.flat, shown, strict=True):
         axes.axvline(0, color="#888", linewidth=0.8)
         for place, row in enumerate(rows):
             if row["delta_interval"] is not None:
                 axes.plot([row["delta_interval"]["low"], row["delta_interval"]["high"]], [place, place], color=BLUE, linewidth=2)
-            axes.plot(row["delta_miou_values"], [place] * len(row["delta_miou_values"]), ".", color="#888", markersize=4)
             axes.plot(row["delta_miou"], place, "o", color=BLUE, markersize=5)
-        axes.set(title=name, xlabel="Δ mIoU to the baseline", yticks=range(len(rows)), yticklabels=[row["variant"] for row in rows])
+            axes.plot(row["delta_miou_values"], [place] * len(row["delta_miou_values"]), ".", color="#111", markersize=4)
+        axes.set(title=name, yticks=range(len(rows)), yticklabels=[row["variant"] for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
+    panels[-1, 0].set_xlabel("Δ mIoU to the baseline (95% interval over images; seeds as dots)")
     figure.tight_layout()
     return png(figure)
 
 
 def low_data_curve(groups: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) -> bytes:
     """mIoU by number of training photographs, and the difference to the baseline with its 95% interval, a line a variant."""
-    figure = Figure(figsize=(10, 3.6))
-    scores, gains = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
-    for position, variant in enumerate(dict.fromkeys(row["variant"] for _, rows in groups for row in rows)):
+    figure = Figure(figsize=(10, 4.2))
+    scores, gains = figure.subplots(1, 2)
+    variants = list(dict.fromkeys(row["variant"] for _, rows in groups for row in rows))
+    for position, variant in enumerate(variants):
         found = sorted(((size, row) for size, rows in groups for row in rows if row["variant"] == variant), key=lambda pair: pair[0])
-        sizes = [size for size, _ in found]
+        aside = 1.008 ** (position - len(variants) / 2)  # bars of one size stand beside each other
+        style = {"color": f"C{position % 10}", "linestyle": ("-", "--", ":")[position // 10 % 3], "linewidth": 1.2}
+        style |= {"marker": "o", "markersize": 3, "elinewidth": 0.8}
         spreads = [row["miou"]["std"] or 0.0 for _, row in found]
-        scores.errorbar(
-            sizes, [row["miou"]["mean"] for _, row in found], spreads, marker="o", markersize=3, color=f"C{position}", label=variant
-        )
+        sizes = [size * aside for size, _ in found]
+        scores.errorbar(sizes, [row["miou"]["mean"] for _, row in found], spreads, label=variant, **style)
         gained = [(size, row) for size, row in found if row["delta_interval"] is not None]
         if gained:
             middle = [row["delta_miou"] for _, row in gained]
             # A percentile interval may leave the figure itself out; lengths of bars cannot be negative.
             low = [max(0.0, row["delta_miou"] - row["delta_interval"]["low"]) for _, row in gained]
             high = [max(0.0, row["delta_interval"]["high"] - row["delta_miou"]) for _, row in gained]
-            gains.errorbar([size for size, _ in gained], middle, [low, high], marker="o", markersize=3, color=f"C{position}")
+            gains.errorbar([size * aside for size, _ in gained], middle, [low, high], **style)
     gains.axhline(0, color="#888", linewidth=0.8)
     for axes, title in ((scores, "mIoU (± over seeds)"), (gains, "Δ mIoU to the baseline (95% interval over images)")):
         axes.set(xscale="log", xlabel="training photographs", title=title)
         axes.set_xticks([size for size, _ in groups], [str(size) for size, _ in groups])
         axes.minorticks_off()
-    scores.legend(frameon=False, fontsize=7)
     figure.tight_layout()
+    figure.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, frameon=False, fontsize=8)
     return png(figure)

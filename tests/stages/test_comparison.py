@@ -197,6 +197,43 @@ def test_groups_by_protocol_are_written_with_tables_and_pictures(results: Path, 
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_named_classes_have_a_table_beside_that_of_all_and_sizes_a_table_of_gains(results: Path, tmp_path: Path) -> None:
+    (results / "eighth" / "noise-1.json").unlink()
+    compared = comparison.compare(comparison.read_groups([results]), ["sky", "road"], "baseline")
+    for entry in compared:
+        of_all = comparison.compare(comparison.read_groups([results / entry["name"]]), [], "baseline")
+        assert entry["rows_all"] == of_all[0]["rows"]
+        assert entry["rows"][1]["delta_miou"] != entry["rows_all"][1]["delta_miou"]
+    text = comparison.as_text(compared)
+    assert text.count("eighth: 10 training photographs") == 2
+    assert text.count("; means over all classes of the test images") == 2
+    comparison.write(compared, tmp_path / "out")
+    lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
+    assert "| variant | 10 (2 seeds) | 80 (2 seeds) |" in lines
+    (full, full_all), (eighth, eighth_all) = [(entry["rows"][1], entry["rows_all"][1]) for entry in compared]
+
+    def cell(row: dict) -> str:
+        return "{:+.1f} ({low:+.1f} to {high:+.1f}".format(row["delta_miou"], **row["delta_interval"])
+
+    assert f"| noise | {cell(eighth)}; 1 seed) | {cell(full)}) |" in lines
+    assert f"| noise | {cell(eighth_all)}; 1 seed) | {cell(full_all)}) |" in lines
+    wide = next(line for line in lines[lines.index("## full: 80 training photographs") :] if line.startswith("| noise"))
+    cells = wide.strip("| ").split(" | ")
+    assert cells[2] == "{mean:.2f} ± {std:.2f}".format(**full["miou"])
+    assert cells[5] == "{mean:.2f} ± {std:.2f}".format(**full_all["miou"])
+    assert (cells[3], cells[6]) == (f"{full['delta_miou']:+.2f}", f"{full_all['delta_miou']:+.2f}")
+
+
+def test_the_variants_that_gain_most_come_first() -> None:
+    def group(**right: int) -> comparison.Group:
+        runs = {name: [run_of(name, 0, {"a": image({0: pixels}, {(0, 1): 20 - pixels})})] for name, pixels in right.items()}
+        unpaired = {"alone": [run_of("alone", 5, {"a": image({0: 19}, {(0, 1): 1})})]}
+        return comparison.Group("all", 3, {**unpaired, **runs})
+
+    rows = comparison.compare([group(worse=8, better=15, baseline=10, best=16)], [], "baseline")[0]["rows"]
+    assert [row["variant"] for row in rows] == ["baseline", "best", "better", "worse", "alone"]
+
+
 def test_results_that_cannot_be_paired_are_named(results: Path) -> None:
     assert comparison.left_out(comparison.read_groups([results]), "baseline") == []
     (results / "full" / "baseline-1.json").unlink()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.analysis.figures import read_curves
+from stages.analysis.curves import read_curves
 from stages.checkpoint import load_decoder, load_generator
 from stages.distributed import SynchronisedBatchNorm2d, synchronise_batch_norm
 from tests.conftest import run

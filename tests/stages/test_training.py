@@ -18,7 +18,7 @@ import featurestore
 from featurestore import IncompleteStoreError, ShardCorruptError, SpecMismatchError
 from featurestore.dataset import Batch, FeatureLoader
 from stages import train_decoder, train_gan
-from stages.analysis.figures import read_curves
+from stages.analysis.curves import read_curves
 from stages.augment.base import Context, Part
 from stages.augment.new_masks import NewMasks
 from stages.augment.registry import Variant, build_augmenter
