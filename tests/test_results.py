@@ -1,0 +1,42 @@
+"""What docs/results.md says of the studies is what their committed result files say."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+from commands.studies import compare as command
+from stages.analysis import comparison
+from stages.analysis.markdown import as_markdown
+from tests.imports import ROOT
+
+SECTION = re.compile(r"^(?:#+ .*|    python pipeline\.py compare results/(?:.*\\\n)*.*)$", re.MULTILINE)
+TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
+
+
+def sections() -> list[tuple[str, str]]:
+    """Each ``compare`` command of the page that names a study, and the text up to the next one or the next heading."""
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    starts = [*SECTION.finditer(page), None]
+    found = []
+    for here, after in zip(starts, starts[1:], strict=False):
+        assert here is not None
+        if not here[0].startswith("#"):
+            found.append((here[0].replace("\\\n", " ").strip(), page[here.end() : after.start() if after else None]))
+    return found
+
+
+@pytest.mark.parametrize(("written", "text"), sections(), ids=[written.split(" --")[0] for written, _ in sections()])
+def test_tables_below_a_command_are_those_it_writes(written: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    options = command.make_context("compare", shlex.split(written.partition("#")[0])[3:]).params
+    compared = comparison.compare(comparison.read_groups(options["results"]), options["classes"], options["baseline"])
+    makes = {table.replace(" ", "") for table in TABLE.findall(as_markdown(compared, curve=comparison.has_curve(compared)))}
+    for table in TABLE.findall(text):
+        assert table.replace("**", "").replace(" ", "") in makes, f"`{written}` writes no such table into its comparison.md:\n{table}"
+
+
+def test_the_page_has_such_tables() -> None:
+    assert sum(len(TABLE.findall(text)) for _, text in sections()) >= 4
