@@ -19,13 +19,13 @@ TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 def sections() -> list[tuple[str, str]]:
     """Each ``compare`` command of the page that names a study, and the text up to the next one or the next heading."""
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    starts = [*SECTION.finditer(page), None]
-    found = []
-    for here, after in zip(starts, starts[1:], strict=False):
-        assert here is not None
-        if not here[0].startswith("#"):
-            found.append((here[0].replace("\\\n", " ").strip(), page[here.end() : after.start() if after else None]))
-    return found
+    starts = list(SECTION.finditer(page))
+    ends = [*(start.start() for start in starts[1:]), len(page)]
+    return [
+        (start[0].replace("\\\n", " ").strip(), page[start.end() : end])
+        for start, end in zip(starts, ends, strict=True)
+        if not start[0].startswith("#")
+    ]
 
 
 @pytest.mark.parametrize(("written", "text"), sections(), ids=[written.split(" --")[0] for written, _ in sections()])
