@@ -102,8 +102,12 @@ def work_rows(
     for name, variant in variants.items():
         ratio = _ratio(variant)
         # What the other augmenters do to a batch costs little beside the decoder.
-        frozen = {"decoder": 1.0 + variant.added_batches, "generator": _generated(variant, gan.family)}
-        kinds = {f"joint {ratio}:1": 1.0} if ratio else {kind: times for kind, times in frozen.items() if times}
+        real = 1.0 + variant.added_batches
+        if ratio:  # what comes after until is real batches in the place of generated ones
+            kinds = {f"joint {ratio}:1": variant.until, "decoder": (1 - variant.until) * real}
+        else:
+            kinds = {"decoder": real, "generator": variant.until * _generated(variant, gan.family)}
+        kinds = {kind: times for kind, times in kinds.items() if times}
         parts.append((f"train-decoder: {name}", kinds, seen))
     rows: list[dict[str, Any]] = []
     for part, kinds, count in parts:

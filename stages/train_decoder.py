@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +19,7 @@ from featurestore import FeatureStore, SpecMismatchError
 from featurestore.dataset import FeatureLoader
 from featurestore.files import file_sha256
 from stages.augment.base import Adjust, Augmenter, Context, Part, VariantConfig
+from stages.augment.duplicate import in_place_of
 from stages.augment.featuregan import JointFeatureGAN
 from stages.augment.hflip_views import mirrored
 from stages.augment.perturb import perturb
@@ -159,7 +158,8 @@ def run(
     optimizer = torch.optim.Adam(decoder.parameters(), config.lr, config.betas, fused=True)
     steps = config.epochs * (config.passes * len(positions) // config.batch_size)
     machine = {"compile_networks": compile_networks, "sharded": sharded}
-    augmenter = build_augmenter(variant, Context(accelerator, train, positions, decoder, gan, seed, steps, machine))
+    context = Context(accelerator, train, positions, decoder, gan, seed, steps, machine)
+    augmenter, afterwards = build_augmenter(variant, context), in_place_of(variant, context)
     views = positions if variant.view == "identity" else np.stack([positions, mirrored(train, positions)], axis=1)
     batches = load(train, seed=seed, drop_last=True, positions=views, passes=config.passes, images=augmenter.needs_images)
     monitor = build_monitor(monitoring, augmenter, stores, seed)
@@ -208,26 +208,28 @@ def run(
         first = state.pop("step", 0)
         decoder.train()
         for number, batch in enumerate(batches.epoch(epoch, first), first):  # its order is a function of seed and epoch
-            schedule(optimizer, config, (epoch * len(batches) + number) / steps)
+            done = (epoch * len(batches) + number) / steps
+            schedule(optimizer, config, done)
+            acting = augmenter if done < variant.until else afterwards
             for part_number, part in enumerate(batch.split(config.gradient_accumulation)):
                 rank = 0 if augmenter.same_draws else accelerator.process_index
                 rng = random_generator(accelerator.device, seed, epoch, number, part_number, 1, rank)
                 seed_everything(seed, epoch, number, part_number, accelerator.process_index)  # dropout
                 with accelerator.accumulate(trained, *augmenter.modules):
                     part.features = part.features.float().contiguous(memory_format=torch.channels_last)
-                    augmented = augmenter.augment(part, rng)
+                    augmented = acting.augment(part, rng)
                     # Real and added features pass separately, so that BatchNorm never mixes them (Algorithm 1).
                     parts = [Part(part.features, [(part.masks, 1.0)]), *augmented.parts]
                     own = random_generator(accelerator.device, seed, epoch, number, part_number, 2, accelerator.process_index)
                     real, *added = perturb(variant.perturb, parts, own)
                     with accelerator.autocast():
-                        real_loss = decoder_loss(trained, real, augmenter.adjust(real.targets[0][0]))
-                        with running_statistics(decoder, kept=variant.statistics == "all"):
+                        real_loss = decoder_loss(trained, real, acting.adjust(real.targets[0][0]))
+                        with decoder.running_statistics(kept=variant.statistics == "all"):
                             added_losses = [decoder_loss(trained, some) for some in added]
                     loss = real_loss
                     for some, added_loss in zip(added, added_losses, strict=True):
                         loss = loss + some.weight * added_loss
-                    augmenter.update(loss, optimizer)
+                    acting.update(loss, optimizer)
                 means.add({"decoder/ce_real": real_loss, **augmented.terms})
                 if added_losses:
                     means.add({"decoder/ce_added": torch.stack(added_losses).mean()})
@@ -296,18 +298,6 @@ def decoder_loss(decoder: nn.Module, part: Part, adjust: Adjust | None = None) -
     """Cross-entropy of the decoder's scores for a part's features with its targets, by their shares."""
     scores = decoder(part.features.contiguous(memory_format=torch.channels_last), adjust=adjust)
     return torch.stack([share * upsampled_cross_entropy(scores, masks) for masks, share in part.targets]).sum()
-
-
-@contextmanager
-def running_statistics(network: nn.Module, *, kept: bool) -> Iterator[None]:
-    """Let BatchNorm normalise by each batch's own statistics, as ever in training, and take them into its running ones or not."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms if not kept else []:
-        norm.momentum = 0.0
-    yield
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 def schedule(optimizer: torch.optim.Optimizer, config: TrainDecoderConfig, done: float) -> None:

@@ -10,8 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from featurestore import FeatureStore
 from featurestore.dataset import Batch
@@ -28,6 +29,13 @@ class VariantConfig(Config):
     perturb: Annotated[tuple[Transform, ...], Field(strict=False)] = ()  # of real and added features, before the decoder
     view: Literal["identity", "random"] = "identity"  # of each real sample: as it is, or mirrored or not by chance
     statistics: Literal["all", "real"] = "all"  # which batches the decoder's running BatchNorm statistics take in
+    until: float = Field(default=1.0, gt=0, le=1)  # share of the steps after which real batches take the place of the added ones
+
+    @model_validator(mode="after")
+    def _adds_until(self) -> Self:
+        if self.until < 1 and not self.added_batches:
+            raise ValueError("until is of the batches that a variant adds, and this one adds none; leave it out")
+        return self
 
     @property
     def needs_gan(self) -> bool:

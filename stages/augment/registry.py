@@ -63,7 +63,7 @@ class CombinedConfig(VariantConfig):
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         for member in self.of:
-            if shared := sorted({"perturb", "view", "statistics"} & member.model_fields_set):
+            if shared := sorted({"perturb", "view", "statistics", "until"} & member.model_fields_set):
                 raise ValueError(
                     f"{shared[0]} of {member.augmenter} is for all that are combined; write it where augmenter: combined stands"
                 )

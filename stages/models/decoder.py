@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,17 @@ class Decoder(nn.Module):
         layer = self.head[-1]  # type: ignore[index]
         assert isinstance(layer, nn.Conv2d)
         return layer
+
+    @contextmanager
+    def running_statistics(self, *, kept: bool) -> Iterator[None]:
+        """Let BatchNorm normalise by each batch's own statistics, as ever in training, and take them into its running ones or not."""
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms if not kept else []:
+            norm.momentum = 0.0
+        yield
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
     def forward(
         self,

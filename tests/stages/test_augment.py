@@ -357,6 +357,7 @@ def test_combined_augmenters_draw_apart_and_the_first_as_it_would_alone(store, b
     ("of", "shared", "text"),
     [
         ([{"augmenter": "noise", "perturb": ["flip"]}, {"augmenter": "isda"}], {}, "perturb of noise is for all that are combined"),
+        ([{"augmenter": "noise", "until": 0.5}, {"augmenter": "isda"}], {}, "until of noise is for all that are combined"),
         ([{"augmenter": "featuregan"}, {"augmenter": "isda"}], {}, "a joint generator learns with its own decoder alone"),
         ([{"augmenter": "mixup"}, {"augmenter": "isda"}], {"perturb": ["copy_paste"]}, "mixup cannot be among them: perturb: copy_paste"),
         (
@@ -372,6 +373,12 @@ def test_combined_augmenters_draw_apart_and_the_first_as_it_would_alone(store, b
 def test_what_cannot_be_combined_is_refused(of, shared, text) -> None:
     with pytest.raises(ValueError, match=text):
         TypeAdapter(Variant).validate_python({"augmenter": "combined", "of": of, **shared})
+
+
+@pytest.mark.parametrize("augmenter", ["none", "isda"])
+def test_until_is_refused_where_nothing_is_added(augmenter: str) -> None:
+    with pytest.raises(ValueError, match="until is of the batches that a variant adds, and this one adds none"):
+        TypeAdapter(Variant).validate_python({"augmenter": augmenter, "until": 0.7})
 
 
 def test_combined_variants_need_what_their_members_need() -> None:

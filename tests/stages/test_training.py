@@ -447,7 +447,7 @@ VARIANTS = {
     "featuregan-2x": {"augmenter": "featuregan", "ratio": 2},
     "frozen": {"augmenter": "featuregan", "generator": "frozen"},
     "new-masks": {"augmenter": "featuregan", "generator": "frozen", "new_masks": ["flip", "paste"], "perturb": ["flip", "cutout"]},
-    "edited": {"augmenter": "featuregan", "generator": "frozen", "new_masks": ["swap"], "edit": True},
+    "edited": {"augmenter": "featuregan", "generator": "frozen", "new_masks": ["swap"], "edit": True, "until": 0.7},
     "isda": {"augmenter": "isda"},
     "cvae": {"augmenter": "cvae", "fit_steps": 5},
     "mixup": {"augmenter": "mixup", "perturb": ["translation"]},
@@ -551,6 +551,28 @@ def test_added_features_may_be_kept_out_of_the_running_statistics(features: Path
     for ours, plain in zip(with_real, baseline, strict=True):
         torch.testing.assert_close(ours, plain)
     assert (with_all[1] > 1.1 * baseline[1]).all()
+
+
+def test_from_until_on_real_batches_take_the_place_of_added_ones(
+    features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def look(decoder: torch.nn.Module, part: Part, *others, original=train_decoder.decoder_loss) -> torch.Tensor:
+        seen.append(part.features.clone())
+        return original(decoder, part, *others)
+
+    root = with_gan(trained, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_decoder, "decoder_loss", look)
+        run_decoder(features, root, {**VARIANTS["featuregan-2x"], "until": 0.5}, name="half", epochs=2)
+    steps = [seen[start : start + 3] for start in range(0, len(seen), 3)]  # real, and two draws
+    alike = [torch.equal(real, one) and torch.equal(real, two) for real, one, two in steps]
+    assert alike == [False] * (len(steps) // 2) + [True] * (len(steps) // 2)
+    # The GAN learns no more from then on: it is that of a training that ends there.
+    run_decoder(features, root, VARIANTS["featuregan-2x"], name="whole", epochs=1)
+    half, whole = (load_generator(root / "decoders" / f"{name}-0" / "gan").state_dict() for name in ("half", "whole"))
+    assert all(torch.equal(half[name], whole[name]) for name in whole)
 
 
 def test_scores_are_those_of_the_saved_decoder_on_the_whole_test_split(features: Path, tmp_path: Path) -> None:
