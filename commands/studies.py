@@ -97,7 +97,7 @@ def study(
 
 @click.command(short_help="Compare the results of many runs, with intervals.")
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@option("--class", "classes", multiple=True, help="Class of the mean, beside that over all classes; several may be named.")
+@option("--class", "classes", multiple=True, help="Mean over this class, and others named so; means over all classes stand beside it.")
 @option("--baseline", default="baseline", help="The variant that others are compared with.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write tables (.md, .csv, .json) and pictures here.")
 def compare(results: tuple[Path, ...], classes: tuple[str, ...], baseline: str, out: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,7 @@ import stages
 from featurestore import FeatureStore, SpecMismatchError
 from featurestore.dataset import FeatureLoader
 from featurestore.files import file_sha256
-from stages.augment.base import Adjust, Augmenter, Context, Part, VariantConfig
-from stages.augment.duplicate import in_place_of
+from stages.augment.base import Adjust, Augmenter, Context, Part, VariantConfig, real_batches
 from stages.augment.featuregan import JointFeatureGAN
 from stages.augment.hflip_views import mirrored
 from stages.augment.perturb import perturb
@@ -158,11 +158,11 @@ def run(
     optimizer = torch.optim.Adam(decoder.parameters(), config.lr, config.betas, fused=True)
     steps = config.epochs * (config.passes * len(positions) // config.batch_size)
     machine = {"compile_networks": compile_networks, "sharded": sharded}
-    context = Context(accelerator, train, positions, decoder, gan, seed, steps, machine)
-    augmenter, afterwards = build_augmenter(variant, context), in_place_of(variant, context)
+    augmenter = build_augmenter(variant, Context(accelerator, train, positions, decoder, gan, seed, steps, machine))
     views = positions if variant.view == "identity" else np.stack([positions, mirrored(train, positions)], axis=1)
     batches = load(train, seed=seed, drop_last=True, positions=views, passes=config.passes, images=augmenter.needs_images)
     monitor = build_monitor(monitoring, augmenter, stores, seed)
+    learning = math.ceil(variant.until * config.epochs)  # epochs of a jointly trained GAN, after which it rests
 
     # Resume, or start anew.
     identity = featurestore.fingerprint(
@@ -210,26 +210,25 @@ def run(
         for number, batch in enumerate(batches.epoch(epoch, first), first):  # its order is a function of seed and epoch
             done = (epoch * len(batches) + number) / steps
             schedule(optimizer, config, done)
-            acting = augmenter if done < variant.until else afterwards
             for part_number, part in enumerate(batch.split(config.gradient_accumulation)):
                 rank = 0 if augmenter.same_draws else accelerator.process_index
                 rng = random_generator(accelerator.device, seed, epoch, number, part_number, 1, rank)
                 seed_everything(seed, epoch, number, part_number, accelerator.process_index)  # dropout
                 with accelerator.accumulate(trained, *augmenter.modules):
                     part.features = part.features.float().contiguous(memory_format=torch.channels_last)
-                    augmented = acting.augment(part, rng)
+                    augmented = augmenter.augment(part, rng) if done < variant.until else real_batches(part, variant.added_weights)
                     # Real and added features pass separately, so that BatchNorm never mixes them (Algorithm 1).
                     parts = [Part(part.features, [(part.masks, 1.0)]), *augmented.parts]
                     own = random_generator(accelerator.device, seed, epoch, number, part_number, 2, accelerator.process_index)
                     real, *added = perturb(variant.perturb, parts, own)
                     with accelerator.autocast():
-                        real_loss = decoder_loss(trained, real, acting.adjust(real.targets[0][0]))
+                        real_loss = decoder_loss(trained, real, augmenter.adjust(real.targets[0][0]))
                         with decoder.running_statistics(kept=variant.statistics == "all"):
                             added_losses = [decoder_loss(trained, some) for some in added]
                     loss = real_loss
                     for some, added_loss in zip(added, added_losses, strict=True):
                         loss = loss + some.weight * added_loss
-                    acting.update(loss, optimizer)
+                    augmenter.update(loss, optimizer)
                 means.add({"decoder/ce_real": real_loss, **augmented.terms})
                 if added_losses:
                     means.add({"decoder/ce_added": torch.stack(added_losses).mean()})
@@ -239,7 +238,7 @@ def run(
         scores = evaluate(accelerator, decoder, held_out["val"], spec.class_names)
         by_class = {f"val/iou/{class_name.replace(' ', '_')}": iou for class_name, iou in scores.iou.items() if iou is not None}
         row = {**means.result(accelerator), "val/pixel_accuracy": scores.pixel_accuracy, "val/miou": scores.miou, **by_class}
-        if monitor is not None and monitor.due(epoch, config.epochs):
+        if monitor is not None and epoch < learning and monitor.due(epoch, learning):
             assert isinstance(augmenter, JointFeatureGAN)
             row |= monitor.measure(augmenter.trainer.generator())
         history.log(row)
@@ -248,7 +247,7 @@ def run(
             best = {"miou": scores.miou, "epoch": epoch, "weights": weights}
         if checkpoint.due():
             save(0, Means())
-        if monitor is not None:
+        if monitor is not None and epoch < learning:
             monitor.check(row, epoch)
     bar.close()
 

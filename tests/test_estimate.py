@@ -140,14 +140,15 @@ def test_work_adds_up(tmp_path: Path) -> None:
     described = {"augmenter": "combined", "of": [{"augmenter": "isda"}, frozen, {"augmenter": "noise"}]}
     variants["combined"] = TypeAdapter(Variant).validate_python(described)
     variants["until"] = variants["featuregan-2x"].model_copy(update={"until": 0.25})
+    variants["edited until"] = variants["featuregan-edited"].model_copy(update={"until": 0.25})
     assert joint_ratios(variants) == [2]
     kinds = ("backbone", "decoder", "gan", "joint 2:1", "generator")
     cost = {name: operations.Cost(float(number), 0, 0) for number, name in enumerate(kinds, 1)}
     counts = {"samples": {"train": 10, "val": 3, "test": 2}, "train_images": 10}
     sizes = {"gan": found["train_gan"], "decoder": found["train_decoder"], "variants": variants, "seeds": 3}
     *rows, everything = work_rows(cost, None, 1e-12, **counts, **sizes)
-    assert [row["samples"] for row in rows] == [15, 20, *[60] * 8]
-    once = [2, 3 * 2, 4, 2 * 2 + 5, 2 * 2 + 2 * 5, 2 * 2 + 0.5 * 5, 3 * 2 + 5, 0.25 * 4 + 0.75 * 3 * 2]
+    assert [row["samples"] for row in rows] == [15, 20, *[60] * 9]
+    once = [2, 3 * 2, 4, 2 * 2 + 5, 2 * 2 + 2 * 5, 2 * 2 + 0.5 * 5, 3 * 2 + 5, 0.25 * 4 + 0.75 * 3 * 2, 2 * 2 + 0.25 * 2 * 5]
     assert [row["gflop_a_sample"] * 1e9 for row in rows] == pytest.approx([1, 3, *once])
     assert everything["hours"] == pytest.approx((15 + 60 + 60 * sum(once)) / 3600)
     sizes["gan"] = found["train_gan"].model_copy(update={"family": "flow"})

@@ -53,9 +53,9 @@ class Interval:
 
 
 def paired_intervals(
-    ours: Sequence[Counts], theirs: Sequence[Counts], classes: Sequence[int], *, resamples: int = RESAMPLES
-) -> tuple[Interval, dict[int, Interval]]:
-    """Differences in mIoU over ``classes`` and in each class's IoU, mean over seeds, with percentile intervals.
+    ours: Sequence[Counts], theirs: Sequence[Counts], *means: Sequence[int], resamples: int = RESAMPLES
+) -> tuple[list[Interval], dict[int, Interval]]:
+    """Differences in mIoU over each of ``means`` and in each class's IoU, mean over seeds, with percentile intervals.
 
     Images are drawn anew, the same ones for both sides and all seeds; the seeds are not. So the interval says how much the
     difference depends on which images are in the test split; how much it depends on the seed is what its standard
@@ -65,12 +65,14 @@ def paired_intervals(
     ----------
     ours, theirs
         One a seed, the same seeds and the same images on both sides.
-    classes
-        Of the mean; a class that a resample's truth lacks is left out of that resample's mean.
+    means
+        Classes; one that a resample's truth lacks is left out of that resample's mean.
     """
     weights = _resampled(len(ours[0].truth), resamples)
     by_class = np.mean([mine.iou(weights) - other.iou(weights) for mine, other in zip(ours, theirs, strict=True)], axis=0)
-    return _interval(_mean(by_class[:, classes])), {number: _interval(values) for number, values in enumerate(by_class.T)}
+    return [_interval(_mean(by_class[:, list(classes)])) for classes in means], {
+        number: _interval(values) for number, values in enumerate(by_class.T)
+    }
 
 
 def intervals(runs: Sequence[Counts], *, resamples: int = RESAMPLES) -> dict[int, Interval]:

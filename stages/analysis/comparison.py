@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from stages.analysis import figures, tables
-from stages.analysis.markdown import as_markdown
+from stages.analysis.markdown import OVER_ALL, as_markdown, has_curve
 from stages.errors import ConfigError, DataError
 from stages.runtime import write_json
 
@@ -66,10 +66,11 @@ def read_groups(paths: Iterable[Path]) -> list[Group]:
 
 
 def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> list[dict[str, Any]]:
-    """One entry a group that has the baseline: ``name``, ``train_images``, ``title``, ``rows``, ``rows_all``, ``gans``.
+    """One entry for each group that has the baseline.
 
-    ``rows`` are those of :func:`stages.analysis.tables.compare`, means over ``classes``, the baseline first and then the
-    variants that gain most; ``rows_all`` the same rows in the same order over all classes, None where ``classes`` names none.
+    Its ``rows`` are those of :func:`stages.analysis.tables.compare`, means over ``classes`` (none: all), the baseline first and
+    then the variants that gain most; ``title`` says what they are of, ``gans`` holds the curves of their GANs by variant;
+    ``name``, ``train_images`` and ``classes`` as given.
 
     Raises
     ------
@@ -84,16 +85,16 @@ def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> l
     for group in having:
         rows = tables.compare(group.runs, classes, baseline_name=baseline, key="--class")
         rows.sort(key=lambda row: (row["variant"] != baseline, row["delta_miou"] is None, -(row["delta_miou"] or 0.0)))
-        in_order = {row["variant"]: group.runs[row["variant"]] for row in rows}
         versions = len({run.get("made_with", {}).get("sources") for runs in group.runs.values() for run in runs})
         made_by = f", made by {versions} versions of the sources" if versions > 1 else ""
+        over = f"; mIoU over {', '.join(classes)}" if classes else ""
         entries.append(
             {
                 "name": group.name,
                 "train_images": group.train_images,
-                "title": f"{group.name}: {group.train_images} training photographs{made_by}",
+                "classes": list(classes),
+                "title": f"{group.name}: {group.train_images} training photographs{made_by}{over}",
                 "rows": rows,
-                "rows_all": tables.compare(in_order, [], baseline_name=baseline) if classes else None,
                 "gans": {name: results[0]["gan"] for name, results in group.runs.items() if "gan" in results[0]},
             }
         )
@@ -115,13 +116,16 @@ def as_text(compared: Sequence[dict[str, Any]]) -> str:
     parts = []
     for entry in compared:
         parts.append(f"{entry['title']}\n{tables.as_text(entry['rows'])}")
-        if entry["rows_all"] is not None:
-            parts.append(f"{entry['title']}; means over all classes of the test images\n{tables.as_text(entry['rows_all'])}")
+        if entry["classes"]:
+            over_all = [tables.over_all(row) for row in entry["rows"]]
+            parts.append(f"{entry['name']}: mIoU {OVER_ALL}\n{tables.as_text(over_all)}")
     return "\n\n".join(parts)
 
 
 def write(compared: Sequence[dict[str, Any]], out: Path) -> list[str]:
-    """``comparison.md``, ``.json``, ``.csv`` and ``.png``, ``per_class.csv``, ``gans.png``; ``curve.png`` where there are several sizes.
+    """``comparison.md``, ``.json`` and ``.csv``, ``per_class.csv``, and pictures of what there is.
+
+    These are ``comparison.png``, the differences with their intervals, ``gans.png`` and, where there are several sizes, ``curve.png``.
 
     Returns
     -------
@@ -129,26 +133,23 @@ def write(compared: Sequence[dict[str, Any]], out: Path) -> list[str]:
         Names of the files.
     """
     out.mkdir(parents=True, exist_ok=True)
-    of_sizes = has_curve(compared)
-    (out / "comparison.md").write_text(as_markdown(compared, curve=of_sizes), encoding="utf-8")
-    write_json(out / "comparison.json", [{key: entry[key] for key in ("name", "train_images", "rows", "rows_all")} for entry in compared])
+    (out / "comparison.md").write_text(as_markdown(compared), encoding="utf-8")
+    kept = ("name", "train_images", "classes", "rows")
+    write_json(out / "comparison.json", [{key: entry[key] for key in kept} for entry in compared])
     flat = [tables.flat(entry["rows"]).assign(experiment=entry["name"], train_images=entry["train_images"]) for entry in compared]
     pd.concat(flat).to_csv(out / "comparison.csv", index=False, float_format="%.4f")
     by_class = [tables.per_class_with_intervals(entry["rows"]).assign(experiment=entry["name"]) for entry in compared]
     pd.concat(by_class).to_csv(out / "per_class.csv", index=False, float_format="%.4f")
+    pictures = {}
+    paired = [(entry["name"], [row for row in entry["rows"] if row["delta_miou"] is not None]) for entry in compared]
+    if differences := [(name, rows) for name, rows in paired if rows]:
+        pictures["comparison.png"] = figures.differences(differences)
     several = len(compared) > 1
     gans = {f"{entry['name']}: {name}" if several else name: curves for entry in compared for name, curves in entry["gans"].items()}
-    pictures = {"comparison.png": figures.differences([(entry["name"], entry["rows"]) for entry in compared])}
     if gans:
         pictures["gans.png"] = figures.gans(gans)
-    if of_sizes:
+    if has_curve(compared):
         pictures["curve.png"] = figures.low_data_curve([(entry["train_images"], entry["rows"]) for entry in compared])
     for name, content in pictures.items():
         (out / name).write_bytes(content)
     return ["comparison.md", "comparison.json", "comparison.csv", "per_class.csv", *pictures]
-
-
-def has_curve(compared: Sequence[dict[str, Any]]) -> bool:
-    """Whether there are several sizes, each once; where one stands twice, its decoders were trained in two ways."""
-    sizes = [entry["train_images"] for entry in compared]
-    return 1 < len(sizes) == len(set(sizes))

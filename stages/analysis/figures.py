@@ -41,11 +41,10 @@ def gans(curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> bytes:
 
 def differences(groups: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> bytes:
     """Difference in mIoU to the baseline by variant: its 95% interval over test images, and each seed as a dot; a panel a group of rows."""
-    shown = [(name, [row for row in rows if row["delta_miou"] is not None]) for name, rows in groups]
-    heights = [0.9 + 0.26 * max(1, len(rows)) for _, rows in shown]
+    heights = [0.9 + 0.26 * len(rows) for _, rows in groups]
     figure = Figure(figsize=(7.5, sum(heights)))
-    panels = figure.subplots(len(shown), sharex=True, squeeze=False, height_ratios=heights)
-    for axes, (name, rows) in zip(panels.flat, shown, strict=True):
+    panels = figure.subplots(len(groups), sharex=True, squeeze=False, height_ratios=heights)
+    for axes, (name, rows) in zip(panels.flat, groups, strict=True):
         axes.axvline(0, color="#888", linewidth=0.8)
         for place, row in enumerate(rows):
             if row["delta_interval"] is not None:
@@ -66,11 +65,11 @@ def low_data_curve(groups: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) ->
     variants = list(dict.fromkeys(row["variant"] for _, rows in groups for row in rows))
     for position, variant in enumerate(variants):
         found = sorted(((size, row) for size, rows in groups for row in rows if row["variant"] == variant), key=lambda pair: pair[0])
-        aside = 1.008 ** (position - len(variants) / 2)  # bars of one size stand beside each other
+        shift = 1.008 ** (position - len(variants) / 2)  # bars of one size stand beside each other
         style = {"color": f"C{position % 10}", "linestyle": ("-", "--", ":")[position // 10 % 3], "linewidth": 1.2}
         style |= {"marker": "o", "markersize": 3, "elinewidth": 0.8}
         spreads = [row["miou"]["std"] or 0.0 for _, row in found]
-        sizes = [size * aside for size, _ in found]
+        sizes = [size * shift for size, _ in found]
         scores.errorbar(sizes, [row["miou"]["mean"] for _, row in found], spreads, label=variant, **style)
         gained = [(size, row) for size, row in found if row["delta_interval"] is not None]
         if gained:
@@ -78,7 +77,7 @@ def low_data_curve(groups: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) ->
             # A percentile interval may leave the figure itself out; lengths of bars cannot be negative.
             low = [max(0.0, row["delta_miou"] - row["delta_interval"]["low"]) for _, row in gained]
             high = [max(0.0, row["delta_interval"]["high"] - row["delta_miou"]) for _, row in gained]
-            gains.errorbar([size * aside for size, _ in gained], middle, [low, high], **style)
+            gains.errorbar([size * shift for size, _ in gained], middle, [low, high], **style)
     gains.axhline(0, color="#888", linewidth=0.8)
     for axes, title in ((scores, "mIoU (± over seeds)"), (gains, "Δ mIoU to the baseline (95% interval over images)")):
         axes.set(xscale="log", xlabel="training photographs", title=title)

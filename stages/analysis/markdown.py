@@ -1,57 +1,77 @@
-"""Comparisons as Markdown tables, for papers and issue threads: what docs/results.md shows is made here."""
+"""Comparisons as Markdown tables, for papers and issue threads; those of docs/results.md are made here."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from stages.analysis import tables
 
-DIFFERENCE = slice(3, 5)  # of tables.cells: the difference and its interval
-MIOU, SEEDS = 2, 6
+OVER_ALL = "over all classes of the test images"
 
 
-def as_markdown(compared: Sequence[dict[str, Any]], *, curve: bool) -> str:
-    """A table a group of runs, entries of :func:`stages.analysis.comparison.compare`; with ``curve``, first one of differences by size."""
-    parts = [f"## {entry['title']}\n\n{_comparison(entry)}" for entry in compared]
-    if curve:
-        kinds = [("rows", "")] if compared[0]["rows_all"] is None else [("rows", ""), ("rows_all", ", over all classes of the test images")]
-        about = "## mIoU of the first row, and differences to it, by number of training photographs"
-        parts = [f"{about}{addition}\n\n{_curve(compared, rows)}" for rows, addition in kinds] + parts
+def as_markdown(compared: Sequence[dict[str, Any]]) -> str:
+    """One table for each of :func:`stages.analysis.comparison.compare`'s entries, and before them the gains by number of photographs.
+
+    Where classes are named, figures over all classes stand beside those over the named ones.
+    """
+    classes = compared[0]["classes"]
+    parts = []
+    if has_curve(compared):
+        about = "The baseline's mIoU, and differences to it, by number of training photographs"
+        sized = [(entry["train_images"], entry["rows"]) for entry in compared]
+        parts.append(f"## {about}, over {', '.join(classes) if classes else 'all classes'}\n\n{_curve(sized)}")
+        if classes:
+            over_all = [(size, [tables.over_all(row) for row in rows]) for size, rows in sized]
+            parts.append(f"## {about}, {OVER_ALL}\n\n{_curve(over_all)}")
+    parts += [f"## {entry['title']}\n\n{_comparison(entry)}" for entry in compared]
     return "\n\n".join(parts) + "\n"
 
 
+def has_curve(compared: Sequence[dict[str, Any]]) -> bool:
+    """Whether there are several sizes, each once; where one stands twice, its decoders were trained in two ways."""
+    sizes = [entry["train_images"] for entry in compared]
+    return 1 < len(sizes) == len(set(sizes))
+
+
 def _comparison(entry: dict[str, Any]) -> str:
-    head = ["variant", "PA %", "mIoU %", "Δ", "95% interval"]
-    if entry["rows_all"] is None:
-        lines = [tables.cells(row) for row in entry["rows"]]
-        return _table([*head, "best on val", "seeds"], lines)
+    if not entry["classes"]:
+        return _table(tables.HEADINGS, [tables.cells(row) for row in entry["rows"]])
+    head = ["variant", "PA %", "mIoU %", "Δ", "95% interval", "all classes", "Δ", "95% interval", "seeds"]
     lines = []
-    for row, row_all in zip(entry["rows"], entry["rows_all"], strict=True):
-        ours, of_all = tables.cells(row), tables.cells(row_all)
-        lines.append([*ours[: DIFFERENCE.stop], of_all[MIOU], *of_all[DIFFERENCE], ours[SEEDS]])
-    return _table([*head, "all classes", "Δ", "95% interval", "seeds"], lines)
+    for row in entry["rows"]:
+        miou = [*tables.miou_cells(row), *tables.miou_cells(tables.over_all(row))]
+        lines.append([row["variant"], tables.mean_and_spread(row["pa"]), *miou, tables.seeds_cell(row)])
+    return _table(head, lines)
 
 
-def _curve(compared: Sequence[dict[str, Any]], rows: str) -> str:
-    """Sizes in columns, the smallest first; the seeds that a cell is of stand in it where the others of its column have another number."""
-    entries = sorted(compared, key=lambda entry: entry["train_images"])
-    found = [{row["variant"]: row for row in entry[rows]} for entry in entries]
-    usual = [max(len(row["seeds"]) for row in by_variant.values()) for by_variant in found]
-    head = [f"{entry['train_images']} ({_seeds(seeds)})" for entry, seeds in zip(entries, usual, strict=True)]
-    variants = dict.fromkeys(name for by_variant in found for name in by_variant)
-    lines = [[name, *(_cell(by_variant.get(name), seeds) for by_variant, seeds in zip(found, usual, strict=True))] for name in variants]
-    return _table(["variant", *head], lines)
+def _curve(sized: Sequence[tuple[int, Sequence[dict[str, Any]]]]) -> str:
+    """Sizes in columns, the smallest first, with the usual number of seeds; it stands in a cell that has another.
+
+    A group's first row is its baseline.
+    """
+    columns = []  # one a size: its head, and a cell by variant
+    for size, (baseline, *others) in sorted(sized, key=lambda pair: pair[0]):
+        paired = [len(row["delta_miou_values"]) for row in others if row["delta_miou_values"]] or [len(baseline["seeds"])]
+        usual = max(statistics.multimode(paired))
+        base = _with_notes(f"{baseline['miou']['mean']:.1f}", [], len(baseline["seeds"]), usual)
+        columns.append((f"{size} ({_seeds(usual)})", {baseline["variant"]: base, **{row["variant"]: _gain(row, usual) for row in others}}))
+    variants = dict.fromkeys(name for _, column in columns for name in column)
+    lines = [[name, *(column.get(name, "") for _, column in columns)] for name in variants]
+    return _table(["variant", *(head for head, _ in columns)], lines)
 
 
-def _cell(row: dict[str, Any] | None, usual: int) -> str:
-    if row is None:
-        return ""
-    delta, interval = row["delta_miou"], row["delta_interval"]
-    seeds = len(row["seeds"] if delta is None else row["delta_miou_values"])
-    notes = [] if interval is None else [f"{interval['low']:+.1f} to {interval['high']:+.1f}"]
-    notes += [] if seeds == usual else [_seeds(seeds)]
-    value = f"{row['miou']['mean']:.1f}" if delta is None else f"{delta:+.1f}"
+def _gain(row: dict[str, Any], usual: int) -> str:
+    if row["delta_miou"] is None:  # none of its seeds is the baseline's
+        return "—"
+    interval = row["delta_interval"]
+    between = [] if interval is None else [f"{interval['low']:+.1f} to {interval['high']:+.1f}"]
+    return _with_notes(f"{row['delta_miou']:+.1f}", between, len(row["delta_miou_values"]), usual)
+
+
+def _with_notes(value: str, notes: list[str], seeds: int, usual: int) -> str:
+    notes = notes if seeds == usual else [*notes, _seeds(seeds)]
     return f"{value} ({'; '.join(notes)})" if notes else value
 
 

@@ -61,10 +61,10 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One row a variant, all figures in percent.
 
-    ``miou`` is over ``headline_classes`` where there are any (``miou_all`` is over all classes then as ever), and always over
-    those that the truth of the test images has: a class that one variant alone predicts would change the mean of that
-    variant only. ``delta_miou`` is the mean over seeds of the difference to the baseline of the same seed (``delta_miou_values``), and
-    ``delta_interval`` its 95% interval by the bootstrap over test images; None without a baseline.
+    ``miou`` is over ``headline_classes`` where there are any, and always over those that the truth of the test images has: a
+    class that one variant alone predicts would change the mean of that variant only. ``delta_miou`` is the mean over seeds of
+    the difference to the baseline of the same seed (``delta_miou_values``), and ``delta_interval`` its 95% interval by the
+    bootstrap over test images; None without a baseline. Keys that end in ``_all`` are the same over all classes.
 
     Raises
     ------
@@ -80,29 +80,32 @@ def compare(
     if not classes:
         raise ConfigError(key, f"the test images have none of these classes; they have {', '.join(tested)}")
 
-    def headline(result: dict[str, Any]) -> float:
+    def mean(result: dict[str, Any], classes: Sequence[str] = classes) -> float:
         return 100 * mean_iou(result["iou"], classes)
 
     rows = []
     baseline = {run["seed"]: run for run in results.get(baseline_name, [])}
     for variant, runs in results.items():
-        values = [headline(run) for run in runs]
         paired = [(run, baseline[run["seed"]]) for run in runs if run["seed"] in baseline and variant != baseline_name]
-        differences = [headline(run) - headline(other) for run, other in paired]
-        of_mean, by_class = differences_by_images(paired, classes) if paired else (None, None)
+        differences = [mean(run) - mean(other) for run, other in paired]
+        of_all = [mean(run, tested) - mean(other, tested) for run, other in paired]
+        (interval, interval_all), by_class = differences_by_images(paired, classes, tested) if paired else ((None, None), None)
         rows.append(
             {
                 "variant": variant,
                 "seeds": [run["seed"] for run in runs],
                 "pa": spread([100 * run["pixel_accuracy"] for run in runs]),
-                "miou": spread(values),
+                "miou": spread([mean(run) for run in runs]),
                 "delta_miou": statistics.fmean(differences) if differences else None,
                 "delta_miou_values": differences,
-                "delta_interval": of_mean,
+                "delta_interval": interval,
                 "delta_intervals_by_class": by_class,
                 "iou_intervals_by_class": intervals_by_images(runs),
-                "miou_all": spread([100 * mean_iou(run["iou"], tested) for run in runs]),
-                "miou_best_on_val": spread([headline(run["best_on_val"]) for run in runs]),
+                "miou_best_on_val": spread([mean(run["best_on_val"]) for run in runs]),
+                "miou_all": spread([mean(run, tested) for run in runs]),
+                "delta_miou_all": statistics.fmean(of_all) if of_all else None,
+                "delta_interval_all": interval_all,
+                "miou_best_on_val_all": spread([mean(run["best_on_val"], tested) for run in runs]),
                 "absent_classes": [name for name in known if name not in tested],
             }
         )
@@ -122,8 +125,8 @@ def intervals_by_images(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, f
     return {names[number]: _percent(interval) for number, interval in found.items()}
 
 
-def differences_by_images(paired: Sequence[tuple[dict[str, Any], dict[str, Any]]], classes: Sequence[str]) -> tuple[Any, Any]:
-    """95% intervals, in percent, of the difference between runs and their baselines: of mIoU over ``classes``, and of each class.
+def differences_by_images(paired: Sequence[tuple[dict[str, Any], dict[str, Any]]], *means: Sequence[str]) -> tuple[Any, Any]:
+    """95% intervals, in percent, of the difference between runs and their baselines: of mIoU over each of ``means``, and of each class.
 
     Raises
     ------
@@ -135,8 +138,8 @@ def differences_by_images(paired: Sequence[tuple[dict[str, Any], dict[str, Any]]
         if sorted(run["images"]) != ids or list(run["iou"]) != names:
             raise DataError(f"{run['variant']} {run['seed']}", "was tested on other images or classes; compare runs of one data set")
     ours, theirs = ([Counts.of(run["images"], ids, len(names)) for run in side] for side in zip(*paired, strict=True))
-    of_mean, by_class = paired_intervals(ours, theirs, [names.index(name) for name in classes])
-    return _percent(of_mean), {names[number]: _percent(interval) for number, interval in by_class.items()}
+    of_means, by_class = paired_intervals(ours, theirs, *([names.index(name) for name in classes] for classes in means))
+    return [_percent(of_mean) for of_mean in of_means], {names[number]: _percent(interval) for number, interval in by_class.items()}
 
 
 def _percent(interval: Interval) -> dict[str, float] | None:
@@ -186,6 +189,9 @@ def flat(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
             "delta_low": (row["delta_interval"] or {}).get("low"),
             "delta_high": (row["delta_interval"] or {}).get("high"),
             "miou_all": row["miou_all"]["mean"],
+            "delta_miou_all": row["delta_miou_all"],
+            "delta_low_all": (row["delta_interval_all"] or {}).get("low"),
+            "delta_high_all": (row["delta_interval_all"] or {}).get("high"),
         }
         for row in rows
     )
@@ -199,18 +205,33 @@ def headline(row: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in figures.items() if value is not None}
 
 
+def over_all(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of means over all classes."""
+    return {**row, **{name.removesuffix("_all"): value for name, value in row.items() if name.endswith("_all")}}
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """A row as it is shown: variant, PA, mIoU, difference and its interval, mIoU of the checkpoints that were best on val, seeds."""
+    return [row["variant"], mean_and_spread(row["pa"]), *miou_cells(row), mean_and_spread(row["miou_best_on_val"]), seeds_cell(row)]
 
-    def shown(value: dict[str, Any]) -> str:
-        return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if value["std"] is not None else "")
 
+def miou_cells(row: dict[str, Any]) -> list[str]:
+    """mIoU, its difference to the baseline, and the interval of that."""
     delta, interval = row["delta_miou"], row["delta_interval"]
     nothing = delta is None
-    difference = "—" if nothing else f"{delta:+.2f}"
     between = "—" if nothing or interval is None else f"{interval['low']:+.2f} to {interval['high']:+.2f}"
-    seeds = str(len(row["seeds"]))
-    return [row["variant"], shown(row["pa"]), shown(row["miou"]), difference, between, shown(row["miou_best_on_val"]), seeds]
+    return [mean_and_spread(row["miou"]), "—" if nothing else f"{delta:+.2f}", between]
+
+
+def mean_and_spread(value: dict[str, Any]) -> str:
+    """``61.79 ± 0.31``; without ± for a single value."""
+    return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if value["std"] is not None else "")
+
+
+def seeds_cell(row: dict[str, Any]) -> str:
+    """How many seeds; ``2 of 3`` where the difference is of two, because the baseline lacks one."""
+    seeds, paired = len(row["seeds"]), len(row["delta_miou_values"])
+    return str(seeds) if paired in (0, seeds) else f"{paired} of {seeds}"
 
 
 def sort_keys(row: dict[str, Any]) -> list[str | float | None]:

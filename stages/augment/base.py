@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -32,7 +32,7 @@ class VariantConfig(Config):
     until: float = Field(default=1.0, gt=0, le=1)  # share of the steps after which real batches take the place of the added ones
 
     @model_validator(mode="after")
-    def _adds_until(self) -> Self:
+    def _check_until(self) -> Self:
         if self.until < 1 and not self.added_batches:
             raise ValueError("until is of the batches that a variant adds, and this one adds none; leave it out")
         return self
@@ -46,6 +46,11 @@ class VariantConfig(Config):
     def added_batches(self) -> int:
         """How many the decoder sees beside each real one."""
         return 0
+
+    @property
+    def added_weights(self) -> tuple[float, ...]:
+        """Of each of these batches, beside the 1 of the real one."""
+        return ()
 
     @property
     def needs_mirrored(self) -> bool:
@@ -67,6 +72,11 @@ class SourceConfig(VariantConfig):
     def added_batches(self) -> int:
         """One."""
         return 1
+
+    @property
+    def added_weights(self) -> tuple[float, ...]:
+        """The same for all."""
+        return (self.weight,) * self.added_batches
 
 
 @dataclass
@@ -102,6 +112,11 @@ class Augmented:
 
     parts: list[Part] = field(default_factory=list)
     terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+def real_batches(batch: Batch, weights: Sequence[float]) -> Augmented:
+    """The batch itself, once for each weight."""
+    return Augmented([Part(batch.features, [(batch.masks, 1.0)], weight) for weight in weights])
 
 
 @dataclass(frozen=True)

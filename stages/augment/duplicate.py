@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig, VariantConfig
+from stages.augment.base import Augmented, Augmenter, Context, SourceConfig, real_batches
 
 
 class DuplicateConfig(SourceConfig):
@@ -32,10 +32,4 @@ class Duplicate(Augmenter):
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """The batch itself, ``ratio`` times."""
-        return Augmented([Part(batch.features, [(batch.masks, 1.0)], self.weight)] * self.ratio)
-
-
-def in_place_of(config: VariantConfig, context: Context) -> Duplicate:
-    """What a variant trains with from its ``until`` on: as many real batches as it added until then, with the same weight."""
-    weight = getattr(config, "weight", 1.0)  # members of a combined variant have one each
-    return Duplicate(DuplicateConfig(augmenter="duplicate", ratio=max(1, config.added_batches), weight=weight), context)
+        return real_batches(batch, [self.weight] * self.ratio)

@@ -99,10 +99,12 @@ class JointFeatureGAN(Augmenter):
         return Augmented([Part(features, [(batch.masks, 1.0)], self.config.weight) for features in generated], step.terms)
 
     def update(self, loss: Tensor, decoder: torch.optim.Optimizer) -> None:
-        """One back-propagation of L_TOT for generator and decoder, then the discriminator's."""
-        assert self._step is not None
-        self.trainer.update(self._step, extra_loss=loss, decoder=decoder)
-        self._step = None
+        """One back-propagation of L_TOT for generator and decoder, then the discriminator's; where nothing was generated, the decoder's."""
+        if self._step is None:
+            super().update(loss, decoder)
+        else:
+            self.trainer.update(self._step, extra_loss=loss, decoder=decoder)
+            self._step = None
 
     def state(self) -> dict[str, Any]:
         """Weights and optimizer states."""

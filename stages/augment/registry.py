@@ -63,7 +63,7 @@ class CombinedConfig(VariantConfig):
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         for member in self.of:
-            if shared := sorted({"perturb", "view", "statistics", "until"} & member.model_fields_set):
+            if shared := sorted((set(VariantConfig.model_fields) - {"augmenter"}) & member.model_fields_set):
                 raise ValueError(
                     f"{shared[0]} of {member.augmenter} is for all that are combined; write it where augmenter: combined stands"
                 )
@@ -88,6 +88,11 @@ class CombinedConfig(VariantConfig):
     def added_batches(self) -> int:
         """Of all members."""
         return sum(member.added_batches for member in self.of)
+
+    @property
+    def added_weights(self) -> tuple[float, ...]:
+        """Of all members'."""
+        return tuple(weight for member in self.of for weight in member.added_weights)
 
     @property
     def needs_mirrored(self) -> bool:

@@ -64,9 +64,11 @@ class Decoder(nn.Module):
         momenta = [norm.momentum for norm in norms]
         for norm in norms if not kept else []:
             norm.momentum = 0.0
-        yield
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
     def forward(
         self,

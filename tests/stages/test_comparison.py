@@ -11,6 +11,7 @@ import pytest
 
 from stages.analysis import comparison, tables
 from stages.analysis.bootstrap import Counts, paired_intervals
+from stages.analysis.markdown import as_markdown
 from stages.errors import ConfigError, DataError
 
 NAMES = ["sky", "road", "car"]
@@ -69,7 +70,7 @@ def test_intervals_cover_the_true_difference() -> None:
     covered, wide = 0, []
     for _ in range(200):
         chosen = rng.integers(0, size, 60)
-        found, _ = paired_intervals([part(ours, chosen)], [part(theirs, chosen)], [0, 1, 2], resamples=400)
+        (found,), _ = paired_intervals([part(ours, chosen)], [part(theirs, chosen)], [0, 1, 2], resamples=400)
         covered += found.low <= true_difference <= found.high
         wide.append(found.high - found.low)
     assert 0.90 <= covered / 200 <= 0.99
@@ -103,7 +104,7 @@ def test_intervals_of_several_seeds_cover_with_a_class_that_few_images_have() ->
         parts = [
             [Counts(counts.truth[chosen], counts.predicted[chosen], counts.right[chosen]) for counts in side] for side in (ours, theirs)
         ]
-        found, _ = paired_intervals(*parts, [0, 1, 2], resamples=400)
+        (found,), _ = paired_intervals(*parts, [0, 1, 2], resamples=400)
         covered += found.low <= true_difference <= found.high
     assert 0.90 <= covered / 200 <= 0.99
 
@@ -197,41 +198,57 @@ def test_groups_by_protocol_are_written_with_tables_and_pictures(results: Path, 
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_named_classes_have_a_table_beside_that_of_all_and_sizes_a_table_of_gains(results: Path, tmp_path: Path) -> None:
+def test_named_classes_stand_beside_all_and_sizes_have_a_table_of_gains(results: Path, tmp_path: Path) -> None:
     (results / "eighth" / "noise-1.json").unlink()
     compared = comparison.compare(comparison.read_groups([results]), ["sky", "road"], "baseline")
     for entry in compared:
         of_all = comparison.compare(comparison.read_groups([results / entry["name"]]), [], "baseline")
-        assert entry["rows_all"] == of_all[0]["rows"]
-        assert entry["rows"][1]["delta_miou"] != entry["rows_all"][1]["delta_miou"]
-    text = comparison.as_text(compared)
-    assert text.count("eighth: 10 training photographs") == 2
-    assert text.count("; means over all classes of the test images") == 2
+        for row, row_all in zip(entry["rows"], of_all[0]["rows"], strict=True):
+            shown = ("miou", "delta_miou", "delta_interval", "miou_best_on_val")
+            assert [tables.over_all(row)[key] for key in shown] == [row_all[key] for key in shown]
+        assert entry["rows"][1]["delta_miou"] != entry["rows"][1]["delta_miou_all"]
+    full, eighth = (entry["rows"][1] for entry in compared)
+    of_two, of_all, *_ = comparison.as_text(compared).split("\n\n")
+    assert "full: 80 training photographs; mIoU over sky, road" in of_two
+    assert "{delta_miou:+.2f}".format(**full) in of_two
+    assert "full: mIoU over all classes of the test images" in of_all
+    assert "{delta_miou_all:+.2f}".format(**full) in of_all
     comparison.write(compared, tmp_path / "out")
+    csv = pd.read_csv(tmp_path / "out" / "comparison.csv")
+    assert csv["delta_miou_all"][1] == pytest.approx(full["delta_miou_all"], abs=1e-4)
     lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
-    assert "| variant | 10 (2 seeds) | 80 (2 seeds) |" in lines
-    (full, full_all), (eighth, eighth_all) = [(entry["rows"][1], entry["rows_all"][1]) for entry in compared]
+    assert lines[0].endswith("by number of training photographs, over sky, road")
 
-    def cell(row: dict) -> str:
+    def gain(row: dict) -> str:
         return "{:+.1f} ({low:+.1f} to {high:+.1f}".format(row["delta_miou"], **row["delta_interval"])
 
-    assert f"| noise | {cell(eighth)}; 1 seed) | {cell(full)}) |" in lines
-    assert f"| noise | {cell(eighth_all)}; 1 seed) | {cell(full_all)}) |" in lines
-    wide = next(line for line in lines[lines.index("## full: 80 training photographs") :] if line.startswith("| noise"))
+    heads = [number for number, line in enumerate(lines) if line == "| variant | 10 (1 seed) | 80 (2 seeds) |"]
+    for head, of in zip(heads, (lambda row: row, tables.over_all), strict=True):
+        baseline, noise = lines[head + 2 : head + 4]
+        values = [of(entry["rows"][0])["miou"]["mean"] for entry in compared[::-1]]
+        assert baseline == "| baseline | {:.1f} (2 seeds) | {:.1f} |".format(*values)
+        assert noise == f"| noise | {gain(of(eighth))}) | {gain(of(full))}) |"
+    wide = next(line for line in lines[lines.index("## " + compared[0]["title"]) :] if line.startswith("| noise"))
     cells = wide.strip("| ").split(" | ")
     assert cells[2] == "{mean:.2f} ± {std:.2f}".format(**full["miou"])
-    assert cells[5] == "{mean:.2f} ± {std:.2f}".format(**full_all["miou"])
-    assert (cells[3], cells[6]) == (f"{full['delta_miou']:+.2f}", f"{full_all['delta_miou']:+.2f}")
+    assert cells[5] == "{mean:.2f} ± {std:.2f}".format(**full["miou_all"])
+    assert (cells[3], cells[6]) == (f"{full['delta_miou']:+.2f}", f"{full['delta_miou_all']:+.2f}")
 
 
-def test_the_variants_that_gain_most_come_first() -> None:
-    def group(**right: int) -> comparison.Group:
+def test_the_variants_that_gain_most_come_first_and_the_unpaired_last(tmp_path: Path) -> None:
+    def group(name: str, size: int, **right: int) -> comparison.Group:
         runs = {name: [run_of(name, 0, {"a": image({0: pixels}, {(0, 1): 20 - pixels})})] for name, pixels in right.items()}
         unpaired = {"alone": [run_of("alone", 5, {"a": image({0: 19}, {(0, 1): 1})})]}
-        return comparison.Group("all", 3, {**unpaired, **runs})
+        return comparison.Group(name, size, {**unpaired, **runs})
 
-    rows = comparison.compare([group(worse=8, better=15, baseline=10, best=16)], [], "baseline")[0]["rows"]
-    assert [row["variant"] for row in rows] == ["baseline", "best", "better", "worse", "alone"]
+    groups = [group("all", 3, worse=8, better=15, baseline=10, best=16), group("few", 2, baseline=9, best=11)]
+    groups[0].runs["best"].append(run_of("best", 5, {"a": image({0: 3}, {(0, 1): 17})}))
+    compared = comparison.compare(groups, [], "baseline")
+    assert [row["variant"] for row in compared[0]["rows"]] == ["baseline", "best", "better", "worse", "alone"]
+    assert [tables.cells(row)[-1] for row in compared[0]["rows"]] == ["1", "1 of 2", "1", "1", "1"]
+    assert "| alone | — | — |" in as_markdown(compared)
+    comparison.write(comparison.compare([group("alone", 1, baseline=5)], [], "baseline"), tmp_path)
+    assert not (tmp_path / "comparison.png").exists()
 
 
 def test_results_that_cannot_be_paired_are_named(results: Path) -> None:

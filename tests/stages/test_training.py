@@ -447,7 +447,7 @@ VARIANTS = {
     "featuregan-2x": {"augmenter": "featuregan", "ratio": 2},
     "frozen": {"augmenter": "featuregan", "generator": "frozen"},
     "new-masks": {"augmenter": "featuregan", "generator": "frozen", "new_masks": ["flip", "paste"], "perturb": ["flip", "cutout"]},
-    "edited": {"augmenter": "featuregan", "generator": "frozen", "new_masks": ["swap"], "edit": True, "until": 0.7},
+    "edited": {"augmenter": "featuregan", "generator": "frozen", "new_masks": ["swap"], "edit": True},
     "isda": {"augmenter": "isda"},
     "cvae": {"augmenter": "cvae", "fit_steps": 5},
     "mixup": {"augmenter": "mixup", "perturb": ["translation"]},
@@ -556,23 +556,42 @@ def test_added_features_may_be_kept_out_of_the_running_statistics(features: Path
 def test_from_until_on_real_batches_take_the_place_of_added_ones(
     features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[torch.Tensor] = []
+    of = [{"augmenter": "isda"}, {"augmenter": "featuregan", "generator": "frozen", "weight": 0.25}, {"augmenter": "noise", "weight": 0.5}]
+    seen = []
+    perturb, decoder_loss = train_decoder.perturb, train_decoder.decoder_loss
 
-    def look(decoder: torch.nn.Module, part: Part, *others, original=train_decoder.decoder_loss) -> torch.Tensor:
-        seen.append(part.features.clone())
-        return original(decoder, part, *others)
+    def look(names: tuple[str, ...], parts: list[Part], rng: torch.Generator) -> list[Part]:
+        real, *added = parts
+        seen.append(([part.weight for part in added], [torch.equal(part.features, real.features) for part in added]))
+        return perturb(names, parts, rng)
 
+    adjusted = []
+    monkeypatch.setattr(train_decoder, "perturb", look)
+    monkeypatch.setattr(train_decoder, "decoder_loss", lambda *args: (adjusted.extend(args[2:]), decoder_loss(*args))[1])
+    run_decoder(features, with_gan(trained, tmp_path), {"augmenter": "combined", "of": of, "until": 0.5}, name="half", epochs=2)
+    half = len(seen) // 2
+    assert half > 0
+    assert seen == [([0.25, 0.5], [False, False])] * half + [([0.25, 0.5], [True, True])] * half
+    assert len(adjusted) == 2 * half  # ISDA adds nothing, and goes on
+    assert None not in adjusted
+
+
+def test_a_jointly_trained_gan_rests_from_until_on(features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = with_gan(trained, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(train_decoder, "decoder_loss", look)
-        run_decoder(features, root, {**VARIANTS["featuregan-2x"], "until": 0.5}, name="half", epochs=2)
-    steps = [seen[start : start + 3] for start in range(0, len(seen), 3)]  # real, and two draws
-    alike = [torch.equal(real, one) and torch.equal(real, two) for real, one, two in steps]
-    assert alike == [False] * (len(steps) // 2) + [True] * (len(steps) // 2)
-    # The GAN learns no more from then on: it is that of a training that ends there.
-    run_decoder(features, root, VARIANTS["featuregan-2x"], name="whole", epochs=1)
+    until = {**VARIANTS["featuregan-1x"], "until": 0.5}
+    expected = run_decoder(features, root, until, name="half", epochs=2)
+    run_decoder(features, root, VARIANTS["featuregan-1x"], name="whole", epochs=1)
     half, whole = (load_generator(root / "decoders" / f"{name}-0" / "gan").state_dict() for name in ("half", "whole"))
     assert all(torch.equal(half[name], whole[name]) for name in whole)
+    curves = read_curves(root / "metrics" / "half-0")
+    assert (len(curves["val/miou"]), len(curves["generator/adversarial"]), len(curves["monitor/frechet"])) == (2, 1, 1)
+    again = with_gan(trained, tmp_path / "again")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 4)  # while it rests
+        run_decoder(features, again, until, name="half", epochs=2)
+    assert run_decoder(features, again, until, name="half", epochs=2) == expected
+    resumed, undisturbed = ((folder / "decoders" / "half-0" / "decoder.safetensors").read_bytes() for folder in (again, root))
+    assert resumed == undisturbed
 
 
 def test_scores_are_those_of_the_saved_decoder_on_the_whole_test_split(features: Path, tmp_path: Path) -> None:
