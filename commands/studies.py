@@ -76,6 +76,7 @@ def study(
     if dry_run:
         for run in waiting:
             click.echo(f"  {run.result(folder)}")
+    if dry_run or not waiting:
         return
     other = [run.result(folder) for run in waiting if run.result(folder).exists()]
     if other and not force:

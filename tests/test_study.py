@@ -63,10 +63,12 @@ def planned(text: str, tmp_path: Path, **overrides):
 
 
 @pytest.mark.slow
-def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path) -> None:
+def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     write_photos(tmp_path / "photos", {"train": 8, "val": 4, "test": 4})
     (tmp_path / "tiny.yaml").write_text(STUDY)
-    command = (sys.executable, "-m", "pipeline", "study", "tiny.yaml", "--set", "prepare.root=photos", "--jobs", "2")
+    arguments = ["study", "tiny.yaml", "--set", "prepare.root=photos", "--jobs", "2"]
+    command = (sys.executable, "-m", "pipeline", *arguments)
     (tmp_path / "other.yaml").write_text("")
     run(*command, cwd=tmp_path, PYTHONPATH=str(ROOT), FEATUREGAN_PARAMS=str(tmp_path / "other.yaml"))  # runs have parameters of their own
     results = tmp_path / "results" / "tiny"
@@ -94,22 +96,21 @@ def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path) -> None:
     assert (results / "all" / "baseline-0.json").read_bytes() == files["all/baseline-0.json"]
 
     (results / "half" / "plain-0.json").unlink()
-    assert "2 runs, 2 done" in run(*command, "--experiment", "all", cwd=tmp_path, PYTHONPATH=str(ROOT)).stdout
-    assert (
-        "there is no experiment 'quarter'; choose from all, half"
-        in run(*command, "--experiment", "quarter", cwd=tmp_path, check=False, PYTHONPATH=str(ROOT)).stderr
-    )
+    here = CliRunner()  # what trains nothing needs no process of its own
+    assert "2 runs, 2 done" in here.invoke(pipeline.main, [*arguments, "--experiment", "all"]).output
+    unknown = here.invoke(pipeline.main, [*arguments, "--experiment", "quarter"])
+    assert "there is no experiment 'quarter'; choose from all, half" in unknown.output
     (results / "half" / "plain-0.json").write_bytes(files["half/plain-0.json"])
 
-    table = run(sys.executable, "-m", "pipeline", "compare", "results", cwd=tmp_path, PYTHONPATH=str(ROOT)).stdout
+    table = here.invoke(pipeline.main, ["compare", "results"]).output
     assert "all: 8 training photographs" in table
     assert "featuregan-frozen" in table
 
     (tmp_path / "photos" / "images" / "train" / "0.jpg").write_bytes(b"")
     (tmp_path / "tiny.yaml").write_text(STUDY.replace("input_size: 64", "input_size: 96"))
-    refused = run(*command, cwd=tmp_path, check=False, PYTHONPATH=str(ROOT))
-    assert refused.returncode == 2
-    assert "was made with other settings" in refused.stderr
+    refused = here.invoke(pipeline.main, arguments)
+    assert refused.exit_code == 2
+    assert "was made with other settings" in refused.output
     failed = run(*command, "--force", cwd=tmp_path, check=False, PYTHONPATH=str(ROOT))
     assert failed.returncode == 1
     assert "3 of 3 runs failed" in failed.stderr  # each is tried
