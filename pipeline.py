@@ -19,6 +19,7 @@ from commands.export import export
 from commands.generate import generate
 from commands.options import (
     PRESETS,
+    check_features,
     device_option,
     download_option,
     load_params,
@@ -97,8 +98,14 @@ def init(preset: str | None, list_them: bool, force: bool, params: Path) -> None
         raise click.UsageError(f"unknown preset {name!r}; choose from {', '.join(presets)}")
     if params.exists() and not force:
         raise click.UsageError(f"{params} is there already; add --force to replace it")
+    kept = ""
+    if params.exists() and params.read_bytes() != presets[name].read_bytes():
+        before = params.with_name(params.name + ".bak")
+        params.replace(before)
+        kept = f" (the old one is {before})"
+    params.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(presets[name], params)
-    click.echo(f"wrote {params} from preset {name}; next: `dvc repro`, or `python pipeline.py prepare`")
+    click.echo(f"wrote {params} from preset {name}{kept}; next: `dvc repro`, or `python pipeline.py prepare`")
 
 
 @main.command(short_help="Find or draw photographs and masks; check them all.")
@@ -139,12 +146,10 @@ def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
 def train_gan(params: Path, **machine: Any) -> None:
     """Train FeatureGAN alone on the cached features (Algorithm 1, the first frozen_epochs epochs)."""
     sections = load_params(params, machine["device"])
-    from stages.extract import check_spec
     from stages.runtime import first_process
     from stages.train_gan import run
 
-    for split in ("train", "val"):
-        check_spec(sections["extract"], FEATURES / split)
+    check_features(sections, FEATURES, ("train", "val"))
     losses = run(
         sections["train_gan"],
         sections["monitor"],
@@ -160,21 +165,19 @@ def train_gan(params: Path, **machine: Any) -> None:
     click.echo(f"{GAN}: {shown}")
 
 
-@main.command("train-decoder", short_help="Train one decoder, alone or with the GAN.")
+@main.command("train-decoder", short_help="Train one variant's decoder.")
 @click.option("--variant", required=True, help="Name of an entry of `variants` in the parameters.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of initial weights, order and noise.")
 @training_options
 def train_decoder(variant: str, seed: int, params: Path, **machine: Any) -> None:
-    """Train one decoder: VARIANT baseline on real features alone, the others on generated ones too."""
+    """Train the decoder of one entry of section `variants`, with one seed."""
     sections = load_params(params, machine["device"])
     if variant not in sections["variants"]:
         raise click.UsageError(f"unknown variant {variant!r}; {params} describes {', '.join(sections['variants'])}")
-    from stages.extract import check_spec
     from stages.runtime import first_process
     from stages.train_decoder import run
 
-    for split in ("train", "val", "test"):
-        check_spec(sections["extract"], FEATURES / split)
+    check_features(sections, FEATURES, ("train", "val", "test"))
     name = f"{variant}-{seed}"
     scores = run(
         sections["train_decoder"],

@@ -78,7 +78,8 @@ def _found(sections: dict[str, Any], images: int | None, classes: int | None) ->
     if SUMMARY.exists():
         try:
             read = json.loads(SUMMARY.read_text(encoding="utf-8"))
-            summary = {"images": {split: part["images"] for split, part in read["splits"].items()}, "classes": len(read["classes"])}
+            if read["dataset"] == prepare.dataset:  # or it is of other parameters
+                summary = {"images": {split: part["images"] for split, part in read["splits"].items()}, "classes": len(read["classes"])}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(SUMMARY, f"cannot be read ({error!r}); run the prepare stage again, or name --images and --classes") from error
     if images is not None:
@@ -90,7 +91,7 @@ def _found(sections: dict[str, Any], images: int | None, classes: int | None) ->
         drawn = prepare.wastesim
         counts = {"train": drawn.train, "val": drawn.val, "test": drawn.test}
     else:
-        raise click.UsageError(f"{SUMMARY} is not there yet, so nothing says how many images there are; name them with --images")
+        raise click.UsageError(f"prepare has not counted images of {prepare.dataset} yet; name them with --images")
     return {"images": counts, "classes": classes or summary.get("classes", 7 if prepare.dataset == "wastesim" else CLASSES)}
 
 
@@ -140,7 +141,7 @@ def _as_text(result: dict[str, Any], sections: dict[str, Any], hours: str | None
 
     extract, seeds = sections["extract"], len(sections["compare"].seeds)
     images = ", ".join(f"{split} {count:,}" for split, count in result["images"].items())
-    exact = "exactly" if extract.compression in EXACT else f"at most: {extract.compression} takes less"
+    exact = "exactly" if extract.compression in EXACT else f"about, at most: {extract.compression} takes less as a rule"
     lines = [
         f"images: {images}; {result['classes']} classes",
         f"features: {' x '.join(map(str, result['features']))} {extract.feature_dtype}, views {', '.join(extract.views)},"

@@ -8,7 +8,7 @@ import click
 
 from commands.options import device_option, scratch_option, workers_option
 
-CHANGES = ("flip", "shift", "scale", "paste")
+CHANGES = ("flip", "shift", "scale", "paste", "swap")  # of stages.augment.new_masks, which --help does not wait for
 
 
 def _changes(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,31 @@ def load_params(path: Path, device: str = "auto") -> dict[str, Any]:
     return sections
 
 
+def _draws(variant: Any) -> int:
+    """How many generated samples of one mask a variant adds."""
+    return max((getattr(member, "ratio", 1) for member in getattr(variant, "of", (variant,)) if member.needs_gan), default=1)
+
+
+def check_features(sections: Mapping[str, Any], features: Path, splits: Sequence[str]) -> None:
+    """Refuse stores that do not go with the parameters, before anything is trained on them.
+
+    Raises
+    ------
+    ConfigError
+        When the report is to be of classes that the features do not have.
+    FeatureStoreError
+        When a store is missing or damaged, or was extracted with other parameters.
+    """
+    from stages.errors import ConfigError
+    from stages.extract import check_spec
+
+    for split in splits:
+        spec = check_spec(sections["extract"], features / split)
+        for name in sections["report"].headline_classes:
+            if name not in spec.class_names:
+                raise ConfigError("report.headline_classes", f"{name!r} is no class of this data set ({', '.join(spec.class_names)})")
+
+
 def check_params(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The parameters' plain values as objects, one a section.
 
@@ -134,10 +159,16 @@ def check_params(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     unknown = [name for name in sections["compare"].variants if name not in sections["variants"]]
     if unknown:
         raise ConfigError("compare.variants", f"{unknown[0]!r} is not described in variants ({', '.join(sections['variants'])})")
+    gan = sections["train_gan"]
     for name in sections["compare"].variants:
         family = sections["variants"][name].needs_family
-        if family not in (None, sections["train_gan"].family):
+        if family not in (None, gan.family):
             raise ConfigError("train_gan.family", f"variant {name!r} works with a {family} alone; set it to {family}")
+        if gan.family == "gan" and not gan.z_dim and _draws(sections["variants"][name]) > 1:
+            message = "without noise all draws of a mask are equal; set it to 1, or train_gan.z_dim above 0"
+            raise ConfigError(f"variants.{name}.ratio", message)
+    if gan.image_encoder and not sections["extract"].store_images:
+        raise ConfigError("extract.store_images", "train_gan.image_encoder reads the photographs; set it to true")
     mirrored = [name for name in sections["compare"].variants if sections["variants"][name].needs_mirrored]
     if mirrored and "hflip" not in sections["extract"].views:
         raise ConfigError("extract.views", f"variant {mirrored[0]!r} reads mirrored photographs; set it to [identity, hflip]")

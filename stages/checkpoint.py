@@ -163,6 +163,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(path, "there is no trained model here; run the stage that makes it") from None
+    except NotADirectoryError:
+        raise DataError(folder, "is a file; name the folder of the trained model that it lies in") from None
+    except OSError as error:
+        raise DataError(path, f"cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise DataError(path, f"is not valid JSON ({error}); run the stage that makes it again") from error
 
@@ -276,7 +280,13 @@ def load_decoder(path: str | Path, *, weights: str = "decoder") -> Decoder:
         When there is no trained decoder at ``path``, or it is damaged.
     """
     folder = Path(path)
-    settings = read_config(folder)["architecture"]
-    decoder = Decoder(**{**settings, "atrous_rates": tuple(settings["atrous_rates"])})
+    settings = read_config(folder).get("architecture", {})
+    if "head" not in settings:
+        raise DataError(folder, "holds a trained model, but no decoder; name a folder that train-decoder left")
+    try:
+        decoder = Decoder(**{**settings, "atrous_rates": tuple(settings["atrous_rates"])})
+    except (KeyError, TypeError, ValueError) as error:
+        message = f"does not describe a decoder of this version ({error!r}); run train-decoder again"
+        raise DataError(folder / CONFIG_NAME, message) from error
     load_weights(decoder, folder / f"{weights}.safetensors")
     return decoder.eval().requires_grad_(False)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -20,8 +20,17 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def _once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value} stands twice")
+    return values
+
+
+Once = AfterValidator(_once)  # of a list: no value stands in it twice
 Section = TypeVar("Section")
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]  # of Adam
 
 
 def read_params(path: Path) -> dict[str, Any]:

@@ -95,11 +95,8 @@ def run(
     """
     # Everything that can be wrong, before anything takes time.
     check_options(format, out, size)
-    spec, architecture = read_spec(decoder), read_config(decoder).get("architecture", {})
-    if "head" not in architecture:
-        raise DataError(decoder, "holds a trained model, but no decoder; name a folder that train-decoder left")
-    model = torchvision_model(spec, architecture) if format == "torchvision" else ""
-    head = load_decoder(decoder, weights=weights)
+    spec, head = read_spec(decoder), load_decoder(decoder, weights=weights)
+    model = torchvision_model(spec, read_config(decoder)["architecture"]) if format == "torchvision" else ""
     backbone = load_backbone(spec, backbone_weights)
     stored = sum(tensor.nbytes for network in (backbone, head) for tensor in network.state_dict().values())
     if format == "onnx" and stored >= ONNX_BYTES:

@@ -25,7 +25,7 @@ import stages.models.backbone
 from featurestore import FeatureStore, FeatureStoreError, SampleError, SpecMismatchError, StoreSpec
 from featurestore.codec import all_finite
 from featurestore.prefetch import prefetch
-from stages.config import Config
+from stages.config import Config, Once
 from stages.data.images import decode_image, decode_mask, read_bytes, resize_pair
 from stages.data.manifest import SPLITS, Classes, Entry, read_manifest
 from stages.errors import ConfigError, DataError
@@ -47,7 +47,7 @@ class ExtractConfig(Config):
     weights: str
     input_size: Annotated[tuple[Side, Side], BeforeValidator(_both), Field(strict=False)]
     resize: Literal["stretch", "pad", "crop"]
-    views: Annotated[tuple[Literal["identity", "hflip"], ...], Field(strict=False, min_length=1)]
+    views: Annotated[tuple[Literal["identity", "hflip"], ...], Field(strict=False), Once]
     compute: Literal["fp32", "bf16"]
     batch_size: int = Field(ge=1)
     feature_dtype: Literal["float16", "float32"]
@@ -63,9 +63,9 @@ class ExtractConfig(Config):
 
     @field_validator("views")
     @classmethod
-    def _unique(cls, views: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(views)) < len(views):
-            raise ValueError("a view stands twice")
+    def _with_identity(cls, views: tuple[str, ...]) -> tuple[str, ...]:
+        if "identity" not in views:
+            raise ValueError("must have identity: everything is trained on the photographs as they are")
         return views
 
 
@@ -204,8 +204,10 @@ def _spec(config: ExtractConfig, backbone: Backbone, digest: str, classes: Class
     )
 
 
-def check_spec(config: ExtractConfig, path: Path) -> None:
-    """Refuse a store that was extracted with other parameters than the present ones.
+def check_spec(config: ExtractConfig, path: Path) -> StoreSpec:
+    """The spec of a store, which must have been extracted with the present parameters.
+
+    ``weights`` cannot be compared without loading them: the store knows their digest, and no name. DVC watches that key.
 
     Raises
     ------
@@ -226,6 +228,7 @@ def check_spec(config: ExtractConfig, path: Path) -> None:
         if found != expected:
             message = f"was extracted with {key} {found}, but the parameters say {expected}; run the extract stage again"
             raise SpecMismatchError(message, path=path, expected=expected, found=found)
+    return spec
 
 
 def _is_there(path: Path, identity: str) -> bool:

@@ -9,7 +9,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +154,8 @@ class Predictions:
         if not file.is_file():
             raise DataError(file, "there is no such weights file; run the train-decoder stage")
         model = featurestore.fingerprint(weights=file_sha256(file), config=file_sha256(decoder / CONFIG_NAME))
+        if view.mode == "resize" and spec.resize != "crop":  # one window, which overlaps no other
+            view = replace(view, overlap=View.overlap)
         settings = {"model": model, **asdict(view)}
         manifest = path / MANIFEST_NAME
         with writing(path):

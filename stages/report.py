@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import jinja2
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 import featurestore
 from featurestore import FeatureStore
@@ -20,7 +20,7 @@ from stages.analysis.feature_grid import normalised_pair, subsample_channels
 from stages.analysis.fidelity import DIMENSIONS
 from stages.analysis.projection import project, sample_vectors
 from stages.checkpoint import load_decoder, load_generator
-from stages.config import Config, Seed
+from stages.config import Config, Once, Seed
 from stages.runtime import generator as random_generator
 from stages.runtime import make_accelerator, write_json
 
@@ -31,15 +31,8 @@ WEIGHTS = {"before": "generator-initial", "after": "generator"}  # of the GAN's 
 class CompareConfig(Config):
     """Section ``compare`` of params.yaml: which variants are trained, each with which seeds."""
 
-    variants: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
-
-    @field_validator("variants", "seeds")
-    @classmethod
-    def _unique(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        if len(set(values)) < len(values):
-            raise ValueError("an entry stands twice")
-        return values
+    variants: Annotated[tuple[str, ...], Field(strict=False, min_length=1), Once]
+    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1), Once]
 
 
 class ReportConfig(Config):

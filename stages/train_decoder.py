@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from functools import partial
@@ -25,7 +24,7 @@ from stages.augment.hflip_views import mirrored
 from stages.augment.perturb import perturb
 from stages.augment.registry import build_augmenter
 from stages.checkpoint import CONFIG_NAME, Checkpoint, read_config, save_gan, save_weights
-from stages.config import Config
+from stages.config import Beta, Config
 from stages.errors import ConfigError
 from stages.evaluation import evaluate, evaluate_images
 from stages.metrics import IMAGES_NAME, Scores, score, total
@@ -59,7 +58,7 @@ class TrainDecoderConfig(Config):
     atrous_rates: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)]
     lr: float = Field(gt=0)
     lr_schedule: Literal["constant", "poly"]
-    betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)]
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)]
     mixed_precision: Literal["no", "bf16", "fp16"]
 
 
@@ -158,7 +157,7 @@ def run(
     optimizer = torch.optim.Adam(decoder.parameters(), config.lr, config.betas, fused=True)
     steps = config.epochs * (config.passes * len(positions) // config.batch_size)
     machine = {"compile_networks": compile_networks, "sharded": sharded}
-    augmenter = build_augmenter(variant, Context(accelerator, train, positions, decoder, gan, seed, steps, machine))
+    augmenter = build_augmenter(variant, Context(name, accelerator, train, positions, decoder, gan, seed, steps, machine))
     views = positions if variant.view == "identity" else np.stack([positions, mirrored(train, positions)], axis=1)
     batches = load(train, seed=seed, drop_last=True, positions=views, passes=config.passes, images=augmenter.needs_images)
     monitor = build_monitor(monitoring, augmenter, stores, seed)
@@ -262,7 +261,7 @@ def run(
         save_weights(decoder.state_dict(), out / "decoder.safetensors")
         described = {"architecture": architecture, "mixed_precision": config.mixed_precision, "variant": name, "seed": seed}
         described["features"] = spec.to_dict()
-        (out / CONFIG_NAME).write_text(json.dumps(described, indent=1) + "\n")
+        write_json(out / CONFIG_NAME, described)
         if isinstance(augmenter, JointFeatureGAN):
             save_gan(out / "gan", final, read_config(gan))
     decoder.load_state_dict(best["weights"])

@@ -16,7 +16,7 @@ import stages
 from featurestore import FeatureStore, SpecMismatchError
 from featurestore.dataset import FeatureLoader
 from stages.checkpoint import Checkpoint, save_gan, save_weights
-from stages.config import Config, Seed
+from stages.config import Beta, Config, Once, Seed
 from stages.diffaugment import Transform
 from stages.errors import ConfigError
 from stages.flow_trainer import FlowTrainer, mean_amplitude, principal_components
@@ -29,8 +29,6 @@ from stages.runtime import generator as random_generator
 from stages.runtime import make_accelerator, progress, seed_everything, share, source_digest
 from stages.tracking import TRACKERS, History, Means
 from stages.trainer import Trainer
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainGanConfig(Config):
@@ -63,7 +61,7 @@ class TrainGanConfig(Config):
     lambda_kld: float = Field(ge=0)
     lambda_rec: float = Field(ge=0)
     r1_gamma: float = Field(ge=0)
-    diffaugment: Annotated[tuple[Transform, ...], Field(strict=False)]
+    diffaugment: Annotated[tuple[Transform, ...], Field(strict=False), Once]
     ema_decay: float = Field(ge=0, lt=1)
     generator_lr: float = Field(gt=0)
     discriminator_lr: float = Field(gt=0)
@@ -77,6 +75,10 @@ class TrainGanConfig(Config):
             raise ValueError("r1_gamma and discriminator_scales belong to a patch discriminator; adversarial_loss segmentation has none")
         if self.image_encoder and (not self.z_dim or self.noise == "spatial"):
             raise ValueError("the image encoder gives a noise vector; set z_dim above 0 and noise to vector, or image_encoder to false")
+        if self.noise == "spatial" and not self.z_dim:
+            raise ValueError("spatial noise is z at every pixel; set z_dim above 0, or noise to vector")
+        if self.family == "flow" and (self.image_encoder or self.r1_gamma or self.diffaugment):
+            raise ValueError("image_encoder, r1_gamma and diffaugment are a GAN's; turn them off (false, 0, []), or set family to gan")
         return self
 
 

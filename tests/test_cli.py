@@ -86,6 +86,14 @@ def test_init_lists_and_writes_presets(tmp_path: Path, monkeypatch: pytest.Monke
         assert preset in listed
         assert call("init", preset, "--force").exit_code == 0
         assert load_params(Path("params.yaml"))["train_gan"].lambda_feat == 7.0
+    changed = Path("params.yaml").read_text() + "# mine\n"
+    Path("params.yaml").write_text(changed)
+    assert "the old one is params.yaml.bak" in call("init", "quickstart", "--force").output
+    assert Path("params.yaml.bak").read_text() == changed
+    assert "old" not in call("init", "quickstart", "--force").output
+    assert Path("params.yaml.bak").read_text() == changed
+    assert call("init", "quickstart", "--params", "elsewhere/mine.yaml").exit_code == 0
+    assert load_params(Path("elsewhere/mine.yaml"))
     refused = call("init", "quickstart")
     assert refused.exit_code == 2
     assert "--force" in one_line(refused)
@@ -125,6 +133,19 @@ BAD_PARAMETERS = {
         "[mirrored-perturbed, featuregan-1x",
         "extract.views: variant 'mirrored-perturbed' reads mirrored photographs; set it to [identity, hflip]",
     ),
+    "mirrored photographs alone": ("views: [identity]", "views: [hflip]", "extract.views: must have identity"),
+    "several draws without noise": (
+        "  z_dim: 8",
+        "  z_dim: 0",
+        "variants.featuregan-2x.ratio: without noise all draws of a mask are equal",
+    ),
+    "noise at every pixel that has no channels": (
+        "  z_dim: 8\n  noise: vector",
+        "  z_dim: 0\n  noise: spatial",
+        "train_gan: spatial noise is z at every pixel; set z_dim above 0",
+    ),
+    "a change that stands twice": ("perturb: [flip, translation", "perturb: [flip, flip, translation", "flip stands twice"),
+    "a seed that stands twice": ("seeds: [0]", "seeds: [0, 0]", "compare.seeds: 0 stands twice"),
     "an unknown augmenter": ("{augmenter: isda, ", "{augmenter: idsa, ", "variants.isda.augmenter: should be 'none', 'duplicate'"),
     "a key that an augmenter has not": (
         "{augmenter: isda, strength",
@@ -200,6 +221,20 @@ def test_bad_parameters_stop_every_stage_before_it_starts(params: Path, command:
     assert not Path("dataset").exists()
 
 
+def test_keys_that_do_not_go_together(params: Path) -> None:
+    whole = params.read_text()
+    for changes, words in (
+        ({"image_encoder: false": "image_encoder: true", "store_images: true": "store_images: false"}, "extract.store_images: train_gan"),
+        ({"family: gan ": "family: flow ", "diffaugment: []": "diffaugment: [flip]"}, "train_gan: image_encoder, r1_gamma"),
+    ):
+        for before, after in changes.items():
+            change(params, before, after)
+        result = call("prepare")
+        assert result.exit_code == 2
+        assert words in one_line(result)
+        params.write_text(whole)
+
+
 def test_a_missing_params_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = call("prepare")
@@ -266,6 +301,11 @@ def test_a_store_of_other_parameters_is_refused(project: Path, monkeypatch: pyte
             result = call(*command, "--params", str(other), "--scratch", str(tmp_path))
             assert result.exit_code == 1
             assert words in one_line(result)
+    other.write_text(tiny_params().replace("headline_classes: []", "headline_classes: [dragon]"))
+    for command in (("train-gan",), ("train-decoder", "--variant", "baseline")):
+        result = call(*command, "--params", str(other), "--scratch", str(tmp_path))
+        assert result.exit_code == 2
+        assert "report.headline_classes: 'dragon' is no class of this data set" in one_line(result)
 
 
 def test_inspect_and_verify(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -171,6 +171,15 @@ def test_splits_are_those_of_prepare() -> None:
     assert split_sizes(100, (0.7, 0.15, 0.15), 0.25) == {"train": 18, "val": 15, "test": 15}
 
 
+def test_a_summary_of_another_data_set_is_left_alone(folder: Path) -> None:
+    (folder / "dataset").mkdir()
+    summary = {"dataset": "wastesim", "classes": ["ground", "bottle"], "splits": {name: {"images": 5} for name in ("train", "val", "test")}}
+    (folder / "dataset/summary.json").write_text(json.dumps(summary))
+    assert json.loads(call("--preset", "quickstart", "--json").stdout)["classes"] == 2
+    assert json.loads(call("--preset", "voc2012-lite", "--images", "100", "--json").stdout)["classes"] == 21
+    assert "name them with --images" in call("--preset", "voc2012-lite").stderr
+
+
 def test_both_views_double_the_training_store(folder: Path) -> None:
     one = json.loads(call("--images", "100", "--json").stdout)["stores"]
     (folder / "params.yaml").write_text(tiny_params().replace("views: [identity] ", "views: [identity, hflip] "))

@@ -137,16 +137,19 @@ def test_other_settings_or_decoders_need_force(project_copy: Path) -> None:
     before = files(Path("out"))
     for arguments, words in (
         (["--mode", "slide"], "out: holds predictions of mode resize, not slide; add --force"),
-        (["--overlap", "0.5"], "out: holds predictions of overlap 0.25, not 0.5"),
         (["--weights", "decoder-best"], "out: holds predictions of another decoder"),
     ):
         result = predict("photos", "--out", "out", *arguments)
         assert result.exit_code == 1
         assert words in one_line(result)
     assert files(Path("out")) == before
+    assert "all of them before" in predict("photos", "--out", "out", "--overlap", "0.5").output  # one window overlaps no other
     assert "3 of 3 photographs segmented\n" in predict("photos", "--out", "out", "--mode", "slide", "--force").output
     np.testing.assert_array_equal(Image.open("out/masks/a/b.c.png"), Segmenter.load(BASELINE)("photos/a/b.c.png", mode="slide"))
     assert "all of them before" in predict("photos", "--out", "out", "--mode", "slide").output
+    result = predict("photos", "--out", "out", "--mode", "slide", "--overlap", "0.5")
+    assert result.exit_code == 1
+    assert "out: holds predictions of overlap 0.25, not 0.5" in one_line(result)
     Path("out/predictions.json").write_text("{")
     assert "predictions.json: cannot be read" in one_line(predict("photos", "--out", "out"))
 
@@ -169,7 +172,7 @@ def test_damaged_photographs_are_named_and_the_others_done(project_copy: Path, w
     assert "4 of 4 photographs segmented, 3 of them before" in predict("photos", "--out", "out").output
 
 
-def test_mistakes_are_one_line_before_any_work(project_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_one_line_before_any_work(trained: Path, project_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Segmenter, "load", None)
     shutil.copy("photos/1.jpg", "photos/1.png")
     Path("empty").mkdir()
@@ -194,6 +197,16 @@ def test_mistakes_are_one_line_before_any_work(project_copy: Path, monkeypatch: 
     ):
         Path(BASELINE, "decoder-best.safetensors").unlink(missing_ok=True)
         result = call("predict", folder, "photos/a", "--out", "out", "--weights", "decoder-best")
+        assert result.exit_code == 1
+        assert words in one_line(result)
+    Path("models/gan").mkdir()
+    described = json.loads(Path(BASELINE, "config.json").read_text())
+    Path("models/gan/config.json").write_text(json.dumps({**described, "architecture": {"family": "gan"}}))
+    for folder, words in (
+        (f"{BASELINE}/decoder.safetensors", "is a file; name the folder of the trained model that it lies in"),
+        ("models/gan", "models/gan: holds a trained model, but no decoder; name a folder that train-decoder left"),
+    ):
+        result = call("evaluate", folder, str(trained / "features/test"))
         assert result.exit_code == 1
         assert words in one_line(result)
     assert call("predict", BASELINE, "photos/a").exit_code == 2

@@ -87,7 +87,9 @@ def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> l
         rows.sort(key=lambda row: (row["variant"] != baseline, row["delta_miou"] is None, -(row["delta_miou"] or 0.0)))
         versions = len({run.get("made_with", {}).get("sources") for runs in group.runs.values() for run in runs})
         made_by = f", made by {versions} versions of the sources" if versions > 1 else ""
-        over = f"; mIoU over {', '.join(classes)}" if classes else ""
+        absent = [name for name in classes if name in rows[0]["absent_classes"]]
+        over = f"; mIoU over {', '.join(name for name in classes if name not in absent)}" if classes else ""
+        over += f" (the test images have no {', '.join(absent)})" if absent else ""
         entries.append(
             {
                 "name": group.name,

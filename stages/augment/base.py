@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from featurestore import FeatureStore
 from featurestore.dataset import Batch
-from stages.config import Config
+from stages.config import Config, Once
 from stages.diffaugment import Transform
 from stages.models.decoder import Decoder
 from stages.runtime import step_optimizers
@@ -26,15 +26,16 @@ class VariantConfig(Config):
     """What every entry of section ``variants`` may say; each augmenter adds keys of its own."""
 
     augmenter: str
-    perturb: Annotated[tuple[Transform, ...], Field(strict=False)] = ()  # of real and added features, before the decoder
+    perturb: Annotated[tuple[Transform, ...], Field(strict=False), Once] = ()  # of real and added features, before the decoder
     view: Literal["identity", "random"] = "identity"  # of each real sample: as it is, or mirrored or not by chance
     statistics: Literal["all", "real"] = "all"  # which batches the decoder's running BatchNorm statistics take in
     until: float = Field(default=1.0, gt=0, le=1)  # share of the steps after which real batches take the place of the added ones
 
     @model_validator(mode="after")
-    def _check_until(self) -> Self:
-        if self.until < 1 and not self.added_batches:
-            raise ValueError("until is of the batches that a variant adds, and this one adds none; leave it out")
+    def _adds_batches(self) -> Self:
+        for key in ("until", "statistics"):
+            if getattr(self, key) != VariantConfig.model_fields[key].default and not self.added_batches:
+                raise ValueError(f"{key} is of the batches that a variant adds, and this one adds none; leave it out")
         return self
 
     @property
@@ -125,6 +126,8 @@ class Context:
 
     Attributes
     ----------
+    variant
+        Its name.
     accelerator
         Of the training.
     store, positions
@@ -139,6 +142,7 @@ class Context:
         ``compile_networks`` and ``sharded``, see :class:`stages.trainer.Trainer`.
     """
 
+    variant: str
     accelerator: Accelerator
     store: FeatureStore
     positions: np.ndarray
@@ -147,6 +151,10 @@ class Context:
     seed: int
     steps: int
     machine: dict[str, bool]
+
+    def key(self, name: str) -> str:
+        """Where the parameters say this of the variant."""
+        return f"variants.{self.variant}.{name}"
 
 
 Adjust = Callable[[Tensor, Tensor, nn.Conv2d], Tensor]

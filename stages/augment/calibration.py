@@ -41,7 +41,7 @@ class Calibration(Augmenter):
         self.is_rare = ~frequent
         if int(frequent.sum()) < config.neighbours:
             message = f"{config.neighbours} is more than the {int(frequent.sum())} frequent classes; lower it, or rare"
-            raise ConfigError("variants", f"neighbours: {message}")
+            raise ConfigError(context.key("neighbours"), message)
         centres = [rows for rows, often in zip(statistics.centres, frequent, strict=True) if often]
         self.means = torch.stack([rows.mean(0) for rows in centres])  # (F, C)
         # A covariance is the product of its centred samples, so that drawing needs no C x C matrix.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, SourceConfig, real_batches
@@ -16,6 +17,12 @@ class DuplicateConfig(SourceConfig):
 
     augmenter: Literal["duplicate"]
     ratio: int = Field(default=1, ge=1, le=16)  # copies of the batch
+
+    @model_validator(mode="after")
+    def _adds_to_the_end(self) -> Self:
+        if self.until < 1:
+            raise ValueError("until does nothing here: the real batches that would take the copies' place are the copies; leave it out")
+        return self
 
     @property
     def added_batches(self) -> int:

@@ -18,15 +18,14 @@ from typing_extensions import Self
 from featurestore import SpecMismatchError
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
-from stages.augment.new_masks import NewMasks
+from stages.augment.new_masks import Change, NewMasks
 from stages.checkpoint import load_gan, load_generator, load_training_state
+from stages.config import Once
 from stages.errors import ConfigError
 from stages.gan import Networks
 from stages.gan_trainer import GanTrainer
 from stages.models.image_encoder import sample_z
 from stages.objective import Step
-
-Change = Literal["flip", "shift", "scale", "paste", "swap"]
 
 
 class FeatureGANConfig(SourceConfig):
@@ -36,7 +35,7 @@ class FeatureGANConfig(SourceConfig):
     generator: Literal["joint", "frozen"] = "joint"
     ratio: int = Field(default=1, ge=1, le=16)  # draws a mask
     segmentation_loss: bool = True  # whether it reaches a joint generator (Algorithm 1), or the decoder alone
-    new_masks: Annotated[tuple[Change, ...], Field(strict=False)] = ()  # what is done to the masks; none: they are the batch's own
+    new_masks: Annotated[tuple[Change, ...], Field(strict=False), Once] = ()  # what is done to the masks; none: they are the batch's own
     share: float = Field(default=1.0, gt=0, le=1)  # of the masks, that new_masks changes; edits of the others are real features
     edit: bool = False  # the batch's real features, changed as the generator says that the change of the mask changes them
     vary: float = Field(default=0.0, ge=0, le=1)  # the batch's real features, by this share turned to noise and carried back; 0: off
@@ -175,13 +174,13 @@ def featuregan(config: FeatureGANConfig, context: Context) -> Augmenter:
         message = "this GAN was trained on other features than those of the training store; run train-gan again"
         raise SpecMismatchError(message, path=context.gan, expected=context.store.fingerprint, found=trained["store"])
     if config.vary and networks.discriminator is not None:
-        raise ConfigError("variants", "only a flow varies features; set train_gan.family: flow and run train-gan again")
+        raise ConfigError(context.key("vary"), "only a flow varies features; set train_gan.family: flow and run train-gan again")
     if config.edit and config.ratio > 1 and networks.discriminator is None:
-        raise ConfigError("variants", "a flow makes one edit of a batch, whatever it draws; set ratio: 1 for this variant")
+        raise ConfigError(context.key("ratio"), "a flow makes one edit of a batch, whatever it draws; set it to 1")
     if config.generator == "frozen":
         return FrozenFeatureGAN(config, context, networks)
     if networks.discriminator is None:
-        raise ConfigError("variants", "a flow is not trained jointly with a decoder; set generator: frozen for this variant")
+        raise ConfigError(context.key("generator"), "a flow is not trained jointly with a decoder; set it to frozen")
     trainer = GanTrainer.of(context.accelerator, networks, trained["training"], **context.machine)
     trainer.load_training_state(load_training_state(context.gan))
     return JointFeatureGAN(config, trainer)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from featurestore import VOID, StoreSpec
+from stages.errors import ConfigError
 
+Change = Literal["flip", "shift", "scale", "paste", "swap"]
 SHIFT = 1 / 4  # of a side, at most
 SCALE = (0.6, 1.6)  # of an object's or a scene's size
 
@@ -63,9 +65,16 @@ class NewMasks:
         Where objects come from.
     share
         Of the masks that are changed, each by chance; the others stay as they are.
+
+    Raises
+    ------
+    ConfigError
+        When a change is unknown, or the masks have too few classes for it.
     """
 
     def __init__(self, changes: Sequence[str], store: MaskSource, positions: np.ndarray, share: float = 1.0) -> None:
+        if unknown := sorted(set(changes) - set(get_args(Change))):
+            raise ConfigError("new_masks", f"{unknown[0]!r} is unknown; known are {', '.join(get_args(Change))}")
         self.changes, self.store, self.share = changes, store, share
         self.holders: list[np.ndarray] = []  # by class: who has it
         if "paste" in changes or "swap" in changes:
@@ -77,6 +86,11 @@ class NewMasks:
             self.chances = np.array([0.0 if number == most or not len(h) else 1 / len(h) ** 0.5 for number, h in enumerate(self.holders)])
             self.chances /= max(self.chances.sum(), 1e-12)
             self.things = torch.from_numpy(np.flatnonzero(self.chances))
+            needed, doing = (2, "exchanging classes (swap, class-transfer)") if "swap" in changes else (1, "pasting objects")
+            if len(self.things) < needed:
+                found = len(self.things)
+                message = f"{doing} needs {needed} classes beside the one that most photographs have, found {found}; leave it out"
+                raise ConfigError("new_masks", message, expected=needed, found=found)
 
     def __call__(self, masks: Tensor, rng: torch.Generator) -> Tensor:
         """(B, H, W) uint8 -> (B, H, W) uint8."""
@@ -95,7 +109,7 @@ class NewMasks:
         if "shift" in self.changes or "scale" in self.changes:
             by = uniform(-SHIFT, SHIFT, count, 2) if "shift" in self.changes else still
             masks = moved(masks, scales() if "scale" in self.changes else ones, by)
-        if "paste" in self.changes and self.chances.any():
+        if "paste" in self.changes:
             drawing = np.random.default_rng(rng.initial_seed())
             classes = drawing.choice(len(self.chances), count, p=self.chances)
             donors = [drawing.choice(self.holders[number]) for number in classes]
@@ -103,7 +117,7 @@ class NewMasks:
             wanted = torch.from_numpy(classes).to(masks.device, masks.dtype)[:, None, None]
             objects = moved(torch.where(objects == wanted, objects, VOID), scales(), uniform(-SHIFT, SHIFT, count, 2), fill=VOID)
             masks = torch.where(objects == wanted, wanted, masks)
-        if "swap" in self.changes and len(self.things) > 1:
+        if "swap" in self.changes:
             masks = _swapped(masks, self.things.to(masks.device), rng)
         return masks if self.share == 1 else torch.where(uniform(0, 1, count)[:, None, None] < self.share, masks, given)
 

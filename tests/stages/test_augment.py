@@ -24,6 +24,7 @@ from stages.augment.perturb import perturb
 from stages.augment.registry import Variant, build_augmenter
 from stages.augment.upsample import repeat_factors
 from stages.class_statistics import ClassStatistics
+from stages.errors import ConfigError
 from stages.models.decoder import Decoder
 from stages.regions import Regions
 from stages.runtime import make_accelerator
@@ -68,7 +69,7 @@ def build(store: featurestore.FeatureStore, tmp_path: Path, **variant) -> Augmen
     torch.manual_seed(0)
     decoder = Decoder(head="deeplab", in_channels=CHANNELS, num_classes=CLASSES, width=5, atrous_rates=(1, 2))
     positions = store.positions("identity")
-    context = Context(make_accelerator("cpu", "no"), store, positions, decoder, tmp_path / "gan", 0, 10, {})
+    context = Context("mine", make_accelerator("cpu", "no"), store, positions, decoder, tmp_path / "gan", 0, 10, {})
     return build_augmenter(TypeAdapter(Variant).validate_python(variant), context)
 
 
@@ -376,9 +377,15 @@ def test_what_cannot_be_combined_is_refused(of, shared, text) -> None:
 
 
 @pytest.mark.parametrize("augmenter", ["none", "isda"])
-def test_until_is_refused_where_nothing_is_added(augmenter: str) -> None:
-    with pytest.raises(ValueError, match="until is of the batches that a variant adds, and this one adds none"):
-        TypeAdapter(Variant).validate_python({"augmenter": augmenter, "until": 0.7})
+@pytest.mark.parametrize("key", [{"until": 0.7}, {"statistics": "real"}], ids=str)
+def test_what_is_said_of_added_batches_is_refused_where_there_are_none(augmenter: str, key: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(key))} is of the batches that a variant adds, and this one adds none"):
+        TypeAdapter(Variant).validate_python({"augmenter": augmenter, **key})
+
+
+def test_copies_do_not_end_on_copies() -> None:
+    with pytest.raises(ValueError, match="until does nothing here"):
+        TypeAdapter(Variant).validate_python({"augmenter": "duplicate", "until": 0.7})
 
 
 def test_combined_variants_need_what_their_members_need() -> None:
@@ -457,6 +464,25 @@ def test_new_masks_give_a_thing_another_class(store, batch) -> None:
     assert seen == {(1, 2), (2, 1)}
     ground = torch.zeros_like(batch.masks)
     assert torch.equal(swapping(ground, rng()), ground)
+
+
+def test_new_masks_need_classes_to_change(store) -> None:
+    class Masks:
+        """Of a data set with two classes."""
+
+        spec = store.spec
+
+        def mask(self, position: int) -> np.ndarray:
+            return np.array([[0, 0], [0, position % 2]], np.uint8)
+
+    positions = np.arange(4)
+    assert NewMasks(["paste"], Masks(), positions).things.tolist() == [1]
+    with pytest.raises(ConfigError, match=r"new_masks: exchanging classes \(swap, class-transfer\) needs 2 classes beside .*, found 1"):
+        NewMasks(["swap"], Masks(), positions)
+    with pytest.raises(ConfigError, match=r"pasting objects needs 1 classes beside .*, found 0"):
+        NewMasks(["paste"], Masks(), positions[:1])
+    with pytest.raises(ConfigError, match="'flop' is unknown; known are flip, shift, scale, paste, swap"):
+        NewMasks(["flop"], Masks(), positions)
 
 
 def test_class_transfer_moves_an_object_by_the_difference_of_the_means(store, batch, tmp_path) -> None:

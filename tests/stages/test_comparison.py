@@ -136,6 +136,8 @@ def test_means_are_over_the_classes_of_the_truth_whoever_predicts_others() -> No
     assert rows[1]["miou_all"]["mean"] == pytest.approx(100 * (11 / 14 + 6 / 8) / 2)
     assert rows[1]["absent_classes"] == ["car"]
     assert np.isnan(tables.per_class({"baseline": base, "other": ours}).loc["car", "other"])
+    entries = comparison.compare([comparison.Group("one", 2, {"baseline": base})], ["road", "car"], "baseline")
+    assert entries[0]["title"].endswith("; mIoU over road (the test images have no car)")
     with pytest.raises(ConfigError, match="the test images have none of these classes; they have sky, road"):
         tables.compare({"baseline": base}, ["car"])
 

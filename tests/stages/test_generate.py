@@ -335,4 +335,4 @@ def test_the_command_and_inspect(gan: Path, masks: Path, tmp_path: Path, monkeyp
     assert len(list(masks.iterdir())) == 4
     wrong = call("generate", gan, masks, "--out", "other", "--new-masks", "flop")
     assert wrong.exit_code == 2
-    assert "'flop' is none of flip, shift, scale, paste" in wrong.stderr
+    assert "'flop' is none of flip, shift, scale, paste, swap" in wrong.stderr

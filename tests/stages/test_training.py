@@ -294,7 +294,7 @@ def added_by_a_frozen_generator(
     variant = {"augmenter": "featuregan", "generator": "frozen", "new_masks": changes, "ratio": 2, **described}
     ratio = variant["ratio"]
     decoder = Decoder(head="deeplab", in_channels=12, num_classes=3, width=8, atrous_rates=(2, 3))
-    context = Context(make_accelerator("cpu", "no"), store, np.arange(len(store)), decoder, folder / "gan", 0, 1, {})
+    context = Context("mine", make_accelerator("cpu", "no"), store, np.arange(len(store)), decoder, folder / "gan", 0, 1, {})
     augmenter = build_augmenter(TypeAdapter(Variant).validate_python(variant), context)
     real, masks = (torch.from_numpy(store.gather(name, [0, 1, 2])).clone() for name in ("features", "masks"))
     parts = augmenter.augment(Batch(torch.arange(3), real, masks, None), torch.Generator().manual_seed(3)).parts
