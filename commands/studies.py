@@ -30,7 +30,7 @@ def _setting(context: click.Context, parameter: click.Parameter, values: tuple[s
 @click.command(short_help="Train all decoders of a study that have no result yet.")
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @option("--results", type=click.Path(path_type=Path, file_okay=False), default=Path("results"), help="Where result files belong.")
-@option("--set", "overrides", multiple=True, callback=_setting, help="KEY=VALUE of this machine, such as prepare.root=FOLDER.")
+@option("--set", "overrides", multiple=True, callback=_setting, help="KEY=VALUE, such as prepare.root=FOLDER; any other changes results.")
 @option(
     "--jobs", type=click.IntRange(1), default=1, help="Runs at a time; the threads (OMP_NUM_THREADS, or the cores) are divided among them."
 )

@@ -27,6 +27,7 @@ from stages.errors import CollapseError
 from stages.gan import AnyGenerator
 from stages.metrics import confusion_matrix, score
 from stages.models.projection import RandomProjection
+from stages.regions import labels_at
 
 log = logging.getLogger(__name__)
 MEASURED = {"every", "samples", "vectors"}  # settings that the figures depend on; the others decide what is said about them
@@ -73,15 +74,15 @@ class _Pixels:
     def draw(cls, store: FeatureStore, samples: int, vectors: int, rng: np.random.Generator) -> _Pixels:
         positions = np.sort(rng.permutation(len(store))[:samples]).tolist()
         masks = torch.from_numpy(store.gather("masks", positions))
-        height, width = store.spec.feature_shape[1:]
-        labels = masks[:, :: masks.shape[1] // height, :: masks.shape[2] // width]
+        _, height, width = store.spec.feature_shape
+        labels = labels_at(masks, (height, width))
         each = -(-vectors // len(positions))
         chosen = [np.flatnonzero(label.numpy().ravel() != VOID) for label in labels]
         return cls(positions, masks, labels, [torch.from_numpy(rng.permutation(places)[:each]) for places in chosen])
 
     def classes(self) -> Tensor:
         """(n,) int64 class of each chosen pixel."""
-        return torch.cat([label.flatten()[places] for label, places in zip(self.labels, self.chosen, strict=True)]).long()
+        return torch.cat([label.flatten()[places] for label, places in zip(self.labels, self.chosen, strict=True)])
 
 
 def _vectors(features: Tensor, chosen: list[Tensor]) -> Tensor:

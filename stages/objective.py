@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from stages import losses
 from stages.diffaugment import augment
 from stages.models.image_encoder import sample_z
+from stages.regions import labels_at
 
 PENALTY = 10.0  # Gulrajani et al. 2017
 
@@ -113,7 +114,7 @@ def forward(
     # Scores of both, and each layer's activations; averaged over the discriminator's scales.
     (real_seen, fake_seen), masks_seen = augment([real, fake], masks, objective.diffaugment, rng)
     of_real, of_fake = discriminator([real_seen, fake_seen], masks_seen)
-    labels = masks_seen[:, :: masks.shape[1] // real.shape[2], :: masks.shape[2] // real.shape[3]]  # (B, H, W) -> (B, h, w)
+    labels = labels_at(masks_seen, (real.shape[2], real.shape[3]))
     discriminator_terms, generator_term = losses.ADVERSARIAL[objective.adversarial_loss]
     pairs = list(zip(of_real.scores, of_fake.scores, strict=True))
     by_scale = [discriminator_terms(ours.float(), theirs.float(), labels) for ours, theirs in pairs]

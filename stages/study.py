@@ -126,7 +126,7 @@ def plan(config: StudyConfig, preset: Mapping[str, Any], overrides: Mapping[str,
     preset
         Plain parameters.
     overrides
-        Settings of this machine, such as ``prepare.root``; results do not depend on them.
+        Settings of this machine, such as ``prepare.root``; all others change what is computed, and the results' digests with it.
     check
         Turns plain parameters into typed sections, or raises :class:`ConfigError`.
     """

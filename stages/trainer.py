@@ -92,11 +92,6 @@ class Trainer(ABC):
             self._average.update_parameters(self.networks.generator)
         return True
 
-    @property
-    def averages(self) -> bool:
-        """Whether there is an average beside the generator in training."""
-        return self._average is not None
-
     def generator(self) -> AnyGenerator:
         """The generator to generate with: the average where there is one, a whole copy where weights are divided."""
         if self._replica is not None:

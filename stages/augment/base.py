@@ -120,6 +120,12 @@ def real_batches(batch: Batch, weights: Sequence[float]) -> Augmented:
     return Augmented([Part(batch.features, [(batch.masks, 1.0)], weight) for weight in weights])
 
 
+def stored(store: FeatureStore, positions: Sequence[int] | np.ndarray, device: torch.device, weight: float) -> Part:
+    """Real samples (S,) of a store, and their masks."""
+    features = torch.from_numpy(store.gather("features", positions)).to(device).float()
+    return Part(features, [(torch.from_numpy(store.gather("masks", positions)).to(device), 1.0)], weight)
+
+
 @dataclass(frozen=True)
 class Context:
     """What augmenters are made from.

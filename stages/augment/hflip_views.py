@@ -9,7 +9,7 @@ import torch
 
 from featurestore import FeatureStore, SpecMismatchError
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
+from stages.augment.base import Augmented, Augmenter, Context, SourceConfig, stored
 
 
 class HflipViewsConfig(SourceConfig):
@@ -35,10 +35,7 @@ class HflipViews(Augmenter):
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """Read them."""
         chosen = [self.mirrored[position] for position in batch.positions.tolist()]
-        device = batch.features.device
-        features = torch.from_numpy(self.store.gather("features", chosen)).to(device).float()
-        masks = torch.from_numpy(self.store.gather("masks", chosen)).to(device)
-        return Augmented([Part(features, [(masks, 1.0)], self.weight)])
+        return Augmented([stored(self.store, chosen, batch.features.device, self.weight)])
 
 
 def mirrored(store: FeatureStore, positions: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from featurestore import FeatureStore
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
+from stages.augment.base import Augmented, Augmenter, Context, SourceConfig, stored
 
 
 class UpsampleConfig(SourceConfig):
@@ -45,7 +45,4 @@ class Upsample(Augmenter):
         """As many samples, drawn with their chances."""
         drawing = np.random.default_rng([rng.initial_seed(), self.accelerator.process_index])
         chosen = np.sort(drawing.choice(self.positions, len(batch), p=self.chances))
-        device = batch.features.device
-        features = torch.from_numpy(self.store.gather("features", chosen)).to(device).float()
-        masks = torch.from_numpy(self.store.gather("masks", chosen)).to(device)
-        return Augmented([Part(features, [(masks, 1.0)], self.weight)])
+        return Augmented([stored(self.store, chosen, batch.features.device, self.weight)])
