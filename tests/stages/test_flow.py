@@ -196,7 +196,7 @@ def test_a_flow_learns_and_feeds_a_decoder(features: Path, tmp_path: Path) -> No
     assert isinstance(load_generator(tmp_path / "gan"), FlowGenerator)
     scores = run_decoder(features, tmp_path, VARIANTS["frozen"], name="frozen", epochs=2)
     assert scores.miou > 0
-    with pytest.raises(ConfigError, match="set generator: frozen"):
+    with pytest.raises(ConfigError, match="set it to frozen"):
         run_decoder(features, tmp_path, VARIANTS["featuregan-1x"], name="joint")
 
 
