@@ -99,7 +99,7 @@ def init(preset: str | None, list_them: bool, force: bool, params: Path) -> None
     if params.exists() and not force:
         raise click.UsageError(f"{params} is there already; add --force to replace it")
     kept = ""
-    if params.exists() and params.read_bytes() != presets[name].read_bytes():
+    if params.exists() and params.read_bytes() not in [path.read_bytes() for path in presets.values()]:
         before = params.with_name(params.name + ".bak")
         params.replace(before)
         kept = f" (the old one is {before})"
