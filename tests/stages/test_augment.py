@@ -103,11 +103,11 @@ def test_the_baseline_adds_nothing_and_duplicate_the_same_again(store, batch, tm
 def test_noise_is_additive_in_deviations_and_multiplicative(store, batch, tmp_path) -> None:
     many = dataclasses.replace(batch, features=batch.features.repeat(300, 1, 1, 1), masks=batch.masks.repeat(300, 1, 1))
     added = only(build(store, tmp_path, augmenter="noise", additive=2.0, multiplicative=0.0), many).features - many.features
-    spread = added.transpose(0, 1).flatten(1).std(1)
-    torch.testing.assert_close(spread, 2 * torch.from_numpy(store.stats.std).float(), rtol=0.03, atol=0)
+    within_maps = added.flatten(2).var(2).mean(0).sqrt()  # so that every value has a draw of its own
+    torch.testing.assert_close(within_maps, 2 * torch.from_numpy(store.stats.std).float(), rtol=0.03, atol=0)
     times = only(build(store, tmp_path, augmenter="noise", additive=0.0, multiplicative=0.3), many).features / many.features
     assert float(times.mean()) == pytest.approx(1, abs=0.01)
-    assert float(times.std()) == pytest.approx(0.3, rel=0.02)
+    assert float(times.flatten(2).var(2).mean().sqrt()) == pytest.approx(0.3, rel=0.02)
     augmenter = build(store, tmp_path, augmenter="noise", additive=1.0, multiplicative=0.0, deviation="class")
     by_class = only(augmenter, many).features - many.features
     of_class = by_class.transpose(0, 1)[:, small(many.masks) == 2].std(1)
@@ -149,8 +149,12 @@ def test_linear_delta_moves_a_region_by_the_difference_of_two_others(store, batc
 def test_extrapolate_moves_away_from_the_class(store, batch, tmp_path) -> None:
     moved_by = only(build(store, tmp_path, augmenter="extrapolate", strength=0.5), batch).features - batch.features
     means = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu")).means
-    expected = 0.5 * (centre(batch.features, batch.masks, 2, 1) - means[1])
-    torch.testing.assert_close(moved_by[2][:, small(batch.masks)[2] == 1].mean(1), expected, rtol=1e-4, atol=1e-5)
+    for sample, labels in enumerate(small(batch.masks)):
+        for number in set(labels.unique().tolist()) - {VOID}:
+            pixels = moved_by[sample][:, labels == number]
+            expected = 0.5 * (centre(batch.features, batch.masks, sample, number) - means[number])
+            torch.testing.assert_close(pixels, expected[:, None].expand_as(pixels), rtol=1e-4, atol=1e-5)
+    assert not moved_by[:, :, 0, 0].any()  # void
 
 
 def test_interpolate_moves_to_the_nearest_harder_region(store, batch, tmp_path) -> None:
@@ -164,12 +168,11 @@ def test_interpolate_moves_to_the_nearest_harder_region(store, batch, tmp_path) 
     centres = [centre(batch.features, batch.masks, sample, 1) for sample in range(4)]
     for sample in range(4):
         harder = [other for other in range(4) if hardness[other] > hardness[sample]]
-        found = moved_by[sample][:, labels[sample] == 1].mean(1)
-        if not harder:
-            assert float(found.abs().max()) < 1e-6
-            continue
-        nearest = min(harder, key=lambda other: float((centres[other] - centres[sample]).norm()))
-        torch.testing.assert_close(found, 0.4 * (centres[nearest] - centres[sample]), rtol=1e-4, atol=1e-5)
+        pixels = moved_by[sample][:, labels[sample] == 1]
+        nearest = min(harder, key=lambda other: float((centres[other] - centres[sample]).norm()), default=sample)  # none: it stays
+        expected = 0.4 * (centres[nearest] - centres[sample])
+        torch.testing.assert_close(pixels, expected[:, None].expand_as(pixels), rtol=1e-4, atol=1e-5)
+    assert not moved_by[:, :, 0, 0].any()  # void
 
 
 def test_mixup_has_two_masks_so_nothing_is_pasted_by_one() -> None:
@@ -191,6 +194,13 @@ def test_mixup_mixes_features_and_targets_in_the_same_shares(store, batch, tmp_p
 
     order = [partner(*rows) for rows in zip(batch.features, others, part.features, strict=True)]
     assert sorted(order) == [0, 1, 2, 3]
+
+
+def test_mixups_share_is_from_a_beta_distribution(store, batch, tmp_path) -> None:
+    augmenter = build(store, tmp_path, augmenter="mixup", alpha=0.2)
+    shares = np.array([only(augmenter, batch, seed).targets[0][1] for seed in range(1500)])
+    assert shares.mean() == pytest.approx(1 / 2, abs=0.04)
+    assert shares.var() == pytest.approx(1 / (4 * (2 * 0.2 + 1)), rel=0.07)  # of Beta(a, a); a uniform share's is less than half of it
 
 
 def test_upsample_draws_photographs_of_rare_classes_more_often(store, batch, tmp_path) -> None:
@@ -239,6 +249,16 @@ def test_calibration_draws_rare_regions_around_the_calibrated_mean(store, batch,
     assert torch.equal(part.targets[0][0][0], batch.masks[0])
 
 
+def test_calibration_takes_the_nearest_class_and_adds_alpha_to_every_covariance(store, tmp_path) -> None:
+    augmenter = build(store, tmp_path, augmenter="calibration", rare=0.5, neighbours=1, spread=0.5)
+    rows = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu")).centres
+    for number, other in ((0, 1), (1, 0)):
+        near = 0.8 * rows[number].mean(0) + 0.2 * rows[other].mean(0)
+        draws = torch.stack([augmenter.draw(near, rng(seed)) for seed in range(4000)])
+        torch.testing.assert_close(draws.mean(0), (near + rows[number].mean(0)) / 2, rtol=0, atol=0.06)
+        torch.testing.assert_close(torch.cov(draws.T), torch.cov(rows[number].T) + 0.5, rtol=0, atol=0.08)
+
+
 def test_cvae_learns_each_classs_distribution(store, batch, tmp_path) -> None:
     torch.manual_seed(0)
     classes = torch.arange(2).repeat(500)
@@ -283,20 +303,27 @@ def test_isda_is_the_expectation_under_gaussian_samples(store, batch, tmp_path) 
         expected = (scores - scores[:, label : label + 1]).exp().mean(0)
         ours = weight @ vector + bias + margins[label]
         torch.testing.assert_close((ours - ours[label]).exp(), expected, rtol=0.02, atol=0)
+    expected = torch.autograd.grad(  # the margins are differentiated by the weights, too
+        sum(0.3 * (augmenter.variances[y] * (weight[k] - weight[y]).square()).sum() for y in range(CLASSES) for k in range(CLASSES)),
+        last.weight,
+    )
+    torch.testing.assert_close(torch.autograd.grad(augmenter.margins(last.weight.flatten(1)).sum(), last.weight), expected)
 
 
 def test_isda_estimates_the_variances_of_all_vectors_so_far(store, batch, tmp_path) -> None:
     augmenter = build(store, tmp_path, augmenter="isda")
-    parts = [torch.randn(4, 5, SIDE, SIDE) * 2 + 1 for _ in range(3)]
+    parts = [torch.randn(4, 5, SIDE, SIDE) * 2 + shift for shift in (1, 2, 3)]
+    masks = [batch.masks, torch.where(batch.masks == 1, 0, batch.masks), batch.masks]  # batches have unequal numbers of a class's vectors
     last = torch.nn.Conv2d(5, CLASSES, 1)
-    for embeddings in parts:
-        change = augmenter.adjust(batch.masks)
+    for embeddings, truth in zip(parts, masks, strict=True):
+        change = augmenter.adjust(truth)
         scores = change(embeddings, last(embeddings), last)
         assert torch.equal(scores, last(embeddings))  # lambda is 0 at the start
-    labels = small(batch.masks)
     for number in range(CLASSES):
-        vectors = torch.cat([embeddings.permute(0, 2, 3, 1)[labels == number] for embeddings in parts])
+        pairs = zip(parts, masks, strict=True)
+        vectors = torch.cat([embeddings.permute(0, 2, 3, 1)[small(truth) == number] for embeddings, truth in pairs])
         torch.testing.assert_close(augmenter.variances[number], vectors.var(0, unbiased=False), rtol=1e-4, atol=1e-4)
+    labels = small(batch.masks)
     augmenter.step = 10
     with torch.no_grad():
         raised = augmenter.adjust(batch.masks)(parts[0], last(parts[0]), last) - last(parts[0])
