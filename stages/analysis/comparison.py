@@ -34,15 +34,20 @@ class Group:
     runs: dict[str, list[dict[str, Any]]]
 
 
-def read_groups(paths: Iterable[Path]) -> list[Group]:
+def read_groups(paths: Iterable[Path], seeds: Sequence[int] = ()) -> list[Group]:
     """Result files, and those in folders, by what may be compared; the most training photographs first.
+
+    ``seeds`` names those whose runs are read (none: all).
 
     Raises
     ------
     DataError
         For a file that is no result, a result that stands twice, or no result at all.
+    ConfigError
+        When no run is of one of the seeds.
     """
     found: dict[str, list[dict[str, Any]]] = {}
+    there: set[int] = set()
     files = [file for path in paths for file in (sorted(path.rglob("*.json")) if path.is_dir() else [path])]
     if not files:
         raise DataError(", ".join(map(str, paths)), "there is no result file; `python pipeline.py study FILE` makes them")
@@ -50,7 +55,12 @@ def read_groups(paths: Iterable[Path]) -> list[Group]:
         result = tables.read_json(file, "remove it and run its study again")
         if not isinstance(result, dict) or not {"protocol", "variant", "seed", "images", "iou"} <= set(result):
             raise DataError(file, "is no result of a study")
-        found.setdefault(result["protocol"], []).append({**result, "file": str(file)})
+        there.add(int(result["seed"]))
+        if not seeds or result["seed"] in seeds:
+            found.setdefault(result["protocol"], []).append({**result, "file": str(file)})
+    if missing := set(seeds) - there:
+        known = ", ".join(map(str, sorted(there)))
+        raise ConfigError("--seed", f"there is no run of seed {min(missing)}; the results have {known}")
     groups = []
     for results in found.values():
         runs: dict[str, list[dict[str, Any]]] = {}
@@ -68,9 +78,9 @@ def read_groups(paths: Iterable[Path]) -> list[Group]:
 def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> list[dict[str, Any]]:
     """One entry for each group that has the baseline.
 
-    Its ``rows`` are those of :func:`stages.analysis.tables.compare`, means over ``classes`` (none: all), the baseline first and
-    then the variants that gain most; ``title`` says what they are of, ``gans`` holds the curves of their GANs by variant;
-    ``name``, ``train_images`` and ``classes`` as given.
+    Its ``rows`` are those of :func:`stages.analysis.tables.compare`, means over ``classes`` (none: all), the baseline first, then
+    the variants with the most seeds, and of those the ones that gain most; ``title`` says what they are of, ``gans`` holds the
+    curves of their GANs by variant; ``name``, ``train_images`` and ``classes`` as given.
 
     Raises
     ------
@@ -84,7 +94,8 @@ def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> l
     entries = []
     for group in having:
         rows = tables.compare(group.runs, classes, baseline_name=baseline, key="--class")
-        rows.sort(key=lambda row: (row["variant"] != baseline, row["delta_miou"] is None, -(row["delta_miou"] or 0.0)))
+        # A gain of fewer seeds is over another baseline, so it does not stand among those of more.
+        rows.sort(key=lambda row: (row["variant"] != baseline, -len(row["delta_miou_values"]), -(row["delta_miou"] or 0.0)))
         versions = len({run.get("made_with", {}).get("sources") for runs in group.runs.values() for run in runs})
         made_by = f", made by {versions} versions of the sources" if versions > 1 else ""
         absent = [name for name in classes if name in rows[0]["absent_classes"]]

@@ -38,11 +38,11 @@ def has_curve(compared: Sequence[dict[str, Any]]) -> bool:
 def _comparison(entry: dict[str, Any]) -> str:
     if not entry["classes"]:
         return _table(tables.HEADINGS, [tables.cells(row) for row in entry["rows"]])
-    head = ["variant", "PA %", "mIoU %", "Δ", "95% interval", "all classes", "Δ", "95% interval", "seeds"]
+    head = [*tables.HEADINGS[:-1], "all classes", "Δ", "95% interval", tables.HEADINGS[-1]]
     lines = []
     for row in entry["rows"]:
-        miou = [*tables.miou_cells(row), *tables.miou_cells(tables.over_all(row))]
-        lines.append([row["variant"], tables.mean_and_spread(row["pa"]), *miou, tables.seeds_cell(row)])
+        *over_named, seeds = tables.cells(row)
+        lines.append([*over_named, *tables.miou_cells(tables.over_all(row)), seeds])
     return _table(head, lines)
 
 

@@ -63,8 +63,9 @@ def compare(
 
     ``miou`` is over ``headline_classes`` where there are any, and always over those that the truth of the test images has: a
     class that one variant alone predicts would change the mean of that variant only. ``delta_miou`` is the mean over seeds of
-    the difference to the baseline of the same seed (``delta_miou_values``), and ``delta_interval`` its 95% interval by the
-    bootstrap over test images; None without a baseline. Keys that end in ``_all`` are the same over all classes.
+    the difference to the baseline of the same seed (``delta_miou_values``), ``delta_std`` their sample standard deviation (None
+    for a single one), and ``delta_interval`` the difference's 95% interval by the bootstrap over test images; None without a
+    baseline. Keys that end in ``_all`` are the same over all classes.
 
     Raises
     ------
@@ -97,6 +98,7 @@ def compare(
                 "pa": spread([100 * run["pixel_accuracy"] for run in runs]),
                 "miou": spread([mean(run) for run in runs]),
                 "delta_miou": statistics.fmean(differences) if differences else None,
+                "delta_std": statistics.stdev(differences) if len(differences) > 1 else None,
                 "delta_miou_values": differences,
                 "delta_interval": interval,
                 "delta_intervals_by_class": by_class,
@@ -104,6 +106,7 @@ def compare(
                 "miou_best_on_val": spread([mean(run["best_on_val"]) for run in runs]),
                 "miou_all": spread([mean(run, tested) for run in runs]),
                 "delta_miou_all": statistics.fmean(of_all) if of_all else None,
+                "delta_std_all": statistics.stdev(of_all) if len(of_all) > 1 else None,
                 "delta_interval_all": interval_all,
                 "miou_best_on_val_all": spread([mean(run["best_on_val"], tested) for run in runs]),
                 "absent_classes": [name for name in known if name not in tested],
@@ -186,10 +189,12 @@ def flat(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
             "miou": row["miou"]["mean"],
             "miou_std": row["miou"]["std"],
             "delta_miou": row["delta_miou"],
+            "delta_std": row["delta_std"],
             "delta_low": (row["delta_interval"] or {}).get("low"),
             "delta_high": (row["delta_interval"] or {}).get("high"),
             "miou_all": row["miou_all"]["mean"],
             "delta_miou_all": row["delta_miou_all"],
+            "delta_std_all": row["delta_std_all"],
             "delta_low_all": (row["delta_interval_all"] or {}).get("low"),
             "delta_high_all": (row["delta_interval_all"] or {}).get("high"),
         }
@@ -216,16 +221,21 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def miou_cells(row: dict[str, Any]) -> list[str]:
-    """mIoU, its difference to the baseline, and the interval of that."""
+    """mIoU, its difference to the baseline with the standard deviation over seeds, and the interval of that."""
     delta, interval = row["delta_miou"], row["delta_interval"]
-    nothing = delta is None
-    between = "—" if nothing or interval is None else f"{interval['low']:+.2f} to {interval['high']:+.2f}"
-    return [mean_and_spread(row["miou"]), "—" if nothing else f"{delta:+.2f}", between]
+    if delta is None:
+        return [mean_and_spread(row["miou"]), "—", "—"]
+    between = "—" if interval is None else f"{interval['low']:+.2f} to {interval['high']:+.2f}"
+    return [mean_and_spread(row["miou"]), f"{delta:+.2f}{_plus_minus(row['delta_std'])}", between]
 
 
 def mean_and_spread(value: dict[str, Any]) -> str:
     """``61.79 ± 0.31``; without ± for a single value."""
-    return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if value["std"] is not None else "")
+    return f"{value['mean']:.2f}{_plus_minus(value['std'])}"
+
+
+def _plus_minus(deviation: float | None) -> str:
+    return "" if deviation is None else f" ± {deviation:.2f}"
 
 
 def seeds_cell(row: dict[str, Any]) -> str:

@@ -121,6 +121,10 @@ def test_differences_are_paired_by_seed_and_known_by_hand() -> None:
     assert rows[1]["delta_intervals_by_class"]["car"] is None  # the images have none
     of_one_class = tables.compare({"baseline": base, "better": ours}, ["road"])
     assert of_one_class[1]["delta_miou"] == pytest.approx(100 * (6 / 7 - 6 / 8))
+    assert rows[0]["delta_std"] is rows[1]["delta_std"] is None
+    same = run_of("better", 0, base[0]["images"])
+    two = tables.compare({"baseline": base, "better": [same, ours[0]]}, [])[1]  # differences of 0 and of as much as before
+    assert (two["delta_miou"], two["delta_std"]) == (pytest.approx(expected / 2), pytest.approx(expected / 2**0.5))
     with pytest.raises(ConfigError, match="'cat' is no class"):
         tables.compare({"baseline": base}, ["cat"])
 
@@ -233,11 +237,22 @@ def test_named_classes_stand_beside_all_and_sizes_have_a_table_of_gains(results:
     wide = next(line for line in lines[lines.index("## " + compared[0]["title"]) :] if line.startswith("| noise"))
     cells = wide.strip("| ").split(" | ")
     assert cells[2] == "{mean:.2f} ± {std:.2f}".format(**full["miou"])
-    assert cells[5] == "{mean:.2f} ± {std:.2f}".format(**full["miou_all"])
-    assert (cells[3], cells[6]) == (f"{full['delta_miou']:+.2f}", f"{full['delta_miou_all']:+.2f}")
+    assert cells[5] == "{mean:.2f} ± {std:.2f}".format(**full["miou_best_on_val"])
+    assert cells[6] == "{mean:.2f} ± {std:.2f}".format(**full["miou_all"])
+    assert cells[3] == "{delta_miou:+.2f} ± {delta_std:.2f}".format(**full)
+    assert cells[7] == "{delta_miou_all:+.2f} ± {delta_std_all:.2f}".format(**full)
 
 
-def test_the_variants_that_gain_most_come_first_and_the_unpaired_last(tmp_path: Path) -> None:
+def test_one_seeds_runs_alone_are_compared_when_asked_for(results: Path, tmp_path: Path) -> None:
+    compared = comparison.compare(comparison.read_groups([results], [1]), [], "baseline")
+    assert {tuple(row["seeds"]) for entry in compared for row in entry["rows"]} == {(1,)}
+    both = comparison.compare(comparison.read_groups([results]), [], "baseline")
+    assert compared[0]["rows"][1]["delta_miou_values"] == both[0]["rows"][1]["delta_miou_values"][1:]
+    with pytest.raises(ConfigError, match="--seed: there is no run of seed 7; the results have 0, 1"):
+        comparison.read_groups([results], [0, 7])
+
+
+def test_gains_of_as_many_seeds_are_in_order_those_of_fewer_and_the_unpaired_last(tmp_path: Path) -> None:
     def group(name: str, size: int, **right: int) -> comparison.Group:
         runs = {name: [run_of(name, 0, {"a": image({0: pixels}, {(0, 1): 20 - pixels})})] for name, pixels in right.items()}
         unpaired = {"alone": [run_of("alone", 5, {"a": image({0: 19}, {(0, 1): 1})})]}
@@ -249,6 +264,9 @@ def test_the_variants_that_gain_most_come_first_and_the_unpaired_last(tmp_path: 
     assert [row["variant"] for row in compared[0]["rows"]] == ["baseline", "best", "better", "worse", "alone"]
     assert [tables.cells(row)[-1] for row in compared[0]["rows"]] == ["1", "1 of 2", "1", "1", "1"]
     assert "| alone | — | — |" in as_markdown(compared)
+    groups[0].runs["baseline"].append(run_of("baseline", 5, {"a": image({0: 2}, {(0, 1): 18})}))
+    compared = comparison.compare(groups, [], "baseline")
+    assert [row["variant"] for row in compared[0]["rows"]] == ["baseline", "best", "alone", "better", "worse"]
     comparison.write(comparison.compare([group("alone", 1, baseline=5)], [], "baseline"), tmp_path)
     assert not (tmp_path / "comparison.png").exists()
 
