@@ -17,7 +17,10 @@ from featurestore import VOID
 
 
 def labels_at(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks (B, H, W) uint8 at the features' resolution, (B, h, w) int64; nearest pixel."""
+    """Masks (B, H, W) uint8 at the features' resolution, (B, h, w) int64: each cell's first pixel.
+
+    Not its middle one: convolutions of stride 2 with symmetric padding centre an output on that pixel (docs/choices.md).
+    """
     return masks[:, :: masks.shape[1] // size[0], :: masks.shape[2] // size[1]].long()
 
 

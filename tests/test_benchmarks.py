@@ -29,6 +29,18 @@ def test_store_benchmark_writes_a_row_a_method_and_read(photos: Path, tmp_path: 
     assert rows[2]["to_memmap"] == rows[3]["to_memmap"] == 1
 
 
+def test_coverage_benchmark_counts_the_splits_whose_interval_holds_the_truth(tmp_path: Path) -> None:
+    study = ROOT / "results" / "voc2012-few-labels" / "sixteenth"
+    options = ["--variant", "perturbed", "--class", "person", "--splits", "20", "--json", str(tmp_path / "rows.json")]
+    run(sys.executable, "-m", "benchmarks.coverage", str(study), *options, cwd=ROOT)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["photographs"], row["mean"]) for row in rows] == [(41, "named"), (41, "all")]
+    for row in rows:
+        assert row["covered"] + row["below"] + row["above"] == pytest.approx(100)
+        assert row["covered"] >= 50
+        assert row["width"] > 0
+
+
 @pytest.mark.slow
 def test_loader_benchmark_compares_with_a_plain_script(project: Path, tmp_path: Path) -> None:
     store = str(project / "features" / "train")

@@ -25,8 +25,8 @@ class ISDA(Augmenter):
 
     Let a vector x of class y, in front of the last 1 x 1 convolution (w, b), be drawn from N(x, lambda * V_y) instead, V_y
     diagonal. The expected cross-entropy is at most that of the scores ``w_k x + b_k + lambda / 2 * sum(V_y * (w_k - w_y)^2)``
-    (eq. 8 of the paper, with a diagonal covariance as in its code for segmentation). V is estimated on the way, over all
-    vectors seen, and not differentiated. lambda grows from 0 with the steps (section 4.3), because V means little at first.
+    (the paper's Proposition 1, with a diagonal covariance as in its code for segmentation). V is estimated on the way, over all
+    vectors seen, and not differentiated. lambda grows from 0 with the steps, because V means little at first.
     """
 
     def __init__(self, config: ISDAConfig, context: Context) -> None:

@@ -288,7 +288,7 @@ def test_cvae_puts_drawn_centres_in_the_place_of_real_ones(store, batch, tmp_pat
 
 
 def test_isda_is_the_expectation_under_gaussian_samples(store, batch, tmp_path) -> None:
-    """exp(score_k - score_y) after the change is the mean of exp(...) over samples around the vector (paper, eqs 5 to 8)."""
+    """exp(score_k - score_y) after the change is the mean of exp(...) over samples around the vector (paper, Proposition 1)."""
     augmenter = build(store, tmp_path, augmenter="isda", strength=1.5)
     torch.manual_seed(1)
     last = torch.nn.Conv2d(5, CLASSES, 1)
