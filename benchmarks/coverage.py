@@ -24,10 +24,16 @@ from stages.analysis.comparison import Group, read_groups
 RESAMPLES = 500  # of each split
 
 
+def shared_seeds(group: Group, variant: str, baseline: str) -> list[int]:
+    """Those of which both have a run."""
+    ours, theirs = ({run["seed"] for run in group.runs.get(name, [])} for name in (variant, baseline))
+    return sorted(ours & theirs)
+
+
 def coverage(group: Group, variant: str, baseline: str, means: dict[str, list[str]], splits: int) -> list[dict[str, Any]]:
     """A row for each of ``means``, names of classes by what their mean is called."""
-    theirs_by_seed = {run["seed"]: run for run in group.runs[baseline]}
-    paired = [(run, theirs_by_seed[run["seed"]]) for run in group.runs[variant] if run["seed"] in theirs_by_seed]
+    by_seed = [{run["seed"]: run for run in group.runs[name]} for name in (variant, baseline)]
+    paired = [tuple(runs[seed] for runs in by_seed) for seed in shared_seeds(group, variant, baseline)]
     names, ids = list(paired[0][0]["iou"]), sorted(paired[0][0]["images"])
     ours, theirs = ([Counts.of(run["images"], ids, len(names)) for run in side] for side in zip(*paired, strict=True))
     classes = [[names.index(name) for name in mean] for mean in means.values()]
@@ -64,9 +70,9 @@ def coverage(group: Group, variant: str, baseline: str, means: dict[str, list[st
 @click.option("--splits", type=click.IntRange(1), default=300, show_default=True)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
 def main(results: tuple[Path, ...], variant: str, classes: tuple[str, ...], baseline: str, splits: int, file: Path | None) -> None:
-    groups = [group for group in read_groups(results) if {variant, baseline} <= set(group.runs)]
+    groups = [group for group in read_groups(results) if shared_seeds(group, variant, baseline)]
     if not groups:
-        raise click.UsageError(f"nowhere do the results have both {variant!r} and {baseline!r}")
+        raise click.UsageError(f"nowhere do the results have both {variant!r} and {baseline!r} with the same seed")
     rows = []
     for group in groups:
         tested = tables.tested_classes(group.runs[variant][0])
