@@ -54,9 +54,9 @@ class Pipeline(click.Group):
             raise
         except Exception as error:
             from featurestore.errors import FeatureStoreError
-            from stages.errors import CollapseError, ConfigError, DataError
+            from stages.errors import CollapseError, ConfigError, DataError, DivergenceError
 
-            if not isinstance(error, (CollapseError, ConfigError, DataError, FeatureStoreError)):
+            if not isinstance(error, (CollapseError, ConfigError, DataError, DivergenceError, FeatureStoreError)):
                 raise
             click.echo(f"Error: {error}", err=True)
             ctx.exit(2 if isinstance(error, ConfigError) else 1)
@@ -146,9 +146,10 @@ def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
 def train_gan(params: Path, **machine: Any) -> None:
     """Train FeatureGAN alone on the cached features (Algorithm 1, the first frozen_epochs epochs)."""
     sections = load_params(params, machine["device"])
-    from stages.runtime import first_process
+    from stages.runtime import check_precision, first_process
     from stages.train_gan import run
 
+    check_precision(machine["device"], sections["train_decoder"].mixed_precision, "train_decoder.mixed_precision")
     check_features(sections, FEATURES, ("train", "val"))
     losses = run(
         sections["train_gan"],

@@ -105,11 +105,12 @@ def _estimate(
     tflops: float | None,
 ) -> dict[str, Any]:
     """Everything that is said of one number of images."""
-    from stages.estimate import memory_rows, model_bytes, store_rows, work_rows
+    from stages.estimate import cache_bytes, memory_rows, model_bytes, store_rows, store_spec, work_rows
 
     extract, gan, decoder = (sections[name] for name in ("extract", "train_gan", "train_decoder"))
     seeds, training = len(sections["compare"].seeds), found["images"]["train"]
-    stores = store_rows(extract, found["images"], shape, found["classes"])
+    spec = store_spec(extract, shape, found["classes"])
+    stores = store_rows(spec, extract, found["images"])
     samples, features = {row["split"]: row["samples"] for row in stores}, sum(row["bytes"] for row in stores)
     models = model_bytes(costs, variants, seeds)
     settings: dict[str, Any] = {"gan": gan, "decoder": decoder, "variants": variants, "seeds": seeds}
@@ -124,7 +125,7 @@ def _estimate(
             {"what": "DVC's cache, if it can link", "bytes": 0},
             {"what": "DVC's cache, if it must copy", "bytes": features + models},
         ],
-        "memory": memory_rows(costs, gan, decoder, variants, stores[0]["bytes"]),
+        "memory": memory_rows(costs, gan, decoder, variants, cache_bytes(spec, found["images"], gan, variants)),
         "work": work_rows(costs, seconds, tflops, samples=samples, train_images=training, **settings),
     }
 

@@ -167,13 +167,21 @@ def check_params(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         if gan.family == "gan" and not gan.z_dim and _draws(sections["variants"][name]) > 1:
             message = "without noise all draws of a mask are equal; set it to 1, or train_gan.z_dim above 0"
             raise ConfigError(f"variants.{name}.ratio", message)
+    joint = [name for name in sections["compare"].variants if getattr(sections["variants"][name], "generator", None) == "joint"]
+    penalised = gan.r1_gamma or gan.adversarial_loss == "wasserstein-gp"
+    if joint and penalised and sections["train_decoder"].mixed_precision == "fp16":
+        message = f"fp16 does not go together with r1_gamma or adversarial_loss wasserstein-gp, and {joint[0]!r} trains the GAN on"
+        raise ConfigError("train_decoder.mixed_precision", f"{message}; use bf16 or 'no'")
     if gan.image_encoder and not sections["extract"].store_images:
         raise ConfigError("extract.store_images", "train_gan.image_encoder reads the photographs; set it to true")
     mirrored = [name for name in sections["compare"].variants if sections["variants"][name].needs_mirrored]
     if mirrored and "hflip" not in sections["extract"].views:
         raise ConfigError("extract.views", f"variant {mirrored[0]!r} reads mirrored photographs; set it to [identity, hflip]")
     from stages.models.backbone import OUTPUT_STRIDE
+    from stages.runtime import share
     from stages.train_gan import check_input_size
 
+    for name in ("train_gan", "train_decoder"):
+        share(sections[name].batch_size, 1, sections[name].gradient_accumulation, f"{name}.batch_size")
     check_input_size(sections["extract"].input_size, OUTPUT_STRIDE)
     return sections

@@ -71,8 +71,9 @@ def study(
     folder = results / file.stem
     runs = plan(config, read_params(PRESETS / f"{config.preset}.yaml"), overrides, check_params)
     runs = [run for run in runs if run.experiment in experiments or not experiments]
-    waiting = [run for run in runs if not run.is_done(folder)]
-    click.echo(f"{file}: {len(runs)} runs, {len(runs) - len(waiting)} done")
+    done = [run for run in runs if run.is_done(folder)]
+    waiting = [run for run in runs if run not in done]
+    click.echo(f"{file}: {len(runs)} runs, {len(done)} done")
     if dry_run:
         for run in waiting:
             click.echo(f"  {run.result(folder)}")
@@ -82,7 +83,7 @@ def study(
     if other and not force:
         message = f"{other[0]} was made with other settings ({len(other)} such files); add --force to replace it, or name another --results"
         raise click.UsageError(message)
-    workshop = Workshop.open(scratch.resolve() / "study", folder.resolve(), max(1, torch.get_num_threads() // jobs))
+    workshop = Workshop.open(scratch.resolve() / "study", folder.resolve(), max(1, torch.get_num_threads() // jobs), done)
     failed = []
     with tqdm(total=len(waiting), desc=file.stem, unit="run", disable=None) as bar:
         for future in workshop.work(waiting, jobs):
@@ -108,8 +109,8 @@ def compare(results: tuple[Path, ...], classes: tuple[str, ...], baseline: str, 
     Differences are to the baseline of the same seed: their mean, ± their standard deviation over seeds, and the mean's
     95% interval by a paired bootstrap over the test images, for the decoders of these seeds.
     Means are over the classes that the test images have. Runs on different data, or with decoders trained in other
-    ways, are compared apart from each other. Where there are several numbers of training photographs, --out also gets
-    curve.png, the gain by their number.
+    ways, are compared apart from each other. Where there are several numbers of training photographs, and one test
+    split, --out also gets curve.png, the gain by their number.
     """
     from stages.analysis import comparison
 

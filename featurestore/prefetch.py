@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -44,15 +43,15 @@ def prefetch(
     if workers == 0:
         yield from map(function, items)
         return
-    failed = threading.Event()
+    failures: list[BaseException] = []  # the first one is what every later item ends with
 
     def guarded(item: Item) -> Result:
-        if failed.is_set():
-            raise CancelledError
+        if failures:
+            raise failures[0]
         try:
             return function(item)
-        except BaseException:
-            failed.set()
+        except BaseException as error:
+            failures.append(error)
             raise
 
     waiting: deque[Future[Result]] = deque()
@@ -65,6 +64,6 @@ def prefetch(
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            failed.set()
+            failures.append(CancelledError())
             for future in waiting:
                 future.cancel()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from featurestore import StoreSpec
 from featurestore.files import sync_folder
-from stages.distributed import agree, several_processes
+from stages.distributed import agree, alike, several_processes
 from stages.errors import DataError
 from stages.gan import AnyGenerator, Networks, build_networks
 from stages.models.decoder import Decoder
@@ -57,14 +57,23 @@ class Checkpoint:
         self._asked = 0
 
     def load(self) -> dict[str, Any] | None:
-        """The last saved state, on the CPU, or None."""
-        if not self.path.is_file():
-            return None
-        try:
-            return torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # zip, pickle and OS errors
-            message = f"cannot be read ({' '.join(str(error).split())[:100]}); remove it to train from the start"
-            raise DataError(self.path, message) from error
+        """The last saved state, on the CPU, or None.
+
+        Raises
+        ------
+        DataError
+            When it is damaged, or not the same for all processes.
+        """
+        state: dict[str, Any] | None = None
+        if self.path.is_file():
+            try:
+                state = torch.load(self.path, map_location="cpu", weights_only=True)
+            except Exception as error:  # zip, pickle and OS errors
+                message = f"cannot be read ({' '.join(str(error).split())[:100]}); remove it to train from the start"
+                raise DataError(self.path, message) from error
+        if not alike(None if state is None else (len(state["history"]), state["step"])):
+            raise DataError(self.path, "not all processes find the same state here; put --scratch on a disk that all machines see")
+        return state
 
     def due(self) -> bool:
         """Whether it is time to save: the main process decides for all of them, because a state may take all to collect."""

@@ -40,6 +40,15 @@ def agree(choice: Choice) -> Choice:
     return chosen[0]
 
 
+def alike(value: Any) -> bool:
+    """Whether all processes have the same value."""
+    if not several_processes():
+        return True
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return all(other == value for other in values)
+
+
 def draw_noise(rng: torch.Generator, ratio: int, batch: int, z_dim: int, device: torch.device) -> Tensor:
     """(k*B, z_dim) from N(0, I), k draws a mask, row j*B + i for draw j of mask i.
 

@@ -54,3 +54,7 @@ def _restore(args: tuple[Any, ...], attributes: dict[str, Any]) -> DataError:
 
 class CollapseError(Exception):
     """A GAN's training was stopped because it collapsed; what it had reached is in the scratch folder."""
+
+
+class DivergenceError(Exception):
+    """A training was stopped because a loss was no finite number any more: nothing that it reached is of use."""

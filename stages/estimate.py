@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from featurestore import StoreSpec
+from featurestore.dataset import names_of
 from stages.models.backbone import OUTPUT_STRIDE
 from stages.operations import ADAM, Cost
 
@@ -20,9 +23,9 @@ def split_sizes(images: int, ratios: Sequence[float], train_fraction: float) -> 
     return {"train": math.ceil(round(train_fraction * train, 6)), "val": val, "test": images - train - val}
 
 
-def store_rows(extract: Any, images: Mapping[str, int], feature_shape: tuple[int, ...], num_classes: int) -> list[dict[str, Any]]:
-    """Samples and bytes of each split's store; HDF5 itself adds a few kilobytes a shard."""
-    spec = StoreSpec(
+def store_spec(extract: Any, feature_shape: tuple[int, ...], num_classes: int) -> StoreSpec:
+    """What the extract stage will write, as far as sizes depend on it."""
+    return StoreSpec(
         feature_shape=(feature_shape[0], feature_shape[1], feature_shape[2]),
         mask_shape=extract.input_size,
         class_names=tuple(map(str, range(num_classes))),
@@ -39,9 +42,21 @@ def store_rows(extract: Any, images: Mapping[str, int], feature_shape: tuple[int
         has_images=extract.store_images,
         compression=extract.compression,
     )
+
+
+def store_rows(spec: StoreSpec, extract: Any, images: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Samples and bytes of each split's store; HDF5 itself adds a few kilobytes a shard."""
     views = {"train": len(extract.views)}
     samples = {split: images[split] * views.get(split, 1) for split in SPLITS}
     return [{"split": split, "samples": count, "bytes": count * spec.sample_bytes} for split, count in samples.items()]
+
+
+def cache_bytes(spec: StoreSpec, images: Mapping[str, int], gan: Any, variants: Mapping[str, Any]) -> int:
+    """What ``--cache`` holds of the training and validation splits: decoded, and photographs only where an image encoder reads them."""
+    names = names_of(gan.image_encoder)
+    sample = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in map(spec.row, names))
+    views = 2 if any(variant.needs_mirrored for variant in variants.values()) else 1
+    return int(sample * (views * images["train"] + images["val"]))
 
 
 def model_bytes(costs: Mapping[str, Cost], variants: Mapping[str, Any], seeds: int) -> int:
@@ -51,7 +66,7 @@ def model_bytes(costs: Mapping[str, Cost], variants: Mapping[str, Any], seeds: i
     return gan + seeds * (len(variants) * decoder + joint * gan * 3 // 4)  # without the untrained generator
 
 
-def memory_rows(costs: Mapping[str, Cost], gan: Any, decoder: Any, variants: Mapping[str, Any], train_bytes: int) -> list[dict[str, Any]]:
+def memory_rows(costs: Mapping[str, Cost], gan: Any, decoder: Any, variants: Mapping[str, Any], cached: int) -> list[dict[str, Any]]:
     """Bytes of memory, roughly: weights, gradients, Adam's moments, and what back-propagation keeps of a batch, all in float32.
 
     A decoder that trains alone keeps as many batches as the largest of the variants adds, and the real one.
@@ -65,7 +80,7 @@ def memory_rows(costs: Mapping[str, Cost], gan: Any, decoder: Any, variants: Map
             batch = (gan if of == "gan" else decoder).batch_size / parts[of] * (1 + added if name == "decoder" else 1)
             stage = {"gan": "train-gan", "decoder": "train-decoder: alone"}.get(name, f"train-decoder: {name}")
             rows.append({"what": stage, "bytes": cost.weight_bytes + batch * cost.activation_bytes})
-    rows.append({"what": "--cache host or device: more", "bytes": train_bytes})
+    rows.append({"what": "--cache host or device: more", "bytes": cached})
     return rows
 
 

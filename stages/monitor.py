@@ -8,6 +8,7 @@ that one epoch's figures can be compared with the next one's.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -179,6 +180,8 @@ class Monitor:
             confusion += confusion_matrix(predicted, pixels.labels[part].flatten(), len(self.class_names))
         generator.train(was_training)
         fake, again = (torch.cat(vectors) for vectors in draws)
+        if not fake.isfinite().all():  # no other measure takes such features
+            return {"monitor/frechet": math.inf, **self._floors}
         real_mixed, fake_mixed = self._real @ self._mix.T, fake @ self._mix.T
         consistency = score(confusion, self.class_names)
         ratios = variance_ratios(self._real, fake, self._labels, len(self.class_names))
@@ -196,25 +199,26 @@ class Monitor:
         self._floors.setdefault("monitor/frechet_start", row["monitor/frechet"])  # the first generator measured is the one at the start
         return {**row, **self._floors}
 
-    def check(self, row: dict[str, float], epoch: int) -> None:
+    def check(self, row: dict[str, float], epoch: int) -> CollapseError | None:
         """Say so, once, when an epoch's figures are those of a collapse.
 
-        Raises
-        ------
-        CollapseError
-            Then, where ``on_collapse`` is ``stop``.
+        Returns
+        -------
+        CollapseError or None
+            Where ``on_collapse`` is ``stop``, what is to be raised once the state is saved.
         """
         if self._warned or epoch + 1 <= self.config.patience:
-            return
+            return None
         reason = agree(self.collapse(row))  # the main process alone has measured, and all must stop or go on
         if reason is None:
-            return
+            return None
         self._warned = True
         message = f"epoch {epoch + 1}: the GAN collapses: {reason}"
         if self.config.on_collapse == "stop":
-            raise CollapseError(f"{message}; train with other settings, or set monitor.on_collapse to warn")
+            return CollapseError(f"{message}; train with other settings, or set monitor.on_collapse to warn")
         if self.accelerator.is_main_process:
             log.warning(message)
+        return None
 
     def collapse(self, row: dict[str, float]) -> str | None:
         """What is wrong, with the figure, or None."""
@@ -225,6 +229,8 @@ class Monitor:
             return f"{what} (monitor.most_accuracy is {config.most_accuracy})"
         if "monitor/frechet" not in row:  # not measured after this epoch
             return None
+        if math.isinf(row["monitor/frechet"]):
+            return "generated features are no finite numbers"
         ratio, covered = row["monitor/variance_ratio"], row["monitor/coverage"]
         right_class = row["monitor/consistency"] / max(row["monitor/consistency_real"], 1e-12)
         further = row["monitor/frechet"] / max(row["monitor/frechet_start"], 1e-12)

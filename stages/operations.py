@@ -18,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from stages.errors import ConfigError
 from stages.gan import build_networks
 from stages.models import aspp, winograd
-from stages.models.backbone import LITE0, OUTPUT_STRIDE, RESNETS, TIMM
+from stages.models.backbone import LITE0, OUTPUT_STRIDE, RESNETS, BackboneError, create_lite0, create_timm
 from stages.models.decoder import Decoder
 from stages.models.flow_generator import FlowGenerator
 from stages.objective import Objective, forward
@@ -261,12 +262,18 @@ def _synchronise(device: str) -> None:
 
 
 def untrained_backbone(name: str) -> nn.Module:
-    """The network that :func:`stages.models.backbone.build_backbone` makes, without its weights."""
+    """The network that :func:`stages.models.backbone.build_backbone` makes, without its weights.
+
+    Raises
+    ------
+    ConfigError
+        When timm's network of that name gives no dense features.
+    """
     if name in RESNETS:
         resnet = torchvision.models.get_model(name, weights=None, replace_stride_with_dilation=[False, True, True])
         return nn.Sequential(*(module for part, module in resnet.named_children() if part not in ("avgpool", "fc"))).eval()
-    import timm
-
-    if name == LITE0:
-        return timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(4,), output_stride=OUTPUT_STRIDE).eval()
-    return timm.create_model(name.removeprefix(TIMM), features_only=True, output_stride=OUTPUT_STRIDE).eval()
+    try:
+        network: nn.Module = create_lite0() if name == LITE0 else create_timm(name)
+    except BackboneError as error:
+        raise ConfigError("extract.backbone", str(error)) from error
+    return network.eval()

@@ -196,14 +196,20 @@ class Predictions:
         wanted = [kind for kind, asked in ((OVERLAYS, self.overlays), (PROBABILITIES, self.probabilities)) if asked]
         if not all(self.file(kind, job).is_file() for kind in wanted):
             return False
+        return self._found(job) == self.made_from(job)
+
+    def _found(self, job: Job) -> str | None:
+        """What the mask that is there was made from; None where there is none, or none of ours."""
         try:
             with Image.open(self.file(MASKS, job)) as mask:
-                return mask.info.get(MADE_FROM) == self.made_from(job)
-        except (OSError, SyntaxError, ValueError):  # none, or none of ours: it is made anew
-            return False
+                return mask.info.get(MADE_FROM)
+        except (OSError, SyntaxError, ValueError):
+            return None
 
     def write(self, job: Job, made_from: str, image: Image.Image | None, found: Segmentation) -> None:
         """Write what is wanted of a photograph, each file wholly or not at all, the mask last.
+
+        What is there of another model, or of the file as it was, goes: the new mask would speak for it.
 
         Raises
         ------
@@ -223,6 +229,10 @@ class Predictions:
         text = PngInfo()
         text.add_text(MADE_FROM, made_from)
         contents[MASKS] = _encoded(mask, "PNG", pnginfo=text)
+        if self._found(job) != made_from:
+            for kind in {OVERLAYS, PROBABILITIES} - contents.keys():
+                with writing(self.file(kind, job)):
+                    self.file(kind, job).unlink(missing_ok=True)
         for kind, content in contents.items():
             path = self.file(kind, job)
             with writing(path):

@@ -39,6 +39,23 @@ def check_device(device: str) -> None:
         raise ConfigError("--device cuda", message, expected="cuda", found="cpu")
 
 
+def on_cpu(device: str) -> bool:
+    """Whether networks run on the CPU where this device is asked for."""
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+
+
+def check_precision(device: str, mixed_precision: str, key: str) -> None:
+    """Refuse a precision that the device cannot compute in.
+
+    Raises
+    ------
+    ConfigError
+        For fp16 on the CPU.
+    """
+    if mixed_precision == "fp16" and on_cpu(device):
+        raise ConfigError(key, "fp16 needs a GPU; use bf16 or 'no' on the CPU", expected="cuda", found="cpu")
+
+
 def make_accelerator(device: str, mixed_precision: str, **options: Any) -> Accelerator:
     """An accelerator on the device asked for; the rest (ranks, launchers) is accelerate's own environment.
 
@@ -48,12 +65,11 @@ def make_accelerator(device: str, mixed_precision: str, **options: Any) -> Accel
         When the device is not there, or cannot compute in this precision.
     """
     check_device(device)
+    check_precision(device, mixed_precision, "mixed_precision")
     _keep_freed_memory()
-    cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    cpu = on_cpu(device)
     # accelerate keeps the first accelerator's settings for the whole process; a notebook may run stages with others.
     AcceleratorState._reset_state(reset_partial_state=True)
-    if mixed_precision == "fp16" and cpu:
-        raise ConfigError("mixed_precision", "fp16 needs a GPU; use bf16 or 'no' on the CPU", expected="cuda", found="cpu")
     return Accelerator(cpu=cpu, mixed_precision=mixed_precision, **options)
 
 
@@ -112,7 +128,7 @@ def load_scaler_state(accelerator: Accelerator, state: dict[str, Any]) -> None:
         accelerator.scaler.load_state_dict(state)
 
 
-def share(batch_size: int, accelerator: Accelerator, key: str, parts: int = 1) -> None:
+def share(batch_size: int, processes: int, parts: int, key: str) -> None:
     """Refuse a batch that the processes, and the parts of an accumulated gradient, cannot share evenly.
 
     Raises
@@ -120,10 +136,10 @@ def share(batch_size: int, accelerator: Accelerator, key: str, parts: int = 1) -
     ConfigError
         When a part would not have the same whole number of samples, two at least, everywhere.
     """
-    pieces = accelerator.num_processes * parts
+    pieces = processes * parts
     if batch_size % pieces or batch_size // pieces < 2:
         message = (
-            f"{batch_size} samples cannot be divided into {accelerator.num_processes} processes times {parts} parts of two samples"
+            f"{batch_size} samples cannot be divided into {processes} processes times {parts} parts of two samples"
             f" or more; choose a multiple of {pieces} from {2 * pieces} on"
         )
         raise ConfigError(key, message, expected=2 * pieces, found=batch_size)

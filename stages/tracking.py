@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from scmrepo.exceptions import SCMError
 from torch import Tensor
 
 from stages.distributed import average_over_processes
-from stages.errors import ConfigError
+from stages.errors import ConfigError, DivergenceError
 
 TRACKERS = ("dvclive", "tensorboard")
 
@@ -77,9 +78,20 @@ class Means:
         return {name: (average_over_processes(total), count) for name, (total, count) in self._sums.items()}
 
     def result(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means, over the steps of all processes."""
+        """The means, over the steps of all processes.
+
+        Raises
+        ------
+        DivergenceError
+            When one is no finite number.
+        """
         names = list(self._sums)
         if not names:
             return {}
         means = torch.stack([(total / count).to(accelerator.device) for total, count in self._sums.values()])
-        return dict(zip(names, accelerator.reduce(means, "mean").tolist(), strict=True))
+        found = dict(zip(names, accelerator.reduce(means, "mean").tolist(), strict=True))
+        for name, value in found.items():
+            if not math.isfinite(value):
+                message = f"the training diverges: {name} is {value}; lower the learning rate, or set mixed_precision to 'no'"
+                raise DivergenceError(message)
+        return found

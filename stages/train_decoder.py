@@ -112,8 +112,8 @@ def run(
     ------
     ConfigError, DataError, FeatureStoreError
         Parameters that the stores do not fit, or a damaged store, GAN or checkpoint.
-    CollapseError
-        When a jointly trained GAN collapsed and ``monitor.on_collapse`` is ``stop``.
+    CollapseError, DivergenceError
+        When a jointly trained GAN collapsed and ``monitor.on_collapse`` is ``stop``; when a loss is no finite number any more.
     """
     # Data.
     accelerator = make_accelerator(
@@ -123,7 +123,7 @@ def run(
         project_dir=logs,
         gradient_accumulation_steps=config.gradient_accumulation,
     )
-    share(config.batch_size, accelerator, "train_decoder.batch_size", config.gradient_accumulation)
+    share(config.batch_size, accelerator.num_processes, config.gradient_accumulation, "train_decoder.batch_size")
     stores = {split: featurestore.open(features / split) for split in ("train", "val", "test")}
     train, spec = stores["train"], stores["train"].spec
     check_stores(config, stores)
@@ -139,7 +139,7 @@ def run(
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
     )
-    held_out = {split: load(stores[split]) for split in ("val", "test")}
+    held_out = {"val": load(stores["val"]), "test": load(stores["test"], cache="none")}  # the latter is read at the end alone
 
     # The decoder: its initial weights are the same for every variant of a seed.
     seed_everything(seed)
@@ -244,10 +244,11 @@ def run(
         if scores.miou > best["miou"]:
             weights = {key: tensor.detach().cpu().clone() for key, tensor in decoder.state_dict().items()}
             best = {"miou": scores.miou, "epoch": epoch, "weights": weights}
-        if checkpoint.due():
+        collapsed = monitor.check(row, epoch) if monitor is not None and epoch < learning else None
+        if checkpoint.due() or collapsed:
             save(0, Means())
-        if monitor is not None and epoch < learning:
-            monitor.check(row, epoch)
+        if collapsed:
+            raise collapsed
     bar.close()
 
     # Test: the last epoch is what is reported, the best on val stands beside it.

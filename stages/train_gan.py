@@ -150,8 +150,8 @@ def run(
     ------
     ConfigError, DataError, FeatureStoreError
         Parameters that the stores do not fit, or a damaged store or checkpoint.
-    CollapseError
-        When the GAN collapsed and ``monitor.on_collapse`` is ``stop``.
+    CollapseError, DivergenceError
+        When the GAN collapsed and ``monitor.on_collapse`` is ``stop``; when a loss is no finite number any more.
     """
     # Data.
     accelerator = make_accelerator(
@@ -161,7 +161,7 @@ def run(
         project_dir=logs,
         gradient_accumulation_steps=config.gradient_accumulation,
     )
-    share(config.batch_size, accelerator, "train_gan.batch_size", config.gradient_accumulation)
+    share(config.batch_size, accelerator.num_processes, config.gradient_accumulation, "train_gan.batch_size")
     store, held_out = featurestore.open(features / "train"), featurestore.open(features / "val")
     check_store(config, store)
     for opened in (store, held_out):
@@ -237,9 +237,11 @@ def run(
         if monitor.due(epoch, config.frozen_epochs):
             row |= monitor.measure(trainer.generator())
         history.log(row)
-        if checkpoint.due():
+        collapsed = monitor.check(row, epoch)
+        if checkpoint.due() or collapsed:
             checkpoint.save(gan=trainer.state(), history=history.rows, step=0, sums={})
-        monitor.check(row, epoch)
+        if collapsed:
+            raise collapsed
     bar.close()
 
     # Save.

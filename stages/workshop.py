@@ -49,17 +49,21 @@ class Workshop:
         CPU threads of each stage.
     lock
         Descriptor of the lock on ``root``, which stages keep open: one that outlives a killed study still holds it.
+    done
+        Runs of the study that have their result; others are to learn from the same photographs.
     """
 
     root: Path
     results: Path
     threads: int
     lock: int
+    done: Sequence[Run] = ()
+    _current: set[str] = field(default_factory=set)  # shared folders of features whose photographs were looked at
     _locks: dict[str, threading.Lock] = field(default_factory=dict)
     _guard: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def open(cls, root: Path, results: Path, threads: int) -> Workshop:
+    def open(cls, root: Path, results: Path, threads: int, done: Sequence[Run] = ()) -> Workshop:
         """A workshop that no other study works in.
 
         Raises
@@ -75,7 +79,7 @@ class Workshop:
             os.close(lock)
             message = "another study works here, or a stage of one that was killed; wait for it, stop it, or choose another --scratch"
             raise DataError(root, message) from None
-        return cls(root, results, threads, lock)
+        return cls(root, results, threads, lock, done)
 
     def work(self, runs: Sequence[Run], jobs: int) -> Iterator[Future[Path]]:
         """Make runs, ``jobs`` at a time; each comes as it is done, with its result file or its error.
@@ -104,9 +108,13 @@ class Workshop:
         Raises
         ------
         DataError
-            When a stage fails; its output is in the working folder's ``log.txt``.
+            When a stage fails; its output is in the working folder's ``log.txt``. When the photographs or masks are not
+            those that features, or results of the study, were made of.
         """
         data = self._data(run)
+        stores = {split: featurestore.open(data / "features" / split) for split in SPLITS}
+        content = data_content(data / "dataset", stores)
+        self._check_done(run, content)
         linked = {"dataset": data / "dataset", "features": data / "features"}
         sources = {"features_sources": _made_by(data)}
         if run.needs_gan:
@@ -119,19 +127,18 @@ class Workshop:
         seconds = time.perf_counter() - start
         measured = folder / "metrics" / f"{run.variant}-{run.seed}"
         test = json.loads((measured / "test.json").read_text(encoding="utf-8"))
-        stores = {split: featurestore.open(data / "features" / split) for split in SPLITS}
         result = {
             "experiment": run.experiment,
             **test,
             "variant": run.label,
             "digest": run.digests["run"],
-            "protocol": digest(run.protocol, data_content(data / "dataset", stores)),
+            "protocol": digest(run.protocol, content),
             "train_images": len(set(stores["train"].ids)),
             "settings": _settings(run),
             "made_with": {
                 **sources,
                 "torch": torch.__version__,
-                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                "device": _device_name(),
                 "threads": self.threads,
                 "seconds": round(seconds, 1),
             },
@@ -155,11 +162,18 @@ class Workshop:
     def _missing(self, run: Run) -> list[str]:
         return [name for name in self.shared(run) if not (self.root / name / "done").exists()]
 
+    def _check_done(self, run: Run, content: list[Any]) -> None:
+        """Refuse to add a result to others of the same protocol that were made of other photographs or masks."""
+        for other in self.done:
+            if other.protocol == run.protocol:
+                path = other.result(self.results)
+                if json.loads(path.read_text(encoding="utf-8"))["protocol"] != digest(run.protocol, content):
+                    message = "was made of other photographs or masks than there are now; remove it, or name another --results"
+                    raise DataError(path, message)
+
     def _once(self, name: str, make: Any, run: Run) -> Path:
         """A folder that several runs share: the first to come makes it, the others wait."""
-        with self._guard:
-            lock = self._locks.setdefault(name, threading.Lock())
-        with lock:
+        with self._making(name):
             done = self.root / name / "done"
             if not done.exists():
                 sources = _sources()
@@ -167,14 +181,39 @@ class Workshop:
                 done.write_text(sources, encoding="utf-8")
         return (self.root / name).resolve()
 
+    def _making(self, name: str) -> threading.Lock:
+        with self._guard:
+            return self._locks.setdefault(name, threading.Lock())
+
     def _data(self, run: Run) -> Path:
-        """Features, of the photographs at the run's root."""
-        return self._once(self.shared(run)[0], self._extract, run)
+        """Features, of the photographs at the run's root as they are now."""
+        name = self.shared(run)[0]
+        folder = self._once(name, self._extract, run)
+        with self._making(name):
+            if name not in self._current:
+                self._check_photographs(folder, run)
+                self._current.add(name)
+        return folder
+
+    def _check_photographs(self, folder: Path, run: Run) -> None:
+        """Prepare the photographs once more, and refuse features of an earlier study that were made of others."""
+        again = self._folder(f"{folder.name}/again", run, {})
+        self._stage(again, "prepare")
+        before, now = ({entry.id: entry for entry in read_manifest(place / "dataset")[0]} for place in (folder, again))
+        other = [id for id in sorted(before.keys() | now.keys()) if before.get(id) != now.get(id)]
+        shutil.rmtree(again)
+        if other:
+            message = (
+                f"these features are of other photographs or masks than {run.params['prepare']['root']} has now ({other[0]}"
+                f"{f' and {len(other) - 1} more' if len(other) > 1 else ''}); remove {self.root} to extract them anew"
+            )
+            raise DataError(folder, message)
 
     def _extract(self, name: str, run: Run) -> None:
         folder = self._folder(name, run, {})
         self._stage(folder, "prepare")
         self._stage(folder, "extract")
+        self._current.add(name)
 
     def _pretrain(self, name: str, run: Run) -> None:
         data = self._data(run)
@@ -207,6 +246,12 @@ class Workshop:
             lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
             reason = next((line for line in reversed(lines) if line.strip()), "no output")
             raise DataError(folder / "log.txt", f"{arguments[0]} failed with exit code {code}: {reason}")
+
+
+def _device_name() -> str:
+    """Where stages compute: they read the same variable."""
+    on_gpu = torch.cuda.is_available() and os.environ.get("FEATUREGAN_DEVICE", "auto") != "cpu"
+    return torch.cuda.get_device_name() if on_gpu else "cpu"
 
 
 def _sources() -> str:

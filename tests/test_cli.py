@@ -207,6 +207,11 @@ BAD_PARAMETERS = {
         "  batch_size: 1\n  gradient_accumulation: 1\n  decoder",
         "train_decoder.batch_size: input should be greater than or equal to 2",
     ),
+    "parts of a batch that are not equal": (
+        "  batch_size: 4\n  gradient_accumulation: 1\n  decoder",
+        "  batch_size: 4\n  gradient_accumulation: 3\n  decoder",
+        "train_decoder.batch_size: 4 samples cannot be divided into 1 processes times 3 parts",
+    ),
     "no YAML": ("prepare:", "prepare: [", "is not valid YAML"),
 }
 
@@ -227,6 +232,18 @@ def test_keys_that_do_not_go_together(params: Path) -> None:
     for changes, words in (
         ({"image_encoder: false": "image_encoder: true", "store_images: true": "store_images: false"}, "extract.store_images: train_gan"),
         ({"family: gan ": "family: flow ", "diffaugment: []": "diffaugment: [flip]"}, "train_gan: image_encoder, r1_gamma"),
+        (
+            {
+                "family: gan ": "family: flow ",
+                "[baseline, featuregan-1x, featuregan-2x]": "[featuregan-edited]",
+                "new_masks: [swap], edit: true, statistics": "new_masks: [swap], edit: true, ratio: 2, statistics",
+            },
+            "train_gan.family: variant 'featuregan-edited' works with a gan alone; set it to gan",
+        ),
+        (
+            {"r1_gamma: 0.0": "r1_gamma: 1.0", "mixed_precision: 'no'          # of": "mixed_precision: fp16  # of"},
+            "train_decoder.mixed_precision: fp16 does not go together with r1_gamma or adversarial_loss",
+        ),
     ):
         for before, after in changes.items():
             change(params, before, after)
@@ -234,6 +251,13 @@ def test_keys_that_do_not_go_together(params: Path) -> None:
         assert result.exit_code == 2
         assert words in one_line(result)
         params.write_text(whole)
+
+
+def test_a_decoder_that_cannot_be_trained_here_is_refused_before_the_gan(params: Path) -> None:
+    change(params, "mixed_precision: 'no'          # of", "mixed_precision: fp16  # of")
+    result = call("train-gan", "--device", "cpu")
+    assert result.exit_code == 2
+    assert "train_decoder.mixed_precision: fp16 needs a GPU; use bf16 or 'no' on the CPU" in one_line(result)
 
 
 def test_a_missing_params_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from benchmarks.train import Size, our_steps
 from commands.options import load_params
 from stages import operations
 from stages.augment.registry import Variant
-from stages.estimate import joint_ratios, memory_rows, split_sizes, work_rows
+from stages.errors import ConfigError
+from stages.estimate import cache_bytes, joint_ratios, memory_rows, split_sizes, store_spec, work_rows
 from stages.models.backbone import build_backbone
 from tests.conftest import tiny_params
 from tests.imports import ROOT
@@ -164,6 +165,25 @@ def test_memory_is_that_of_the_variant_that_adds_most(tmp_path: Path) -> None:
         alone, joint, _ = memory_rows(cost, found["train_gan"], found["train_decoder"], variants, 0)
         assert alone["bytes"] == 100 + found["train_decoder"].batch_size * 10 * batches
         assert joint["bytes"] == 300 + found["train_decoder"].batch_size * 20
+
+
+def test_a_cache_holds_decoded_training_and_validation_features(tmp_path: Path) -> None:
+    found = sections(tmp_path)
+    images = {"train": 10, "val": 3, "test": 4}
+    pixels, compressed = 256 * 256, found["extract"].model_copy(update={"compression": "int8", "input_size": (256, 256)})
+    spec = store_spec(compressed, (320, 32, 32), 21)
+    sample = 2 * 320 * 32 * 32 + pixels
+    plain = {"baseline": found["variants"]["baseline"]}
+    assert cache_bytes(spec, images, found["train_gan"], plain) == 13 * sample
+    assert cache_bytes(spec, images, found["train_gan"], {"hflip-views": found["variants"]["hflip-views"]}) == 23 * sample
+    encoding = found["train_gan"].model_copy(update={"image_encoder": True})
+    assert cache_bytes(spec, images, encoding, plain) == 13 * (sample + 3 * pixels)
+
+
+def test_a_network_without_dense_features_is_refused_in_one_line() -> None:
+    for name in ("vit_tiny_patch16_224", "vgg11"):
+        with pytest.raises(ConfigError, match=f"extract.backbone: timm/{name} cannot give dense features at stride 8"):
+            operations.untrained_backbone(f"timm/{name}")
 
 
 def test_splits_are_those_of_prepare() -> None:

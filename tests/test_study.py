@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 import featurestore
 import pipeline
@@ -105,6 +106,18 @@ def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path, monkeypa
     table = here.invoke(pipeline.main, ["compare", "results"]).output
     assert "all: 8 training photographs" in table
     assert "featuregan-frozen" in table
+
+    mask = tmp_path / "photos" / "masks" / "train" / "0.png"
+    Image.fromarray(1 - np.asarray(Image.open(mask)).clip(0, 1)).save(mask)  # somebody corrects it
+    (results / "half" / "plain-0.json").unlink()
+    (results / "all" / "featuregan-frozen-0.json").unlink()
+    refused = run(*command, cwd=tmp_path, check=False, PYTHONPATH=str(ROOT))
+    assert "are of other photographs or masks than" in refused.stderr
+    assert "has now (train/0); remove" in refused.stderr
+    assert not (results / "half" / "plain-0.json").exists()
+    refused = here.invoke(pipeline.main, [*arguments, "--experiment", "all", "--scratch", "another"])
+    assert "baseline-0.json: was made of other photographs or masks than there are now" in refused.output
+    assert "1 of 1 runs failed" in refused.output
 
     (tmp_path / "photos" / "images" / "train" / "0.jpg").write_bytes(b"")
     (tmp_path / "tiny.yaml").write_text(STUDY.replace("input_size: 64", "input_size: 96"))
@@ -247,7 +260,7 @@ def test_runs_at_a_time_share_the_threads_that_the_study_may_use(tmp_path: Path,
     ]
     found: list[int] = []
 
-    def opened(work: Path, results: Path, threads: int) -> Workshop:
+    def opened(work: Path, results: Path, threads: int, done: list) -> Workshop:
         found.append(threads)
         raise DataError(work, "enough")
 

@@ -154,6 +154,18 @@ def test_other_settings_or_decoders_need_force(project_copy: Path) -> None:
     assert "predictions.json: cannot be read" in one_line(predict("photos", "--out", "out"))
 
 
+def test_no_overlay_of_one_decoder_stays_beside_a_mask_of_another(project_copy: Path) -> None:
+    predict("photos", "--out", "out", "--probabilities")
+    before = files(Path("out")).keys()
+    predict("photos", "--out", "out", "--no-overlay")
+    assert files(Path("out")).keys() == before  # of the same decoder: nothing goes
+    predict("photos/1.jpg", "--out", "out", "--mode", "slide", "--force", "--no-overlay")
+    assert before - files(Path("out")).keys() == {"overlays/1.jpg", "probabilities/1.npz"}
+    result = predict("photos/1.jpg", "--out", "out", "--mode", "slide")
+    assert "1 of 1 photographs segmented\n" in result.output
+    assert Path("out/overlays/1.jpg").is_file()
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_damaged_photographs_are_named_and_the_others_done(project_copy: Path, workers: str) -> None:
     content = Path("photos/a/1.jpg").read_bytes()

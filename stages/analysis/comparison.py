@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ class Group:
     Attributes
     ----------
     name
-        Of the experiments that its runs belong to.
+        Of the experiments that its runs belong to; the study's before it, where two groups would have the same.
     train_images
         How many photographs they learnt from.
     runs
@@ -72,6 +73,11 @@ def read_groups(paths: Iterable[Path], seeds: Sequence[int] = ()) -> list[Group]
             runs[result["variant"]].append(result)
         experiments = list(dict.fromkeys(result["experiment"] for result in results))
         groups.append(Group(" + ".join(experiments), results[0]["train_images"], runs))
+    often = Counter(group.name for group in groups)
+    for group in groups:
+        if often[group.name] > 1:
+            first = next(iter(group.runs.values()))[0]
+            group.name = f"{Path(first['file']).resolve().parent.parent.name}/{group.name}"
     return sorted(groups, key=lambda group: -group.train_images)
 
 
@@ -80,7 +86,8 @@ def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> l
 
     Its ``rows`` are those of :func:`stages.analysis.tables.compare`, means over ``classes`` (none: all), the baseline first, then
     the variants with the most seeds, and of those the ones that gain most; ``title`` says what they are of, ``gans`` holds the
-    curves of their GANs by variant; ``name``, ``train_images`` and ``classes`` as given.
+    curves of their GANs by variant, ``tested_on`` the data set's classes and the test images; ``name``, ``train_images`` and
+    ``classes`` as given.
 
     Raises
     ------
@@ -108,6 +115,7 @@ def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> l
                 "classes": list(classes),
                 "title": f"{group.name}: {group.train_images} training photographs{made_by}{over}",
                 "rows": rows,
+                "tested_on": (sorted(group.runs[baseline][0]["iou"]), sorted(group.runs[baseline][0]["images"])),
                 "gans": {name: results[0]["gan"] for name, results in group.runs.items() if "gan" in results[0]},
             }
         )

@@ -30,9 +30,12 @@ def as_markdown(compared: Sequence[dict[str, Any]]) -> str:
 
 
 def has_curve(compared: Sequence[dict[str, Any]]) -> bool:
-    """Whether there are several sizes, each once; where one stands twice, its decoders were trained in two ways."""
+    """Whether there are several sizes, each once, tested on the same images.
+
+    Where a size stands twice, its decoders were trained in two ways.
+    """
     sizes = [entry["train_images"] for entry in compared]
-    return 1 < len(sizes) == len(set(sizes))
+    return 1 < len(sizes) == len(set(sizes)) and all(entry["tested_on"] == compared[0]["tested_on"] for entry in compared)
 
 
 def _comparison(entry: dict[str, Any]) -> str:

@@ -31,10 +31,11 @@ class ClassTransfer(Augmenter):
     def __init__(self, config: ClassTransferConfig, context: Context) -> None:
         super().__init__(config, context)
         self.weight, self.nonnegative = config.weight, context.store.spec.nonnegative
-        means = ClassStatistics.of(context.store, context.positions, context.accelerator.device).means
-        self.means = torch.zeros(VOID + 1, means.shape[1], device=means.device)  # void's pixels stay void, and where they are
-        self.means[: len(means)] = means
-        self.new_masks = NewMasks(["swap"], context.store, context.positions, config.share)
+        found = ClassStatistics.of(context.store, context.positions, context.accelerator.device)
+        self.means = torch.zeros(VOID + 1, found.means.shape[1], device=found.means.device)  # void's pixels stay void, and where they are
+        self.means[: len(found.means)] = found.means
+        known = (found.pixels > 0).cpu().numpy()  # a class of slivers alone may have no feature pixel, and so no mean
+        self.new_masks = NewMasks(["swap"], context.store, context.positions, config.share, known)
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """One copy with an object of each photograph moved to another class."""

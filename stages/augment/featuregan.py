@@ -66,8 +66,8 @@ class FeatureGANConfig(SourceConfig):
 
     @property
     def needs_family(self) -> str | None:
-        """A GAN for joint training, a flow for variations."""
-        return "gan" if self.generator == "joint" else "flow" if self.vary else None
+        """A GAN for joint training and for several edits of a batch, a flow for variations."""
+        return "gan" if self.generator == "joint" or (self.edit and self.ratio > 1) else "flow" if self.vary else None
 
 
 class JointFeatureGAN(Augmenter):

@@ -65,6 +65,8 @@ class NewMasks:
         Where objects come from.
     share
         Of the masks that are changed, each by chance; the others stay as they are.
+    known
+        (K,) which classes may be pasted or swapped; None: all.
 
     Raises
     ------
@@ -72,7 +74,14 @@ class NewMasks:
         When a change is unknown, or the masks have too few classes for it.
     """
 
-    def __init__(self, changes: Sequence[str], store: MaskSource, positions: np.ndarray, share: float = 1.0) -> None:
+    def __init__(
+        self,
+        changes: Sequence[str],
+        store: MaskSource,
+        positions: np.ndarray,
+        share: float = 1.0,
+        known: np.ndarray | None = None,
+    ) -> None:
         if unknown := sorted(set(changes) - set(get_args(Change))):
             raise ConfigError("new_masks", f"{unknown[0]!r} is unknown; known are {', '.join(get_args(Change))}")
         self.changes, self.store, self.share = changes, store, share
@@ -84,6 +93,8 @@ class NewMasks:
             self.holders = [positions[there] for there in classes]
             most = max(range(len(self.holders)), key=lambda number: len(self.holders[number]))
             self.chances = np.array([0.0 if number == most or not len(h) else 1 / len(h) ** 0.5 for number, h in enumerate(self.holders)])
+            if known is not None:
+                self.chances[~known] = 0
             self.chances /= max(self.chances.sum(), 1e-12)
             self.things = torch.from_numpy(np.flatnonzero(self.chances))
             needed, doing = (2, "exchanging classes (swap, class-transfer)") if "swap" in changes else (1, "pasting objects")

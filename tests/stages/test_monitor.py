@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import featurestore
 from stages.analysis.diversity import class_variances, draw_diversity, variance_ratios
 from stages.analysis.fidelity import coverage, frechet_distance, kernel_distance, two_sample_accuracy
+from stages.checkpoint import Checkpoint
 from stages.errors import CollapseError
 from stages.monitor import Monitor, MonitorConfig
 from stages.runtime import make_accelerator
@@ -164,9 +165,9 @@ def test_a_collapse_is_one_warning_with_its_figure(
         watching.check(row, 5)
     assert len(caplog.records) == 1
     assert "epoch 5: the GAN collapses: generated features of a class vary 0.000 times as much as real ones" in caplog.text
-    with pytest.raises(CollapseError, match="set monitor.on_collapse to warn"):
-        monitor(features, on_collapse="stop").check(row, 4)
-    monitor(features, on_collapse="stop", patience=5).check(row, 4)  # not yet
+    stopping = monitor(features, on_collapse="stop").check(row, 4)
+    assert "set monitor.on_collapse to warn" in str(stopping)
+    assert monitor(features, on_collapse="stop", patience=5).check(row, 4) is None  # not yet
     won = {"discriminator/accuracy_real": 0.999, "discriminator/accuracy_fake": 1.0}
     assert "the discriminator is right about 99.9%" in (monitor(features).collapse(won) or "")
     fine = {**CALM, **watching.measure(Recall(held_out))}
@@ -187,7 +188,25 @@ def test_measuring_does_not_change_training(features: Path, tmp_path: Path) -> N
     assert unwatched == watched
 
 
-def test_a_stopped_training_goes_on_where_it_was_when_only_warned(features: Path, tmp_path: Path) -> None:  # noqa: F811
-    with pytest.raises(CollapseError):
-        run_gan(features, tmp_path, {"every": 1, "on_collapse": "stop", "least_variance_ratio": 1.0})
-    assert list((tmp_path / "scratch" / "train-gan").glob("*/checkpoint.pt"))  # nothing that was reached is lost
+def test_a_stopped_training_goes_on_where_it_was_when_only_warned(
+    features: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Checkpoint, "due", lambda checkpoint: False)  # the minutes are not over yet
+    watching = {"every": 1, "least_variance_ratio": 1.0}
+    with pytest.raises(CollapseError, match="epoch 1"):
+        run_gan(features, tmp_path / "stopped", {**watching, "on_collapse": "stop"})
+    (state,) = (tmp_path / "stopped" / "scratch" / "train-gan").glob("*/checkpoint.pt")
+    assert len(torch.load(state, weights_only=True)["history"]) == 1
+    for root in ("stopped", "undisturbed"):
+        run_gan(features, tmp_path / root, watching)
+    stopped, undisturbed = (tmp_path / root / "gan" / "generator.safetensors" for root in ("stopped", "undisturbed"))
+    assert stopped.read_bytes() == undisturbed.read_bytes()
+
+
+def test_features_that_are_no_numbers_are_a_collapse(features: Path, held_out: featurestore.FeatureStore) -> None:  # noqa: F811
+    watching = monitor(features)
+    watching.measure(Recall(held_out))
+    row = watching.measure(Recall(held_out, lambda x, z: x / 0))
+    assert watching.collapse({**CALM, **row}) == "generated features are no finite numbers"

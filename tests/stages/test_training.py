@@ -23,7 +23,7 @@ from stages.augment.base import Context, Part
 from stages.augment.new_masks import NewMasks
 from stages.augment.registry import Variant, build_augmenter
 from stages.checkpoint import Checkpoint, load_decoder, load_gan, load_generator
-from stages.errors import ConfigError, DataError
+from stages.errors import ConfigError, DataError, DivergenceError
 from stages.gan_trainer import GanTrainer
 from stages.metrics import Scores, confusion_matrix, score
 from stages.models.decoder import Decoder
@@ -393,6 +393,14 @@ def test_ablation_losses_and_the_image_encoder_train(features: Path, tmp_path: P
 
 def test_bf16_autocast_trains(features: Path, tmp_path: Path) -> None:
     assert np.isfinite(list(run_gan(features, tmp_path, frozen_epochs=1, mixed_precision="bf16").values())).all()
+
+
+def test_a_training_that_diverges_stops_with_the_loss_that_did(features: Path, tmp_path: Path) -> None:
+    with pytest.raises(DivergenceError, match="the training diverges: .* is nan; lower the learning rate"):
+        run_gan(features, tmp_path, generator_lr=1e30)
+    with pytest.raises(DivergenceError, match="decoder/ce_real is (nan|inf)"):
+        run_decoder(features, tmp_path, {"augmenter": "none"}, name="baseline", lr=1e30)
+    assert not (tmp_path / "decoders").exists()  # no score of such a decoder
 
 
 def test_what_the_gan_refuses(features: Path, tmp_path: Path) -> None:

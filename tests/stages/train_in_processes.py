@@ -53,7 +53,8 @@ def main(stages: str, features: Path, root: Path, gan: Path, saves: int = 0) -> 
 
 
 def train(stage: str, features: Path, root: Path, gan: Path, checkpoint_minutes: float) -> None:
-    machine = {"logs": root / "logs", "scratch": root / "scratch", "device": "cpu", "workers": 0, "cache": "none"}
+    apart = "APART" in os.environ and os.environ["RANK"] != "0"  # as where machines do not share a disk
+    machine = {"logs": root / "logs", "scratch": root / ("other" if apart else "scratch"), "device": "cpu", "workers": 0, "cache": "none"}
     machine |= {
         "compile_networks": False,
         "sharded": "sharded" in root.name,
