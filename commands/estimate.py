@@ -131,9 +131,9 @@ def _estimate(
 
 
 def _device(device: str) -> str:
-    import torch
+    from stages.runtime import on_cpu
 
-    return "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    return "cpu" if on_cpu(device) else "cuda"
 
 
 def _as_text(result: dict[str, Any], sections: dict[str, Any], hours: str | None) -> str:
