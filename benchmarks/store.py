@@ -234,7 +234,7 @@ def measure(method: str, read: str, place: str, shape: list[int], passes: int, c
     for number in range(passes + 1):
         order = rng.permutation(shape[0]).tolist()
         if cold:
-            for file in folder.rglob("*.*"):
+            for file in filter(Path.is_file, folder.rglob("*")):
                 descriptor = os.open(file, os.O_RDONLY)
                 os.fsync(descriptor)
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -207,7 +207,7 @@ def _spec(config: ExtractConfig, backbone: Backbone, digest: str, classes: Class
 def check_spec(config: ExtractConfig, path: Path) -> StoreSpec:
     """The spec of a store, which must have been extracted with the present parameters.
 
-    ``weights`` cannot be compared without loading them: the store knows their digest, and no name. DVC watches that key.
+    ``weights`` cannot be compared without loading them: the store knows their digest, and no name. DVC watches the key, not the file.
 
     Raises
     ------

@@ -7,6 +7,7 @@ import glob
 import io
 import json
 import os
+import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -162,7 +163,9 @@ class Predictions:
             path.mkdir(parents=True, exist_ok=True)
             there = [name for name in os.listdir(path) if not name.endswith(".partial")]
         if manifest.is_file():
-            _check(manifest, settings, force)
+            if not _check(manifest, settings, force):
+                for kind in (MASKS, OVERLAYS, PROBABILITIES):  # of another decoder, and so of other classes perhaps
+                    shutil.rmtree(path / kind, ignore_errors=True)
         elif there:
             raise DataError(path, f"is not empty, and no folder of predictions (it has no {MANIFEST_NAME}); name a new folder")
         described = {"decoder": str(decoder), "weights": weights, **settings}
@@ -240,19 +243,20 @@ class Predictions:
                 write_atomically(path, content)
 
 
-def _check(manifest: Path, settings: dict[str, object], force: bool) -> None:
-    """Refuse to mix predictions of different decoders or views."""
+def _check(manifest: Path, settings: dict[str, object], force: bool) -> bool:
+    """Whether predictions are of the same decoder and view; refuse others, unless they are to be replaced."""
     try:
         found = json.loads(manifest.read_text(encoding="utf-8"))
         other = [key for key, value in settings.items() if found.get(key) != value]
     except (OSError, ValueError, AttributeError) as error:
         if force:
-            return
+            return False
         raise DataError(manifest, f"cannot be read ({error}); add --force to write it anew, or name another folder") from error
     if other and not force:
         what = "another decoder" if other[0] == "model" else f"{other[0]} {found.get(other[0])}, not {settings[other[0]]}"
         message = f"holds predictions of {what}; add --force to replace them, or name another folder"
         raise DataError(manifest.parent, message, expected=settings, found=found)
+    return not other
 
 
 def _class_list(spec: StoreSpec) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from featurestore import StoreSpec
 from stages.checkpoint import load_decoder, read_precision, read_spec
-from stages.data.images import decode_image, read_bytes, upright
+from stages.data.images import decode_image, read_bytes, too_deep, upright
 from stages.errors import ConfigError
 from stages.runtime import make_accelerator
 from stages.trained_backbone import load_backbone
@@ -197,9 +197,11 @@ def as_image(image: Input) -> Image.Image:
     DataError
         When a file is missing or damaged.
     ValueError
-        When an array is no photograph.
+        When an array or an image in memory is no photograph.
     """
     if isinstance(image, Image.Image):
+        if depth := too_deep(image):
+            raise ValueError(f"this photograph {depth}")
         return upright(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:

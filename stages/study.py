@@ -150,6 +150,7 @@ def plan(config: StudyConfig, preset: Mapping[str, Any], overrides: Mapping[str,
                 params = with_settings(params, {"train_gan.seed": seed})
             plain = {name: sections[name].model_dump(mode="json") for name in ("prepare", "extract", "train_decoder")}
             plain["prepare"].pop("root")  # where files lie does not matter; which data they are is in the result's protocol
+            plain["prepare"]["classes"] = plain["prepare"]["classes"] or {}  # so that results made when it was a mapping stay valid
             if weights != "default":
                 plain["extract"]["weights"] = file_sha256(Path(params["extract"]["weights"]))
             gan = {**sections["train_gan"].model_dump(mode="json"), "seed": params["train_gan"]["seed"]}

@@ -199,9 +199,11 @@ class Workshop:
         """Prepare the photographs once more, and refuse features of an earlier study that were made of others."""
         again = self._folder(f"{folder.name}/again", run, {})
         self._stage(again, "prepare")
-        before, now = ({entry.id: entry for entry in read_manifest(place / "dataset")[0]} for place in (folder, again))
-        other = [id for id in sorted(before.keys() | now.keys()) if before.get(id) != now.get(id)]
+        (before, classes), (now, classes_now) = (read_manifest(place / "dataset") for place in (folder, again))
         shutil.rmtree(again)
+        by_id, by_id_now = ({entry.id: entry for entry in entries} for entries in (before, now))
+        other = [id for id in sorted(by_id.keys() | by_id_now.keys()) if by_id.get(id) != by_id_now.get(id)]
+        other += ["the classes"] if classes != classes_now else []
         if other:
             message = (
                 f"these features are of other photographs or masks than {run.params['prepare']['root']} has now ({other[0]}"

@@ -159,6 +159,14 @@ def test_runs_come_seed_by_seed_and_share_what_they_have_in_common(tmp_path: Pat
     # Where the data lie changes no digest; what the GAN is trained with changes those of runs with it.
     elsewhere = planned(text, tmp_path, **{"prepare.root": "elsewhere"})
     assert [run.digests for run in elsewhere] == [run.digests for run in runs]
+    # The order of the classes is what mask values mean.
+    names = [{"belt": [0, 0, 0]}, {"can": [9, 9, 9]}]
+    orders = [planned(text, tmp_path, **{"prepare.classes": classes}) for classes in (names, names[::-1])]
+    assert orders[0][0].digests["data"] != orders[1][0].digests["data"]
+    with pytest.raises(ConfigError, match="prepare.classes: must be a list"):
+        planned(text, tmp_path, **{"prepare.classes": {"belt": [0, 0, 0]}})
+    with pytest.raises(ConfigError, match="a class of classes stands twice"):
+        planned(text, tmp_path, **{"prepare.classes": [names[0], names[0]]})
     other_gan = planned(text, tmp_path, **{"train_gan.lambda_feat": 1.0})
     changed = {run.variant for run, before in zip(other_gan, runs, strict=True) if run.digests["run"] != before.digests["run"]}
     assert changed == {"featuregan-frozen"}

@@ -44,6 +44,8 @@ def unpack(archive: Path, folder: Path) -> None:
     FeatureStoreError
         When the disk is full, or the folder cannot be written.
     """
+    if not hasattr(tarfile, "data_filter"):
+        raise DataError(archive, "cannot be unpacked safely by this Python; use 3.10.12, 3.11.4 or later, or unpack it by hand")
     unpacking = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(unpacking, ignore_errors=True)
     unpacking.parent.mkdir(parents=True, exist_ok=True)

@@ -14,11 +14,12 @@ from stages.errors import DataError
 
 CSV_NAME, LABELMAP_NAME = "classes.csv", "labelmap.txt"
 VOID_NAMES = ("void", "ignore", "ignored", "unlabeled", "unlabelled", "__ignore__", "_ignore_")
+LABELME_VOID = "__ignore__"  # the first line of every list of LabelMe's
 
 
 @dataclass(frozen=True)
 class Label:
-    """One line of a list: a mask value is the number of its line, from 0 on, a colour the one that stands there."""
+    """One line of a list: a mask value is the number of its line (see :func:`first_value`), a colour the one that stands there."""
 
     name: str
     colour: Colour | None
@@ -85,6 +86,11 @@ def by_line(labels: Sequence[Label]) -> list[int]:
     """Class index, or 255 for void, by line of the list."""
     real = [label.name for label in labels if not label.is_void]
     return [VOID if label.is_void else real.index(label.name) for label in labels]
+
+
+def first_value(labels: Sequence[Label]) -> int:
+    """The mask value of the first line: 0, but -1 where it is LabelMe's ``__ignore__``, so that the line after it is 0."""
+    return -1 if labels[0].name == LABELME_VOID else 0
 
 
 def _csv_rows(path: Path) -> list[tuple[str, list[str]]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.config import Config, Seed
 
@@ -41,12 +41,23 @@ class PrepareConfig(Config):
     ratios: Annotated[tuple[Share, Share, Share], Field(strict=False)]
     split_seed: Seed
     train_fraction: float = Field(gt=0, le=1)
-    classes: dict[str, Colour]
+    classes: Annotated[tuple[Annotated[dict[str, Colour], Field(min_length=1, max_length=1)], ...], Field(strict=False)]
     void_index: int = Field(ge=1, le=255)
     wastesim: WastesimConfig
 
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _in_order(cls, classes: Any) -> Any:
+        if isinstance(classes, dict) and classes:
+            message = "must be a list of lines `- name: [red, green, blue]`, because their order is the mask value"
+            raise ValueError(f"{message} and DVC does not see the order of keys")
+        return classes or ()
+
     @model_validator(mode="after")
     def _whole(self) -> PrepareConfig:
+        names = [name for line in self.classes for name in line]
+        if len(set(names)) < len(names):
+            raise ValueError("a class of classes stands twice; names must differ")
         if abs(sum(self.ratios) - 1) > 1e-6:
             raise ValueError("ratios must add up to 1")
         if len(self.classes) > self.void_index:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.data.class_list import Label, as_classes, by_line, read_labels
+from stages.data.class_list import Label, as_classes, by_line, first_value, read_labels
 from stages.data.config import PrepareConfig
 from stages.data.found import Found, pairs_of
 from stages.data.images import VOID
@@ -32,7 +32,7 @@ def find(root: Path, config: PrepareConfig) -> Found:
     DataError
         When a folder or the list of classes is missing or wrong, or two files share a name.
     """
-    labels = [Label(name, colour) for name, colour in config.classes.items()] or read_labels(root)
+    labels = [Label(name, colour) for line in config.classes for name, colour in line.items()] or read_labels(root)
     classes = as_classes(labels, config.void_index, root)
     converter = _Converter(labels, config.void_index)
     return Found(_pairs(root, config.split), classes, converter.convert)
@@ -53,7 +53,7 @@ class _Converter:
 
     def __init__(self, labels: Sequence[Label], void_index: int) -> None:
         indices = by_line(labels)
-        self.values = {void_index: VOID, **dict(enumerate(indices))}
+        self.values = {void_index: VOID, **dict(enumerate(indices, first_value(labels)))}
         self.has_void = VOID in indices
         self.colours = {
             colour_number(label.colour): index for label, index in zip(labels, indices, strict=True) if label.colour is not None

@@ -37,14 +37,26 @@ def decode_image(content: bytes, path: Path) -> Image.Image:
     Raises
     ------
     DataError
-        When the bytes are no whole image.
+        When the bytes are no whole image, or one of more than 8 bits a channel.
     """
     try:
         with Image.open(io.BytesIO(content)) as file:
             file.load()
+            if depth := too_deep(file):
+                raise DataError(path, f"this photograph {depth}", expected="RGB or L", found=file.mode)
             return upright(file)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(path, f"not a readable image, or a truncated one ({error}); replace it") from error
+
+
+def too_deep(image: Image.Image) -> str:
+    """What is wrong with pixels of 16 or 32 bits, which RGB of 8 bits would cut off; empty for others.
+
+    Which of their values are black and white, their owner alone knows.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return ""
+    return f"has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits, black at 0 and white at 255"
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -601,6 +601,16 @@ def test_masks_of_colours_and_of_indices_side_by_side(tmp_path: Path, name: str)
         np.testing.assert_array_equal(masks[id][1], stripes(0, 1, 2, 255))
 
 
+def test_labelmes_first_line_has_no_mask_value(tmp_path: Path) -> None:
+    """Its numbers begin at -1, so that the line after ``__ignore__`` is 0."""
+    root = tmp_path / "mine"
+    make_folder(root, [stripes(0, 1, 2, 255)] * 3)
+    (root / "classes.csv").write_text("name\n__ignore__\n_background_\ncat\nold dog\n")
+    summary, masks = prepared(root, tmp_path, "folder", split="random", ratios=[0.34, 0.33, 0.33])
+    assert summary["classes"] == ["_background_", "cat", "old dog"]
+    np.testing.assert_array_equal(masks["0"][1], stripes(0, 1, 2, 255))
+
+
 def test_colours_without_a_void_class_leave_index_masks_as_they_are(tmp_path: Path) -> None:
     root = tmp_path / "mine"
     make_folder(root, [stripes(BLACK, RED), stripes(0, 1, 9), stripes(0, 1)])

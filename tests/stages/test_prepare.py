@@ -28,7 +28,7 @@ def config(root: Path, **changes) -> PrepareConfig:
         "ratios": [0.7, 0.15, 0.15],
         "split_seed": 0,
         "train_fraction": 1.0,
-        "classes": {},
+        "classes": [],
         "void_index": 255,
         "wastesim": SCENES,
     }
@@ -92,7 +92,7 @@ def test_folder_without_splits_any_image_format_and_a_bare_class_list(photos: Pa
 def test_classes_can_stand_in_the_parameters(photos: Path, tmp_path: Path) -> None:
     (photos / "classes.csv").unlink()
     named = {name: list(colour) for name, colour in zip(wastesim.CLASSES.names, wastesim.CLASSES.palette, strict=True)}
-    summary = prepare(config(photos, classes=named), tmp_path)
+    summary = prepare(config(photos, classes=[{name: colour} for name, colour in named.items()]), tmp_path)
     assert summary["classes"] == list(wastesim.CLASSES.names)
     assert summary["palette"][3] == list(wastesim.CLASSES.palette[3])
 
@@ -212,6 +212,11 @@ BAD_FILES = {
         r"colour \(0, 0, 0\) in row 0, column 0 \(from 0\) is that of no class",
     ),
     "a truncated image": ("images/train/2.jpg", truncate, "not a readable image, or a truncated one"),
+    "a photograph of 16 bits": (
+        "images/train/1.jpg",
+        lambda path: Image.fromarray(np.full((64, 64), 4000, np.uint16)).save(path, format="png"),
+        r"more than 8 bits a channel \(mode I;16\); convert it to 8 bits",
+    ),
     "an unreadable image": ("images/test/1.jpg", lambda path: path.write_bytes(b"no picture"), "not a readable image"),
     "a truncated mask": ("masks/train/5.png", truncate, "not a readable mask, or a truncated one"),
 }
