@@ -113,8 +113,8 @@ class Workshop:
         """
         data = self._data(run)
         stores = {split: featurestore.open(data / "features" / split) for split in SPLITS}
-        content = data_content(data / "dataset", stores)
-        self._check_done(run, content)
+        protocol = digest(run.protocol, data_content(data / "dataset", stores))
+        self._check_done(run, protocol)
         linked = {"dataset": data / "dataset", "features": data / "features"}
         sources = {"features_sources": _made_by(data)}
         if run.needs_gan:
@@ -132,7 +132,7 @@ class Workshop:
             **test,
             "variant": run.label,
             "digest": run.digests["run"],
-            "protocol": digest(run.protocol, content),
+            "protocol": protocol,
             "train_images": len(set(stores["train"].ids)),
             "settings": _settings(run),
             "made_with": {
@@ -162,12 +162,12 @@ class Workshop:
     def _missing(self, run: Run) -> list[str]:
         return [name for name in self.shared(run) if not (self.root / name / "done").exists()]
 
-    def _check_done(self, run: Run, content: list[Any]) -> None:
-        """Refuse to add a result to others of the same protocol that were made of other photographs or masks."""
+    def _check_done(self, run: Run, protocol: str) -> None:
+        """Refuse to add a result to others with the same settings that were made of other photographs or masks."""
         for other in self.done:
             if other.protocol == run.protocol:
                 path = other.result(self.results)
-                if json.loads(path.read_text(encoding="utf-8"))["protocol"] != digest(run.protocol, content):
+                if json.loads(path.read_text(encoding="utf-8"))["protocol"] != protocol:
                     message = "was made of other photographs or masks than there are now; remove it, or name another --results"
                     raise DataError(path, message)
 
