@@ -21,6 +21,7 @@ from featurestore.errors import (
     StoreExistsError,
     StoreMemoryError,
     StoreNotFoundError,
+    StoreReadError,
     StoreWriteError,
 )
 from featurestore.reader import FeatureStore, Sample, open
@@ -44,6 +45,7 @@ __all__ = [
     "StoreExistsError",
     "StoreMemoryError",
     "StoreNotFoundError",
+    "StoreReadError",
     "StoreSpec",
     "StoreWriteError",
     "StoreWriter",

@@ -52,6 +52,10 @@ class ShardCorruptError(FeatureStoreError):
     """A shard's bytes or datasets are not what its index says."""
 
 
+class StoreReadError(FeatureStoreError):
+    """A shard could not be read here, which says nothing about what is in it: the system refused, or a filter is missing."""
+
+
 class SpecMismatchError(FeatureStoreError):
     """The store is sound but does not hold what the caller needs."""
 

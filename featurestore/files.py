@@ -6,11 +6,14 @@ import errno
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from featurestore.errors import StoreWriteError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -18,10 +21,16 @@ def writing(path: Path) -> Iterator[None]:
     """Say in one line that the file system refused, and that nothing is lost."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # h5py raises either when a disk is full
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else " ".join(str(error).split())[:200]
-        message = f"cannot be written ({reason}); make room or choose another folder, and start again"
-        raise StoreWriteError(message, path=path, found=reason) from error
+    except (OSError, RuntimeError) as error:  # h5py raises either when a disk is full, and not always says so
+        raise not_written(path, error) from error
+
+
+def not_written(path: Path | str, error: OSError | RuntimeError) -> StoreWriteError:
+    """What to say when a file could not be written."""
+    number = error.errno if isinstance(error, OSError) else None
+    reason = os.strerror(number) if number else " ".join(str(error).split())[:200]
+    remedy = "make room or choose another folder" if number in (None, *FULL) else "choose another folder"
+    return StoreWriteError(f"cannot be written ({reason}); {remedy}, and start again", path=path, found=reason)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -47,28 +56,55 @@ def sync_folder(folder: Path) -> None:
 def move_into_place(source: Path, target: Path, *, leave_behind: str = "") -> None:
     """Rename a finished folder to its final name, replacing what is there; across file systems, copy first.
 
-    Files that match the pattern ``leave_behind`` are dropped last of what matters, so that after a kill on the way
-    they are still there.
+    ``source`` keeps its name until ``target`` has its own, so a kill or an error on the way loses nothing. Files that
+    match the pattern ``leave_behind`` are dropped after that.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    replaced, arrived = (target.with_name(f".{target.name}.{word}") for word in ("replaced", "arrived"))
-    for leftover in (replaced, arrived):
-        _remove(leftover)
-    try:
-        os.rename(source, arrived)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
+    replaced, arrived = _on_the_way(target)
+    _remove(arrived)
+    whole = source
+    if not _can_be_renamed(source, arrived):
         shutil.copytree(source, arrived, copy_function=_copy_synced)
         sync_folder(arrived)
+        whole = arrived
     if os.path.lexists(target):
+        _remove(replaced)
         os.rename(target, replaced)
-    os.rename(arrived, target)
+    try:
+        os.rename(whole, target)
+    except OSError:
+        if os.path.lexists(replaced):
+            os.rename(replaced, target)
+        raise
     sync_folder(target.parent)
+    clear_after_move(source, target, leave_behind=leave_behind)
+
+
+def clear_after_move(source: Path, target: Path, *, leave_behind: str = "") -> None:
+    """Remove what :func:`move_into_place` no longer needs once ``target`` has its name; a killed one leaves it there."""
     for file in target.glob(leave_behind) if leave_behind else ():
         file.unlink()
-    _remove(source)
-    _remove(replaced)
+    for leftover in (source, *_on_the_way(target)):
+        _remove(leftover)
+
+
+def _on_the_way(target: Path) -> tuple[Path, Path]:
+    """Where the old folder waits, and where a copy from another file system arrives."""
+    return target.with_name(f".{target.name}.replaced"), target.with_name(f".{target.name}.arrived")
+
+
+def _can_be_renamed(source: Path, target: Path) -> bool:
+    """Whether a rename does, or a copy is needed. Two mounts of one disk have one device number, so an empty folder is to try it."""
+    probe = Path(tempfile.mkdtemp(dir=source.parent))
+    try:
+        os.rename(probe, target)
+    except OSError as error:
+        probe.rmdir()
+        if error.errno != errno.EXDEV:
+            raise
+        return False
+    target.rmdir()
+    return True
 
 
 def _remove(path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
 from contextlib import suppress
 from pathlib import Path
 
-from featurestore.errors import StoreBusyError
+from featurestore.errors import StoreBusyError, StoreWriteError
+
+UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 class WriterLock:
@@ -19,17 +22,20 @@ class WriterLock:
     Parameters
     ----------
     path
-        The lock's file; its folder is made if need be, the file is removed on release.
+        The lock's file; its folder is made if need be; on release the file is removed, and a folder so made if it is empty.
 
     Raises
     ------
     StoreBusyError
         When another process, or another writer of this one, holds it.
+    StoreWriteError
+        When this file system has no locks.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: int | None = None
+        self._made_folder = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         while self._descriptor is None:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -40,6 +46,12 @@ class WriterLock:
                 os.close(descriptor)
                 message = f"{holder} is writing this store; wait for it or stop it, then start again"
                 raise StoreBusyError(message, path=path, found=holder) from None
+            except OSError as error:
+                os.close(descriptor)
+                if error.errno not in UNSUPPORTED:
+                    raise
+                message = f"this file system has no locks ({error.strerror}); mount it with flock, or choose another folder"
+                raise StoreWriteError(message, path=path.parent, found=error.strerror) from error
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -63,3 +75,6 @@ class WriterLock:
             self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
+            if self._made_folder:
+                with suppress(OSError):  # it is not empty any more
+                    self.path.parent.rmdir()

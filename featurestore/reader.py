@@ -5,8 +5,10 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
+import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from featurestore.files import file_sha256
 from featurestore.index import INDEX_NAME, ShardRecord, read_index
 from featurestore.prefetch import prefetch
 from featurestore.schema import FEATURES, IMAGES, MASKS, StoreSpec
-from featurestore.shard import Shard
+from featurestore.shard import Shard, refused
 from featurestore.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -61,8 +63,8 @@ def open(path: str | Path) -> FeatureStore:
 class FeatureStore:
     """A store of samples, open for reading; made by :func:`featurestore.open`.
 
-    It holds no file handles of its own until a sample is read, and none that a fork
-    or a pickle would carry over, so it can be handed to worker processes.
+    It holds no file handles of its own until a sample is read, then one a shard (the process's soft limit is
+    raised for them), and none that a fork or a pickle would carry over, so it can be handed to worker processes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,6 +82,7 @@ class FeatureStore:
             self.fingerprint = index.fingerprint
             self._statistics: Statistics | None = index.statistics
             self._check_sizes()
+            _allow_open_files(len(index.shards))
         elif path.is_file():
             shard = Shard(path)
             self._written = None
@@ -228,7 +231,7 @@ class FeatureStore:
 
     # -- integrity -------------------------------------------------------------------------------
 
-    def verify(self, *, workers: int = 2, progress: Callable[[int], object] | None = None) -> None:
+    def verify(self, *, workers: int = 2, progress: Callable[[int], object] | None = None, rank: int = 0, ranks: int = 1) -> None:
         """Compare every byte with the index.
 
         Parameters
@@ -237,11 +240,15 @@ class FeatureStore:
             Threads that read and hash, one shard each.
         progress
             Called with the number of bytes of each block that was read, from one thread at a time.
+        rank, ranks
+            This process, of how many that share the work: shard i is read by rank i mod ``ranks``, and opened by all.
 
         Raises
         ------
         ShardCorruptError
             For the first shard whose sha256 is not the recorded one.
+        StoreReadError
+            When the operating system does not let one be read.
         SpecMismatchError
             When this is a single shard: its hash is in the index of its folder.
         """
@@ -260,12 +267,12 @@ class FeatureStore:
             try:
                 found = file_sha256(file, count)
             except OSError as error:
-                raise ShardCorruptError(f"cannot be read ({error.strerror}); write the store again", path=file) from error
+                raise refused(file, error) from error
             if found != record.sha256:
                 message = f"damaged: sha256 {found[:12]}..., but the index says {record.sha256[:12]}...; write the store again"
                 raise ShardCorruptError(message, path=file, expected=record.sha256, found=found)
 
-        for _ in prefetch(check, self.records, workers=workers):
+        for _ in prefetch(check, self.records[rank::ranks], workers=workers):
             pass
         for number in range(len(self.records)):
             self._shard(number)
@@ -305,6 +312,16 @@ class FeatureStore:
     def __repr__(self) -> str:
         channels, height, width = self.spec.feature_shape
         return f"FeatureStore({str(self.path)!r}: {len(self)} samples of {channels} x {height} x {width}, {self.spec.backbone})"
+
+
+def _allow_open_files(shards: int) -> None:
+    """Raise this process's own limit of open files, where a store has more shards: 256 and 1024 are usual, a terabyte has 4000."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * shards + 512  # a second store, and what else is open
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(ValueError, OSError):  # macOS has a limit below the hard one; too few files are named when they are met
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _state_of(path: Path) -> tuple[int, int, int] | None:

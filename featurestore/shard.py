@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 
 from featurestore import codec
 from featurestore.copying import take_rows
-from featurestore.errors import FeatureStoreError, FormatVersionError, ShardCorruptError, StoreNotFoundError
+from featurestore.errors import FeatureStoreError, FormatVersionError, ShardCorruptError, StoreNotFoundError, StoreReadError
 from featurestore.schema import FEATURES, FORMAT_VERSION, IDS, IMAGES, MASKS, VIEWS, StoreSpec
 
 BITS, VALUES, STARTS = "feature_bits", "feature_values", "feature_starts"  # in place of FEATURES where zeros are packed
@@ -20,8 +22,8 @@ SCALES = "feature_scales"  # beside FEATURES where they are int8
 class Shard:
     """A shard that is open for reading.
 
-    All but chunked datasets are memory maps (no HDF5 handle stays open, so a fork is
-    harmless); chunked ones (``lz4``, ``zstd``) are read through h5py.
+    All but chunked datasets lie in one memory map (no HDF5 handle stays open, so a fork is
+    harmless); chunked ones (``lz4``, ``zstd``) are read through h5py. Either takes one file descriptor.
 
     Attributes
     ----------
@@ -36,6 +38,8 @@ class Shard:
         When another version of the format wrote it.
     ShardCorruptError
         When it is no HDF5 file, or its datasets are not those of its own attributes.
+    StoreReadError
+        When the operating system refuses (too many open files, a disk that does not answer), or a filter is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,7 +50,13 @@ class Shard:
             self._open(path)
         except FeatureStoreError:
             raise
-        except Exception as error:  # h5py raises OSError, KeyError, RuntimeError, ... on damaged files
+        except OSError as error:
+            if error.errno is None:  # HDF5's word on the file's content
+                raise ShardCorruptError(f"cannot be read as a shard ({error}); write the store again", path=path) from error
+            raise refused(path, error) from error
+        except ImportError as error:
+            raise StoreReadError(f"is packed by a filter that this Python lacks; pip install {error.name}", path=path) from error
+        except Exception as error:  # h5py raises KeyError, RuntimeError, ... on damaged files
             raise ShardCorruptError(f"cannot be read as a shard ({error}); write the store again", path=path) from error
 
     def _open(self, path: Path) -> None:
@@ -69,12 +79,13 @@ class Shard:
             if len(self.views) != len(self.ids):
                 self._refuse(VIEWS, len(self.views), len(self.ids))
             self._arrays: dict[str, np.ndarray | h5py.Dataset] = {}
+            content = None if chunked else np.asarray(np.memmap(path, np.uint8, "r"))
             for name, (shape, dtype) in self._layout(file).items():
                 dataset = file[name]
                 found, expected = (dataset.shape, dataset.dtype), (shape, np.dtype(dtype))
                 if found != expected:
                     self._refuse(name, found, expected)
-                self._arrays[name] = dataset if chunked else _mapped(path, dataset)
+                self._arrays[name] = dataset if content is None else _mapped(content, dataset, path)
             packed = (FEATURES,) if spec.compression == "int8" else ()
             self.plain = {name: array for name, array in self._arrays.items() if isinstance(array, np.ndarray) and name not in packed}
         except BaseException:
@@ -159,11 +170,20 @@ class Shard:
             raise ShardCorruptError(message, path=self.path) from error
 
 
-def _mapped(path: Path, dataset: h5py.Dataset) -> np.ndarray:
-    """Read-only map of a contiguous dataset's bytes in the file."""
+def refused(path: Path, error: OSError) -> StoreReadError:
+    """What to say when the operating system did not let a shard be read."""
+    reason = os.strerror(error.errno or 0)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        message = f"cannot be opened ({reason}); raise the limit, with `ulimit -n`, above the store's number of shards"
+        return StoreReadError(message, path=path)
+    return StoreReadError(f"cannot be read ({reason}); look at the disk, and start again", path=path)
+
+
+def _mapped(content: np.ndarray, dataset: h5py.Dataset, path: Path) -> np.ndarray:
+    """A contiguous dataset's bytes in the map of its file."""
     if dataset.size == 0:  # no bytes, so no place in the file
         return np.empty(dataset.shape, dataset.dtype)
     offset = dataset.id.get_offset()
-    if offset is None or offset + dataset.nbytes > path.stat().st_size:
+    if offset is None or offset + dataset.nbytes > len(content):
         raise ShardCorruptError(f"dataset {dataset.name!r} reaches past the end of the file", path=path)
-    return np.asarray(np.memmap(path, dataset.dtype, "r", offset, dataset.shape))
+    return content[offset : offset + dataset.nbytes].view(dataset.dtype).reshape(dataset.shape)

@@ -63,7 +63,7 @@ class Statistics:
         )
 
     def merged(self, other: Statistics) -> Statistics:
-        """Statistics of both sets of samples together (Chan, Golub and LeVeque 1979)."""
+        """Statistics of both sets of samples together (Chan et al. 1979)."""
         count = self.count + other.count
         delta = other.mean - self.mean
         weight = other.count / count

@@ -7,17 +7,20 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from featurestore.errors import IncompleteStoreError, SampleError, StoreExistsError, StoreWriteError
-from featurestore.files import file_sha256, move_into_place, write_atomically, writing
+from featurestore.errors import IncompleteStoreError, SampleError, StoreExistsError
+from featurestore.files import clear_after_move, file_sha256, move_into_place, write_atomically, writing
 from featurestore.index import Index, ShardRecord, write_index
 from featurestore.lock import WriterLock
+from featurestore.prefetch import prefetch
+from featurestore.room import check_room
 from featurestore.schema import StoreSpec
 from featurestore.shard_writer import ShardWriter
 from featurestore.statistics import Statistics
@@ -70,7 +73,7 @@ def create(
     StoreExistsError
         When there is something at ``path`` and ``overwrite`` is off.
     StoreBusyError
-        When another writer is at work in ``scratch``.
+        When another writer is at work on ``path`` or in ``scratch``.
     """
     return StoreWriter(
         Path(path),
@@ -115,14 +118,13 @@ class StoreWriter:
         self.samples_per_shard = samples_per_shard
         self.rank, self.ranks = rank, ranks
         self.scratch = scratch or path.with_name(f".{path.name}.unfinished")
-        with writing(self.scratch):
-            self._lock = WriterLock(self.scratch.with_name(f"{self.scratch.name}.lock")) if rank == 0 else None
+        self._locks: list[WriterLock] = []
         try:
             with writing(self.scratch):
+                for folder in (path, self.scratch) if rank == 0 else ():  # one writer makes the store, and works in scratch
+                    self._locks.append(_lock(folder))
                 if self.scratch.exists():
-                    self._refuse_foreign_files()
-                    if not fingerprint:  # nothing that lies there can be told to be ours
-                        shutil.rmtree(self.scratch)
+                    self._clear_scratch()
                 self.scratch.mkdir(parents=True, exist_ok=True)
         except BaseException:
             self._unlock()
@@ -132,14 +134,24 @@ class StoreWriter:
         self._statistics: Statistics | None = None
         self._finished: dict[int, tuple[ShardRecord, Statistics]] = {}
         self._announced: int | None = None
+        self._spans: list[range] = []  # positions of the announced samples, by shard
+        self._samples_left = 0  # of all ranks
         self._missing: Iterator[tuple[int, int]] = ((number, samples_per_shard) for number in itertools.count())
         self._next_shard()
 
-    def _refuse_foreign_files(self) -> None:
-        foreign = [file.name for file in self.scratch.iterdir() if not OUR_FILES.fullmatch(file.name)]
+    def _clear_scratch(self) -> None:
+        """Remove what nobody can take over; refuse a folder of other things."""
+        files = [file for file in self.scratch.iterdir() if not file.name.startswith(".")]
+        foreign = [file.name for file in files if not OUR_FILES.fullmatch(file.name)]
         if foreign:
             message = f"holds {foreign[0]!r}, which no writer left; choose another scratch folder"
             raise StoreExistsError(message, path=self.scratch, found=foreign[0])
+        if not self.fingerprint:  # nothing that lies there can be told to be ours
+            shutil.rmtree(self.scratch)
+        elif self.rank == 0:  # before the other ranks begin theirs
+            for file in files:
+                if file.suffix == ".partial":
+                    file.unlink()
 
     # -- filling ---------------------------------------------------------------------------------
 
@@ -163,25 +175,24 @@ class StoreWriter:
             When the disk has no room for them.
         """
         self._announced = samples
-        missing: list[range] = []
-        for number, start in enumerate(range(0, samples, self.samples_per_shard)):
-            positions = range(start, min(start + self.samples_per_shard, samples))
-            if number % self.ranks == self.rank and not self._adopt(number, len(positions)):
-                missing.append(positions)
-        self._check_room(sum(len(span) for span in missing))
-        self._missing = iter([(span.start // self.samples_per_shard, len(span)) for span in missing])
+        self._spans = [range(start, min(start + self.samples_per_shard, samples)) for start in range(0, samples, self.samples_per_shard)]
+        ours = range(self.rank, len(self._spans), self.ranks)
+        found = prefetch(partial(self._finished_before, hashed=True), ours, workers=2)
+        self._finished = {number: shard for number, shard in zip(ours, found, strict=True) if shard is not None}
+        missing = [number for number in ours if number not in self._finished]
+        if self.rank == 0:
+            of_others = [number for number in range(len(self._spans)) if number not in ours and not self._receipt(number).exists()]
+            self._samples_left = sum(len(self._spans[number]) for number in (*missing, *of_others))
+            check_room([self])
+        self._missing = iter([(number, len(self._spans[number])) for number in missing])
         self._next_shard()
-        return missing
+        return [self._spans[number] for number in missing]
 
-    def _check_room(self, samples: int) -> None:
-        """Refuse to start what the disk cannot hold; how far lossless packing will get is not known beforehand."""
-        if self.spec.compression not in ("none", "int8"):
-            return
-        needed = samples * self.spec.sample_bytes
-        free = shutil.disk_usage(self.scratch).free
-        if needed > free:
-            message = f"{needed / 1e9:.1f} GB are to be written, but {free / 1e9:.1f} GB are free; make room or choose another --scratch"
-            raise StoreWriteError(message, path=self.scratch, expected=needed, found=free)
+    @property
+    def bytes_announced(self) -> tuple[int, int]:
+        """Bytes of the samples that rank 0 found missing, of all ranks, and of all samples; 0 where lossless packing hides them."""
+        size = self.spec.sample_bytes if self.spec.compression in ("none", "int8") else 0
+        return self._samples_left * size, (self._announced or 0) * size
 
     def append(self, *, id: str, features: np.ndarray, mask: np.ndarray, image: np.ndarray | None = None, view: str = "identity") -> None:
         """Add one sample.
@@ -235,24 +246,30 @@ class StoreWriter:
         assert self._statistics is not None
         with writing(self._shard.path):
             record = self._shard.finish()
-            receipt = {"fingerprint": self.fingerprint, "shard": asdict(record), "statistics": self._statistics.to_dict()}
+            receipt = {
+                "fingerprint": self.fingerprint,
+                "first": self._number * self.samples_per_shard,
+                "shard": asdict(record),
+                "statistics": self._statistics.to_dict(),
+            }
             write_atomically(self._receipt(self._number), json.dumps(receipt).encode())
         self._finished[self._number] = (record, self._statistics)
         self._next_shard()
 
-    def _adopt(self, number: int, samples: int) -> bool:
-        """Take over shard ``number`` if it is finished, ours, and unchanged since it was written."""
+    def _finished_before(self, number: int, *, hashed: bool) -> tuple[ShardRecord, Statistics] | None:
+        """An announced shard if it is finished, of just its samples, and as long, or ``hashed`` unchanged, as it was written."""
+        file, positions = self.scratch / shard_name(number), self._spans[number]
         try:
             receipt = json.loads(self._receipt(number).read_bytes())
             record = ShardRecord(**receipt["shard"])
             statistics = Statistics.from_dict(receipt["statistics"])
-            ours = receipt["fingerprint"] == self.fingerprint != "" and record.samples == samples
-            if not ours or file_sha256(self.scratch / shard_name(number)) != record.sha256:
-                return False
+            ours = receipt["fingerprint"] == self.fingerprint != ""
+            just_these = (receipt["first"], record.samples) == (positions.start, len(positions))
+            if not (ours and just_these) or file.stat().st_size != record.bytes or (hashed and file_sha256(file) != record.sha256):
+                return None
         except (OSError, ValueError, KeyError, TypeError):  # no receipt, or a damaged one: the shard is made again
-            return False
-        self._finished[number] = (record, statistics)
-        return True
+            return None
+        return record, statistics
 
     def _receipt(self, number: int) -> Path:
         return self.scratch / (shard_name(number) + RECEIPT_SUFFIX)
@@ -276,17 +293,17 @@ class StoreWriter:
             self._unlock()
 
     def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
+        for lock in self._locks:
+            lock.release()
 
     def _publish(self) -> None:
         if self._shard is not None and self._announced is None:
             self._finish_shard()  # the last shard of an open-ended store may be short
         if self.rank != 0:
             return
-        for number, start in enumerate(range(0, self._announced or 0, self.samples_per_shard)):  # those of other ranks
-            if number not in self._finished:
-                self._adopt(number, min(self.samples_per_shard, (self._announced or 0) - start))
+        for number in range(len(self._spans)):  # those of other ranks, which they wrote just now, or took over by their hashes
+            if number not in self._finished and (shard := self._finished_before(number, hashed=False)) is not None:
+                self._finished[number] = shard
         numbers = sorted(self._finished)
         samples = sum(self._finished[number][0].samples for number in numbers)
         if self._announced not in (None, samples):
@@ -307,6 +324,24 @@ class StoreWriter:
                 file.unlink()  # left by a killed writer, or by one of other inputs
             write_index(self.scratch, index)
             move_into_place(self.scratch, self.path, leave_behind="*" + RECEIPT_SUFFIX)
+
+
+def clear_after_publication(path: Path, scratch: Path) -> None:
+    """Remove what the writer of a finished store left behind if it was killed just after the store got its name.
+
+    Raises
+    ------
+    StoreBusyError
+        When a writer is at work on ``path``, or in ``scratch``.
+    """
+    with writing(path), ExitStack() as locks:
+        for folder in (path, scratch):
+            locks.callback(_lock(folder).release)
+        clear_after_move(scratch, path, leave_behind="*" + RECEIPT_SUFFIX)
+
+
+def _lock(folder: Path) -> WriterLock:
+    return WriterLock(folder.with_name(f".{folder.name.lstrip('.')}.lock"))
 
 
 def shard_name(number: int) -> str:
