@@ -100,12 +100,28 @@ def run(config: PrepareConfig, *, out: Path, scratch: Path, workers: int, downlo
 
     # The manifest, the summary, and the folder's final name.
     summary = _summary(config, list(entries), np.stack(pixels), classes)
-    for split, part in summary["splits"].items():
-        if part["void_share"] == 1:
-            raise DataError(root, f"the masks of split {split!r} hold not one labelled pixel; check prepare.void_index and the split")
+    _check_labels(root, summary)
     write_manifest(building, list(entries), summary)
     move_into_place(building, out)
     return summary
+
+
+def _check_labels(root: Path, summary: dict[str, Any]) -> None:
+    """Refuse splits without a label, and training masks of one class alone; name classes that are in none of them."""
+    for split, part in summary["splits"].items():
+        if part["void_share"] == 1:
+            raise DataError(root, f"the masks of split {split!r} hold not one labelled pixel; check prepare.void_index and the split")
+    photographs = summary["splits"]["train"]["images_with_class"]
+    absent = [name for name, count in photographs.items() if not count]
+    if len(absent) == len(photographs) - 1:
+        only = next(name for name, count in photographs.items() if count)
+        message = (
+            f"the training masks hold one class alone, {only!r} ({summary['void_index']} means no label: "
+            "where it is your object, write its number); check the masks"
+        )
+        raise DataError(root, message, expected="two classes", found=only)
+    if absent:
+        tqdm.write(f"prepare: no training mask has a pixel of {', '.join(absent)}")
 
 
 def _with_fewer_for_training(pairs: list[Pair], config: PrepareConfig) -> list[Pair]:
@@ -158,6 +174,11 @@ def _converted(pair: Pair, found: Found, building: Path) -> Pair:
 def _check_ids(root: Path, pairs: list[Pair]) -> None:
     if not pairs:
         raise DataError(root, "holds no photographs with masks")
+    for path in (path for pair in pairs for path in (pair.image, pair.mask)):
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise DataError(root, f"the name {path.name!r} is not in UTF-8, as manifests and stores are; rename the file") from None
     twice = [id for id, count in Counter(pair.id for pair in pairs).items() if count > 1]
     if twice:
         raise DataError(root, f"id {twice[0]} occurs twice; ids must be unique", expected="unique ids", found=twice[0])

@@ -6,12 +6,21 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from featurestore import VOID
 from stages.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+UPRIGHT = {  # what turns a photograph of this EXIF orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
 
 
@@ -45,7 +54,9 @@ def decode_image(content: bytes, path: Path) -> Image.Image:
             if depth := too_deep(file):
                 raise DataError(path, f"this photograph {depth}", expected="RGB or L", found=file.mode)
             return upright(file)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise errors of many kinds, and the file's name is what is needed
         raise DataError(path, f"not a readable image, or a truncated one ({error}); replace it") from error
 
 
@@ -60,9 +71,12 @@ def too_deep(image: Image.Image) -> str:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An opened photograph in RGB, turned as its EXIF tag says."""
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    image = ImageOps.exif_transpose(image) if turned else image
+    """An opened photograph in RGB, turned as its EXIF tag says.
+
+    Not by Pillow's ``exif_transpose``: it writes all tags anew, and fails at those of some cameras.
+    """
+    turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    image = image if turn is None else image.transpose(turn)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -78,7 +92,7 @@ def decode_mask(content: bytes, path: Path, *, num_classes: int, void_index: int
         with Image.open(io.BytesIO(content)) as image:
             image.load()
             mode, mask = image.mode, np.asarray(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # as above
         raise DataError(path, f"not a readable mask, or a truncated one ({error}); replace it") from error
     if mode not in ("P", "L", "1", "I;16", "I") or mask.ndim != 2:
         message = f"the mask has mode {mode} (colours), expected one channel of class indices (mode P or L); convert it"

@@ -30,7 +30,7 @@ def open_mask(path: Path) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content))
         image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise errors of many kinds
         raise DataError(path, f"not a readable mask, or a truncated one ({error}); replace it") from error
     return image
 

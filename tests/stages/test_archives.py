@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 import tarfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,24 +28,9 @@ def write_tar(path: Path, *members: tarfile.TarInfo, mode: str = "w") -> None:
             tar.addfile(member, io.BytesIO(bytes(member.size)))
 
 
-def write_zip(path: Path, *members: zipfile.ZipInfo) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zipped:
-        zipped.mkdir("data") if hasattr(zipped, "mkdir") else zipped.writestr("data/", "")
-        for name, content in FILES.items():
-            zipped.writestr(name, content)
-        for member in members:
-            zipped.writestr(member, b"../../outside")
-
-
 def tar_member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, link
-    return info
-
-
-def zip_member(name: str, mode: int = 0) -> zipfile.ZipInfo:
-    info = zipfile.ZipInfo("x")
-    info.filename, info.external_attr = name, mode << 16  # past ZipInfo's own cleaning of names
     return info
 
 
@@ -60,7 +43,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "tar.gz": lambda path: write_tar(path, mode="w:gz"),
     "tar.bz2": lambda path: write_tar(path, mode="w:bz2"),
     "tar.xz": lambda path: write_tar(path, mode="w:xz"),
-    "zip": write_zip,
 }
 
 
@@ -102,15 +84,6 @@ BAD_TARS = {
     "a device": ([tar_member("null", tarfile.CHRTYPE)], "is neither file nor folder"),
     "a pipe": ([tar_member("pipe", tarfile.FIFOTYPE)], "is neither file nor folder"),
 }
-BAD_ZIPS = {
-    "a path upwards": (zip_member("../outside"), "would leave the folder"),
-    "a path up from a folder": (zip_member("data/../../outside"), "would leave the folder"),
-    "an absolute path": (zip_member("/outside"), "would leave the folder"),
-    "a drive": (zip_member("C:/outside"), "would leave the folder"),
-    "backslashes": (zip_member("..\\outside"), "would leave the folder"),
-    "a symbolic link": (zip_member("link", stat.S_IFLNK | 0o777), "is neither file nor folder"),
-    "a device": (zip_member("null", stat.S_IFCHR | 0o666), "is neither file nor folder"),
-}
 
 
 def assert_refused(tmp_path: Path, words: str) -> None:
@@ -131,15 +104,6 @@ def test_malicious_tars_are_refused(tmp_path: Path, case: str) -> None:
     assert_refused(tmp_path, words)
 
 
-@pytest.mark.parametrize("case", BAD_ZIPS)
-def test_malicious_zips_are_refused(tmp_path: Path, case: str) -> None:
-    member, words = BAD_ZIPS[case]
-    write_zip(tmp_path / "archive", member)
-    with zipfile.ZipFile(tmp_path / "archive") as zipped:
-        assert member.filename in zipped.namelist()
-    assert_refused(tmp_path, words)
-
-
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
 def test_damaged_archives_leave_nothing(tmp_path: Path, kind: str, share: float) -> None:
@@ -149,22 +113,12 @@ def test_damaged_archives_leave_nothing(tmp_path: Path, kind: str, share: float)
     assert_refused(tmp_path, "is no archive, or a damaged one")
 
 
-@pytest.mark.parametrize("kind", ["tar.gz", "zip"])
-def test_archives_with_changed_bytes_leave_nothing(tmp_path: Path, kind: str) -> None:
-    WRITERS[kind](tmp_path / "archive")
+def test_archives_with_changed_bytes_leave_nothing(tmp_path: Path) -> None:
+    write_tar(tmp_path / "archive", mode="w:gz")
     content = bytearray((tmp_path / "archive").read_bytes())
-    place = 60 if kind == "tar.gz" else content.index(b"a.txt") + len("a.txt")  # compressed bytes
-    content[place] ^= 0xFF
+    content[60] ^= 0xFF  # compressed bytes
     (tmp_path / "archive").write_bytes(content)
     assert_refused(tmp_path, "is no archive, or a damaged one")
-
-
-def test_encrypted_zips_are_refused(tmp_path: Path) -> None:
-    write_zip(tmp_path / "archive")
-    content = bytearray((tmp_path / "archive").read_bytes())
-    content[content.index(b"PK\x01\x02") + 8] |= 1
-    (tmp_path / "archive").write_bytes(content)
-    assert_refused(tmp_path, "is encrypted")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from stages.data import voc, wastesim
 from stages.data.images import decode_image, decode_mask, resize_pair
@@ -180,6 +182,34 @@ def test_photographs_are_turned_as_their_exif_tag_says(tmp_path: Path) -> None:
     assert decode_image((tmp_path / "a.jpg").read_bytes(), tmp_path / "a.jpg").size == (20, 30)
 
 
+def test_a_camera_whose_tags_nobody_can_write_is_no_obstacle(tmp_path: Path) -> None:
+    """Software, a text, given as a fraction: Pillow's ``exif_transpose`` raises AttributeError at it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x0131] = "abcdefg"
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    content = (tmp_path / "a.jpg").read_bytes()
+    order = "little" if b"Exif\0\0II" in content else "big"
+    entry = b"".join(number.to_bytes(size, order) for number, size in ((0x0131, 2), (2, 2), (8, 4)))  # tag, text, eight bytes
+    assert content.count(entry) == 1
+    fraction = b"".join(number.to_bytes(size, order) for number, size in ((0x0131, 2), (5, 2), (1, 4)))
+    content = content.replace(entry, fraction)
+    with pytest.raises(AttributeError):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    assert decode_image(content, tmp_path / "a.jpg").size == (20, 30)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_is_turned_as_pillow_does(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
+    found = decode_image((tmp_path / "a.png").read_bytes(), tmp_path / "a.png")
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
 def test_the_files_void_value_becomes_255(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 11]], np.uint8)).save(tmp_path / "a.png")
     mask = decode_mask((tmp_path / "a.png").read_bytes(), tmp_path / "a.png", num_classes=11, void_index=11)
@@ -258,6 +288,31 @@ def test_a_split_without_a_label_is_refused(photos: Path, tmp_path: Path) -> Non
     for file in (photos / "masks" / "test").iterdir():
         save(file, np.full((64, 64), 255, np.uint8))
     with pytest.raises(DataError, match="split 'test' hold not one labelled pixel"):
+        prepare(config(photos), tmp_path)
+
+
+def test_masks_of_0_and_255_are_not_taken_for_one_class(photos: Path, tmp_path: Path) -> None:
+    (photos / "classes.csv").write_text("name\nbackground\nobject\n")
+    for file in (photos / "masks").rglob("*.png"):
+        save(file, np.asarray(Image.open(file)).astype(bool) * np.uint8(255))
+    with pytest.raises(
+        DataError, match=r"hold one class alone, 'background' \(255 means no label: where it is your object, write its number\)"
+    ):
+        prepare(config(photos), tmp_path)
+
+
+def test_a_class_without_training_pixels_is_named(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(photos / "classes.csv", "a") as file:
+        file.write("unicorn,1,2,3\n")
+    prepare(config(photos), tmp_path)
+    assert "no training mask has a pixel of unicorn" in capsys.readouterr().out
+
+
+def test_a_name_that_is_not_utf_8_is_named(photos: Path, tmp_path: Path) -> None:
+    for folder, suffix in ((b"images", b".jpg"), (b"masks", b".png")):
+        place = os.fsencode(photos) + b"/" + folder + b"/train/"
+        os.rename(place + b"0" + suffix, place + b"M\xfcll" + suffix)
+    with pytest.raises(DataError, match=r"the name 'M\\udcfcll\.\w+' is not in UTF-8, as manifests and stores are; rename the file"):
         prepare(config(photos), tmp_path)
 
 
