@@ -19,6 +19,7 @@ from commands.export import export
 from commands.generate import generate
 from commands.options import (
     PRESETS,
+    check_classes,
     check_features,
     device_option,
     download_option,
@@ -54,8 +55,11 @@ class Pipeline(click.Group):
             raise
         except Exception as error:
             from featurestore.errors import FeatureStoreError
+            from featurestore.files import FULL, not_written
             from stages.errors import CollapseError, ConfigError, DataError, DivergenceError
 
+            if isinstance(error, OSError) and error.errno in FULL:
+                error = not_written(error.filename or "this disk", error)
             if not isinstance(error, (CollapseError, ConfigError, DataError, DivergenceError, FeatureStoreError)):
                 raise
             click.echo(f"Error: {error}", err=True)
@@ -121,6 +125,7 @@ def prepare(params: Path, scratch: Path, workers: int, download: bool) -> None:
     summary = run(sections["prepare"], out=DATASET, scratch=scratch, workers=workers, download=download)
     sizes = ", ".join(f"{split} {part['images']}" for split, part in summary["splits"].items())
     click.echo(f"{DATASET}: {summary['images']} photographs ({sizes}), {len(summary['classes'])} classes, all checked")
+    check_classes(sections, summary["classes"])  # what would stop a later stage, after the features and the GAN
 
 
 @main.command(short_help="Cache the frozen backbone's features.")
@@ -134,9 +139,10 @@ def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sections = load_params(params, device)
     from stages.extract import run
+    from stages.runtime import first_process
 
     stores = run(sections["extract"], dataset=DATASET, out=FEATURES, scratch=scratch, device=device, workers=workers)
-    for store in stores.values():
+    for store in stores.values() if first_process() else ():
         size = sum(record.bytes for record in store.records)
         click.echo(f"{store.path}: {len(store)} samples of {' x '.join(map(str, store.spec.feature_shape))}, {size / 1e6:.1f} MB")
 

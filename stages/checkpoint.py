@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from featurestore import StoreSpec
-from featurestore.files import sync_folder
+from featurestore.files import sync_folder, write_atomically, writing
 from stages.distributed import agree, alike, several_processes
 from stages.errors import DataError
 from stages.gan import AnyGenerator, Networks, build_networks
 from stages.models.decoder import Decoder
+from stages.runtime import write_json
 
 CONFIG_NAME = "config.json"
 OPTIMIZERS_NAME = "optimizers.pt"
@@ -86,8 +87,9 @@ class Checkpoint:
         """Save: whole or not at all. Of several processes the main one does."""
         if not self.main:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_atomically(state, self.path)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_atomically(state, self.path)
         self.saved_at = time.monotonic()
 
     def remove(self) -> None:
@@ -112,7 +114,9 @@ def save_atomically(state: Any, path: Path) -> None:
 
 def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
     """A network's state dict as safetensors."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    with writing(path):
+        write_atomically(path, content)
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -147,7 +151,8 @@ def save_gan(folder: Path, state: Mapping[str, Any], config: Mapping[str, Any]) 
     ``generator.safetensors`` is the one to generate with. Where that is an average,
     ``generator-trained.safetensors`` is the one that training goes on from.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     average = state["training"]["average"]
     for name, weights in state["networks"].items():
         save_weights(weights, folder / f"{TRAINED if name == 'generator' and average else name}.safetensors")
@@ -155,8 +160,9 @@ def save_gan(folder: Path, state: Mapping[str, Any], config: Mapping[str, Any]) 
         prefix = "module."
         weights = {name.removeprefix(prefix): tensor for name, tensor in average.items() if name.startswith(prefix)}
         save_weights(weights, folder / "generator.safetensors")
-    save_atomically(state["training"], folder / OPTIMIZERS_NAME)
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    with writing(folder):
+        save_atomically(state["training"], folder / OPTIMIZERS_NAME)
+    write_json(folder / CONFIG_NAME, config)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -40,13 +40,18 @@ def agree(choice: Choice) -> Choice:
     return chosen[0]
 
 
-def alike(value: Any) -> bool:
-    """Whether all processes have the same value."""
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes, in order."""
     if not several_processes():
-        return True
+        return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
-    return all(other == value for other in values)
+    return values
+
+
+def alike(value: Any) -> bool:
+    """Whether all processes have the same value."""
+    return all(other == value for other in gathered(value))
 
 
 def draw_noise(rng: torch.Generator, ratio: int, batch: int, z_dim: int, device: torch.device) -> Tensor:

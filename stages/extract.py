@@ -22,15 +22,18 @@ from tqdm import tqdm
 import featurestore
 import stages.data.images
 import stages.models.backbone
-from featurestore import FeatureStore, FeatureStoreError, SampleError, SpecMismatchError, StoreSpec
+from featurestore import FeatureStore, FeatureStoreError, SampleError, SpecMismatchError, StoreReadError, StoreSpec
 from featurestore.codec import all_finite
 from featurestore.prefetch import prefetch
+from featurestore.room import check_room
+from featurestore.writer import clear_after_publication
 from stages.config import Config, Once
 from stages.data.images import decode_image, decode_mask, read_bytes, resize_pair
 from stages.data.manifest import SPLITS, Classes, Entry, read_manifest
+from stages.distributed import agree
 from stages.errors import ConfigError, DataError
 from stages.models.backbone import OUTPUT_STRIDE, Backbone, BackboneError, build_backbone, known_backbone
-from stages.runtime import make_accelerator, progress, source_digest
+from stages.runtime import make_accelerator, progress, source_digest, verify_store
 
 Side = Annotated[int, Field(ge=64, le=4096, multiple_of=OUTPUT_STRIDE)]
 
@@ -86,7 +89,7 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
         ``auto``, ``cpu`` or ``cuda``.
     workers
         Threads that decode photographs; the bytes written do not depend on it, nor on how many processes a
-        launcher (torchrun, SLURM) starts: shard i is made by rank i modulo their number.
+        launcher (torchrun) starts: shard i is made by rank i modulo their number.
 
     Returns
     -------
@@ -101,8 +104,6 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
     # The network, on its device.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the first rank to be done waits for the last
     accelerator = make_accelerator(device, "bf16" if config.compute == "bf16" else "no", kwargs_handlers=[patience])
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    torch.backends.cudnn.deterministic = True
     entries, classes = read_manifest(dataset)
     try:
         backbone = build_backbone(name=config.backbone, weights=config.weights)
@@ -118,7 +119,8 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
 
     # All splits are extracted before the first is published: an interrupted run finds every finished shard again,
     # and not one of them where DVC removes a stage's outputs before it starts.
-    with ExitStack() as unpublished:
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False), ExitStack() as unpublished:  # fp32 means fp32
+        unfinished: list[tuple[featurestore.StoreWriter, list[tuple[Entry, str]], list[range]]] = []
         for split in SPLITS:
             views = config.views if split == "train" else ("identity",)
             samples: list[tuple[Entry, str]] = [(entry, view) for view in views for entry in entries if entry.split == split]
@@ -131,23 +133,29 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
                 torch=torch.__version__,
                 device=accelerator.device.type,
             )
-            if _is_there(out / split, identity):
+            shards = scratch / split / identity[:16]
+            if agree(accelerator.is_main_process and _is_there(out / split, identity, shards, workers)):
                 continue
             with accelerator.main_process_first():  # rank 0 holds the lock: the others follow once it has it
                 writer = featurestore.create(
                     out / split,
                     spec,
-                    scratch=scratch / split / identity[:16],
+                    scratch=shards,
                     fingerprint=identity,
                     overwrite=True,
                     rank=accelerator.process_index,
                     ranks=accelerator.num_processes,
                 )
             unpublished.enter_context(writer)
-            missing = writer.resume(len(samples))
+            unfinished.append((writer, samples, writer.resume(len(samples))))
+        if accelerator.is_main_process:
+            check_room(writer for writer, _, _ in unfinished)
+        for writer, samples, missing in unfinished:
             _fill(writer, samples, missing, config=config, classes=classes, backbone=backbone, accelerator=accelerator, workers=workers)
         accelerator.wait_for_everyone()
     accelerator.wait_for_everyone()  # rank 0 has published
+    if accelerator.is_main_process:
+        _mention_unfinished(scratch)
     return {split: featurestore.open(out / split) for split in SPLITS}
 
 
@@ -231,18 +239,34 @@ def check_spec(config: ExtractConfig, path: Path) -> StoreSpec:
     return spec
 
 
-def _is_there(path: Path, identity: str) -> bool:
-    """Whether a sound store of exactly these inputs lies at ``path`` already."""
+def _is_there(path: Path, identity: str, scratch: Path, workers: int) -> bool:
+    """Whether a sound store of exactly these inputs lies at ``path`` already; what its writer may have left in ``scratch`` goes then.
+
+    Raises
+    ------
+    StoreReadError, StoreBusyError
+        When the store cannot be read here, which is no reason to replace it; when it is being written.
+    """
     try:
         store = featurestore.open(path)
         if store.fingerprint != identity:
             return False
-        store.verify()
+        verify_store(store, workers=workers)
+    except StoreReadError:
+        raise
     except FeatureStoreError as problem:
         if path.exists():
             tqdm.write(f"{problem}: extracting it again")
         return False
+    clear_after_publication(path, scratch)
     return True
+
+
+def _mention_unfinished(scratch: Path) -> None:
+    """Name the shards that an interrupted extraction with other parameters left: nothing else would remind of them."""
+    for folder in (folder for split in SPLITS for folder in (scratch / split).glob("[0-9a-f]*/")):
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        tqdm.write(f"{folder}: {size / 1e9:.1f} GB of an unfinished extraction with other parameters; remove it if it is not to go on")
 
 
 @dataclass

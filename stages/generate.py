@@ -94,8 +94,6 @@ def run(
     encodes = architecture["family"] == "gan" and architecture["image_encoder"]
     source = open_masks(masks, spec, images=encodes)
     accelerator = make_accelerator(device, "no")
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    torch.backends.cudnn.deterministic = True
     network = load_generator(gan).to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     encoder = load_gan(gan)[0].image_encoder if source.has_images else None
     if encoder is not None:
@@ -127,7 +125,8 @@ def run(
     threads = torch.get_num_threads()
     streams = threads if accelerator.device.type == "cpu" else 0
     try:
-        with writer, progress((), f"generate: {out.name}", len(source) * per_mask, "sample") as bar:
+        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)  # fp32 means fp32
+        with exact, writer, progress((), f"generate: {out.name}", len(source) * per_mask, "sample") as bar:
             todo = [divmod(place, per_mask) for span in writer.resume(len(source) * per_mask) for place in span]
             bar.update(len(source) * per_mask - len(todo))
             inputs = prefetch(read, todo, workers=workers, ahead=8)

@@ -16,7 +16,7 @@ from stages.checkpoint import load_decoder, read_precision, read_spec
 from stages.errors import ConfigError, DataError
 from stages.evaluation import evaluate
 from stages.metrics import Scores, mean_iou
-from stages.runtime import make_accelerator, progress, write_json
+from stages.runtime import make_accelerator, progress, verify_stores, write_json
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def evaluate_decoder(
     if precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
         precision = "no"  # a CPU cannot, and float32 is no less exact
     accelerator = make_accelerator(device, precision)
-    opened.verify(workers=workers)
+    verify_stores(opened, workers=workers)
     positions = opened.positions("identity")
     loader = FeatureLoader(opened, batch_size, positions=positions, workers=workers, device=accelerator.device)
     network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

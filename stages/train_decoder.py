@@ -39,6 +39,7 @@ from stages.runtime import (
     seed_everything,
     share,
     source_digest,
+    verify_stores,
     write_json,
 )
 from stages.runtime import generator as random_generator
@@ -127,8 +128,7 @@ def run(
     stores = {split: featurestore.open(features / split) for split in ("train", "val", "test")}
     train, spec = stores["train"], stores["train"].spec
     check_stores(config, stores)
-    for store in stores.values():
-        store.verify()
+    verify_stores(*stores.values(), workers=workers)
     positions = train.positions("identity")
     load = partial(
         FeatureLoader,

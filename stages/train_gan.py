@@ -26,7 +26,7 @@ from stages.models.flow_generator import FlowGenerator
 from stages.models.generator import UPSAMPLING
 from stages.monitor import MEASURED, Monitor, MonitorConfig
 from stages.runtime import generator as random_generator
-from stages.runtime import make_accelerator, progress, seed_everything, share, source_digest
+from stages.runtime import make_accelerator, progress, seed_everything, share, source_digest, verify_stores
 from stages.tracking import TRACKERS, History, Means
 from stages.trainer import Trainer
 
@@ -164,8 +164,7 @@ def run(
     share(config.batch_size, accelerator.num_processes, config.gradient_accumulation, "train_gan.batch_size")
     store, held_out = featurestore.open(features / "train"), featurestore.open(features / "val")
     check_store(config, store)
-    for opened in (store, held_out):
-        opened.verify()  # seconds now, against a night on damaged features
+    verify_stores(store, held_out, workers=workers)
     batches = FeatureLoader(
         store,
         config.batch_size,

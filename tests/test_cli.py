@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -311,6 +313,16 @@ def test_bad_data_exits_with_1_and_names_the_file(params: Path, photos: Path) ->
     result = call("prepare")
     assert result.exit_code == 1
     assert "photos/masks/train/0.png: this mask is missing" in one_line(result)
+
+
+def test_a_full_disk_is_one_line(params: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(folder: Path, *_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "manifest.csv"))
+
+    monkeypatch.setattr("stages.prepare.write_manifest", full)
+    result = call("prepare")
+    assert result.exit_code == 1
+    assert "manifest.csv: cannot be written (No space left on device); make room" in one_line(result)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import featurestore
-from featurestore import ShardCorruptError, StoreBusyError
+from featurestore import ShardCorruptError, StoreBusyError, StoreReadError
 from stages import extract
 from stages.data.manifest import read_manifest
 from stages.errors import ConfigError, DataError
@@ -185,6 +186,36 @@ def test_a_damaged_shard_is_found_and_extracted_again(prepared: Path, capsys: py
     run(config(), prepared)
     assert "extracting it again" in capsys.readouterr().out
     assert digests(prepared / "features") == before
+
+
+def test_a_store_that_cannot_be_read_here_is_not_replaced(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(config(), prepared)
+    before = digests(prepared / "features")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("featurestore.reader.file_sha256", refuse)
+    with pytest.raises(StoreReadError, match="Too many open files"):
+        run(config(), prepared)
+    assert digests(prepared / "features") == before
+
+
+def test_unfinished_work_of_other_parameters_is_named(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = next(entry for entry in read_manifest(prepared / "dataset")[0] if entry.split == "test")
+    content = Path(entry.image).read_bytes()
+    Path(entry.image).write_bytes(b"damaged")
+    with pytest.raises(DataError):
+        run(config(feature_dtype="float32"), prepared)
+    Path(entry.image).write_bytes(content)
+    run(config(), prepared)
+    named = [
+        line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if "unfinished extraction with other parameters" in line
+    ]
+    assert [Path(name).parent.name for name in named] == ["train", "val", "test"]
+    assert list(Path(named[0]).glob("shard-*.h5"))
+    run(config(feature_dtype="float32"), prepared, out="other")
+    assert "unfinished" not in capsys.readouterr().out
 
 
 # -- kill -9 -------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +14,18 @@ import pandas as pd
 import pytest
 import torch
 from pydantic import TypeAdapter
+from safetensors.torch import load_file
 from torch import Tensor
 
 import featurestore
-from featurestore import IncompleteStoreError, ShardCorruptError, SpecMismatchError
+from featurestore import IncompleteStoreError, ShardCorruptError, SpecMismatchError, StoreWriteError
 from featurestore.dataset import Batch, FeatureLoader
 from stages import train_decoder, train_gan
 from stages.analysis.curves import read_curves
 from stages.augment.base import Context, Part
 from stages.augment.new_masks import NewMasks
 from stages.augment.registry import Variant, build_augmenter
-from stages.checkpoint import Checkpoint, load_decoder, load_gan, load_generator
+from stages.checkpoint import Checkpoint, load_decoder, load_gan, load_generator, save_weights
 from stages.errors import ConfigError, DataError, DivergenceError
 from stages.gan_trainer import GanTrainer
 from stages.metrics import Scores, confusion_matrix, score
@@ -31,7 +34,7 @@ from stages.models.generator import Generator
 from stages.models.spectral import SpectralConv2d
 from stages.monitor import MonitorConfig
 from stages.runtime import generator as random_generator
-from stages.runtime import make_accelerator
+from stages.runtime import make_accelerator, verify_stores, write_json
 from stages.train_decoder import TrainDecoderConfig
 from stages.train_gan import TrainGanConfig
 from tests.conftest import run
@@ -445,6 +448,47 @@ def test_a_damaged_shard_stops_training_by_name(features: Path, tmp_path: Path) 
     shard.write_bytes(content[:-10])
     with pytest.raises(IncompleteStoreError, match=r"shard-00001.h5"):
         run_gan(tmp_path / "features", tmp_path)
+
+
+def test_processes_of_one_machine_share_the_verification(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(features, tmp_path / "features")
+    store = featurestore.open(tmp_path / "features" / "train")
+    shard = store.folder / "shard-00001.h5"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    verify_stores(store, workers=1)  # the first of two processes reads the shards 0, 2, ...
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ShardCorruptError, match=r"shard-00001.h5: damaged"):
+        verify_stores(store, workers=1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    with pytest.raises(ShardCorruptError, match=r"shard-00001.h5: damaged"):
+        verify_stores(store, workers=1)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(tmp_path / "test.json", {"miou": 0.5})
+    save_weights({"a": torch.zeros(3)}, tmp_path / "a.safetensors")
+    checkpoint = Checkpoint(tmp_path / "run", minutes=0, main=True)
+    checkpoint.save(history=[], step=1)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for save in (
+        lambda: write_json(tmp_path / "test.json", {"miou": 0.7}),
+        lambda: save_weights({"a": torch.ones(3)}, tmp_path / "a.safetensors"),
+        lambda: checkpoint.save(history=[], step=2),
+    ):
+        with pytest.raises(StoreWriteError, match=r"cannot be written \(No space left on device\); make room"):
+            save()
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "test.json").read_text()) == {"miou": 0.5}
+    assert load_file(tmp_path / "a.safetensors")["a"].tolist() == [0, 0, 0]
+    assert checkpoint.load() == {"history": [], "step": 1}
 
 
 # -- train-decoder -------------------------------------------------------------------------------------
