@@ -124,18 +124,34 @@ def check_features(sections: Mapping[str, Any], features: Path, splits: Sequence
     Raises
     ------
     ConfigError
-        When the report is to be of classes that the features do not have.
+        As :func:`check_classes` says.
     FeatureStoreError
         When a store is missing or damaged, or was extracted with other parameters.
     """
-    from stages.errors import ConfigError
     from stages.extract import check_spec
 
     for split in splits:
-        spec = check_spec(sections["extract"], features / split)
-        for name in sections["report"].headline_classes:
-            if name not in spec.class_names:
-                raise ConfigError("report.headline_classes", f"{name!r} is no class of this data set ({', '.join(spec.class_names)})")
+        check_classes(sections, check_spec(sections["extract"], features / split).class_names)
+
+
+def check_classes(sections: Mapping[str, Any], classes: Sequence[str]) -> None:
+    """Refuse parameters that do not go with a data set's classes.
+
+    Raises
+    ------
+    ConfigError
+        When the report is to be of others, or a variant of the comparison needs more of them.
+    """
+    from stages.errors import ConfigError
+
+    for name in sections["report"].headline_classes:
+        if name not in classes:
+            raise ConfigError("report.headline_classes", f"{name!r} is no class of this data set ({', '.join(classes)})")
+    for name in sections["compare"].variants:
+        needed = sections["variants"][name].needs_classes
+        if len(classes) < needed:
+            message = f"variant {name!r} needs {needed} classes, the background among them, found {len(classes)}; leave it out"
+            raise ConfigError("compare.variants", message, expected=needed, found=len(classes))
 
 
 def check_params(values: Mapping[str, Any], where: str) -> dict[str, Any]:

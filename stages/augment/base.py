@@ -59,6 +59,11 @@ class VariantConfig(Config):
         return self.view == "random"
 
     @property
+    def needs_classes(self) -> int:
+        """How many classes a data set must have for it."""
+        return 2
+
+    @property
     def needs_family(self) -> str | None:
         """Which family of generators it works with alone."""
         return None

@@ -21,6 +21,11 @@ class ClassTransferConfig(SourceConfig):
     augmenter: Literal["class-transfer"]
     share: float = Field(default=1.0, gt=0, le=1)  # of the samples that it happens to; the others are added as they are
 
+    @property
+    def needs_classes(self) -> int:
+        """Two things, and what they lie on."""
+        return 3
+
 
 class ClassTransfer(Augmenter):
     """``x + mu_d - mu_c`` for an object of class c that the new mask calls d; mu are the means of the classes' pixels.

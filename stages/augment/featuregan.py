@@ -60,6 +60,11 @@ class FeatureGANConfig(SourceConfig):
         return True
 
     @property
+    def needs_classes(self) -> int:
+        """A thing that is exchanged becomes another thing: two of them, and what they lie on."""
+        return 3 if "swap" in self.new_masks else 2
+
+    @property
     def added_batches(self) -> int:
         """The draws."""
         return self.ratio

@@ -100,6 +100,11 @@ class CombinedConfig(VariantConfig):
         return super().needs_mirrored or any(member.needs_mirrored for member in self.of)
 
     @property
+    def needs_classes(self) -> int:
+        """What the most demanding member does."""
+        return max(member.needs_classes for member in self.of)
+
+    @property
     def needs_family(self) -> str | None:
         """The members'; there is one generator."""
         return next((member.needs_family for member in self.of if member.needs_family), None)

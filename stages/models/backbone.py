@@ -138,7 +138,8 @@ def build_backbone(*, name: str, weights: str) -> Backbone:
 def _build_resnet(name: str, weights: str) -> Backbone:
     # IMAGENET1K_V1 are the weights that torchvision's deeplabv3_resnet* start from.
     if weights == "default":
-        state = _from_hub(name, lambda: torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=False))
+        known = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+        state = _from_hub(name, known.url, lambda: known.get_state_dict(progress=False))
     else:
         state = _read_state(weights)
     resnet = torchvision.models.get_model(name, weights=None, replace_stride_with_dilation=[False, True, True])
@@ -201,7 +202,8 @@ def _build_timm(name: str, weights: str) -> Backbone:
 
     network = create_timm(name)
     if weights == "default":
-        state = _from_hub(name, lambda: timm.create_model(name.removeprefix(TIMM), pretrained=True, **DENSE).state_dict())
+        source = f"https://huggingface.co/{network.pretrained_cfg.get('hf_hub_id') or 'timm'}"
+        state = _from_hub(name, source, lambda: timm.create_model(name.removeprefix(TIMM), pretrained=True, **DENSE).state_dict())
         network.load_state_dict(state)
     else:
         # With features_only timm flattens some networks: stages.0.x becomes stages_0.x.
@@ -226,12 +228,14 @@ def _unflattened(name: str) -> str:
     return name.replace("_", ".")
 
 
-def _from_hub(name: str, load: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def _from_hub(name: str, source: str, load: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     try:
         return load()
     except Exception as error:  # URLError, HTTPError, OSError, hub errors: all mean that the download failed
         reason = " ".join(str(error).split())[:200]
-        message = f"the default weights of {name} cannot be downloaded ({reason}); download them elsewhere and give the file as the weights"
+        message = (
+            f"the default weights of {name} cannot be downloaded ({reason}); download {source} elsewhere and give the file as the weights"
+        )
         raise BackboneError(message) from error
 
 

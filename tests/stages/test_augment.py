@@ -420,6 +420,7 @@ def test_combined_variants_need_what_their_members_need() -> None:
     of = [varied, {"augmenter": "hflip-views"}, {"augmenter": "isda"}]
     needs = TypeAdapter(Variant).validate_python({"augmenter": "combined", "of": of})
     assert (needs.needs_gan, needs.needs_mirrored, needs.needs_family, needs.added_batches) == (True, True, "flow", 3)
+    assert needs.needs_classes == 2
     needs = TypeAdapter(Variant).validate_python({"augmenter": "combined", "of": [{"augmenter": "noise"}, {"augmenter": "isda"}]})
     assert (needs.needs_gan, needs.needs_mirrored, needs.needs_family, needs.added_batches) == (False, False, None, 1)
 
