@@ -137,6 +137,7 @@ class Workshop:
             "settings": _settings(run),
             "made_with": {
                 **sources,
+                "commit": _commit(),
                 "torch": torch.__version__,
                 "device": _device_name(),
                 "threads": self.threads,
@@ -259,6 +260,18 @@ def _device_name() -> str:
 def _sources() -> str:
     """The digest of the code that a stage started now would run."""
     return source_digest(stages, featurestore)[:16]
+
+
+def _commit() -> str:
+    """The commit of this code, ending in ``-dirty`` where it was changed since; empty where it is no checkout."""
+    root = Path(stages.__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed: a repository around it is another project's
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _made_by(shared: Path) -> str:

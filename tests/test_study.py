@@ -85,6 +85,7 @@ def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path, monkeypa
         made_with = json.loads(files[f"all/{name}-0.json"])["made_with"]
         assert sorted(key for key in made_with if key.endswith("_sources")) == kinds
         assert {made_with[kind] for kind in kinds} == {made_with["sources"]}
+        assert made_with["commit"].removesuffix("-dirty") == run("git", "rev-parse", "HEAD", cwd=ROOT, check=False).stdout.strip()
     assert str(tmp_path) not in files["all/baseline-0.json"].decode()  # any machine can go on from it
     working = {path.name.split("-")[0] for path in (tmp_path / "scratch" / "study").iterdir()}
     assert working == {"data", "gan", "lock"}  # the runs' own folders are gone
