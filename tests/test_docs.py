@@ -11,7 +11,7 @@ from stages.augment.registry import AUGMENTERS
 from tests.imports import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CITATION = re.compile(r"([A-Z][a-z-]+(?:[A-Z][a-z]+)?(?: et al\.| and [A-Z][a-z]+)),? \(?((?:19|20)\d\d)")
+CITATION = re.compile(r"([A-Z][\w-]+(?: et al\.| and [A-Z]\w+)),? \(?((?:19|20)\d\d[a-z]?)\b")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
