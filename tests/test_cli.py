@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 import pipeline
 from commands.options import load_params
@@ -313,6 +315,19 @@ def test_bad_data_exits_with_1_and_names_the_file(params: Path, photos: Path) ->
     result = call("prepare")
     assert result.exit_code == 1
     assert "photos/masks/train/0.png: this mask is missing" in one_line(result)
+
+
+def test_variants_that_the_classes_do_not_suffice_for_are_refused_by_prepare(params: Path, photos: Path) -> None:
+    (photos / "classes.csv").write_text("name\nbelt\nwaste\n")
+    for file in (photos / "masks").rglob("*.png"):
+        Image.fromarray(np.asarray(Image.open(file)).astype(bool).astype(np.uint8)).save(file)
+    change(params, "featuregan-2x]", "featuregan-2x, featuregan-edited]")
+    result = call("prepare")
+    assert result.exit_code == 2
+    words = "compare.variants: variant 'featuregan-edited' needs 3 classes, the background among them, found 2; leave it out"
+    assert words in one_line(result)
+    change(params, "featuregan-2x, featuregan-edited]", "featuregan-2x]")
+    assert call("prepare").exit_code == 0
 
 
 def test_a_full_disk_is_one_line(params: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ class NewMasks:
             if len(self.things) < needed:
                 found = len(self.things)
                 message = f"{doing} needs {needed} classes beside the one that most photographs have, found {found}; leave it out"
-                raise ConfigError("variants", message, expected=needed, found=found)
+                raise ConfigError("new_masks", message, expected=needed, found=found)
 
     def __call__(self, masks: Tensor, rng: torch.Generator) -> Tensor:
         """(B, H, W) uint8 -> (B, H, W) uint8."""

@@ -78,6 +78,7 @@ def test_features_are_the_backbones_own(prepared: Path) -> None:
 def test_bytes_do_not_depend_on_workers_and_a_second_run_computes_nothing(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(config(), prepared, out="a")
     run(config(), prepared, out="b", workers=2)
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32) == (False, True)  # a notebook's own settings are back
     assert digests(prepared / "a") == digests(prepared / "b")
     monkeypatch.setattr(featurestore, "create", lambda *_, **__: pytest.fail("extracted again"))
     run(config(), prepared, out="a")
