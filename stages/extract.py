@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -264,9 +264,10 @@ def _is_there(path: Path, identity: str, scratch: Path, workers: int) -> bool:
 
 def _mention_unfinished(scratch: Path) -> None:
     """Name the shards that an interrupted extraction with other parameters left: nothing else would remind of them."""
-    for folder in (folder for split in SPLITS for folder in (scratch / split).glob("[0-9a-f]*/")):
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        tqdm.write(f"{folder}: {size / 1e9:.1f} GB of an unfinished extraction with other parameters; remove it if it is not to go on")
+    for folder in (folder for split in SPLITS for folder in (scratch / split).glob("[0-9a-f]*") if folder.is_dir()):
+        with suppress(OSError):  # at work just now, for another project
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            tqdm.write(f"{folder}: {size / 1e9:.1f} GB of an unfinished extraction with other parameters; remove it if it is not to go on")
 
 
 @dataclass
