@@ -317,10 +317,10 @@ class FeatureStore:
 def _allow_open_files(shards: int) -> None:
     """Raise this process's own limit of open files, where a store has more shards: 256 and 1024 are usual, a terabyte has 4000."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * shards + 512  # a second store, and what else is open
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    with suppress(ValueError, OSError):  # macOS has a limit below the hard one; too few files are named when they are met
+        wanted = len(os.listdir("/dev/fd")) + 2 * shards + 512  # what is open, a second store, and what else will be
         wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with suppress(ValueError, OSError):  # macOS has a limit below the hard one; too few files are named when they are met
+        if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 

@@ -169,13 +169,16 @@ def test_a_store_of_more_shards_than_files_may_be_open(tmp_path: Path, monkeypat
         for number in range(30):
             writer.append(**sample(number))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    before = len(os.listdir("/proc/self/fd"))
+    others: list[int] = []
     try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        others += [os.open(tmp_path, os.O_RDONLY) for _ in range(700)]  # a notebook's own
+        before = len(os.listdir("/dev/fd"))
         resource.setrlimit(resource.RLIMIT_NOFILE, (before + 15, hard))
         store = featurestore.open(tmp_path / "store")
         store.verify()
         assert len(store.ids) == 30
-        assert len(os.listdir("/proc/self/fd")) - before <= 30  # a descriptor a shard
+        assert len(os.listdir("/dev/fd")) - before <= 30  # a descriptor a shard
         del store
         resource.setrlimit(resource.RLIMIT_NOFILE, (before + 15, hard))
         monkeypatch.setattr(resource, "setrlimit", lambda *_: None)  # where the hard limit is as low
@@ -184,6 +187,8 @@ def test_a_store_of_more_shards_than_files_may_be_open(tmp_path: Path, monkeypat
     finally:
         monkeypatch.undo()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in others:
+            os.close(descriptor)
 
 
 def test_processes_that_share_the_work_of_verifying_find_what_one_would(tmp_path: Path) -> None:
