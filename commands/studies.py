@@ -102,20 +102,31 @@ def study(
 @option("--class", "classes", multiple=True, help="Mean over this class, and others named so; means over all classes stand beside it.")
 @option("--baseline", default="baseline", help="The variant that others are compared with.")
 @option("--seed", "seeds", multiple=True, type=int, help="Only runs of this seed, and of others named so.")
+@option(
+    "--block-length",
+    type=click.IntRange(1),
+    default=1,
+    help="Draw so many test images together, next in name; of a video's frames some 20.",
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write tables (.md, .csv, .json) and pictures here.")
-def compare(results: tuple[Path, ...], classes: tuple[str, ...], baseline: str, seeds: tuple[int, ...], out: Path | None) -> None:
+def compare(
+    results: tuple[Path, ...], classes: tuple[str, ...], baseline: str, seeds: tuple[int, ...], block_length: int, out: Path | None
+) -> None:
     """Compare the runs of RESULTS, result files of studies or folders of them, variant by variant.
 
     Differences are to the baseline of the same seed: their mean, ± their standard deviation over seeds, and the mean's
-    95% interval by a paired bootstrap over the test images, for the decoders of these seeds.
+    95% interval by a paired bootstrap over the test images, for the decoders of these seeds. Where images resemble their
+    neighbours, as frames of a video do, --block-length keeps such intervals from being too narrow.
     Means are over the classes that the test images have. Runs on different data, or with decoders trained in other
     ways, are compared apart from each other. Where there are several numbers of training photographs, and one test
     split, --out also gets curve.png, the gain by their number.
     """
     from stages.analysis import comparison
 
+    if twice := [name for name in classes if classes.count(name) > 1]:
+        raise click.UsageError(f"--class {twice[0]} stands twice")
     groups = comparison.read_groups(results, seeds)
-    tables = comparison.compare(groups, classes, baseline)
+    tables = comparison.compare(groups, classes, baseline, block_length)
     click.echo(comparison.as_text(tables))
     for line in comparison.left_out(groups, baseline):
         click.echo(f"Left out: {line}", err=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from featurestore.errors import SpecMismatchError, StoreMemoryError
 from featurestore.prefetch import prefetch
 from featurestore.reader import FeatureStore
 from featurestore.schema import FEATURES, IMAGES, MASKS
+from featurestore.transfer import Pool, moved
 
 CACHES = ("none", "host", "device")
 
@@ -54,6 +55,10 @@ class Batch:
         """The same batch on ``device``; copies from pinned memory do not block."""
         images = None if self.images is None else self.images.to(device, non_blocking=True)
         return Batch(self.positions, self.features.to(device, non_blocking=True), self.masks.to(device, non_blocking=True), images)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What :meth:`to` moves."""
+        return [tensor for tensor in (self.features, self.masks, self.images) if tensor is not None]
 
 
 class FeatureDataset(Dataset[Batch]):
@@ -223,7 +228,7 @@ class FeatureLoader:
         self.workers = workers
         self.device = torch.device(device)
         self.names = names_of(images)
-        self._pool = _Pool(self.device)
+        self._pool = Pool(self.device)
         self._resident = None if cache == "none" else self._read_all(self.device if cache == "device" else torch.device("cpu"))
 
     def __len__(self) -> int:
@@ -237,18 +242,7 @@ class FeatureLoader:
         """The batches of an epoch from number ``first`` on; without a seed all epochs are the same."""
         batches = [self.positions.reshape(-1)[batch].tolist() for batch in self.order.epoch(epoch)[first:]]
         ready = prefetch(self._gather, batches, workers=self.workers, ahead=2 * self.workers)
-        if self.device.type == "cpu":
-            yield from ready
-            return
-        # The copy of the next batch is on its way while the caller works with this one.
-        moved: Batch | None = None
-        for batch in ready:
-            upcoming = batch.to(self.device)
-            if moved is not None:
-                yield moved
-            moved = upcoming
-        if moved is not None:
-            yield moved
+        yield from ready if self.device.type == "cpu" else moved(ready, self.device)
 
     def _gather(self, positions: list[int]) -> Batch:
         tensors: dict[str, torch.Tensor] = {}
@@ -272,9 +266,15 @@ class FeatureLoader:
         rows = {name: self.store.spec.row(name) for name in self.names}
         count = len(self._known)
         needed = count * sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in rows.values())
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        if device.type == "cuda":
+            where, free = "the device", torch.cuda.mem_get_info(device)[0]
+        else:  # each of torchrun's processes on this machine reads all
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            where, free = (
+                "memory" if processes == 1 else f"this process's share of memory, one of {processes}",
+                psutil.virtual_memory().available // processes,
+            )
         if needed > 0.9 * free:
-            where = "the device" if device.type == "cuda" else "memory"
             message = f"{needed / 1e9:.1f} GB do not fit into {where} ({free / 1e9:.1f} GB are free); use --cache none"
             raise StoreMemoryError(message, path=self.store.path, expected=needed, found=free)
         whole = {name: torch.empty((count, *shape), dtype=getattr(torch, dtype), device=device) for name, (shape, dtype) in rows.items()}
@@ -290,39 +290,6 @@ class FeatureLoader:
         for _ in prefetch(read, parts, workers=self.workers):
             pass
         return whole
-
-
-class _Pool:
-    """Memory for batches that is used again once nothing refers to a batch any more.
-
-    Fresh memory costs a page fault every 4 KB, which is as dear as the copy into it.
-    PyTorch's allocator of page-locked memory keeps a pool of its own.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.pinned = device.type == "cuda"
-        self._free: dict[tuple[tuple[int, ...], torch.dtype], list[np.ndarray]] = {}
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor on the CPU."""
-        if self.pinned:
-            return torch.empty(shape, dtype=dtype, pin_memory=True)
-        free = self._free.setdefault((shape, dtype), [])
-        try:
-            memory = free.pop()  # atomic, so threads need no lock
-        except IndexError:
-            memory = _aligned(shape, dtype)
-        view = memory.view()
-        weakref.finalize(view, free.append, memory).atexit = False  # the tensor and all tensors that share its memory hold the view
-        return torch.from_numpy(view)
-
-
-def _aligned(shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
-    """Fresh memory that starts on a cache line. NumPy asks the kernel for huge pages where it is large, PyTorch does not."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(str(dtype).removeprefix("torch.")).reshape(shape)
 
 
 def names_of(images: bool) -> tuple[str, ...]:

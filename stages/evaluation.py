@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.nn import functional as F
 
 from featurestore.dataset import Batch
 from stages.metrics import Scores, confusion_matrices, confusion_matrix, score
@@ -16,10 +17,15 @@ from stages.models.decoder import Decoder
 
 @torch.no_grad()
 def predict(accelerator: Accelerator, decoder: Decoder, batch: Batch) -> Tensor:
-    """(B, H, W) int64 classes."""
-    real = batch.features.float().contiguous(memory_format=torch.channels_last)
+    """(B, H, W) int64 classes.
+
+    Scores are interpolated in float32, as a decoder in use does it (in bfloat16 a pixel of a thousand has two highest ones),
+    and one sample at a time: those of a whole batch at the masks' size may be gigabytes.
+    """
+    real, size = batch.features.float().contiguous(memory_format=torch.channels_last), tuple(batch.masks.shape[-2:])
     with accelerator.autocast():
-        return decoder(real, tuple(batch.masks.shape[-2:])).argmax(1)
+        scores = decoder(real)
+    return torch.cat([F.interpolate(one[None].float(), size, mode="bilinear", align_corners=False).argmax(1) for one in scores])
 
 
 def evaluate(accelerator: Accelerator, decoder: Decoder, batches: Iterable[Batch], class_names: tuple[str, ...]) -> Scores:

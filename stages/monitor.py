@@ -11,6 +11,7 @@ import logging
 import math
 import warnings
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from stages.analysis.diversity import class_variances, draw_diversity, variance_
 from stages.analysis.fidelity import DIMENSIONS, coverage, frechet_distance, kernel_distance, two_sample_accuracy
 from stages.config import Config
 from stages.distributed import agree
-from stages.errors import CollapseError
+from stages.errors import CollapseError, ConfigError
 from stages.gan import AnyGenerator
 from stages.metrics import confusion_matrix, score
 from stages.models.projection import RandomProjection
@@ -32,6 +33,7 @@ from stages.regions import labels_at
 
 log = logging.getLogger(__name__)
 MEASURED = {"every", "samples", "vectors"}  # settings that the figures depend on; the others decide what is said about them
+FEWEST_VECTORS = 50  # labelled pixels, on each side
 PROBE_VECTORS = 4000  # real training vectors from which the probe learns the classes
 
 
@@ -73,9 +75,16 @@ class _Pixels:
 
     @classmethod
     def draw(cls, store: FeatureStore, samples: int, vectors: int, rng: np.random.Generator) -> _Pixels:
-        positions = np.sort(rng.permutation(len(store))[:samples]).tolist()
-        masks = torch.from_numpy(store.gather("masks", positions))
         _, height, width = store.spec.feature_shape
+
+        def is_labelled(position: int) -> bool:
+            return bool((labels_at(torch.from_numpy(store.gather("masks", [position])), (height, width)) != VOID).any())
+
+        labelled = filter(is_labelled, rng.permutation(len(store)).tolist())
+        if not (positions := sorted(islice(labelled, samples))):
+            message = "the masks have no label at the features' resolution, by which the GAN could be watched; set it to 0, or label more"
+            raise ConfigError("monitor.every", f"{store.path}: {message}")
+        masks = torch.from_numpy(store.gather("masks", positions))
         labels = labels_at(masks, (height, width))
         each = -(-vectors // len(positions))
         chosen = [np.flatnonzero(label.numpy().ravel() != VOID) for label in labels]
@@ -129,6 +138,12 @@ class Monitor:
         scale = feature_scale.flatten().cpu()
         pixels = self._pixels = _Pixels.draw(held_out, config.samples, config.vectors, rng)
         learned = _Pixels.draw(train, 2 * config.samples, max(PROBE_VECTORS, config.vectors), rng)
+        for store, count in ((held_out, len(pixels.classes())), (train, len(learned.classes()))):
+            if count < FEWEST_VECTORS:
+                message = (
+                    f"{count} labelled feature pixels are too few to watch the GAN by; raise it, label more, or set monitor.every to 0"
+                )
+                raise ConfigError("monitor.samples", f"{store.path}: {message}", expected=FEWEST_VECTORS, found=count)
 
         def read(store: FeatureStore, some: _Pixels) -> Tensor:
             parts = []

@@ -38,7 +38,8 @@ class CompareConfig(Config):
 class ReportConfig(Config):
     """Section ``report`` of params.yaml."""
 
-    headline_classes: Annotated[tuple[str, ...], Field(strict=False)]
+    headline_classes: Annotated[tuple[str, ...], Field(strict=False), Once]
+    block_length: int = Field(ge=1)
     pictures: int = Field(ge=1, le=50)
     umap_points: int = Field(ge=50)
     umap_neighbors: int = Field(ge=2)
@@ -85,7 +86,7 @@ def run(
     """
     # The tables.
     results = tables.read_results(metrics, compared.variants, compared.seeds)
-    rows = tables.compare(results, config.headline_classes)
+    rows = tables.compare(results, config.headline_classes, block_length=config.block_length)
     by_class = tables.per_class(results)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "comparison.json", rows)
@@ -103,7 +104,7 @@ def run(
     charts.mean_over_seeds(runs, "val/miou").to_csv(out / "val_miou.csv", float_format="%.4f")
     palette = list(zip(test.spec.class_names, map(charts.css_colour, test.spec.palette), strict=True))
     shown = {
-        "answer": answer(rows, len(test)),
+        "answer": answer(rows, len(test), config.block_length),
         "differences": charts.differences(rows),
         "predictions": _predictions(config, compared, test, decoders, accelerator.device),
         "decoder_curves": charts.decoder_curves(runs),
@@ -120,6 +121,7 @@ def run(
         headings=tables.HEADINGS,
         rows=[list(zip(tables.cells(row), tables.sort_keys(row), strict=True)) for row in rows],
         headline_classes=config.headline_classes,
+        block_length=config.block_length,
         absent=sorted({name for row in rows for name in row["absent_classes"]}),
         all_classes=[(row["variant"], f"{row['miou_all']['mean']:.2f}") for row in rows],
         by_class=by_class,

@@ -168,6 +168,7 @@ def generator(device: torch.device, *seeds: int) -> torch.Generator:
 
 
 def _mixed(seeds: tuple[int, ...]) -> int:
+    """One seed of several. NumPy pads them with zeros to four: up to there (7,) and (7, 0) are the same."""
     return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0])
 
 

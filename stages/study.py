@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 
 import featurestore
 from featurestore.files import file_sha256
-from stages.config import Config, Seed
+from stages.config import Config, Once, Seed
 from stages.errors import ConfigError, DataError
 
 Labels = dict[str, str]  # what a row is called -> its variant in section ``variants``
@@ -47,7 +47,7 @@ class StudyConfig(Config):
 
     preset: str
     set: dict[str, Any] = Field(default_factory=dict)
-    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1), Once]
     gan: Literal["once", "per-seed"]  # pretrained once, with its own seed, or once for each seed of the decoders
     experiments: Annotated[dict[str, ExperimentConfig], Field(min_length=1)]
 

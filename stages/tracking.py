@@ -73,9 +73,12 @@ class Means:
             total, count = self._sums.get(name, (torch.zeros(()), 0))
             self._sums[name] = (total.to(value.device) + value.detach().float(), count + 1)
 
-    def state(self) -> dict[str, tuple[Tensor, int]]:
-        """What a resumed run needs: the sums, averaged over processes, all of which must ask for it together."""
-        return {name: (average_over_processes(total), count) for name, (total, count) in self._sums.items()}
+    def state(self, device: torch.device) -> dict[str, tuple[Tensor, int]]:
+        """What a resumed run needs: the sums, averaged over processes, all of which must ask for it together.
+
+        ``device`` is what processes talk through; sums of a resumed run lie on the CPU until they are added to.
+        """
+        return {name: (average_over_processes(total.to(device)), count) for name, (total, count) in self._sums.items()}
 
     def result(self, accelerator: Accelerator) -> dict[str, float]:
         """The means, over the steps of all processes.

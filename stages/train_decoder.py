@@ -186,6 +186,8 @@ def run(
         load_scaler_state(accelerator, state["scaler"])
         augmenter.load_state(state["augmenter"])
     history = History(accelerator, f"{name}-{seed}", live=metrics, rows=state["history"])
+    if monitor is not None and 0 < len(history.rows) <= learning and (collapsed := monitor.check(history.rows[-1], len(history.rows) - 1)):
+        raise collapsed  # that stopped the run before; so it does until it may go on with a warning
 
     def save(step: int, means: Means) -> None:
         checkpoint.save(
@@ -196,7 +198,7 @@ def run(
             best=best,
             history=history.rows,
             step=step,
-            sums=means.state(),
+            sums=means.state(accelerator.device),
         )
 
     # Train.

@@ -214,6 +214,8 @@ def run(
     if "gan" in state:
         trainer.load_state(state["gan"])
     history = History(accelerator, "train-gan", live=metrics, rows=state["history"])
+    if history.rows and (collapsed := monitor.check(history.rows[-1], len(history.rows) - 1)):
+        raise collapsed  # that stopped the run before; so it does until it may go on with a warning
 
     # Train.
     bar = progress((), "train-gan", config.frozen_epochs * len(batches), "step")
@@ -231,7 +233,7 @@ def run(
                 del step  # and with it the part of its graph that no back-propagation frees
             bar.update()
             if number + 1 < len(batches) and checkpoint.due():
-                checkpoint.save(gan=trainer.state(), history=history.rows, step=number + 1, sums=means.state())
+                checkpoint.save(gan=trainer.state(), history=history.rows, step=number + 1, sums=means.state(accelerator.device))
         row = means.result(accelerator)
         if monitor.due(epoch, config.frozen_epochs):
             row |= monitor.measure(trainer.generator())

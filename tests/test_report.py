@@ -131,19 +131,26 @@ BASELINE_ROW = row("baseline", [], None)
     [
         ([], "open", "Nothing to compare with"),
         ([row("a", [1.0, 2.0], (0.5, 2.5))], "helps", "Yes: a is 1.50 points of mIoU above"),
-        ([row("a", [1.0], (0.5, 2.5)), row("b", [1.8], (-0.5, 4.5))], "helps", "Yes: a is 1.00 points"),  # b gains more, by chance perhaps
+        ([row("a", [1, 1], (0.5, 2.5)), row("b", [1.8, 1.8], (-0.5, 4.5))], "helps", "Yes: a is 1.00 points"),  # b may gain more by chance
+        ([row("a", [3.0, -0.5], (0.5, 2.5))], "unclear", "Not clear: a is 1.25 points of mIoU above the baseline, which may be chance"),
+        (
+            [row("a", [2.0], (0.5, 2.5))],
+            "unclear",
+            "Not clear: a is 2.00 points of mIoU above the baseline, with one seed, which may be chance",
+        ),
         ([row("a", [1.0], (-0.5, 2.5))], "unclear", "Not clear: a is 1.00 points of mIoU above"),
         ([row("a", [-0.2], (-0.5, 0.1)), row("b", [-3.0], (-4.0, -2.0))], "unclear", "a is 0.20 points of mIoU below"),
-        ([row("a", [-2.0], (-3.0, -1.0))], "hurts", "No: a is 2.00 points of mIoU below"),
+        ([row("a", [-2.0], (-3.0, -1.0))], "unclear", "a is 2.00 points of mIoU below the baseline, with one seed"),
+        ([row("a", [-1.0, -3.0], (-3.0, -1.0))], "hurts", "No: a is 2.00 points of mIoU below"),
         (
-            [row("a", [-2.0], (-3.0, -1.0)), row("b", [-3.0], (-4.0, -2.0))],
+            [row("a", [-2.0, -2.0], (-3.0, -1.0)), row("b", [-3.0, -3.0], (-4.0, -2.0))],
             "hurts",
             "No: every variant is below the baseline; the closest, a",
         ),
         ([row("a", [1.0], None)], "open", "Not known: a is 1.00"),
     ],
 )
-def test_the_answer_says_what_the_interval_says(others: list[dict], verdict: str, words: str) -> None:
+def test_the_answer_says_what_interval_and_seeds_say(others: list[dict], verdict: str, words: str) -> None:
     found = answer([BASELINE_ROW, *others], 100)
     assert found.verdict == verdict
     assert words in found.headline
@@ -153,7 +160,10 @@ def test_the_answer_says_what_it_rests_on() -> None:
     one = answer([BASELINE_ROW, row("a", [1.0], (0.5, 2.5)), row("b", [0.0], (-1.0, 1.0))], 100)
     assert dict(one.figures) == {"baseline, mIoU": "40.00 %", "a, mIoU": "41.00 %", "difference": "+1.00", "95% interval": "+0.50 to +2.50"}
     assert "100 test images, for one seed" in one.certainty
-    assert "picked from 2 variants" in one.certainty
+    assert "picked" not in one.certainty
+    alike = answer([BASELINE_ROW, row("a", [1.0, 2.0], (0.5, 2.5)), row("b", [0.0, 1.0], (-1.0, 1.0))], 100, 20)
+    assert "over the 100 test images in blocks of 20, for these 2 seeds" in alike.certainty
+    assert "picked from 2 variants" in alike.certainty
     two = answer([BASELINE_ROW, row("a", [-1.0, -3.0], (-4.0, -1.0))], 100)
     assert "for these 2 seeds; by seed the difference is −1.00, −3.00" in two.certainty
     assert "picked" not in two.certainty

@@ -32,7 +32,8 @@ def sections() -> list[tuple[str, str]]:
 def test_tables_below_a_command_are_those_it_writes(written: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     options = command.make_context("compare", shlex.split(written.partition("#")[0])[3:]).params
-    compared = comparison.compare(comparison.read_groups(options["results"], options["seeds"]), options["classes"], options["baseline"])
+    groups = comparison.read_groups(options["results"], options["seeds"])
+    compared = comparison.compare(groups, options["classes"], options["baseline"], options["block_length"])
     makes = {table.replace(" ", "") for table in TABLE.findall(as_markdown(compared))}
     written_below = TABLE.findall(text)
     assert written_below, f"there is no table below `{written}`"

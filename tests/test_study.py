@@ -197,6 +197,7 @@ def test_a_result_of_other_settings_counts_as_missing_and_a_damaged_one_is_named
         ("    set: {prepare.train_fraction: 0.5}\n", "", "'baseline' with seed 0 is the same run as another experiment's"),
         ("extract.input_size: 64", "extract.weights: none.pth", "there is no file none.pth"),
         ("gan: once", "gan: twice", "study.gan"),
+        ("seeds: [0, 1]", "seeds: [0, 0]", "study.seeds: 0 stands twice"),
         ("gan: once", "gan: once\nruns: 3", "study.runs: unknown key"),
     ],
 )

@@ -1,4 +1,7 @@
-"""How sure a difference between two variants is: the paired bootstrap over test images (Efron and Tibshirani 1993, chapter 16)."""
+"""How sure a difference between two variants is: the paired bootstrap over test images (Efron and Tibshirani 1993, chapter 16).
+
+Frames of a video resemble their neighbours. They are drawn in blocks (the circular block bootstrap, Politis and Romano 1992).
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ class Interval:
 
 
 def paired_intervals(
-    ours: Sequence[Counts], theirs: Sequence[Counts], *means: Sequence[int], resamples: int = RESAMPLES
+    ours: Sequence[Counts], theirs: Sequence[Counts], *means: Sequence[int], resamples: int = RESAMPLES, block_length: int = 1
 ) -> tuple[list[Interval], dict[int, Interval]]:
     """Differences in mIoU over each of ``means`` and in each class's IoU, mean over seeds, with percentile intervals.
 
@@ -67,25 +70,29 @@ def paired_intervals(
         One a seed, the same seeds and the same images on both sides.
     means
         Classes; one that a resample's truth lacks is left out of that resample's mean.
+    block_length
+        As many images as this, one after the other, are drawn together.
     """
-    weights = _resampled(len(ours[0].truth), resamples)
+    weights = _resampled(len(ours[0].truth), resamples, block_length)
     by_class = np.mean([mine.iou(weights) - other.iou(weights) for mine, other in zip(ours, theirs, strict=True)], axis=0)
     return [_interval(_mean(by_class[:, list(classes)])) for classes in means], {
         number: _interval(values) for number, values in enumerate(by_class.T)
     }
 
 
-def intervals(runs: Sequence[Counts], *, resamples: int = RESAMPLES) -> dict[int, Interval]:
+def intervals(runs: Sequence[Counts], *, resamples: int = RESAMPLES, block_length: int = 1) -> dict[int, Interval]:
     """Each class's IoU, mean over seeds, with its percentile interval over the same resamples."""
-    weights = _resampled(len(runs[0].truth), resamples)
+    weights = _resampled(len(runs[0].truth), resamples, block_length)
     by_class = np.mean([run.iou(weights) for run in runs], axis=0)
     return {number: _interval(values) for number, values in enumerate(by_class.T)}
 
 
 @lru_cache(maxsize=1)  # a comparison asks for the same ones again and again, and drawing them takes longer than all else in it
-def _resampled(images: int, resamples: int) -> np.ndarray:
+def _resampled(images: int, resamples: int, block_length: int) -> np.ndarray:
     """(1 + resamples, images) how often each image counts; the first row is the split itself."""
-    drawn = np.random.default_rng(SEED).multinomial(images, np.full(images, 1 / images), size=resamples)
+    blocks = round(images / block_length)
+    starts = np.random.default_rng(SEED).multinomial(blocks, np.full(images, 1 / images), size=resamples)
+    drawn = sum(np.roll(starts, offset, axis=1) for offset in range(block_length))  # the first image follows the last one
     return np.concatenate([np.ones((1, images)), drawn])
 
 

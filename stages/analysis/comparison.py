@@ -81,18 +81,18 @@ def read_groups(paths: Iterable[Path], seeds: Sequence[int] = ()) -> list[Group]
     return sorted(groups, key=lambda group: -group.train_images)
 
 
-def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> list[dict[str, Any]]:
+def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str, block_length: int = 1) -> list[dict[str, Any]]:
     """One entry for each group that has the baseline.
 
-    Its ``rows`` are those of :func:`stages.analysis.tables.compare`, means over ``classes`` (none: all), the baseline first, then
-    the variants with the most seeds, and of those the ones that gain most; ``title`` says what they are of, ``gans`` holds the
-    curves of their GANs by variant, ``tested_on`` the data set's classes and the test images; ``name``, ``train_images`` and
-    ``classes`` as given.
+    Its ``rows`` are those of :func:`stages.analysis.tables.compare`, means over ``classes`` (none: all) and intervals over
+    blocks of ``block_length`` test images, the baseline first, then the variants with the most seeds, and of those the ones that
+    gain most; ``title`` says what they are of, ``gans`` holds the curves of their GANs by variant, ``tested_on`` the data set's
+    classes and the test images; ``name``, ``train_images`` and ``classes`` as given.
 
     Raises
     ------
     ConfigError
-        When no group has it, or a class is none of the data set's.
+        When no group has it, a class is none of the data set's, or the test images are too few for such blocks.
     """
     having = [group for group in groups if baseline in group.runs]
     if not having:
@@ -100,7 +100,8 @@ def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> l
         raise ConfigError("--baseline", f"there is no {baseline!r} among {found}")
     entries = []
     for group in having:
-        rows = tables.compare(group.runs, classes, baseline_name=baseline, key="--class")
+        keys = ("--class", "--block-length")
+        rows = tables.compare(group.runs, classes, block_length=block_length, baseline_name=baseline, keys=keys)
         # A gain of fewer seeds is over another baseline, so it does not stand among those of more.
         rows.sort(key=lambda row: (row["variant"] != baseline, -len(row["delta_miou_values"]), -(row["delta_miou"] or 0.0)))
         versions = len({run.get("made_with", {}).get("sources") for runs in group.runs.values() for run in runs})
@@ -108,6 +109,7 @@ def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str) -> l
         absent = [name for name in classes if name in rows[0]["absent_classes"]]
         over = f"; mIoU over {', '.join(name for name in classes if name not in absent)}" if classes else ""
         over += f" (the test images have no {', '.join(absent)})" if absent else ""
+        over += f"; intervals over blocks of {block_length} test images" if block_length > 1 else ""
         entries.append(
             {
                 "name": group.name,

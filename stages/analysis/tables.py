@@ -16,6 +16,7 @@ from stages.errors import ConfigError, DataError
 from stages.metrics import IMAGES_NAME, mean_iou
 
 BASELINE = "baseline"
+FEWEST_BLOCKS = 10  # of test images: an interval from fewer is too narrow
 
 
 def read_results(metrics: Path, variants: Sequence[str], seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
@@ -56,22 +57,25 @@ def compare(
     results: dict[str, list[dict[str, Any]]],
     headline_classes: Sequence[str],
     *,
+    block_length: int = 1,
     baseline_name: str = BASELINE,
-    key: str = "report.headline_classes",
+    keys: tuple[str, str] = ("report.headline_classes", "report.block_length"),
 ) -> list[dict[str, Any]]:
     """One row a variant, all figures in percent.
 
     ``miou`` is over ``headline_classes`` where there are any, and always over those that the truth of the test images has: a
     class that one variant alone predicts would change the mean of that variant only. ``delta_miou`` is the mean over seeds of
     the difference to the baseline of the same seed (``delta_miou_values``), ``delta_std`` their sample standard deviation (None
-    for a single one), and ``delta_interval`` the difference's 95% interval by the bootstrap over test images; None without a
-    baseline. Keys that end in ``_all`` are the same over all classes.
+    for a single one), and ``delta_interval`` the difference's 95% interval by the bootstrap over test images, ``block_length`` of them,
+    one after the other by name, drawn together; None without a baseline. Keys that end in ``_all`` are the same over all classes.
 
     Raises
     ------
     ConfigError
-        When a headline class is none of the data set's, or the test images have none of them; ``key`` is where it was named.
+        When a headline class is none of the data set's, the test images have none of them, or they are fewer than ten blocks.
+        ``keys`` are where both were named.
     """
+    key, key_of_blocks = keys
     first = next(iter(results.values()))[0]
     known, tested = list(first["iou"]), tested_classes(first)
     for name in headline_classes:
@@ -80,6 +84,10 @@ def compare(
     classes = [name for name in headline_classes or known if name in tested]
     if not classes:
         raise ConfigError(key, f"the test images have none of these classes; they have {', '.join(tested)}")
+
+    if block_length > 1 and len(first["images"]) < FEWEST_BLOCKS * block_length:
+        message = f"{len(first['images'])} test images are fewer than {FEWEST_BLOCKS} blocks of {block_length}; take shorter ones"
+        raise ConfigError(key_of_blocks, message)
 
     def mean(result: dict[str, Any], classes: Sequence[str] = classes) -> float:
         return 100 * mean_iou(result["iou"], classes)
@@ -90,7 +98,9 @@ def compare(
         paired = [(run, baseline[run["seed"]]) for run in runs if run["seed"] in baseline and variant != baseline_name]
         differences = [mean(run) - mean(other) for run, other in paired]
         of_all = [mean(run, tested) - mean(other, tested) for run, other in paired]
-        (interval, interval_all), by_class = differences_by_images(paired, classes, tested) if paired else ((None, None), None)
+        (interval, interval_all), by_class = (
+            differences_by_images(paired, classes, tested, block_length=block_length) if paired else ((None, None), None)
+        )
         rows.append(
             {
                 "variant": variant,
@@ -102,7 +112,7 @@ def compare(
                 "delta_miou_values": differences,
                 "delta_interval": interval,
                 "delta_intervals_by_class": by_class,
-                "iou_intervals_by_class": intervals_by_images(runs),
+                "iou_intervals_by_class": intervals_by_images(runs, block_length),
                 "miou_best_on_val": spread([mean(run["best_on_val"]) for run in runs]),
                 "miou_all": spread([mean(run, tested) for run in runs]),
                 "delta_miou_all": statistics.fmean(of_all) if of_all else None,
@@ -121,14 +131,16 @@ def tested_classes(result: dict[str, Any]) -> list[str]:
     return [name for number, name in enumerate(result["iou"]) if number in numbers]
 
 
-def intervals_by_images(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float] | None]:
+def intervals_by_images(runs: Sequence[dict[str, Any]], block_length: int) -> dict[str, dict[str, float] | None]:
     """Each class's IoU in percent, mean over seeds, with its 95% interval over test images; None where they lack the class."""
     names, ids = list(runs[0]["iou"]), sorted(runs[0]["images"])
-    found = intervals([Counts.of(run["images"], ids, len(names)) for run in runs])
+    found = intervals([Counts.of(run["images"], ids, len(names)) for run in runs], block_length=block_length)
     return {names[number]: _percent(interval) for number, interval in found.items()}
 
 
-def differences_by_images(paired: Sequence[tuple[dict[str, Any], dict[str, Any]]], *means: Sequence[str]) -> tuple[Any, Any]:
+def differences_by_images(
+    paired: Sequence[tuple[dict[str, Any], dict[str, Any]]], *means: Sequence[str], block_length: int
+) -> tuple[Any, Any]:
     """95% intervals, in percent, of the difference between runs and their baselines: of mIoU over each of ``means``, and of each class.
 
     Raises
@@ -141,7 +153,8 @@ def differences_by_images(paired: Sequence[tuple[dict[str, Any], dict[str, Any]]
         if sorted(run["images"]) != ids or list(run["iou"]) != names:
             raise DataError(f"{run['variant']} {run['seed']}", "was tested on other images or classes; compare runs of one data set")
     ours, theirs = ([Counts.of(run["images"], ids, len(names)) for run in side] for side in zip(*paired, strict=True))
-    of_means, by_class = paired_intervals(ours, theirs, *([names.index(name) for name in classes] for classes in means))
+    columns = ([names.index(name) for name in classes] for classes in means)
+    of_means, by_class = paired_intervals(ours, theirs, *columns, block_length=block_length)
     return [_percent(of_mean) for of_mean in of_means], {names[number]: _percent(interval) for number, interval in by_class.items()}
 
 

@@ -123,6 +123,11 @@ def test_a_store_that_does_not_fit_into_memory_is_refused(tmp_path: Path, monkey
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     with pytest.raises(StoreMemoryError, match="do not fit into memory .*use --cache none"):
         FeatureLoader(store, 2, cache="host")
+    memory.available = 1_000_000
+    FeatureLoader(store, 2, cache="host")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")  # every process has a copy of its own
+    with pytest.raises(StoreMemoryError, match="do not fit into this process's share of memory, one of 1000"):
+        FeatureLoader(store, 2, cache="host")
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])

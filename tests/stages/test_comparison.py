@@ -79,6 +79,41 @@ def test_intervals_cover_the_true_difference() -> None:
     assert np.mean(wide) < 0.6 * unpaired  # what pairing is for
 
 
+def test_blocks_cover_where_images_resemble_their_neighbours() -> None:
+    """Frames of a video, 24 scenes of ten: what one side gains is the scene's. Each frame apart gives intervals that are too narrow."""
+    rng = np.random.default_rng(2)
+    frames, of_a_scene = 240, 10
+
+    def video(scenes: int) -> tuple[Counts, Counts]:
+        truth = rng.integers(80, 120, (scenes * of_a_scene, 3)).astype(float)
+        gain = np.repeat(rng.normal(0.1, 0.4, (scenes, 1)), of_a_scene, axis=0)
+        sides = []
+        for skill in (1 + gain, 1.0):
+            right = truth / (1 + np.exp(-(skill + rng.normal(0, 0.1, truth.shape))))
+            sides.append(Counts(truth, right + np.roll(truth - right, 1, axis=1), right))
+        return sides[0], sides[1]
+
+    ours, theirs = video(5_000)
+    everything = np.ones((1, 50_000))
+    true_difference = float((ours.iou(everything) - theirs.iou(everything)).mean())
+    covered = dict.fromkeys((1, 20), 0)
+    for _ in range(200):
+        ours, theirs = video(frames // of_a_scene)
+        for length in covered:
+            (found,), _ = paired_intervals([ours], [theirs], [0, 1, 2], resamples=400, block_length=length)
+            covered[length] += found.low <= true_difference <= found.high
+    assert covered[1] / 200 < 0.6
+    assert 0.85 <= covered[20] / 200 <= 0.99
+
+
+def test_too_few_blocks_are_refused() -> None:
+    images = {str(number): image({0: 5, 1: 5, 2: 5}, {}) for number in range(30)}
+    base, ours = ([run_of(name, 0, images)] for name in ("baseline", "better"))
+    assert len(tables.compare({"baseline": base, "better": ours}, [], block_length=3)) == 2
+    with pytest.raises(ConfigError, match=r"report\.block_length: 30 test images are fewer than 10 blocks of 4; take shorter ones"):
+        tables.compare({"baseline": base, "better": ours}, [], block_length=4)
+
+
 def test_intervals_of_several_seeds_cover_with_a_class_that_few_images_have() -> None:
     """Three decoders on each side, and a class in one of eight images, which some resamples lack nearly."""
     rng = np.random.default_rng(1)

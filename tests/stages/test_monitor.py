@@ -14,7 +14,7 @@ import featurestore
 from stages.analysis.diversity import class_variances, draw_diversity, variance_ratios
 from stages.analysis.fidelity import coverage, frechet_distance, kernel_distance, two_sample_accuracy
 from stages.checkpoint import Checkpoint
-from stages.errors import CollapseError
+from stages.errors import CollapseError, ConfigError
 from stages.monitor import Monitor, MonitorConfig
 from stages.runtime import make_accelerator
 from tests.stages.test_training import MONITOR, features, run_gan  # noqa: F401  (features is a fixture)
@@ -188,6 +188,33 @@ def test_measuring_does_not_change_training(features: Path, tmp_path: Path) -> N
     assert unwatched == watched
 
 
+def unlabelled(store: featurestore.FeatureStore, path: Path, labelled: int, pixels: int) -> None:
+    """A copy of a store in which some samples alone have a label, in a square of so many pixels a side."""
+    with featurestore.create(path, store.spec, fingerprint=str(path)) as writer:
+        for number, sample in enumerate(store):
+            mask = np.full_like(sample.mask, 255)
+            if number < labelled:
+                mask[8 : 8 + pixels, :pixels] = number % 3
+            writer.append(id=sample.id, features=sample.features, mask=mask, image=sample.image)
+
+
+def test_masks_with_few_labels_are_measured_or_refused(features: Path, tmp_path: Path) -> None:  # noqa: F811
+    for split, labelled, pixels in (("train", 3, 48), ("val", 1, 64)):
+        unlabelled(featurestore.open(features / split), tmp_path / "few" / split, labelled, pixels)
+    watching = monitor(tmp_path / "few", samples=1)  # the one that has labels, whichever is drawn first
+    row = watching.measure(Recall(featurestore.open(tmp_path / "few" / "val")))
+    assert row["monitor/consistency_real"] >= 0
+    for name, labelled, pixels, message in (
+        ("none", 0, 0, r"monitor\.every: .*val: the masks have no label at the features' resolution"),
+        ("dots", 2, 8, r"monitor\.samples: .*val: 2 labelled feature pixels are too few to watch the GAN by"),
+    ):
+        for split in ("train", "val"):
+            unlabelled(featurestore.open(features / split), tmp_path / name / split, labelled, pixels)
+        with pytest.raises(ConfigError, match=message):
+            monitor(tmp_path / name)
+        assert not monitor(tmp_path / name, every=0).due(0, 1)  # switched off, it asks for none
+
+
 def test_a_stopped_training_goes_on_where_it_was_when_only_warned(
     features: Path,  # noqa: F811
     tmp_path: Path,
@@ -195,8 +222,9 @@ def test_a_stopped_training_goes_on_where_it_was_when_only_warned(
 ) -> None:
     monkeypatch.setattr(Checkpoint, "due", lambda checkpoint: False)  # the minutes are not over yet
     watching = {"every": 1, "least_variance_ratio": 1.0}
-    with pytest.raises(CollapseError, match="epoch 1"):
-        run_gan(features, tmp_path / "stopped", {**watching, "on_collapse": "stop"})
+    for _ in range(2):  # the same command again is no way round it
+        with pytest.raises(CollapseError, match="epoch 1"):
+            run_gan(features, tmp_path / "stopped", {**watching, "on_collapse": "stop"})
     (state,) = (tmp_path / "stopped" / "scratch" / "train-gan").glob("*/checkpoint.pt")
     assert len(torch.load(state, weights_only=True)["history"]) == 1
     for root in ("stopped", "undisturbed"):
