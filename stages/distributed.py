@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from inspect import signature
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Choice = TypeVar("Choice")
 
@@ -77,6 +77,9 @@ def replicate(network: nn.Module, device: torch.device) -> nn.Module:
 
 def shard(network: nn.Module, device: torch.device) -> nn.Module:
     """Divide a network's weights over the processes (FSDP), in place; its blocks are put together one after the other."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # a second to import, which only those pay who divide
+
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     blocks = list(network.children())
     for block in blocks if len(blocks) > 1 else []:  # a single one is a network in a wrapper that may not call its forward
@@ -85,9 +88,18 @@ def shard(network: nn.Module, device: torch.device) -> nn.Module:
     return fully_shard(network, mesh=mesh)  # type: ignore[return-value]
 
 
+def _is_divided(value: Any) -> TypeGuard[DTensor]:
+    """Whether a tensor's parts lie in several processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
+
+
 def whole(state: Any) -> Any:
     """A state dict with the parts of all processes put together; itself where nothing is divided. All processes must call it."""
-    if isinstance(state, DTensor):
+    if _is_divided(state):
         return state.full_tensor()
     if isinstance(state, dict):
         return type(state)((key, whole(value)) for key, value in state.items())
@@ -96,8 +108,10 @@ def whole(state: Any) -> Any:
 
 def divide_like(state: dict[str, Any], divided: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of :func:`whole`: whole tensors divided as those of the same names are."""
+    from torch.distributed.tensor import distribute_tensor
+
     return {
-        name: distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like := divided.get(name), DTensor) else value
+        name: distribute_tensor(value, like.device_mesh, like.placements) if _is_divided(like := divided.get(name)) else value
         for name, value in state.items()
     }
 

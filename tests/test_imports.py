@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,14 @@ def test_imports_go_one_way(path: Path) -> None:
 def test_files_stay_readable_in_one_sitting() -> None:
     for path in [*SOURCES, *ROOT.glob("commands/*.py"), ROOT / "pipeline.py"]:
         assert len(path.read_text().splitlines()) <= 350, path
+
+
+def test_parameters_are_checked_without_the_libraries_that_few_stages_need() -> None:
+    """Every command checks them first; each of these takes a second to import."""
+    code = (
+        "import sys; from pathlib import Path; from commands.options import check_params; from stages.config import read_params\n"
+        "check_params(read_params(Path('presets/quickstart.yaml')), 'it')\n"
+        "print(*({'matplotlib', 'sklearn', 'timm', 'torch.distributed.fsdp', 'torchvision', 'umap'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ""

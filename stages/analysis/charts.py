@@ -10,15 +10,14 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 INK, SOFT, LINE = "#1c2430", "#566070", "#dfe4ea"
 SERIES = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#ca8a04", "#0891b2", "#db2777", "#65a30d", "#78716c", "#dc2626")
@@ -203,13 +202,21 @@ def projections_by_class(
     return Chart(tuple(panels), legend)
 
 
+# matplotlib takes a second to import: whoever draws nothing, as all stages but the report, does without it.
+
+
 def _axes(width: float = 3.6, height: float = 2.5) -> Axes:
     """Axes of a new figure of this size in inches, which is that of a narrow page."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     with mpl.rc_context(STYLE):
         return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
 def _epochs() -> Axes:
+    from matplotlib.ticker import MaxNLocator
+
     axes = _axes()
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -242,6 +249,9 @@ def _keys(names: Iterable[str]) -> tuple[Key, ...]:
 
 def _svg(axes: Axes, label: str) -> Markup:
     """The figure as an SVG element of a page: scalable, named for screen readers, in the page's colours and type."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     buffer, figure = io.StringIO(), axes.figure
     assert isinstance(figure, Figure)
     with mpl.rc_context(STYLE):

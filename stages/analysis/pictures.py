@@ -7,7 +7,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
@@ -53,6 +52,8 @@ def drawing(name: str, pixels: np.ndarray) -> Picture:
 
 def feature_strip(name: str, features: np.ndarray, masks: np.ndarray, images: np.ndarray | None) -> FeatureStrip:
     """Features (B, C, h, w) in 0..1, below their masks (B, H, W, 3) and, where there are any, photographs (B, H, W, 3)."""
+    import matplotlib as mpl
+
     above = [] if images is None else [photograph("photographs", _side_by_side(images))]
     hues = mpl.colormaps["viridis"](feature_grid(features), bytes=True)[..., :3]  # (C*h, B*w, 3)
     return FeatureStrip(name, (*above, drawing("masks", _side_by_side(masks))), drawing(f"{name} features", hues))

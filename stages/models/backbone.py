@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -136,6 +135,8 @@ def build_backbone(*, name: str, weights: str) -> Backbone:
 
 
 def _build_resnet(name: str, weights: str) -> Backbone:
+    import torchvision  # like timm: a second that only its own backbones cost
+
     # IMAGENET1K_V1 are the weights that torchvision's deeplabv3_resnet* start from.
     if weights == "default":
         known = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.segmentation.fcn import FCNHead
 
 from stages.models.aspp import ASPP
 from stages.models.blocks import xavier_
@@ -39,6 +38,8 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         if head == "fcn":
+            from torchvision.models.segmentation.fcn import FCNHead  # a second to import, for this head alone
+
             self.head: nn.Module = FCNHead(in_channels, num_classes)
         else:
             self.head = nn.Sequential(
