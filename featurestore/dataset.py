@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,12 +12,12 @@ import psutil
 import torch
 from torch.utils.data import Dataset
 
+from featurestore.buffers import Buffers
 from featurestore.copying import LARGE, take_rows
 from featurestore.errors import SpecMismatchError, StoreMemoryError
 from featurestore.prefetch import prefetch
 from featurestore.reader import FeatureStore
 from featurestore.schema import FEATURES, IMAGES, MASKS
-from featurestore.transfer import Pool, moved
 
 CACHES = ("none", "host", "device")
 
@@ -55,10 +55,6 @@ class Batch:
         """The same batch on ``device``; copies from pinned memory do not block."""
         images = None if self.images is None else self.images.to(device, non_blocking=True)
         return Batch(self.positions, self.features.to(device, non_blocking=True), self.masks.to(device, non_blocking=True), images)
-
-    def tensors(self) -> list[torch.Tensor]:
-        """What :meth:`to` moves."""
-        return [tensor for tensor in (self.features, self.masks, self.images) if tensor is not None]
 
 
 class FeatureDataset(Dataset[Batch]):
@@ -228,7 +224,7 @@ class FeatureLoader:
         self.workers = workers
         self.device = torch.device(device)
         self.names = names_of(images)
-        self._pool = Pool(self.device)
+        self._buffers = Buffers()
         self._resident = None if cache == "none" else self._read_all(self.device if cache == "device" else torch.device("cpu"))
 
     def __len__(self) -> int:
@@ -242,24 +238,30 @@ class FeatureLoader:
         """The batches of an epoch from number ``first`` on; without a seed all epochs are the same."""
         batches = [self.positions.reshape(-1)[batch].tolist() for batch in self.order.epoch(epoch)[first:]]
         ready = prefetch(self._gather, batches, workers=self.workers, ahead=2 * self.workers)
-        yield from ready if self.device.type == "cpu" else moved(ready, self.device)
+        yield from moved(ready, self.device) if self.device.type == "cuda" else map(partial(Batch.to, device=self.device), ready)
 
     def _gather(self, positions: list[int]) -> Batch:
         tensors: dict[str, torch.Tensor] = {}
+        rows = np.searchsorted(self._known, positions).astype(np.int64)  # of what is resident
         for name in self.names:
-            if self._resident is not None:
-                whole, rows = self._resident[name], np.searchsorted(self._known, positions)
-                if whole.device.type == "cpu":  # not by PyTorch: its own threads would come on top of ours
-                    tensors[name] = self._pool.take((len(positions), *whole.shape[1:]), whole.dtype)
-                    out = tensors[name].numpy()
-                    take_rows(whole.numpy(), rows.astype(np.int64), out, past_caches=out.nbytes >= LARGE)
-                else:
-                    tensors[name] = whole[torch.from_numpy(rows).to(whole.device)]
-            else:
-                shape, dtype = self.store.spec.row(name)
-                tensors[name] = self._pool.take((len(positions), *shape), getattr(torch, dtype))
-                self.store.gather(name, positions, out=tensors[name].numpy())
+            if self._resident is not None and self._resident[name].device.type != "cpu":
+                whole = self._resident[name]
+                tensors[name] = whole[torch.from_numpy(rows).to(whole.device)]
+                continue
+            tensors[name] = self._memory(name, len(positions))
+            out = tensors[name].numpy()
+            if self._resident is None:
+                self.store.gather(name, positions, out=out)
+            else:  # not by PyTorch: its own threads would come on top of ours
+                take_rows(self._resident[name].numpy(), rows, out, past_caches=out.nbytes >= LARGE)
         return as_batch(positions, tensors)
+
+    def _memory(self, name: str, samples: int) -> torch.Tensor:
+        """Uninitialised memory of this machine for a batch of a dataset, page-locked where it goes on to a GPU."""
+        shape, dtype = self.store.spec.row(name)
+        if self.device.type == "cuda":  # PyTorch keeps page-locked memory that it used before
+            return torch.empty((samples, *shape), dtype=getattr(torch, dtype), pin_memory=True)
+        return torch.from_numpy(self._buffers.take((samples, *shape), dtype))
 
     def _read_all(self, device: torch.device) -> dict[str, torch.Tensor]:
         """All samples that take part as tensors on ``device``, a few at a time."""
@@ -270,10 +272,8 @@ class FeatureLoader:
             where, free = "the device", torch.cuda.mem_get_info(device)[0]
         else:  # each of torchrun's processes on this machine reads all
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            where, free = (
-                "memory" if processes == 1 else f"this process's share of memory, one of {processes}",
-                psutil.virtual_memory().available // processes,
-            )
+            where = "memory" if processes == 1 else f"this process's share of memory, one of {processes}"
+            free = psutil.virtual_memory().available // processes
         if needed > 0.9 * free:
             message = f"{needed / 1e9:.1f} GB do not fit into {where} ({free / 1e9:.1f} GB are free); use --cache none"
             raise StoreMemoryError(message, path=self.store.path, expected=needed, found=free)
@@ -290,6 +290,33 @@ class FeatureLoader:
         for _ in prefetch(read, parts, workers=self.workers):
             pass
         return whole
+
+
+def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches on a CUDA device; the next one is copied while the caller computes with this one.
+
+    On the stream that computes, a copy would wait for what was asked for before it, and all that comes after would wait for the copy.
+    """
+    copying = torch.cuda.Stream(device)
+    waiting: tuple[Batch, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            upcoming = batch.to(device), copying.record_event()
+        if waiting is not None:
+            yield _arrived(*waiting, device)
+        waiting = upcoming
+    if waiting is not None:
+        yield _arrived(*waiting, device)
+
+
+def _arrived(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Batch:
+    """A batch that the current stream may use: what is asked of it from now on waits for the copy."""
+    using = torch.cuda.current_stream(device)
+    using.wait_event(copied)
+    for tensor in (batch.features, batch.masks, batch.images):
+        if tensor is not None:
+            tensor.record_stream(using)  # its memory is the other stream's, which must not use it again before this one is done
+    return batch
 
 
 def names_of(images: bool) -> tuple[str, ...]:

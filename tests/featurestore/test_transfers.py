@@ -1,0 +1,110 @@
+"""Batches on their way to a GPU. Where there is none, CUDA's streams are stood in for by a diary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from featurestore.dataset import Batch, FeatureLoader, moved
+from tests.featurestore.test_store import sample, write
+
+
+class Diary(list):
+    """What is asked of CUDA, and of which stream."""
+
+    stream = "compute"
+
+    def event(self, number: int) -> object:
+        return type("Event", (), {"number": number})()
+
+
+class Stream:
+    def __init__(self, diary: Diary, name: str) -> None:
+        self.diary, self.name, self.copied = diary, name, -1
+
+    def record_event(self) -> object:
+        self.copied += 1
+        return self.diary.event(self.copied)
+
+    def wait_event(self, event: object) -> None:
+        self.diary.append(f"{self.name} waits for copy {event.number}")
+
+
+class Tensor:
+    def __init__(self, diary: Diary, name: str) -> None:
+        self.diary, self.name = diary, name
+
+    def record_stream(self, stream: Stream) -> None:
+        self.diary.append(f"{self.name} are {stream.name}'s too")
+
+
+class Numbered(Batch):
+    def __init__(self, diary: Diary, number: int) -> None:
+        super().__init__(torch.tensor([number]), Tensor(diary, f"features {number}"), Tensor(diary, f"masks {number}"), None)
+        self.diary, self.number = diary, number
+
+    def to(self, device: torch.device) -> Batch:
+        self.diary.append(f"copy {self.number} on {self.diary.stream}")
+        return self
+
+
+@pytest.fixture
+def diary(monkeypatch: pytest.MonkeyPatch) -> Diary:
+    diary = Diary()
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        diary.stream, before = stream.name, diary.stream
+        yield
+        diary.stream = before
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(diary, "copies"))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(diary, diary.stream))
+    return diary
+
+
+def test_the_next_batch_is_copied_beside_the_computation_which_waits_for_its_own(diary: Diary) -> None:
+    for batch in moved((Numbered(diary, number) for number in range(3)), torch.device("cuda")):
+        diary.append(f"step {batch.number}")
+    assert diary == [
+        "copy 0 on copies",
+        "copy 1 on copies",
+        "compute waits for copy 0",
+        "features 0 are compute's too",
+        "masks 0 are compute's too",
+        "step 0",
+        "copy 2 on copies",
+        "compute waits for copy 1",
+        "features 1 are compute's too",
+        "masks 1 are compute's too",
+        "step 1",
+        "compute waits for copy 2",
+        "features 2 are compute's too",
+        "masks 2 are compute's too",
+        "step 2",
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_few_batches_arrive(diary: Diary, count: int) -> None:
+    batches = moved([Numbered(diary, number) for number in range(count)], torch.device("cuda"))
+    assert [batch.number for batch in batches] == list(range(count))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_on_a_gpu_hold_what_they_held(tmp_path: Path) -> None:
+    loader = FeatureLoader(write(tmp_path / "store"), 3, seed=5, device="cuda")
+    for epoch in range(20):
+        for batch in loader.epoch(epoch):
+            busy = batch.features.float()
+            for _ in range(20):  # the next copy is asked for while this computes
+                busy = busy * 1.0
+            for row, position in enumerate(batch.positions.tolist()):
+                np.testing.assert_array_equal(busy[row].cpu(), sample(position)["features"].astype(np.float32))
+                np.testing.assert_array_equal(batch.masks[row].cpu(), sample(position)["mask"])
