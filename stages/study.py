@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +23,7 @@ from stages.config import Config, Once, Seed
 from stages.errors import ConfigError, DataError
 
 Labels = dict[str, str]  # what a row is called -> its variant in section ``variants``
+Check = Callable[[Mapping[str, Any], str], Mapping[str, Any]]  # plain parameters, and whose they are -> typed sections
 
 
 class ExperimentConfig(Config):
@@ -86,6 +87,8 @@ class Run:
         Digest of the settings that must be equal for two runs to be compared: data, features, the decoder's training.
     digests
         Of what the features, the GAN and the result depend on, by ``data``, ``gan`` and ``run``.
+    needs_gan
+        Whether a pretrained generator is read.
     """
 
     experiment: str
@@ -118,17 +121,25 @@ class Run:
             raise DataError(path, f"is no result of a study ({error!r}); remove it, and its run is repeated") from error
 
 
-def plan(config: StudyConfig, preset: Mapping[str, Any], overrides: Mapping[str, Any], check: Any) -> list[Run]:
+def plan(config: StudyConfig, preset: Mapping[str, Any], overrides: Mapping[str, Any], check: Check) -> list[Run]:
     """All runs of a study: seed by seed, so that a study cut short has whole comparisons.
 
     Parameters
     ----------
+    config
+        The study.
     preset
         Plain parameters.
     overrides
         Settings of this machine, such as ``prepare.root``; all others change what is computed, and the results' digests with it.
     check
         Turns plain parameters into typed sections, or raises :class:`ConfigError`.
+
+    Raises
+    ------
+    ConfigError
+        For parameters that ``check`` refuses, a variant that is not described, weights that are not there, and a run that stands
+        in two experiments.
     """
     runs = []
     for experiment, settings in config.experiments.items():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,8 @@ def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str, bloc
 
     Its ``rows`` are those of :func:`stages.analysis.tables.compare`, means over ``classes`` (none: all) and intervals over
     blocks of ``block_length`` test images, the baseline first, then the variants with the most seeds, and of those the ones that
-    gain most; ``title`` says what they are of, ``gans`` holds the curves of their GANs by variant, ``tested_on`` the data set's
-    classes and the test images; ``name``, ``train_images`` and ``classes`` as given.
+    gain most; ``title`` says what they are of, ``gans`` holds the curves of their GANs by the variants of each, ``tested_on``
+    the data set's classes and the test images; ``name``, ``train_images`` and ``classes`` as given.
 
     Raises
     ------
@@ -118,10 +119,22 @@ def compare(groups: Sequence[Group], classes: Sequence[str], baseline: str, bloc
                 "title": f"{group.name}: {group.train_images} training photographs{made_by}{over}",
                 "rows": rows,
                 "tested_on": (sorted(group.runs[baseline][0]["iou"]), sorted(group.runs[baseline][0]["images"])),
-                "gans": {name: results[0]["gan"] for name, results in group.runs.items() if "gan" in results[0]},
+                "gans": _gans(group.runs),
             }
         )
     return entries
+
+
+def _gans(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Mapping[str, Any]]:
+    """The curves of each GAN once, by the names of the variants that start from it."""
+    curves: dict[str, Mapping[str, Any]] = {}
+    variants: dict[str, list[str]] = {}
+    for variant, results in runs.items():
+        if "gan" in results[0]:
+            same = json.dumps(results[0]["gan"], sort_keys=True)
+            curves[same] = results[0]["gan"]
+            variants.setdefault(same, []).append(variant)
+    return {", ".join(names): curves[same] for same, names in variants.items()}
 
 
 def left_out(groups: Sequence[Group], baseline: str) -> list[str]:
@@ -169,7 +182,7 @@ def write(compared: Sequence[dict[str, Any]], out: Path) -> list[str]:
         pictures["comparison.png"] = figures.differences(differences)
     several = len(compared) > 1
     gans = {f"{entry['name']}: {name}" if several else name: curves for entry in compared for name, curves in entry["gans"].items()}
-    if gans:
+    if any(loss in curves for curves in gans.values() for loss in figures.GAN_PANELS):
         pictures["gans.png"] = figures.gans(gans)
     if has_curve(compared):
         pictures["curve.png"] = figures.low_data_curve([(entry["train_images"], entry["rows"]) for entry in compared])

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from stages.analysis.figures import png
+from stages.analysis.figures import STYLE, png
 
 
+@rc_context(STYLE)
 def confusion(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> bytes:
     """Confusion matrix (K, K) of pixels, row: true class, in percent of each row; classes that are in neither are left out."""
     matrix = np.array(counts, float)

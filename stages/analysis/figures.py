@@ -6,12 +6,18 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 BLUE = "#2563eb"
-mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
+STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110}
+GAN_PANELS = {
+    "discriminator/real": "Discriminator, real",
+    "discriminator/fake": "Discriminator, generated",
+    "generator/adversarial": "Generator",
+    "generator/feature_matching": "Feature matching",
+}
 
 
 def png(figure: Figure) -> bytes:
@@ -21,26 +27,36 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def _line(position: int) -> dict[str, Any]:
+    """Colour and dashes of a line, of which thirty differ."""
+    return {"color": f"C{position % 10}", "linestyle": ("-", "--", ":")[position // 10 % 3]}
+
+
+def _legend_below(figure: Figure) -> None:
+    """The names of all lines, each once, under the panels."""
+    figure.tight_layout()
+    lines = {name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    style = {"ncols": 3 if max(map(len, lines)) <= 45 else 1, "frameon": False, "fontsize": 8}
+    figure.legend(lines.values(), lines.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), **style)
+
+
+@rc_context(STYLE)
 def gans(curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> bytes:
-    """Losses of several GANs' pretraining by epoch (thesis figure 5.2), a line a variant."""
-    panels = {
-        "discriminator/real": "Discriminator, real",
-        "discriminator/fake": "Discriminator, generated",
-        "generator/adversarial": "Generator",
-    }
-    figure = Figure(figsize=(11, 3.2))
-    for number, (name, title) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, 3, number + 1)
-        for variant, lines in curves.items():
+    """Losses of several GANs' pretraining by epoch (thesis figure 5.2), a line a name; at least one of them has one of the losses."""
+    shown = {name: title for name, title in GAN_PANELS.items() if any(name in lines for lines in curves.values())}
+    figure = Figure(figsize=(3.4 * len(shown), 3.2))
+    for axes, (name, title) in zip(figure.subplots(1, len(shown), squeeze=False).flat, shown.items(), strict=True):
+        for position, (label, lines) in enumerate(curves.items()):
             if name in lines:
-                axes.plot(np.arange(len(lines[name])) + 1, np.array(lines[name], float), label=variant)
+                axes.plot(np.arange(len(lines[name])) + 1, np.array(lines[name], float), label=label, **_line(position))
         axes.set(title=title, xlabel="epoch")
-    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=4, frameon=False, bbox_to_anchor=(0.5, -0.08))
+    _legend_below(figure)
     return png(figure)
 
 
+@rc_context(STYLE)
 def differences(groups: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> bytes:
-    """Difference in mIoU to the baseline by variant: its 95% interval over test images, and each seed as a dot; a panel a group of rows."""
+    """Difference in mIoU to the baseline by variant, in points: its 95% interval over test images, each seed as a dot; a panel a group."""
     heights = [0.9 + 0.26 * len(rows) for _, rows in groups]
     figure = Figure(figsize=(7.5, sum(heights)))
     panels = figure.subplots(len(groups), sharex=True, squeeze=False, height_ratios=heights)
@@ -58,16 +74,16 @@ def differences(groups: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> by
     return png(figure)
 
 
+@rc_context(STYLE)
 def low_data_curve(groups: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) -> bytes:
-    """mIoU by number of training photographs, and the difference to the baseline with its 95% interval, a line a variant."""
+    """mIoU in percent by number of training photographs; in points its difference to the baseline, with the 95% interval."""
     figure = Figure(figsize=(10, 4.2))
     scores, gains = figure.subplots(1, 2)
     variants = list(dict.fromkeys(row["variant"] for _, rows in groups for row in rows))
     for position, variant in enumerate(variants):
         found = sorted(((size, row) for size, rows in groups for row in rows if row["variant"] == variant), key=lambda pair: pair[0])
         shift = 1.008 ** (position - len(variants) / 2)  # bars of one size stand beside each other
-        style = {"color": f"C{position % 10}", "linestyle": ("-", "--", ":")[position // 10 % 3], "linewidth": 1.2}
-        style |= {"marker": "o", "markersize": 3, "elinewidth": 0.8}
+        style = _line(position) | {"linewidth": 1.2, "marker": "o", "markersize": 3, "elinewidth": 0.8}
         spreads = [row["miou"]["std"] or 0.0 for _, row in found]
         sizes = [size * shift for size, _ in found]
         scores.errorbar(sizes, [row["miou"]["mean"] for _, row in found], spreads, label=variant, **style)
@@ -83,6 +99,5 @@ def low_data_curve(groups: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) ->
         axes.set(xscale="log", xlabel="training photographs", title=title)
         axes.set_xticks([size for size, _ in groups], [str(size) for size, _ in groups])
         axes.minorticks_off()
-    figure.tight_layout()
-    figure.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, frameon=False, fontsize=8)
+    _legend_below(figure)
     return png(figure)

@@ -168,6 +168,7 @@ class Context:
         return f"variants.{self.variant}.{name}"
 
 
+# What the last convolution reads (B, A, h, w), its scores (B, K, h, w), the convolution itself -> other scores (B, K, h, w).
 Adjust = Callable[[Tensor, Tensor, nn.Conv2d], Tensor]
 
 
@@ -198,7 +199,7 @@ class Augmenter:
         return Augmented()
 
     def adjust(self, masks: Tensor) -> Adjust | None:
-        """How to change the scores of real features in training, from (embeddings (B, A, h, w), scores (B, K, h, w), last layer)."""
+        """How to change the scores of real features in training; masks (B, H, W)."""
         return None
 
     def update(self, loss: Tensor, decoder: torch.optim.Optimizer) -> None:

@@ -32,7 +32,7 @@ class Combined(Augmenter):
         return Augmented([part for some in parts for part in some])
 
     def adjust(self, masks: Tensor) -> Adjust | None:
-        """One change of the scores after the other."""
+        """One change of the scores after the other; masks (B, H, W)."""
         changes = [change for member in self.members if (change := member.adjust(masks)) is not None]
 
         def all_of_them(embeddings: Tensor, scores: Tensor, last: nn.Conv2d) -> Tensor:

@@ -38,18 +38,21 @@ class CVAE(nn.Module):
         self.decoder = nn.Sequential(nn.Linear(latent + num_classes, hidden), nn.ReLU(), nn.Linear(hidden, channels))
 
     def encode(self, vectors: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance."""
+        """Vectors (n, C) in units of the channels' deviations, classes (n,) -> mean and log-variance, each (n, latent)."""
         mu, logvar = self.encoder(torch.cat([vectors, F.one_hot(classes, self.num_classes)], 1)).chunk(2, 1)
         return mu, logvar
 
     def decode(self, z: Tensor, classes: Tensor) -> Tensor:
-        """Vectors."""
+        """z (n, latent), classes (n,) -> vectors (n, C) in units of the channels' deviations."""
         decoded: Tensor = self.decoder(torch.cat([z, F.one_hot(classes, self.num_classes)], 1))
         return decoded
 
 
 def fit(model: CVAE, vectors: Tensor, classes: Tensor, steps: int, rng: torch.Generator) -> None:
-    """Maximise the evidence lower bound with unit variance of the output: squared error / 2 + KL divergence, a vector."""
+    """Maximise the evidence lower bound with unit variance of the output: squared error / 2 + KL divergence, a vector.
+
+    ``vectors`` (N, C) in units of the channels' deviations and ``classes`` (N,) are what it learns.
+    """
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for _ in range(steps):
         chosen = torch.randint(len(vectors), (min(VECTORS, len(vectors)),), generator=rng, device=vectors.device)

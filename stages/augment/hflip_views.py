@@ -33,7 +33,7 @@ class HflipViews(Augmenter):
         self.mirrored = dict(zip(context.positions.tolist(), mirrored(context.store, context.positions).tolist(), strict=True))
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """Read them."""
+        """Their features (B, C, h, w) and masks (B, H, W), read from the store."""
         chosen = [self.mirrored[position] for position in batch.positions.tolist()]
         return Augmented([stored(self.store, chosen, batch.features.device, self.weight)])
 

@@ -27,6 +27,13 @@ class ISDA(Augmenter):
     diagonal. The expected cross-entropy is at most that of the scores ``w_k x + b_k + lambda / 2 * sum(V_y * (w_k - w_y)^2)``
     (the paper's Proposition 1, with a diagonal covariance as in its code for segmentation). V is estimated on the way, over all
     vectors seen, and not differentiated. lambda grows from 0 with the steps, because V means little at first.
+
+    Attributes
+    ----------
+    counts
+        (K,) vectors seen of each class.
+    means, variances
+        (K, A) of their A channels.
     """
 
     def __init__(self, config: ISDAConfig, context: Context) -> None:
@@ -39,7 +46,7 @@ class ISDA(Augmenter):
         self.means, self.variances = torch.zeros(2, last.out_channels, last.in_channels, device=device)
 
     def adjust(self, masks: Tensor) -> Adjust:
-        """Add each pixel's margin to its scores."""
+        """Add each pixel's margin to its scores; masks (B, H, W)."""
 
         def change(embeddings: Tensor, scores: Tensor, last: nn.Conv2d) -> Tensor:
             labels = labels_at(masks, (scores.shape[2], scores.shape[3]))

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from stages.analysis import comparison, tables
+from stages.analysis import comparison, figures, tables
 from stages.analysis.bootstrap import Counts, paired_intervals
 from stages.analysis.markdown import as_markdown
 from stages.errors import ConfigError, DataError
@@ -237,6 +239,29 @@ def test_groups_by_protocol_are_written_with_tables_and_pictures(results: Path, 
     assert set(by_class["class"]) == set(NAMES)
     for name in ("comparison.png", "curve.png", "gans.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_draw_every_gan_once_and_their_legends_hide_nothing(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in results.rglob("noise-*.json"):
+        values = json.loads(file.read_text())
+        values["gan"] |= {"generator/adversarial": [1.0, 0.5], "generator/feature_matching": [2.0, 1.0]}
+        file.write_text(json.dumps(values))
+        file.with_name(file.name.replace("noise", "frozen")).write_text(json.dumps({**values, "variant": "frozen"}))
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "png", lambda figure: drawn.append(figure) or b"")
+    compared = comparison.compare(comparison.read_groups([results]), [], "baseline")
+    comparison.write(compared, tmp_path / "out")
+    for figure in drawn:
+        FigureCanvasAgg(figure).draw()
+    _, gans, curve = drawn
+    assert [axes.get_title() for axes in gans.axes] == ["Discriminator, real", "Generator", "Feature matching"]
+    (legend,) = gans.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["full: frozen, noise", "eighth: frozen, noise"]
+    for axes in gans.axes:
+        assert [line.get_color() for line in axes.lines] == [line.get_color() for line in legend.get_lines()]
+    for figure in (gans, curve):
+        top = figure.legends[0].get_window_extent().y1
+        assert all(top < axes.get_tightbbox().y0 for axes in figure.axes)
 
 
 def test_named_classes_stand_beside_all_and_sizes_have_a_table_of_gains(results: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from PIL import Image
 import featurestore
 import featurestore.writer
 import pipeline
+from commands.generate import CHANGES
 from featurestore import FeatureStore, SpecMismatchError
 from featurestore.files import file_sha256
 from stages import generate
+from stages.augment.new_masks import Change
 from stages.checkpoint import load_gan, load_generator, save_weights
 from stages.errors import ConfigError, DataError
 from stages.gan import build_networks
@@ -158,6 +161,7 @@ def test_bytes_depend_on_nothing_but_mask_seed_and_number(gan: Path, masks: Path
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from typing import get_args
 import featurestore.writer
 from tests.stages.test_generate import THREE_A_SHARD, run
 featurestore.writer.SHARD_BYTES = THREE_A_SHARD
@@ -336,3 +340,4 @@ def test_the_command_and_inspect(gan: Path, masks: Path, tmp_path: Path, monkeyp
     wrong = call("generate", gan, masks, "--out", "other", "--new-masks", "flop")
     assert wrong.exit_code == 2
     assert "'flop' is none of flip, shift, scale, paste, swap" in wrong.stderr
+    assert get_args(Change) == CHANGES
