@@ -83,9 +83,11 @@ def study(
     if other and not force:
         message = f"{other[0]} was made with other settings ({len(other)} such files); add --force to replace it, or name another --results"
         raise click.UsageError(message)
-    workshop = Workshop.open(scratch.resolve() / "study", folder.resolve(), max(1, torch.get_num_threads() // jobs), done)
     failed = []
-    with tqdm(total=len(waiting), desc=file.stem, unit="run", disable=None) as bar:
+    with (
+        Workshop.open(scratch.resolve() / "study", folder.resolve(), max(1, torch.get_num_threads() // jobs), done) as workshop,
+        tqdm(total=len(waiting), desc=file.stem, unit="run", disable=None) as bar,
+    ):
         for future in workshop.work(waiting, jobs):
             try:
                 click.echo(f"{future.result()}")

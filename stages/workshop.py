@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import pandas as pd
 import torch
 from ruamel.yaml import YAML
+from typing_extensions import Self
 
 import featurestore
 import stages
@@ -63,8 +65,9 @@ class Workshop:
     _guard: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def open(cls, root: Path, results: Path, threads: int, done: Sequence[Run] = ()) -> Workshop:
-        """A workshop that no other study works in.
+    @contextmanager
+    def open(cls, root: Path, results: Path, threads: int, done: Sequence[Run] = ()) -> Iterator[Self]:
+        """A workshop that no other study works in until the block ends.
 
         Raises
         ------
@@ -74,12 +77,14 @@ class Workshop:
         root.mkdir(parents=True, exist_ok=True)
         lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = "another study works here, or a stage of one that was killed; wait for it, stop it, or choose another --scratch"
+                raise DataError(root, message) from None
+            yield cls(root, results, threads, lock, done)
+        finally:
             os.close(lock)
-            message = "another study works here, or a stage of one that was killed; wait for it, stop it, or choose another --scratch"
-            raise DataError(root, message) from None
-        return cls(root, results, threads, lock, done)
 
     def work(self, runs: Sequence[Run], jobs: int) -> Iterator[Future[Path]]:
         """Make runs, ``jobs`` at a time; each comes as it is done, with its result file or its error.

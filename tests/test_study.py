@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import threading
@@ -90,15 +89,14 @@ def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path, monkeypa
     working = {path.name.split("-")[0] for path in (tmp_path / "scratch" / "study").iterdir()}
     assert working == {"data", "gan", "lock"}  # the runs' own folders are gone
 
+    here = CliRunner()  # spares the study, not its stages, a process of its own
     (results / "half" / "plain-0.json").unlink()
-    text = run(*command, cwd=tmp_path, PYTHONPATH=str(ROOT)).stdout
-    assert "3 runs, 2 done" in text
+    assert "3 runs, 2 done" in here.invoke(pipeline.main, arguments).output
     again = json.loads((results / "half" / "plain-0.json").read_text())
     assert {**again, "made_with": half["made_with"]} == half  # the same run, to the last digit
     assert (results / "all" / "baseline-0.json").read_bytes() == files["all/baseline-0.json"]
 
     (results / "half" / "plain-0.json").unlink()
-    here = CliRunner()  # what trains nothing needs no process of its own
     assert "2 runs, 2 done" in here.invoke(pipeline.main, [*arguments, "--experiment", "all"]).output
     unknown = here.invoke(pipeline.main, [*arguments, "--experiment", "quarter"])
     assert "there is no experiment 'quarter'; choose from all, half" in unknown.output
@@ -112,7 +110,7 @@ def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path, monkeypa
     Image.fromarray(1 - np.asarray(Image.open(mask)).clip(0, 1)).save(mask)  # somebody corrects it
     (results / "half" / "plain-0.json").unlink()
     (results / "all" / "featuregan-frozen-0.json").unlink()
-    refused = run(*command, cwd=tmp_path, check=False, PYTHONPATH=str(ROOT))
+    refused = here.invoke(pipeline.main, arguments)
     assert "are of other photographs or masks than" in refused.stderr
     assert "has now (train/0); remove" in refused.stderr
     assert not (results / "half" / "plain-0.json").exists()
@@ -125,8 +123,8 @@ def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path, monkeypa
     refused = here.invoke(pipeline.main, arguments)
     assert refused.exit_code == 2
     assert "was made with other settings" in refused.output
-    failed = run(*command, "--force", cwd=tmp_path, check=False, PYTHONPATH=str(ROOT))
-    assert failed.returncode == 1
+    failed = here.invoke(pipeline.main, [*arguments, "--force"])
+    assert failed.exit_code == 1
     assert "3 of 3 runs failed" in failed.stderr  # each is tried
     assert "prepare failed with exit code 1" in failed.stderr
 
@@ -249,10 +247,9 @@ def test_a_run_that_waits_for_a_gan_lets_the_others_go_first(tmp_path: Path) -> 
                 others.release()
             return self.root
 
-    workshop = Recording.open(tmp_path / "work", tmp_path / "results", 1)
-    assert [future.result() for future in workshop.work(runs, 2)] == [workshop.root] * 4
+    with Recording.open(tmp_path / "work", tmp_path / "results", 1) as workshop:
+        assert [future.result() for future in workshop.work(runs, 2)] == [workshop.root] * 4
     assert started == ["a", "c", "plain", "b"]
-    os.close(workshop.lock)
 
 
 def test_runs_at_a_time_share_the_threads_that_the_study_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,11 +279,14 @@ def test_runs_at_a_time_share_the_threads_that_the_study_may_use(tmp_path: Path,
 
 
 def test_two_studies_do_not_work_in_one_folder(tmp_path: Path) -> None:
-    first = Workshop.open(tmp_path, tmp_path / "results", 1)
-    with pytest.raises(DataError, match="another study works here"):
-        Workshop.open(tmp_path, tmp_path / "results", 1)
-    os.close(first.lock)
-    os.close(Workshop.open(tmp_path, tmp_path / "results", 1).lock)
+    with (
+        Workshop.open(tmp_path, tmp_path / "results", 1),
+        pytest.raises(DataError, match="another study works here"),
+        Workshop.open(tmp_path, tmp_path / "results", 1),
+    ):
+        pass
+    with Workshop.open(tmp_path, tmp_path / "results", 1):
+        pass
 
 
 def test_settings_change_one_key_of_a_copy() -> None:
