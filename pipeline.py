@@ -14,10 +14,10 @@ from typing import Any
 
 import click
 
-from commands.estimate import estimate
-from commands.export import export
-from commands.generate import generate
-from commands.options import (
+from stages.commands.estimate import estimate
+from stages.commands.export import export
+from stages.commands.generate import generate
+from stages.commands.options import (
     PRESETS,
     check_classes,
     check_features,
@@ -29,11 +29,16 @@ from commands.options import (
     training_options,
     workers_option,
 )
-from commands.stores import inspect, verify
-from commands.studies import compare, study
-from commands.use import evaluate, predict
+from stages.commands.stores import inspect, verify
+from stages.commands.studies import compare, study
+from stages.commands.use import evaluate, predict
 
-DATASET, FEATURES, GAN, DECODERS = Path("dataset"), Path("features"), Path("models/gan"), Path("models/decoders")
+DATASET, FEATURES, GAN, DECODERS = (
+    Path("dataset"),
+    Path("features"),
+    Path("models/gan"),
+    Path("models/decoders"),
+)
 METRICS, REPORTS, LOGS = Path("metrics"), Path("reports"), Path("logs")
 
 
@@ -56,11 +61,13 @@ class Pipeline(click.Group):
         except Exception as error:
             from featurestore.errors import FeatureStoreError
             from featurestore.files import FULL, not_written
-            from stages.errors import CollapseError, ConfigError, DataError, DivergenceError
+            from stages.common.errors import CollapseError, ConfigError, DataError, DivergenceError
 
             if isinstance(error, OSError) and error.errno in FULL:
                 error = not_written(error.filename or "this disk", error)
-            if not isinstance(error, (CollapseError, ConfigError, DataError, DivergenceError, FeatureStoreError)):
+            if not isinstance(
+                error, (CollapseError, ConfigError, DataError, DivergenceError, FeatureStoreError)
+            ):
                 raise
             click.echo(f"Error: {error}", err=True)
             ctx.exit(2 if isinstance(error, ConfigError) else 1)
@@ -103,13 +110,17 @@ def init(preset: str | None, list_them: bool, force: bool, params: Path) -> None
     if params.exists() and not force:
         raise click.UsageError(f"{params} is there already; add --force to replace it")
     kept = ""
-    if params.exists() and params.read_bytes() not in [path.read_bytes() for path in presets.values()]:
+    if params.exists() and params.read_bytes() not in [
+        path.read_bytes() for path in presets.values()
+    ]:
         before = params.with_name(params.name + ".bak")
         params.replace(before)
         kept = f" (the old one is {before})"
     params.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(presets[name], params)
-    click.echo(f"wrote {params} from preset {name}{kept}; next: `dvc repro`, or `python pipeline.py prepare`")
+    click.echo(
+        f"wrote {params} from preset {name}{kept}; next: `dvc repro`, or `python pipeline.py prepare`"
+    )
 
 
 @main.command(short_help="Find or draw photographs and masks; check them all.")
@@ -122,10 +133,16 @@ def prepare(params: Path, scratch: Path, workers: int, download: bool) -> None:
     sections = load_params(params)
     from stages.prepare import run
 
-    summary = run(sections["prepare"], out=DATASET, scratch=scratch, workers=workers, download=download)
+    summary = run(
+        sections["prepare"], out=DATASET, scratch=scratch, workers=workers, download=download
+    )
     sizes = ", ".join(f"{split} {part['images']}" for split, part in summary["splits"].items())
-    click.echo(f"{DATASET}: {summary['images']} photographs ({sizes}), {len(summary['classes'])} classes, all checked")
-    check_classes(sections, summary["classes"])  # what would stop a later stage, after the features and the GAN
+    click.echo(
+        f"{DATASET}: {summary['images']} photographs ({sizes}), {len(summary['classes'])} classes, all checked"
+    )
+    check_classes(
+        sections, summary["classes"]
+    )  # what would stop a later stage, after the features and the GAN
 
 
 @main.command(short_help="Cache the frozen backbone's features.")
@@ -138,13 +155,22 @@ def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
     # Before PyTorch is loaded: its threads must not spin for work while others decode and write.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sections = load_params(params, device)
+    from stages.common.runtime import first_process
     from stages.extract import run
-    from stages.runtime import first_process
 
-    stores = run(sections["extract"], dataset=DATASET, out=FEATURES, scratch=scratch, device=device, workers=workers)
+    stores = run(
+        sections["extract"],
+        dataset=DATASET,
+        out=FEATURES,
+        scratch=scratch,
+        device=device,
+        workers=workers,
+    )
     for store in stores.values() if first_process() else ():
         size = sum(record.bytes for record in store.records)
-        click.echo(f"{store.path}: {len(store)} samples of {' x '.join(map(str, store.spec.feature_shape))}, {size / 1e6:.1f} MB")
+        click.echo(
+            f"{store.path}: {len(store)} samples of {' x '.join(map(str, store.spec.feature_shape))}, {size / 1e6:.1f} MB"
+        )
 
 
 @main.command("train-gan", short_help="Train FeatureGAN on cached features.")
@@ -152,10 +178,14 @@ def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
 def train_gan(params: Path, **machine: Any) -> None:
     """Train FeatureGAN alone on the cached features (Algorithm 1, the first frozen_epochs epochs)."""
     sections = load_params(params, machine["device"])
-    from stages.runtime import check_precision, first_process
+    from stages.common.runtime import check_precision, first_process
     from stages.train_gan import run
 
-    check_precision(machine["device"], sections["train_decoder"].mixed_precision, "train_decoder.mixed_precision")
+    check_precision(
+        machine["device"],
+        sections["train_decoder"].mixed_precision,
+        "train_decoder.mixed_precision",
+    )
     check_features(sections, FEATURES, ("train", "val"))
     losses = run(
         sections["train_gan"],
@@ -168,20 +198,30 @@ def train_gan(params: Path, **machine: Any) -> None:
     )
     if not first_process():
         return
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items() if "/class_consistency/" not in name)
+    shown = ", ".join(
+        f"{name} {value:.3f}" for name, value in losses.items() if "/class_consistency/" not in name
+    )
     click.echo(f"{GAN}: {shown}")
 
 
 @main.command("train-decoder", short_help="Train one variant's decoder.")
 @click.option("--variant", required=True, help="Name of an entry of `variants` in the parameters.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of initial weights, order and noise.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Of initial weights, order and noise.",
+)
 @training_options
 def train_decoder(variant: str, seed: int, params: Path, **machine: Any) -> None:
     """Train the decoder of one entry of section `variants`, with one seed."""
     sections = load_params(params, machine["device"])
     if variant not in sections["variants"]:
-        raise click.UsageError(f"unknown variant {variant!r}; {params} describes {', '.join(sections['variants'])}")
-    from stages.runtime import first_process
+        raise click.UsageError(
+            f"unknown variant {variant!r}; {params} describes {', '.join(sections['variants'])}"
+        )
+    from stages.common.runtime import first_process
     from stages.train_decoder import run
 
     check_features(sections, FEATURES, ("train", "val", "test"))
@@ -202,7 +242,9 @@ def train_decoder(variant: str, seed: int, params: Path, **machine: Any) -> None
     if not first_process():
         return
     absent = f" (absent from test: {', '.join(scores.absent)})" if scores.absent else ""
-    click.echo(f"{DECODERS / name}: test PA {100 * scores.pixel_accuracy:.2f}, mIoU {100 * scores.miou:.2f}{absent}")
+    click.echo(
+        f"{DECODERS / name}: test PA {100 * scores.pixel_accuracy:.2f}, mIoU {100 * scores.miou:.2f}{absent}"
+    )
 
 
 @main.command(short_help="Compare the decoders: table, curves, pictures.")
@@ -214,7 +256,14 @@ def report(params: Path, device: str) -> None:
     from stages.report import run
 
     table = run(
-        sections["report"], sections["compare"], features=FEATURES, gan=GAN, decoders=DECODERS, metrics=METRICS, out=REPORTS, device=device
+        sections["report"],
+        sections["compare"],
+        features=FEATURES,
+        gan=GAN,
+        decoders=DECODERS,
+        metrics=METRICS,
+        out=REPORTS,
+        device=device,
     )
     click.echo(table)
     click.echo(f"\nThe whole report: {(REPORTS / 'index.html').resolve()}")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stages.models.backbone import Backbone, build_backbone
+from stages.backbones.backbone import Backbone, build_backbone
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -23,7 +23,9 @@ def photographs(folder: Path, count: int, size: int) -> Iterator[np.ndarray]:
     """``count`` photographs of a folder as (size, size, 3) uint8, over again from the first where there are fewer."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
-        raise SystemExit(f"{folder}: no photographs here; name a folder that holds some with --photographs")
+        raise SystemExit(
+            f"{folder}: no photographs here; name a folder that holds some with --photographs"
+        )
     for number in range(count):
         with Image.open(files[number % len(files)]) as image:
             yield np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
@@ -40,7 +42,9 @@ def backbone_for(name: str, scratch: Path) -> Backbone:
         state = torchvision.models.get_model(name, weights=None).state_dict()
         for key in state:
             if key.endswith("bn3.weight"):
-                state[key].fill_(0.25)  # else the sum of so many random blocks leaves float16's range
+                state[key].fill_(
+                    0.25
+                )  # else the sum of so many random blocks leaves float16's range
         torch.save(state, weights)
     return build_backbone(name=name, weights=weights).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -60,7 +64,14 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        model = next((line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), model)
+        model = next(
+            (
+                line.split(":", 1)[1].strip()
+                for line in cpuinfo.read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            model,
+        )
     device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     versions = f"torch {torch.__version__}, numpy {np.__version__}, h5py {h5py.__version__}"
     return f"{model}, {torch.get_num_threads()} threads{device}; Python {platform.python_version()}, {versions}"
@@ -69,9 +80,15 @@ def machine() -> str:
 def report(rows: Sequence[dict[str, Any]], columns: Sequence[str], file: Path | None) -> None:
     """Print rows as a Markdown table, and write them as JSON where a file is named."""
     cells = [[_shown(row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(line[number]) for line in [list(columns), *cells]) for number in range(len(columns))]
+    widths = [
+        max(len(line[number]) for line in [list(columns), *cells]) for number in range(len(columns))
+    ]
     for line in [list(columns), ["-" * width for width in widths], *cells]:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+        print(
+            "| "
+            + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            + " |"
+        )
     if file is not None:
         file.write_text(json.dumps(list(rows), indent=1) + "\n", encoding="utf-8")
 

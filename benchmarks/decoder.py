@@ -22,9 +22,9 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from benchmarks import common
 from featurestore import VOID
+from stages.common.runtime import make_accelerator
 from stages.models.decoder import Decoder
-from stages.runtime import make_accelerator
-from stages.upsampled_loss import upsampled_cross_entropy
+from stages.segmentation.upsampled_loss import upsampled_cross_entropy
 
 CLASSES, STRIDE, RATES = 21, 8, (12, 24, 36)
 SHAPES = (  # batch, channels, height, width, channels of the head
@@ -37,21 +37,35 @@ SHAPES = (  # batch, channels, height, width, channels of the head
 
 def torchvisions(ours: Decoder, channels: int, width: int) -> nn.Module:
     """torchvision's head with our weights."""
-    head = nn.Sequential(ASPP(channels, list(RATES), width), *(copy.deepcopy(layer) for layer in list(ours.head)[1:]))
+    head = nn.Sequential(
+        ASPP(channels, list(RATES), width), *(copy.deepcopy(layer) for layer in list(ours.head)[1:])
+    )
     head.load_state_dict(ours.head.state_dict())
     return head
 
 
-def time_shape(shape: tuple[int, int, int, int, int], precision: str, rounds: int) -> dict[str, Any]:
+def time_shape(
+    shape: tuple[int, int, int, int, int], precision: str, rounds: int
+) -> dict[str, Any]:
     batch, channels, height, across, width = shape
     accelerator = make_accelerator("cpu", precision)
     rng = torch.Generator().manual_seed(0)
-    features = torch.randn(batch, channels, height, across, generator=rng).relu().to(memory_format=torch.channels_last)
-    masks = torch.randint(0, CLASSES, (batch, height * STRIDE, across * STRIDE), generator=rng, dtype=torch.uint8)
-    ours = Decoder(head="deeplab", in_channels=channels, num_classes=CLASSES, width=width, atrous_rates=RATES)
+    features = (
+        torch.randn(batch, channels, height, across, generator=rng)
+        .relu()
+        .to(memory_format=torch.channels_last)
+    )
+    masks = torch.randint(
+        0, CLASSES, (batch, height * STRIDE, across * STRIDE), generator=rng, dtype=torch.uint8
+    )
+    ours = Decoder(
+        head="deeplab", in_channels=channels, num_classes=CLASSES, width=width, atrous_rates=RATES
+    )
 
     def literal(scores: Tensor) -> Tensor:
-        fine = F.interpolate(scores.float(), size=masks.shape[1:], mode="bilinear", align_corners=False)
+        fine = F.interpolate(
+            scores.float(), size=masks.shape[1:], mode="bilinear", align_corners=False
+        )
         return F.cross_entropy(fine, masks.long(), ignore_index=VOID)
 
     def step(network: nn.Module, loss: Callable[[Tensor], Tensor]) -> Callable[[], None]:
@@ -80,7 +94,12 @@ def time_shape(shape: tuple[int, int, int, int, int], precision: str, rounds: in
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     shown = f"{batch} x {channels} x {height} x {across}, {width}"
-    return {"shape": shown, "precision": precision, **medians, "speedup": medians["torchvision"] / medians["ours"]}
+    return {
+        "shape": shown,
+        "precision": precision,
+        **medians,
+        "speedup": medians["torchvision"] / medians["ours"],
+    }
 
 
 @click.command(help=__doc__)

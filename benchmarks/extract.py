@@ -42,7 +42,9 @@ def extract(config: dict[str, Any], folder: str, device: str, workers: int) -> d
     )
     seconds = time.perf_counter() - start
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    peak = next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    peak = next(
+        int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")
+    )
     return {"seconds": seconds, "peak_rss_mb": peak}
 
 
@@ -50,13 +52,19 @@ def bare(config: dict[str, Any], batches: int, device: str) -> dict[str, float]:
     """Images a second of the backbone alone, the median of some batches; runs in a process of its own."""
     import torch
 
-    from stages.models.backbone import build_backbone
-    from stages.runtime import make_accelerator
+    from stages.backbones.backbone import build_backbone
+    from stages.common.runtime import make_accelerator
 
     accelerator = make_accelerator(device, "bf16" if config["compute"] == "bf16" else "no")
-    network = build_backbone(name=config["backbone"], weights=config["weights"]).to(accelerator.device, memory_format=torch.channels_last)
+    network = build_backbone(name=config["backbone"], weights=config["weights"]).to(
+        accelerator.device, memory_format=torch.channels_last
+    )
     shape = (config["batch_size"], config["input_size"], config["input_size"], 3)
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8)).permute(0, 3, 1, 2).to(accelerator.device)
+    images = (
+        torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+        .permute(0, 3, 1, 2)
+        .to(accelerator.device)
+    )
     seconds = []
     for number in range(batches + 2):
         start = time.perf_counter()
@@ -75,15 +83,45 @@ def measure(what: str, config: dict[str, Any], *arguments: Any) -> dict[str, flo
 
 
 @click.command(help=__doc__)
-@click.option("--dataset", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True, help="Folder of the manifest.")
-@click.option("--backbone", default="efficientnet_lite0", show_default=True, help="efficientnet_lite0, resnet50 or resnet101.")
-@click.option("--size", type=click.IntRange(64), default=256, show_default=True, help="extract.input_size.")
-@click.option("--compute", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="extract.compute.")
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="extract.batch_size.")
+@click.option(
+    "--dataset",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    required=True,
+    help="Folder of the manifest.",
+)
+@click.option(
+    "--backbone",
+    default="efficientnet_lite0",
+    show_default=True,
+    help="efficientnet_lite0, resnet50 or resnet101.",
+)
+@click.option(
+    "--size", type=click.IntRange(64), default=256, show_default=True, help="extract.input_size."
+)
+@click.option(
+    "--compute",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="extract.compute.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="extract.batch_size.",
+)
 @click.option("--images", type=click.IntRange(1), default=300, show_default=True, help="N.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True)
-@click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Where the stores go; default: the system's.")
+@click.option(
+    "--scratch",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the stores go; default: the system's.",
+)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
 def main(
     dataset: Path,
@@ -104,7 +142,9 @@ def main(
         common.backbone_for(backbone, work)
         config = {
             "backbone": backbone,
-            "weights": str(work / f"{backbone}.pth") if backbone.startswith("resnet") else "default",
+            "weights": str(work / f"{backbone}.pth")
+            if backbone.startswith("resnet")
+            else "default",
             "input_size": size,
             "resize": "stretch",
             "views": ["identity"],
@@ -114,19 +154,39 @@ def main(
             "compression": "none",
             "store_images": True,
         }
-        environment = {"OMP_WAIT_POLICY": "PASSIVE"}  # as the extract command sets it; the backbone alone runs the same
+        environment = {
+            "OMP_WAIT_POLICY": "PASSIVE"
+        }  # as the extract command sets it; the backbone alone runs the same
         print(common.machine(), flush=True)
         batches = max(3, images // batch_size // 2)
-        alone, runs = [in_a_process("benchmarks.extract", "bare", config, batches, device, **environment)["images_per_s"]], {}
+        alone, runs = (
+            [
+                in_a_process("benchmarks.extract", "bare", config, batches, device, **environment)[
+                    "images_per_s"
+                ]
+            ],
+            {},
+        )
         for count in (images, 10 * images):
             _write_dataset(dataset, work / "dataset", count)
-            runs[count] = in_a_process("benchmarks.extract", "extract", config, str(work), device, workers, **environment)
+            runs[count] = in_a_process(
+                "benchmarks.extract", "extract", config, str(work), device, workers, **environment
+            )
             shutil.rmtree(work / "features")
-            alone.append(in_a_process("benchmarks.extract", "bare", config, batches, device, **environment)["images_per_s"])
+            alone.append(
+                in_a_process("benchmarks.extract", "bare", config, batches, device, **environment)[
+                    "images_per_s"
+                ]
+            )
         rate = 9 * images / (runs[10 * images]["seconds"] - runs[images]["seconds"])
         limit = statistics.median(alone)
         rows = [
-            {"backbone": f"{backbone} {size} {compute}", "what": "backbone alone", "images": batches * batch_size, "images_per_s": limit},
+            {
+                "backbone": f"{backbone} {size} {compute}",
+                "what": "backbone alone",
+                "images": batches * batch_size,
+                "images_per_s": limit,
+            },
             {
                 "backbone": f"{backbone} {size} {compute}",
                 "what": "extract",
@@ -145,7 +205,11 @@ def main(
                 }
             )
         rows[-1]["growth"] = runs[10 * images]["peak_rss_mb"] / runs[images]["peak_rss_mb"] - 1
-        common.report(rows, ("backbone", "what", "images", "images_per_s", "to_backbone", "peak_rss_mb", "growth"), file)
+        common.report(
+            rows,
+            ("backbone", "what", "images", "images_per_s", "to_backbone", "peak_rss_mb", "growth"),
+            file,
+        )
     finally:
         shutil.rmtree(work)
 
@@ -155,10 +219,15 @@ def _write_dataset(source: Path, target: Path, count: int) -> None:
     from stages.data.manifest import SUMMARY_NAME, read_manifest, write_manifest
 
     entries = [entry for entry in read_manifest(source)[0] if entry.split == "train"]
-    chosen = [dataclasses.replace(entries[number % len(entries)], id=f"{number}") for number in range(count)]
+    chosen = [
+        dataclasses.replace(entries[number % len(entries)], id=f"{number}")
+        for number in range(count)
+    ]
     held_out = [dataclasses.replace(entries[0], id=split, split=split) for split in ("val", "test")]
     target.mkdir(exist_ok=True)
-    write_manifest(target, chosen + held_out, json.loads((source / SUMMARY_NAME).read_text(encoding="utf-8")))
+    write_manifest(
+        target, chosen + held_out, json.loads((source / SUMMARY_NAME).read_text(encoding="utf-8"))
+    )
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ import torch
 import featurestore
 from featurestore.dataset import FeatureLoader
 from stages.augment.registry import NoneConfig
-from stages.checkpoint import load_decoder
-from stages.evaluation import evaluate
-from stages.monitor import MonitorConfig
-from stages.runtime import make_accelerator
+from stages.common.runtime import make_accelerator
+from stages.gan.monitor import MonitorConfig
+from stages.segmentation.evaluation import evaluate
 from stages.train_decoder import TrainDecoderConfig, run
+from stages.training.checkpoint import load_decoder
 
 
 def quantised(source: Path, target: Path) -> None:
@@ -31,10 +31,18 @@ def quantised(source: Path, target: Path) -> None:
     for split in ("train", "val", "test"):
         store = featurestore.open(source / split)
         spec = dataclasses.replace(store.spec, compression="int8")
-        with featurestore.create(target / split, spec, fingerprint=f"int8 of {store.fingerprint}") as writer:
+        with featurestore.create(
+            target / split, spec, fingerprint=f"int8 of {store.fingerprint}"
+        ) as writer:
             writer.resume(len(store))
             for sample in store:
-                writer.append(id=sample.id, view=sample.view, features=sample.features, mask=sample.mask, image=sample.image)
+                writer.append(
+                    id=sample.id,
+                    view=sample.view,
+                    features=sample.features,
+                    mask=sample.mask,
+                    image=sample.image,
+                )
 
 
 @click.command(help=__doc__)
@@ -44,7 +52,9 @@ def quantised(source: Path, target: Path) -> None:
 @click.option("--batch-size", type=click.IntRange(2), default=16, show_default=True)
 @click.option("--precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
-def main(features: Path, seeds: int, epochs: int, batch_size: int, precision: str, file: Path | None) -> None:
+def main(
+    features: Path, seeds: int, epochs: int, batch_size: int, precision: str, file: Path | None
+) -> None:
     from benchmarks import common
 
     config = TrainDecoderConfig(
@@ -60,8 +70,16 @@ def main(features: Path, seeds: int, epochs: int, batch_size: int, precision: st
         betas=(0.9, 0.999),
         mixed_precision=precision,
     )
-    thresholds = {"least_variance_ratio": 0, "least_coverage": 0, "least_consistency": 0, "most_frechet": 1, "most_accuracy": 1}
-    unwatched = MonitorConfig(every=0, samples=1, vectors=200, patience=0, on_collapse="warn", **thresholds)
+    thresholds = {
+        "least_variance_ratio": 0,
+        "least_coverage": 0,
+        "least_consistency": 0,
+        "most_frechet": 1,
+        "most_accuracy": 1,
+    }
+    unwatched = MonitorConfig(
+        every=0, samples=1, vectors=200, patience=0, on_collapse="warn", **thresholds
+    )
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         quantised(features, work / "int8")
@@ -97,7 +115,10 @@ def main(features: Path, seeds: int, epochs: int, batch_size: int, precision: st
                     with torch.no_grad():
                         found = evaluate(accelerator, decoder, batches, store.spec.class_names)
                     scores.setdefault((trained_on, scored_on), []).append(100 * found.miou)
-        sizes = {kind: sum(record.bytes for record in featurestore.open(folder / "train").records) for kind, folder in stores.items()}
+        sizes = {
+            kind: sum(record.bytes for record in featurestore.open(folder / "train").records)
+            for kind, folder in stores.items()
+        }
     plain = scores["float16", "float16"]
     rows = [
         {
@@ -110,7 +131,9 @@ def main(features: Path, seeds: int, epochs: int, batch_size: int, precision: st
         }
         for (trained_on, scored_on), values in scores.items()
     ]
-    common.report(rows, ("trained_on", "scored_on", "miou", "difference", "by_seed", "train_store_mb"), file)
+    common.report(
+        rows, ("trained_on", "scored_on", "miou", "difference", "by_seed", "train_store_mb"), file
+    )
 
 
 if __name__ == "__main__":

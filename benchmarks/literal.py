@@ -42,7 +42,9 @@ class Block(nn.Module):
     def __init__(self, channels: int, label_channels: int, hidden: int) -> None:
         super().__init__()
         self.spades = nn.ModuleList(SPADE(channels, label_channels, hidden) for _ in range(2))
-        self.convs = nn.ModuleList(spectral_norm(nn.Conv2d(channels, channels, 3, padding=1)) for _ in range(2))
+        self.convs = nn.ModuleList(
+            spectral_norm(nn.Conv2d(channels, channels, 3, padding=1)) for _ in range(2)
+        )
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         out = x
@@ -54,7 +56,9 @@ class Block(nn.Module):
 class Generator(nn.Module):
     """Thesis figure 3.3."""
 
-    def __init__(self, shape: tuple[int, int, int], num_classes: int, z_dim: int, ngf: int, hidden: int) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], num_classes: int, z_dim: int, ngf: int, hidden: int
+    ) -> None:
         super().__init__()
         channels, height, width = shape
         self.start = (16 * ngf, height // 4, width // 4)
@@ -76,11 +80,19 @@ class Discriminator(nn.Module):
         super().__init__()
 
         def conv(before: int, after: int, stride: int) -> nn.Module:
-            return spectral_norm(nn.Conv2d(before, after, 4, stride, padding=1 if stride == 2 else 2))
+            return spectral_norm(
+                nn.Conv2d(before, after, 4, stride, padding=1 if stride == 2 else 2)
+            )
 
-        self.mask = nn.ModuleList([conv(num_classes + 1, ndf, 2), conv(ndf, ndf, 2), conv(ndf, ndf, 2)])
-        self.layers = nn.ModuleList([conv(channels + ndf, 4 * ndf, 2), conv(4 * ndf, 8 * ndf, 2), conv(8 * ndf, 8 * ndf, 1)])
-        self.norms = nn.ModuleList([nn.Identity(), nn.InstanceNorm2d(8 * ndf), nn.InstanceNorm2d(8 * ndf)])
+        self.mask = nn.ModuleList(
+            [conv(num_classes + 1, ndf, 2), conv(ndf, ndf, 2), conv(ndf, ndf, 2)]
+        )
+        self.layers = nn.ModuleList(
+            [conv(channels + ndf, 4 * ndf, 2), conv(4 * ndf, 8 * ndf, 2), conv(8 * ndf, 8 * ndf, 1)]
+        )
+        self.norms = nn.ModuleList(
+            [nn.Identity(), nn.InstanceNorm2d(8 * ndf), nn.InstanceNorm2d(8 * ndf)]
+        )
         self.last = conv(8 * ndf, 1, 1)
 
     def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -96,11 +108,26 @@ class Discriminator(nn.Module):
 class Training:
     """Algorithm 1's iteration, line by line; with a decoder it is the second branch's."""
 
-    def __init__(self, generator: Generator, discriminator: Discriminator, decoder: nn.Module | None, num_classes: int) -> None:
-        self.generator, self.discriminator, self.decoder, self.num_classes = generator, discriminator, decoder, num_classes
+    def __init__(
+        self,
+        generator: Generator,
+        discriminator: Discriminator,
+        decoder: nn.Module | None,
+        num_classes: int,
+    ) -> None:
+        self.generator, self.discriminator, self.decoder, self.num_classes = (
+            generator,
+            discriminator,
+            decoder,
+            num_classes,
+        )
         self.generator_optimizer = torch.optim.Adam(generator.parameters(), 2e-4, (0.0, 0.9))
-        self.discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), 8e-4, (0.0, 0.9))
-        self.decoder_optimizer = None if decoder is None else torch.optim.Adam(decoder.parameters(), 5e-4)
+        self.discriminator_optimizer = torch.optim.Adam(
+            discriminator.parameters(), 8e-4, (0.0, 0.9)
+        )
+        self.decoder_optimizer = (
+            None if decoder is None else torch.optim.Adam(decoder.parameters(), 5e-4)
+        )
 
     def step(self, features: Tensor, masks: Tensor, z: Tensor, autocast: torch.autocast) -> None:
         """One iteration on a batch; ``z`` holds as many draws a mask as its length says."""
@@ -115,10 +142,14 @@ class Training:
             scores, fake_layers = self.discriminator(fake, many)
             loss = -scores.float().mean()
             for real, made in zip(real_layers, fake_layers, strict=True):
-                loss = loss + 7.0 * F.l1_loss(made.float(), real.detach().float().repeat(ratio, 1, 1, 1))
+                loss = loss + 7.0 * F.l1_loss(
+                    made.float(), real.detach().float().repeat(ratio, 1, 1, 1)
+                )
             if self.decoder is not None:
                 for some in (features, *fake.chunk(ratio)):
-                    loss = loss + F.cross_entropy(self.decoder(some, masks.shape[-2:]).float(), masks.long(), ignore_index=255)
+                    loss = loss + F.cross_entropy(
+                        self.decoder(some, masks.shape[-2:]).float(), masks.long(), ignore_index=255
+                    )
         self.generator_optimizer.zero_grad()
         if self.decoder_optimizer is not None:
             self.decoder_optimizer.zero_grad()

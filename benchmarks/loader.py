@@ -25,7 +25,9 @@ def memmap(store: Any, batch_size: int) -> Callable[[int], Iterator[Any]]:
     from featurestore.dataset import BatchOrder
 
     arrays = {
-        name: np.memmap(path, store.spec.row(name)[1], "r", shape=(len(store), *store.spec.row(name)[0]))
+        name: np.memmap(
+            path, store.spec.row(name)[1], "r", shape=(len(store), *store.spec.row(name)[0])
+        )
         for name, path in raw_files(store.path).items()
     }
     order = BatchOrder(len(store), batch_size, seed=0, drop_last=True)
@@ -112,16 +114,34 @@ def measure(method: str, path: str, batch_size: int, epochs: int) -> list[float]
 @click.command(help=__doc__)
 @click.argument("store", type=click.Path(path_type=Path, exists=True))
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--epochs", type=click.IntRange(1), default=5, show_default=True, help="Epochs a process.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Processes a method, in turns.")
-@click.option("--only", multiple=True, type=click.Choice(list(METHODS)), help="Measure these methods alone, beside the plain loop.")
+@click.option(
+    "--epochs", type=click.IntRange(1), default=5, show_default=True, help="Epochs a process."
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Processes a method, in turns.",
+)
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(list(METHODS)),
+    help="Measure these methods alone, beside the plain loop.",
+)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
-def main(store: Path, batch_size: int, epochs: int, rounds: int, only: tuple[str, ...], file: Path | None) -> None:
+def main(
+    store: Path, batch_size: int, epochs: int, rounds: int, only: tuple[str, ...], file: Path | None
+) -> None:
     import featurestore
     from benchmarks import common
 
     opened = featurestore.open(store)
-    print(f"{common.machine()}\n{opened}, {opened.spec.compression}, batches of {batch_size}\n", flush=True)
+    print(
+        f"{common.machine()}\n{opened}, {opened.spec.compression}, batches of {batch_size}\n",
+        flush=True,
+    )
     results: dict[str, list[float]] = {}
     chosen = [method for method in METHODS if not only or method in (PLAIN, *only)]
     for name, path in raw_files(store).items():
@@ -129,13 +149,18 @@ def main(store: Path, batch_size: int, epochs: int, rounds: int, only: tuple[str
     common.read_back([*raw_files(store).values(), *store.glob("*.h5")])
     for _ in range(rounds):
         for method in chosen:
-            results.setdefault(method, []).extend(in_a_process("benchmarks.loader", method, str(store), batch_size, epochs))
+            results.setdefault(method, []).extend(
+                in_a_process("benchmarks.loader", method, str(store), batch_size, epochs)
+            )
     for path in raw_files(store).values():
         path.unlink()
     count = len(opened) // batch_size * batch_size
     rates = {method: count / statistics.median(seconds) for method, seconds in results.items()}
     plain = rates[PLAIN]
-    rows = [{"method": method, "samples_per_s": rate, "to_memmap": rate / plain} for method, rate in rates.items()]
+    rows = [
+        {"method": method, "samples_per_s": rate, "to_memmap": rate / plain}
+        for method, rate in rates.items()
+    ]
     common.report(rows, ("method", "samples_per_s", "to_memmap"), file)
 
 

@@ -13,7 +13,9 @@ from typing import Any
 def in_a_process(module: str, *arguments: Any, **environment: str) -> Any:
     """What ``module``'s ``measure`` returns for JSON-ready arguments, in a process of its own: see :func:`answer`."""
     command = [sys.executable, "-m", module, "--measure", json.dumps(arguments)]
-    run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
     if run.returncode:
         raise SystemExit(run.stderr)
     return json.loads(run.stdout.splitlines()[-1])

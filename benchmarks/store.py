@@ -97,14 +97,20 @@ def write_torch(features: np.ndarray, folder: Path) -> None:
 def open_torch(folder: Path, shape: tuple[int, ...]) -> Reader:
     import torch
 
-    return rowwise(lambda position: torch.load(folder / f"{position}.pt", weights_only=True).numpy())
+    return rowwise(
+        lambda position: torch.load(folder / f"{position}.pt", weights_only=True).numpy()
+    )
 
 
 def write_h5py(**options: Any) -> Callable[[np.ndarray, Path], None]:
     def write(features: np.ndarray, folder: Path) -> None:
         import h5py
 
-        settings = {**options, "chunks": (1, *features.shape[1:])} if options.get("chunks") == "sample" else options
+        settings = (
+            {**options, "chunks": (1, *features.shape[1:])}
+            if options.get("chunks") == "sample"
+            else options
+        )
         with h5py.File(folder / "features.h5", "w") as file:
             file.create_dataset("features", data=features, **settings)
 
@@ -122,7 +128,11 @@ def write_zarr(features: np.ndarray, folder: Path) -> None:
     import zarr
 
     array = zarr.create_array(
-        folder / "features.zarr", shape=features.shape, chunks=(1, *features.shape[1:]), dtype=features.dtype, compressors=None
+        folder / "features.zarr",
+        shape=features.shape,
+        chunks=(1, *features.shape[1:]),
+        dtype=features.dtype,
+        compressors=None,
     )
     array[:] = features
 
@@ -137,7 +147,10 @@ def open_zarr(folder: Path, shape: tuple[int, ...]) -> Reader:
 def write_lmdb(features: np.ndarray, folder: Path) -> None:
     import lmdb
 
-    with lmdb.open(str(folder), map_size=2 * features.nbytes + (1 << 26)) as base, base.begin(write=True) as transaction:
+    with (
+        lmdb.open(str(folder), map_size=2 * features.nbytes + (1 << 26)) as base,
+        base.begin(write=True) as transaction,
+    ):
         for number, sample in enumerate(features):
             transaction.put(b"%08d" % number, sample.tobytes())
 
@@ -145,8 +158,14 @@ def write_lmdb(features: np.ndarray, folder: Path) -> None:
 def open_lmdb(folder: Path, shape: tuple[int, ...]) -> Reader:
     import lmdb
 
-    transaction = lmdb.open(str(folder), readonly=True, lock=False, readahead=False).begin(buffers=True)
-    return rowwise(lambda position: np.frombuffer(transaction.get(b"%08d" % position), np.float16).reshape(shape[1:]))
+    transaction = lmdb.open(str(folder), readonly=True, lock=False, readahead=False).begin(
+        buffers=True
+    )
+    return rowwise(
+        lambda position: np.frombuffer(transaction.get(b"%08d" % position), np.float16).reshape(
+            shape[1:]
+        )
+    )
 
 
 def write_webdataset(features: np.ndarray, folder: Path) -> None:
@@ -166,7 +185,13 @@ def open_webdataset(folder: Path, shape: tuple[int, ...]) -> Reader:
 
     def stream() -> Any:
         while True:
-            yield from webdataset.WebDataset(str(folder / "features.tar"), shardshuffle=False, empty_check=False).shuffle(50).decode()
+            yield from (
+                webdataset.WebDataset(
+                    str(folder / "features.tar"), shardshuffle=False, empty_check=False
+                )
+                .shuffle(50)
+                .decode()
+            )
 
     samples = stream()
     return rowwise(lambda position: next(samples)["npy"])
@@ -193,7 +218,11 @@ def write_streaming(features: np.ndarray, folder: Path) -> None:
     from streaming import MDSWriter
 
     channels, height, width = features.shape[1:]
-    with MDSWriter(out=str(folder), columns={"features": f"ndarray:float16:{channels},{height},{width}"}, size_limit=256 << 20) as writer:
+    with MDSWriter(
+        out=str(folder),
+        columns={"features": f"ndarray:float16:{channels},{height},{width}"},
+        size_limit=256 << 20,
+    ) as writer:
         for sample in features:
             writer.write({"features": sample})
 
@@ -205,7 +234,9 @@ def open_streaming(folder: Path, shape: tuple[int, ...]) -> Reader:
     return rowwise(lambda position: dataset[position]["features"])
 
 
-METHODS: dict[str, tuple[str, Callable[[np.ndarray, Path], None], Callable[[Path, tuple[int, ...]], Reader]]] = {
+METHODS: dict[
+    str, tuple[str, Callable[[np.ndarray, Path], None], Callable[[Path, tuple[int, ...]], Reader]]
+] = {
     "featurestore": ("", write_ours("none"), open_ours),
     "np.memmap": ("", write_memmap, open_memmap),
     "h5py contiguous": ("", write_h5py(), open_h5py),
@@ -225,7 +256,9 @@ METHODS: dict[str, tuple[str, Callable[[np.ndarray, Path], None], Callable[[Path
 }
 
 
-def measure(method: str, read: str, place: str, shape: list[int], passes: int, cold: bool) -> dict[str, Any]:
+def measure(
+    method: str, read: str, place: str, shape: list[int], passes: int, cold: bool
+) -> dict[str, Any]:
     """Seconds of each pass over all samples in shuffled order, and this process's memory; runs in a process of its own."""
     folder = Path(place)
     sample, batch = METHODS[method][2](folder, tuple(shape))
@@ -249,21 +282,59 @@ def measure(method: str, read: str, place: str, shape: list[int], passes: int, c
         if number:  # the first pass warms up: page faults, imports, compilation
             seconds.append(time.perf_counter() - start)
     memory = {
-        line.split(":")[0]: int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if " kB" in line
+        line.split(":")[0]: int(line.split()[1]) / 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if " kB" in line
     }
     return {"seconds": seconds, "peak_rss_mb": memory["VmHWM"], "anonymous_mb": memory["RssAnon"]}
 
 
 @click.command(help=__doc__)
-@click.option("--photographs", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True, help="Folder of photographs.")
-@click.option("--backbone", default="efficientnet_lite0", show_default=True, help="efficientnet_lite0 (320 channels) or resnet50 (2048).")
-@click.option("--size", type=click.IntRange(64), default=256, show_default=True, help="Side of the photographs in pixels.")
-@click.option("--samples", type=click.IntRange(BATCH), default=200, show_default=True, help="Number of photographs.")
-@click.option("--passes", type=click.IntRange(1), default=5, show_default=True, help="Passes a process.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Processes a method, in turns.")
+@click.option(
+    "--photographs",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    required=True,
+    help="Folder of photographs.",
+)
+@click.option(
+    "--backbone",
+    default="efficientnet_lite0",
+    show_default=True,
+    help="efficientnet_lite0 (320 channels) or resnet50 (2048).",
+)
+@click.option(
+    "--size",
+    type=click.IntRange(64),
+    default=256,
+    show_default=True,
+    help="Side of the photographs in pixels.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(BATCH),
+    default=200,
+    show_default=True,
+    help="Number of photographs.",
+)
+@click.option(
+    "--passes", type=click.IntRange(1), default=5, show_default=True, help="Passes a process."
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Processes a method, in turns.",
+)
 @click.option("--cold", is_flag=True, help="Drop the files from the page cache before each pass.")
-@click.option("--only", multiple=True, type=click.Choice(list(METHODS)), help="Measure these methods alone.")
-@click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Where the files go; default: the system's.")
+@click.option(
+    "--only", multiple=True, type=click.Choice(list(METHODS)), help="Measure these methods alone."
+)
+@click.option(
+    "--scratch",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the files go; default: the system's.",
+)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
 def main(
     photographs: Path,
@@ -285,7 +356,10 @@ def main(
         zeros = float((features == 0).mean())
         shape, state = " x ".join(map(str, features.shape[1:])), "cold" if cold else "in page cache"
         print(common.machine())
-        print(f"{samples} samples of {shape} float16 ({backbone}), {zeros:.0%} zeros; {state}; shuffled\n", flush=True)
+        print(
+            f"{samples} samples of {shape} float16 ({backbone}), {zeros:.0%} zeros; {state}; shuffled\n",
+            flush=True,
+        )
         folders = _write_all(features, only or tuple(METHODS), work)
         whole = features.shape
         del features
@@ -293,14 +367,25 @@ def main(
         for _ in range(rounds):
             for method, folder in folders.items():
                 for read in ("sample", "batch"):
-                    measured = in_a_process("benchmarks.store", method, read, str(folder), whole, passes, cold)
+                    measured = in_a_process(
+                        "benchmarks.store", method, read, str(folder), whole, passes, cold
+                    )
                     results.setdefault((method, read), []).append(measured)
         common.report(_rows(results, folders, whole), COLUMNS, file)
     finally:
         shutil.rmtree(work)
 
 
-COLUMNS = ("method", "read", "samples_per_s", "gb_per_s", "to_memmap", "bytes_per_sample", "peak_rss_mb", "anonymous_mb")
+COLUMNS = (
+    "method",
+    "read",
+    "samples_per_s",
+    "gb_per_s",
+    "to_memmap",
+    "bytes_per_sample",
+    "peak_rss_mb",
+    "anonymous_mb",
+)
 
 
 def _features(photographs: Path, backbone: str, size: int, samples: int, work: Path) -> np.ndarray:
@@ -340,12 +425,19 @@ def _write_all(features: np.ndarray, methods: tuple[str, ...], work: Path) -> di
     return folders
 
 
-def _rows(results: dict[tuple[str, str], list[dict[str, Any]]], folders: dict[str, Path], shape: tuple[int, ...]) -> list[dict[str, Any]]:
+def _rows(
+    results: dict[tuple[str, str], list[dict[str, Any]]],
+    folders: dict[str, Path],
+    shape: tuple[int, ...],
+) -> list[dict[str, Any]]:
     rows = []
     for (method, read), runs in results.items():
         count = shape[0] if read == "sample" else shape[0] // BATCH * BATCH
         rate = count / statistics.median([second for run in runs for second in run["seconds"]])
-        size = sum(path.stat().st_size for path in folders[method].rglob("*") if path.is_file()) / shape[0]
+        size = (
+            sum(path.stat().st_size for path in folders[method].rglob("*") if path.is_file())
+            / shape[0]
+        )
         rows.append(
             {
                 "method": method,

@@ -27,12 +27,12 @@ from torch import Tensor
 from benchmarks import common, literal
 from featurestore.dataset import Batch
 from stages.augment.featuregan import FeatureGANConfig, JointFeatureGAN
-from stages.gan import build_networks
-from stages.gan_trainer import GanTrainer
+from stages.common.runtime import make_accelerator
+from stages.gan.gan_trainer import GanTrainer
+from stages.gan.networks import build_networks
+from stages.gan.objective import Objective
 from stages.models.decoder import Decoder
-from stages.objective import Objective
-from stages.runtime import make_accelerator
-from stages.upsampled_loss import upsampled_cross_entropy
+from stages.segmentation.upsampled_loss import upsampled_cross_entropy
 
 CLASSES, STRIDE = 21, 8
 
@@ -54,7 +54,9 @@ class Size:
 
 SIZES = {
     "voc2012-lite": Size("efficientnet_lite0", 320, 16, 64, 8, 64, 32, 64),
-    "thesis": Size("resnet101", 2048, 2, 256, 64, 128, 64, 256),  # its batch is 32; two fit a small machine
+    "thesis": Size(
+        "resnet101", 2048, 2, 256, 64, 128, 64, 256
+    ),  # its batch is 32; two fit a small machine
     "small": Size("efficientnet_lite0", 320, 2, 8, 1, 8, 4, 8, side=8),
 }
 
@@ -84,14 +86,18 @@ def our_trainer(size: Size, device: str, precision: str) -> GanTrainer:
     )
     objective = Objective("hinge", 7.0, 0.05)
     accelerator = make_accelerator(device, precision)
-    return GanTrainer(accelerator, networks, objective, generator_lr=2e-4, discriminator_lr=8e-4, betas=(0.0, 0.9))
+    return GanTrainer(
+        accelerator, networks, objective, generator_lr=2e-4, discriminator_lr=8e-4, betas=(0.0, 0.9)
+    )
 
 
 def new_decoder(size: Size) -> Decoder:
     return Decoder(head="deeplab", in_channels=size.channels, num_classes=CLASSES, width=size.width)
 
 
-def our_steps(size: Size, device: str, precision: str, features: Tensor, masks: Tensor) -> dict[str, Callable[[], object]]:
+def our_steps(
+    size: Size, device: str, precision: str, features: Tensor, masks: Tensor
+) -> dict[str, Callable[[], object]]:
     trainer = our_trainer(size, device, precision)
     decoder = new_decoder(size).to(trainer.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(decoder.parameters(), 5e-4)
@@ -105,14 +111,18 @@ def our_steps(size: Size, device: str, precision: str, features: Tensor, masks: 
         real = features.float().contiguous(memory_format=torch.channels_last)
         augmented = augmenter.augment(Batch(torch.arange(len(masks)), real, masks, None), rng)
         with trainer.accelerator.autocast():
-            scores = [decoder(some) for some in (real, *(part.features for part in augmented.parts))]
+            scores = [
+                decoder(some) for some in (real, *(part.features for part in augmented.parts))
+            ]
             loss = torch.stack([upsampled_cross_entropy(some, masks) for some in scores]).sum()
         augmenter.update(loss, optimizer)
 
     return {"gan step": gan, "joint step 1:1": lambda: joint(1), "joint step 2:1": lambda: joint(2)}
 
 
-def literal_steps(size: Size, device: str, precision: str, features: Tensor, masks: Tensor) -> dict[str, Callable[[], object]]:
+def literal_steps(
+    size: Size, device: str, precision: str, features: Tensor, masks: Tensor
+) -> dict[str, Callable[[], object]]:
     where = features.device
     shape = (size.channels, size.side, size.side)
     generator = literal.Generator(shape, CLASSES, size.z_dim, size.ngf, size.hidden).to(where)
@@ -124,17 +134,28 @@ def literal_steps(size: Size, device: str, precision: str, features: Tensor, mas
 
     def step(training: literal.Training, ratio: int) -> Callable[[], object]:
         return lambda: training.step(
-            features.float(), masks, torch.randn(ratio * len(masks), size.z_dim, generator=rng, device=where), autocast
+            features.float(),
+            masks,
+            torch.randn(ratio * len(masks), size.z_dim, generator=rng, device=where),
+            autocast,
         )
 
-    return {"gan step": step(gan, 1), "joint step 1:1": step(joint, 1), "joint step 2:1": step(joint, 2)}
+    return {
+        "gan step": step(gan, 1),
+        "joint step 1:1": step(joint, 1),
+        "joint step 2:1": step(joint, 2),
+    }
 
 
-def time_steps(name: str, size: Size, device: str, precisions: dict[str, str], steps: int) -> list[dict[str, Any]]:
+def time_steps(
+    name: str, size: Size, device: str, precisions: dict[str, str], steps: int
+) -> list[dict[str, Any]]:
     """Median seconds of each kind of step, ours and the literal one in turns."""
     rng = np.random.default_rng(0)
     where = make_accelerator(device, precisions["ours"]).device
-    features = torch.from_numpy(rng.random((size.batch, size.channels, size.side, size.side), np.float32)).to(where, torch.float16)
+    features = torch.from_numpy(
+        rng.random((size.batch, size.channels, size.side, size.side), np.float32)
+    ).to(where, torch.float16)
     blocks = rng.integers(0, CLASSES, (size.batch, size.side // 4, size.side // 4)).astype(np.uint8)
     masks = torch.from_numpy(blocks.repeat(4 * STRIDE, 1).repeat(4 * STRIDE, 2)).to(where)
     kinds = {
@@ -150,7 +171,9 @@ def time_steps(name: str, size: Size, device: str, precisions: dict[str, str], s
                 step()
                 _synchronise(where)
                 if number:  # the first warms up
-                    seconds.setdefault((what, implementation), []).append(time.perf_counter() - start)
+                    seconds.setdefault((what, implementation), []).append(
+                        time.perf_counter() - start
+                    )
     medians = {key: statistics.median(values) for key, values in seconds.items()}
     return [
         {
@@ -165,7 +188,9 @@ def time_steps(name: str, size: Size, device: str, precisions: dict[str, str], s
     ]
 
 
-def time_epochs(name: str, size: Size, device: str, precision: str, photographs: Path, count: int) -> list[dict[str, Any]]:
+def time_epochs(
+    name: str, size: Size, device: str, precision: str, photographs: Path, count: int
+) -> list[dict[str, Any]]:
     """Seconds of an epoch over ``count`` photographs, from cached features and with the backbone in the loop."""
     import featurestore
     from featurestore.dataset import FeatureLoader
@@ -174,14 +199,22 @@ def time_epochs(name: str, size: Size, device: str, precision: str, photographs:
     with tempfile.TemporaryDirectory() as folder:
         accelerator = make_accelerator(device, precision)
         backbone = common.backbone_for(size.backbone, Path(folder)).to(accelerator.device)
-        masks = torch.from_numpy(np.random.default_rng(0).integers(0, CLASSES, (size.batch, pixels, pixels)).astype(np.uint8))
+        masks = torch.from_numpy(
+            np.random.default_rng(0)
+            .integers(0, CLASSES, (size.batch, pixels, pixels))
+            .astype(np.uint8)
+        )
         masks = masks.to(accelerator.device)
 
         @torch.no_grad()
         def online() -> Iterator[Tensor]:
             images = common.photographs(photographs, count, pixels)
             for _ in range(count // size.batch):
-                batch = torch.from_numpy(np.stack([next(images) for _ in range(size.batch)])).permute(0, 3, 1, 2).to(accelerator.device)
+                batch = (
+                    torch.from_numpy(np.stack([next(images) for _ in range(size.batch)]))
+                    .permute(0, 3, 1, 2)
+                    .to(accelerator.device)
+                )
                 with accelerator.autocast():
                     features = backbone(batch)
                 yield features.clone()  # one that gradients may pass by: the backbone gives inference tensors
@@ -203,9 +236,16 @@ def time_epochs(name: str, size: Size, device: str, precision: str, photographs:
         with featurestore.create(Path(folder) / "store", spec) as writer:
             for number, features in enumerate(online()):
                 for row, sample in enumerate(features.to(torch.float16).cpu().numpy()):
-                    writer.append(id=f"{number}-{row}", features=sample, mask=masks[row].cpu().numpy())
+                    writer.append(
+                        id=f"{number}-{row}", features=sample, mask=masks[row].cpu().numpy()
+                    )
         loader = FeatureLoader(
-            featurestore.open(Path(folder) / "store"), size.batch, seed=0, drop_last=True, device=accelerator.device, workers=1
+            featurestore.open(Path(folder) / "store"),
+            size.batch,
+            seed=0,
+            drop_last=True,
+            device=accelerator.device,
+            workers=1,
         )
 
         def cached() -> Iterator[Tensor]:
@@ -226,7 +266,9 @@ def time_epochs(name: str, size: Size, device: str, precision: str, photographs:
 
         steps = {
             "decoder epoch": decode,
-            "gan epoch": lambda features: trainer.update(trainer.forward(features, masks, None, ratio=1, rng=rng)),
+            "gan epoch": lambda features: trainer.update(
+                trainer.forward(features, masks, None, ratio=1, rng=rng)
+            ),
         }
         rows = []
         for what, step in steps.items():
@@ -240,8 +282,19 @@ def time_epochs(name: str, size: Size, device: str, precision: str, photographs:
                 _synchronise(accelerator.device)
                 seconds[implementation] = time.perf_counter() - start
             for implementation, value in seconds.items():
-                row = {"what": f"{what}, {count // size.batch * size.batch} photographs", "implementation": implementation, "size": name}
-                rows.append({**row, "precision": precision, "seconds": value, "speedup": seconds["online"] / value})
+                row = {
+                    "what": f"{what}, {count // size.batch * size.batch} photographs",
+                    "implementation": implementation,
+                    "size": name,
+                }
+                rows.append(
+                    {
+                        **row,
+                        "precision": precision,
+                        "seconds": value,
+                        "speedup": seconds["online"] / value,
+                    }
+                )
         return rows
 
 
@@ -254,13 +307,40 @@ def _synchronise(device: torch.device) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--size", "names", multiple=True, type=click.Choice(list(SIZES)), default=("voc2012-lite", "thesis"), show_default=True)
-@click.option("--precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True, help="Of both, and of epochs.")
-@click.option("--literal-precision", type=click.Choice(["no", "bf16"]), help="Of the literal implementation. Default: the same.")
-@click.option("--steps", type=click.IntRange(1), default=5, show_default=True, help="Steps of each kind.")
-@click.option("--photographs", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Measure epochs too, on these.")
-@click.option("--images", type=click.IntRange(16), default=64, show_default=True, help="Photographs an epoch.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--size",
+    "names",
+    multiple=True,
+    type=click.Choice(list(SIZES)),
+    default=("voc2012-lite", "thesis"),
+    show_default=True,
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["no", "bf16"]),
+    default="no",
+    show_default=True,
+    help="Of both, and of epochs.",
+)
+@click.option(
+    "--literal-precision",
+    type=click.Choice(["no", "bf16"]),
+    help="Of the literal implementation. Default: the same.",
+)
+@click.option(
+    "--steps", type=click.IntRange(1), default=5, show_default=True, help="Steps of each kind."
+)
+@click.option(
+    "--photographs",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Measure epochs too, on these.",
+)
+@click.option(
+    "--images", type=click.IntRange(16), default=64, show_default=True, help="Photographs an epoch."
+)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
 def main(
     names: tuple[str, ...],
@@ -274,9 +354,15 @@ def main(
 ) -> None:
     print(f"{common.machine()}\n", flush=True)
     precisions = {"ours": precision, "literal": literal_precision or precision}
-    rows = [row for name in names for row in time_steps(name, SIZES[name], device, precisions, steps)]
+    rows = [
+        row for name in names for row in time_steps(name, SIZES[name], device, precisions, steps)
+    ]
     if photographs is not None:
-        rows += [row for name in names for row in time_epochs(name, SIZES[name], device, precision, photographs, images)]
+        rows += [
+            row
+            for name in names
+            for row in time_epochs(name, SIZES[name], device, precision, photographs, images)
+        ]
     common.report(rows, COLUMNS, file)
 
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import common
+from stages.common.runtime import make_accelerator
 from stages.models.winograd import is_faster, winograd_conv2d
-from stages.runtime import make_accelerator
 
 SHAPES = (  # batch, input channels, output channels, side
     (2, 1024, 2048, 32),
@@ -43,7 +43,11 @@ def time_shape(shape: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
     rng = torch.Generator().manual_seed(0)
     x, weight, gradient = (
         torch.randn(size, generator=rng).to(memory_format=torch.channels_last)
-        for size in ((batch, inputs, side, side), (outputs, inputs, 3, 3), (batch, outputs, side, side))
+        for size in (
+            (batch, inputs, side, side),
+            (outputs, inputs, 3, 3),
+            (batch, outputs, side, side),
+        )
     )
     x.requires_grad_()
     weight.requires_grad_()
@@ -74,7 +78,11 @@ def time_shape(shape: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
 def main(rounds: int, file: Path | None) -> None:
     make_accelerator("cpu", "no")  # keeps freed memory, as every stage does
     print(f"{common.machine()}\n")
-    common.report([time_shape(shape, rounds) for shape in SHAPES], ("shape", "direct", "winograd", "speedup", "used", "error"), file)
+    common.report(
+        [time_shape(shape, rounds) for shape in SHAPES],
+        ("shape", "direct", "winograd", "speedup", "used", "error"),
+        file,
+    )
 
 
 if __name__ == "__main__":

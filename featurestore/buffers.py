@@ -27,7 +27,9 @@ class Buffers:
         except IndexError:
             memory = _aligned(shape, dtype)
         array = memory.view()
-        weakref.finalize(array, free.append, memory).atexit = False  # all that shares the memory, a tensor too, holds the view
+        weakref.finalize(
+            array, free.append, memory
+        ).atexit = False  # all that shares the memory, a tensor too, holds the view
         return array
 
 

@@ -39,7 +39,9 @@ def all_finite(array: np.ndarray) -> bool:
 
 def any_negative(array: np.ndarray) -> bool:
     """Whether a value is below zero (-0.0 is not); float16 by its bits, as above; NaN is not expected."""
-    return bool((array.view(np.uint16) > 0x8000).any() if array.dtype == np.float16 else (array < 0).any())
+    return bool(
+        (array.view(np.uint16) > 0x8000).any() if array.dtype == np.float16 else (array < 0).any()
+    )
 
 
 # -- zeros: lossless ---------------------------------------------------------------------------------
@@ -108,12 +110,16 @@ def quantise(features: np.ndarray, *, nonnegative: bool) -> tuple[np.ndarray, np
 def dequantise(codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
     """Code times scale into ``out`` (C, h, w), float16 or float32: a table of 256 values a channel."""
     values = (
-        np.arange(256, dtype=np.float32) if codes.dtype == np.uint8 else np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)
+        np.arange(256, dtype=np.float32)
+        if codes.dtype == np.uint8
+        else np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)
     )
     tables = (scales[:, None] * values).astype(out.dtype)  # (C, 256)
     channels = len(scales)
     _kernels()["look_up"](
-        codes.view(np.uint8).reshape(channels, -1), _words(tables).reshape(channels, 256), _words(out).reshape(channels, -1)
+        codes.view(np.uint8).reshape(channels, -1),
+        _words(tables).reshape(channels, 256),
+        _words(out).reshape(channels, -1),
     )
 
 
@@ -133,8 +139,12 @@ def _kernels() -> dict[str, Callable[..., Any]]:
     def pack_zeros(words: np.ndarray, bits: np.ndarray, values: np.ndarray) -> int:
         taken = 0
         for position in range(len(words)):
-            values[taken] = words[position]  # written always, kept where it is not zero: no branch to guess
-            present = words[position] != 0  # by its bits: -0.0 is a value of its own, so that every bit comes back
+            values[taken] = words[
+                position
+            ]  # written always, kept where it is not zero: no branch to guess
+            present = (
+                words[position] != 0
+            )  # by its bits: -0.0 is a value of its own, so that every bit comes back
             bits[position >> 3] |= present << (position & 7)
             taken += present
         return taken
@@ -154,4 +164,8 @@ def _kernels() -> dict[str, Callable[..., Any]]:
                 out[channel, position] = tables[channel, codes[channel, position]]
 
     compiled = numba.njit(nogil=True)
-    return {"pack_zeros": compiled(pack_zeros), "unpack_zeros": compiled(unpack_zeros), "look_up": compiled(look_up)}
+    return {
+        "pack_zeros": compiled(pack_zeros),
+        "unpack_zeros": compiled(unpack_zeros),
+        "look_up": compiled(look_up),
+    }

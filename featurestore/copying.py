@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-LARGE = 8 << 20  # bytes; several batches of this size, which a loader keeps in flight, fill a last-level cache
+LARGE = (
+    8 << 20
+)  # bytes; several batches of this size, which a loader keeps in flight, fill a last-level cache
 LINE = 64  # bytes of a cache line, and of the widest store instruction
 
 
@@ -35,13 +37,17 @@ def take_rows(source: np.ndarray, rows: np.ndarray, out: np.ndarray, *, past_cac
         When ``out`` cannot take the rows as they are.
     """
     if not past_caches:
-        np.take(source, rows, axis=0, out=out, mode="clip")  # rows are inside; "raise" would copy twice
+        np.take(
+            source, rows, axis=0, out=out, mode="clip"
+        )  # rows are inside; "raise" would copy twice
         return
     expected = (len(rows), *source.shape[1:])
     if not (source.flags.c_contiguous and out.flags.c_contiguous and out.flags.writeable):
         raise ValueError("source and out must be contiguous, and out writable")
     if out.shape != expected or out.dtype != source.dtype:
-        raise ValueError(f"out is {out.dtype} {out.shape}, but the rows are {source.dtype} {expected}")
+        raise ValueError(
+            f"out is {out.dtype} {out.shape}, but the rows are {source.dtype} {expected}"
+        )
     _kernel()(source.ctypes.data, rows, out.ctypes.data, out.nbytes // len(rows))
 
 
@@ -61,9 +67,13 @@ def _kernel() -> Callable[..., Any]:
             def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
                 kind = ir.VectorType(ir.IntType(8), width)
                 to, frm = (builder.inttoptr(address, kind.as_pointer()) for address in arguments)
-                stored = builder.store(builder.load(frm, align=1), to, align=width if past_caches else 1)
+                stored = builder.store(
+                    builder.load(frm, align=1), to, align=width if past_caches else 1
+                )
                 if past_caches:
-                    stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+                    stored.set_metadata(
+                        "nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+                    )
                 return context.get_dummy_value()
 
             return void(uintp, uintp), generate

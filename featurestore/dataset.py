@@ -47,14 +47,24 @@ class Batch:
 
         images = [None if self.images is None else part(self.images, start) for start in starts]
         return [
-            Batch(part(self.positions, start), part(self.features, start), part(self.masks, start), image)
+            Batch(
+                part(self.positions, start),
+                part(self.features, start),
+                part(self.masks, start),
+                image,
+            )
             for start, image in zip(starts, images, strict=True)
         ]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``; copies from pinned memory do not block."""
         images = None if self.images is None else self.images.to(device, non_blocking=True)
-        return Batch(self.positions, self.features.to(device, non_blocking=True), self.masks.to(device, non_blocking=True), images)
+        return Batch(
+            self.positions,
+            self.features.to(device, non_blocking=True),
+            self.masks.to(device, non_blocking=True),
+            images,
+        )
 
 
 class FeatureDataset(Dataset[Batch]):
@@ -90,7 +100,9 @@ class FeatureDataset(Dataset[Batch]):
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """Batch of the samples at ``positions``, in that order."""
         arrays = {name: self.store.gather(name, positions) for name in names_of(self.images)}
-        return as_batch(positions, {name: torch.from_numpy(array) for name, array in arrays.items()})
+        return as_batch(
+            positions, {name: torch.from_numpy(array) for name, array in arrays.items()}
+        )
 
 
 class BatchOrder:
@@ -132,7 +144,9 @@ class BatchOrder:
         ranks: int = 1,
     ) -> None:
         if batch_size % ranks:
-            raise ValueError(f"a batch of {batch_size} cannot be divided evenly over {ranks} processes")
+            raise ValueError(
+                f"a batch of {batch_size} cannot be divided evenly over {ranks} processes"
+            )
         if views > 1 and seed is None:
             raise ValueError("one of several views is drawn at random; give a seed")
         self.samples = samples
@@ -159,7 +173,10 @@ class BatchOrder:
             order = np.concatenate([rng.permutation(self.samples) for _ in range(self.passes)])
             if self.views > 1:
                 order = order * self.views + rng.integers(self.views, size=len(order))
-        batches = (np.sort(order[number * self.batch_size : (number + 1) * self.batch_size]) for number in range(len(self)))
+        batches = (
+            np.sort(order[number * self.batch_size : (number + 1) * self.batch_size])
+            for number in range(len(self))
+        )
         return [np.array_split(batch, self.ranks)[self.rank].tolist() for batch in batches]
 
 
@@ -219,13 +236,25 @@ class FeatureLoader:
         self.store = store
         self.positions = np.arange(len(store)) if positions is None else np.asarray(positions)
         order = partial(BatchOrder, views=self.positions.shape[1] if self.positions.ndim > 1 else 1)
-        self.order = order(len(self.positions), batch_size, seed=seed, drop_last=drop_last, passes=passes, rank=rank, ranks=ranks)
+        self.order = order(
+            len(self.positions),
+            batch_size,
+            seed=seed,
+            drop_last=drop_last,
+            passes=passes,
+            rank=rank,
+            ranks=ranks,
+        )
         self._known = np.unique(self.positions)
         self.workers = workers
         self.device = torch.device(device)
         self.names = names_of(images)
         self._buffers = Buffers()
-        self._resident = None if cache == "none" else self._read_all(self.device if cache == "device" else torch.device("cpu"))
+        self._resident = (
+            None
+            if cache == "none"
+            else self._read_all(self.device if cache == "device" else torch.device("cpu"))
+        )
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -236,9 +265,15 @@ class FeatureLoader:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number ``first`` on; without a seed all epochs are the same."""
-        batches = [self.positions.reshape(-1)[batch].tolist() for batch in self.order.epoch(epoch)[first:]]
+        batches = [
+            self.positions.reshape(-1)[batch].tolist() for batch in self.order.epoch(epoch)[first:]
+        ]
         ready = prefetch(self._gather, batches, workers=self.workers, ahead=2 * self.workers)
-        yield from moved(ready, self.device) if self.device.type == "cuda" else map(partial(Batch.to, device=self.device), ready)
+        yield from (
+            moved(ready, self.device)
+            if self.device.type == "cuda"
+            else map(partial(Batch.to, device=self.device), ready)
+        )
 
     def _gather(self, positions: list[int]) -> Batch:
         tensors: dict[str, torch.Tensor] = {}
@@ -267,17 +302,26 @@ class FeatureLoader:
         """All samples that take part as tensors on ``device``, a few at a time."""
         rows = {name: self.store.spec.row(name) for name in self.names}
         count = len(self._known)
-        needed = count * sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in rows.values())
+        needed = count * sum(
+            int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in rows.values()
+        )
         if device.type == "cuda":
             where, free = "the device", torch.cuda.mem_get_info(device)[0]
         else:  # each of torchrun's processes on this machine reads all
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            where = "memory" if processes == 1 else f"this process's share of memory, one of {processes}"
+            where = (
+                "memory"
+                if processes == 1
+                else f"this process's share of memory, one of {processes}"
+            )
             free = psutil.virtual_memory().available // processes
         if needed > 0.9 * free:
             message = f"{needed / 1e9:.1f} GB do not fit into {where} ({free / 1e9:.1f} GB are free); use --cache none"
             raise StoreMemoryError(message, path=self.store.path, expected=needed, found=free)
-        whole = {name: torch.empty((count, *shape), dtype=getattr(torch, dtype), device=device) for name, (shape, dtype) in rows.items()}
+        whole = {
+            name: torch.empty((count, *shape), dtype=getattr(torch, dtype), device=device)
+            for name, (shape, dtype) in rows.items()
+        }
 
         def read(rows: slice) -> None:
             for name, tensor in whole.items():
@@ -315,7 +359,9 @@ def _arrived(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Ba
     using.wait_event(copied)
     for tensor in (batch.features, batch.masks, batch.images):
         if tensor is not None:
-            tensor.record_stream(using)  # its memory is the other stream's, which must not use it again before this one is done
+            tensor.record_stream(
+                using
+            )  # its memory is the other stream's, which must not use it again before this one is done
     return batch
 
 
@@ -328,7 +374,12 @@ def as_batch(positions: Sequence[int], tensors: dict[str, torch.Tensor]) -> Batc
     """A batch of the tensors by name; images (B, H, W, 3) become (B, 3, H, W), channels last in memory."""
     images = tensors.get(IMAGES)
     where = torch.tensor(positions, dtype=torch.int64)
-    return Batch(where, tensors[FEATURES], tensors[MASKS], None if images is None else images.permute(0, 3, 1, 2))
+    return Batch(
+        where,
+        tensors[FEATURES],
+        tensors[MASKS],
+        None if images is None else images.permute(0, 3, 1, 2),
+    )
 
 
 def check_images(store: FeatureStore, images: bool) -> None:
@@ -340,4 +391,6 @@ def check_images(store: FeatureStore, images: bool) -> None:
         When there are none.
     """
     if images and not store.spec.has_images:
-        raise SpecMismatchError("this store has no images; extract with store_images: true", path=store.path)
+        raise SpecMismatchError(
+            "this store has no images; extract with store_images: true", path=store.path
+        )

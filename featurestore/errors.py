@@ -17,7 +17,9 @@ class FeatureStoreError(Exception):
         What was wanted there and what was met, where that can be said.
     """
 
-    def __init__(self, message: str, *, path: str | Path, expected: Any = None, found: Any = None) -> None:
+    def __init__(
+        self, message: str, *, path: str | Path, expected: Any = None, found: Any = None
+    ) -> None:
         super().__init__(f"{path}: {message}")
         self.path = Path(path)
         self.expected = expected
@@ -72,7 +74,9 @@ class SampleError(FeatureStoreError):
     """A sample that was to be written does not fit the store's spec."""
 
 
-def _restore(kind: type[FeatureStoreError], args: tuple[Any, ...], attributes: dict[str, Any]) -> FeatureStoreError:
+def _restore(
+    kind: type[FeatureStoreError], args: tuple[Any, ...], attributes: dict[str, Any]
+) -> FeatureStoreError:
     error = kind.__new__(kind, *args)
     error.__dict__.update(attributes)
     return error

@@ -21,7 +21,10 @@ def writing(path: Path) -> Iterator[None]:
     """Say in one line that the file system refused, and that nothing is lost."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # h5py raises either when a disk is full, and not always says so
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # h5py raises either when a disk is full, and not always says so
         raise not_written(path, error) from error
 
 
@@ -29,8 +32,12 @@ def not_written(path: Path | str, error: OSError | RuntimeError) -> StoreWriteEr
     """What to say when a file could not be written."""
     number = error.errno if isinstance(error, OSError) else None
     reason = os.strerror(number) if number else " ".join(str(error).split())[:200]
-    remedy = "make room or choose another folder" if number in (None, *FULL) else "choose another folder"
-    return StoreWriteError(f"cannot be written ({reason}); {remedy}, and start again", path=path, found=reason)
+    remedy = (
+        "make room or choose another folder" if number in (None, *FULL) else "choose another folder"
+    )
+    return StoreWriteError(
+        f"cannot be written ({reason}); {remedy}, and start again", path=path, found=reason
+    )
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -76,7 +76,9 @@ def read_index(folder: Path) -> Index:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise IncompleteStoreError(f"cannot be read ({error.strerror}); write the store again", path=path) from error
+        raise IncompleteStoreError(
+            f"cannot be read ({error.strerror}); write the store again", path=path
+        ) from error
     try:
         body = json.loads(raw)
         if body["format"] != "featurestore":
@@ -91,17 +93,31 @@ def read_index(folder: Path) -> Index:
             )
         index = _parse(body)
         intact = index.to_text().encode() == raw
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise IncompleteStoreError(f"not a whole index ({reason}); write the store again", path=path) from error
+        raise IncompleteStoreError(
+            f"not a whole index ({reason}); write the store again", path=path
+        ) from error
     if not intact:
-        raise IncompleteStoreError("the index was changed after it was written; write the store again", path=path)
+        raise IncompleteStoreError(
+            "the index was changed after it was written; write the store again", path=path
+        )
     return index
 
 
 def _parse(body: Mapping[str, Any]) -> Index:
     shards = tuple(ShardRecord(**record) for record in body["shards"])
-    if any(os.path.basename(shard.file) != shard.file or shard.samples < 1 or shard.bytes < 1 for shard in shards):
+    if any(
+        os.path.basename(shard.file) != shard.file or shard.samples < 1 or shard.bytes < 1
+        for shard in shards
+    ):
         raise ValueError("a shard record is out of range")
     return Index(
         spec=StoreSpec.from_dict(body["spec"]),

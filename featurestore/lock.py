@@ -42,9 +42,13 @@ class WriterLock:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+                holder = (
+                    os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+                )
                 os.close(descriptor)
-                message = f"{holder} is writing this store; wait for it or stop it, then start again"
+                message = (
+                    f"{holder} is writing this store; wait for it or stop it, then start again"
+                )
                 raise StoreBusyError(message, path=path, found=holder) from None
             except OSError as error:
                 os.close(descriptor)
@@ -61,7 +65,9 @@ class WriterLock:
                 os.close(descriptor)
         with suppress(OSError):  # on a full disk the lock holds without a note of who has it
             os.truncate(self._descriptor, 0)
-            os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            os.write(
+                self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode()
+            )
 
     def _is_current(self, descriptor: int) -> bool:
         try:

@@ -55,7 +55,9 @@ def prefetch(
             raise
 
     waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="prefetch", initializer=initializer) as pool:
+    with ThreadPoolExecutor(
+        workers, thread_name_prefix="prefetch", initializer=initializer
+    ) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(guarded, item))

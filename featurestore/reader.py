@@ -73,7 +73,10 @@ class FeatureStore:
         self._pid = os.getpid()
         if path.is_dir():
             if not (path / INDEX_NAME).is_file():
-                raise IncompleteStoreError(f"no {INDEX_NAME} in this folder, so no finished store; write it again", path=path)
+                raise IncompleteStoreError(
+                    f"no {INDEX_NAME} in this folder, so no finished store; write it again",
+                    path=path,
+                )
             self._written = _state_of(path / INDEX_NAME)
             index = read_index(path)
             self.folder = path
@@ -92,7 +95,9 @@ class FeatureStore:
             self.fingerprint = ""
             self._statistics = None
         else:
-            raise StoreNotFoundError("there is no feature store here; run the extract stage first", path=path)
+            raise StoreNotFoundError(
+                "there is no feature store here; run the extract stage first", path=path
+            )
         self._ends = list(itertools.accumulate(record.samples for record in self.records))
         self._starts = [0, *self._ends[:-1]]
 
@@ -101,9 +106,13 @@ class FeatureStore:
             file = self.folder / record.file
             size = file.stat().st_size if file.is_file() else None
             if size is None:
-                raise IncompleteStoreError("the index lists this shard, but it is gone; write the store again", path=file)
+                raise IncompleteStoreError(
+                    "the index lists this shard, but it is gone; write the store again", path=file
+                )
             if size != record.bytes:
-                message = f"{size} bytes long, but the index says {record.bytes}; write the store again"
+                message = (
+                    f"{size} bytes long, but the index says {record.bytes}; write the store again"
+                )
                 raise IncompleteStoreError(message, path=file, expected=record.bytes, found=size)
 
     # -- samples ---------------------------------------------------------------------------------
@@ -124,7 +133,13 @@ class FeatureStore:
         """
         shard, row = self._locate(position)
         image = shard.read(IMAGES, row) if self.spec.has_images else None
-        return Sample(shard.ids[row], shard.views[row], shard.read(FEATURES, row), shard.read(MASKS, row), image)
+        return Sample(
+            shard.ids[row],
+            shard.views[row],
+            shard.read(FEATURES, row),
+            shard.read(MASKS, row),
+            image,
+        )
 
     def features(self, position: int) -> np.ndarray:
         """(C, h, w) features; a read-only view of the file's pages where the store is uncompressed."""
@@ -150,9 +165,13 @@ class FeatureStore:
 
     def _check_images(self) -> None:
         if not self.spec.has_images:
-            raise SpecMismatchError("this store has no images; extract with store_images: true", path=self.path)
+            raise SpecMismatchError(
+                "this store has no images; extract with store_images: true", path=self.path
+            )
 
-    def gather(self, name: str, positions: Sequence[int] | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    def gather(
+        self, name: str, positions: Sequence[int] | np.ndarray, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """Several samples' ``features``, ``masks`` or ``images`` in one array: each is copied, or decoded, once.
 
         Parameters
@@ -191,7 +210,9 @@ class FeatureStore:
             while last < len(where) and start <= where[last] < end:
                 last += 1
             rows = np.array(where[first:last], np.int64) - start
-            self._shard(number).gather_into(name, rows, out[first:last], past_caches=out.nbytes >= LARGE)
+            self._shard(number).gather_into(
+                name, rows, out[first:last], past_caches=out.nbytes >= LARGE
+            )
             first = last
         return out
 
@@ -213,7 +234,9 @@ class FeatureStore:
     def stats(self) -> Statistics:
         """Per-channel and per-class statistics; those of the index, or for a single shard computed on first use."""
         if self._statistics is None:
-            parts = (Statistics.of_sample(self.spec, sample.features, sample.mask) for sample in self)
+            parts = (
+                Statistics.of_sample(self.spec, sample.features, sample.mask) for sample in self
+            )
             self._statistics = Statistics.merge_all(parts)
         return self._statistics
 
@@ -223,15 +246,32 @@ class FeatureStore:
 
         rows: list[dict[str, Any]] = []
         for position, (id, view) in enumerate(zip(self.ids, self.views, strict=True)):
-            shares = np.bincount(self.mask(position).reshape(-1), minlength=256) / np.prod(self.spec.mask_shape)
+            shares = np.bincount(self.mask(position).reshape(-1), minlength=256) / np.prod(
+                self.spec.mask_shape
+            )
             file = self.records[bisect.bisect_right(self._ends, position)].file
             classes = {name: shares[value] for value, name in enumerate(self.spec.class_names)}
-            rows.append({"id": id, "view": view, "shard": file, **classes, "void": shares[self.spec.void_index]})
+            rows.append(
+                {
+                    "id": id,
+                    "view": view,
+                    "shard": file,
+                    **classes,
+                    "void": shares[self.spec.void_index],
+                }
+            )
         return pandas.DataFrame(rows)
 
     # -- integrity -------------------------------------------------------------------------------
 
-    def verify(self, *, workers: int = 2, progress: Callable[[int], object] | None = None, rank: int = 0, ranks: int = 1) -> None:
+    def verify(
+        self,
+        *,
+        workers: int = 2,
+        progress: Callable[[int], object] | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         """Compare every byte with the index.
 
         Parameters
@@ -253,7 +293,10 @@ class FeatureStore:
             When this is a single shard: its hash is in the index of its folder.
         """
         if self.path.is_file():
-            raise SpecMismatchError("a single shard carries no hash of itself; verify the store's folder", path=self.path)
+            raise SpecMismatchError(
+                "a single shard carries no hash of itself; verify the store's folder",
+                path=self.path,
+            )
 
         lock = threading.Lock()
 
@@ -294,10 +337,14 @@ class FeatureStore:
             record = self.records[number]
             shard = Shard(self.folder / record.file)
             if self._written is not None and _state_of(self.path / INDEX_NAME) != self._written:
-                raise IncompleteStoreError("the store was written anew since it was opened; open it again", path=self.path)
+                raise IncompleteStoreError(
+                    "the store was written anew since it was opened; open it again", path=self.path
+                )
             if (shard.spec, len(shard)) != (self.spec, record.samples):
                 message = "the shard's own description is not the index's; write the store again"
-                raise ShardCorruptError(message, path=shard.path, expected=self.spec, found=shard.spec)
+                raise ShardCorruptError(
+                    message, path=shard.path, expected=self.spec, found=shard.spec
+                )
             self._shards[number] = shard
         return self._shards[number]
 
@@ -317,8 +364,12 @@ class FeatureStore:
 def _allow_open_files(shards: int) -> None:
     """Raise this process's own limit of open files, where a store has more shards: 256 and 1024 are usual, a terabyte has 4000."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # macOS has a limit below the hard one; too few files are named when they are met
-        wanted = len(os.listdir("/dev/fd")) + 2 * shards + 512  # what is open, a second store, and what else will be
+    with suppress(
+        ValueError, OSError
+    ):  # macOS has a limit below the hard one; too few files are named when they are met
+        wanted = (
+            len(os.listdir("/dev/fd")) + 2 * shards + 512
+        )  # what is open, a second store, and what else will be
         wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -86,19 +86,31 @@ class StoreSpec:
 
     def __post_init__(self) -> None:
         if self.feature_dtype not in FEATURE_DTYPES:
-            raise ValueError(f"feature_dtype must be one of {FEATURE_DTYPES}, not {self.feature_dtype!r}")
+            raise ValueError(
+                f"feature_dtype must be one of {FEATURE_DTYPES}, not {self.feature_dtype!r}"
+            )
         if self.compression not in COMPRESSIONS:
             raise ValueError(f"compression must be one of {COMPRESSIONS}, not {self.compression!r}")
         if len(self.feature_shape) != 3 or min(self.feature_shape) < 1:
-            raise ValueError(f"feature_shape must be three positive numbers (C, h, w), not {self.feature_shape}")
+            raise ValueError(
+                f"feature_shape must be three positive numbers (C, h, w), not {self.feature_shape}"
+            )
         if len(self.mask_shape) != 2 or min(self.mask_shape) < 1:
-            raise ValueError(f"mask_shape must be two positive numbers (H, W), not {self.mask_shape}")
+            raise ValueError(
+                f"mask_shape must be two positive numbers (H, W), not {self.mask_shape}"
+            )
         if not 1 <= len(self.class_names) <= 255:
-            raise ValueError(f"between 1 and 255 classes fit a uint8 mask with a void value, not {len(self.class_names)}")
+            raise ValueError(
+                f"between 1 and 255 classes fit a uint8 mask with a void value, not {len(self.class_names)}"
+            )
         if len(self.palette) != len(self.class_names):
-            raise ValueError(f"{len(self.class_names)} classes but {len(self.palette)} colours in the palette")
+            raise ValueError(
+                f"{len(self.class_names)} classes but {len(self.palette)} colours in the palette"
+            )
         if self.void_index != VOID:
-            raise ValueError(f"void_index must be {VOID}, not {self.void_index}; change the masks' values before storing them")
+            raise ValueError(
+                f"void_index must be {VOID}, not {self.void_index}; change the masks' values before storing them"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -111,7 +123,9 @@ class StoreSpec:
         pixels = self.mask_shape[0] * self.mask_shape[1]
         features = int(np.prod(self.feature_shape)) * np.dtype(self.feature_dtype).itemsize
         if self.compression == "int8":
-            features = int(np.prod(self.feature_shape)) + 4 * self.feature_shape[0]  # codes and scales
+            features = (
+                int(np.prod(self.feature_shape)) + 4 * self.feature_shape[0]
+            )  # codes and scales
         return features + pixels + (3 * pixels if self.has_images else 0)
 
     def row(self, name: str) -> tuple[tuple[int, ...], str]:
@@ -127,7 +141,11 @@ class StoreSpec:
         return json.loads(json.dumps(self._present()))
 
     def _present(self) -> dict[str, Any]:
-        return {key: value for key, value in dataclasses.asdict(self).items() if key != GENERATOR or value}
+        return {
+            key: value
+            for key, value in dataclasses.asdict(self).items()
+            if key != GENERATOR or value
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StoreSpec:
@@ -151,7 +169,9 @@ class StoreSpec:
             elif isinstance(value, bool):
                 attributes[key] = np.uint8(value)
             elif isinstance(value, (int, tuple)):
-                attributes[key] = np.asarray(value, np.float64 if key.startswith("normalization") else np.int64)
+                attributes[key] = np.asarray(
+                    value, np.float64 if key.startswith("normalization") else np.int64
+                )
             else:
                 attributes[key] = value
         return attributes

@@ -12,10 +12,20 @@ import numpy as np
 
 from featurestore import codec
 from featurestore.copying import take_rows
-from featurestore.errors import FeatureStoreError, FormatVersionError, ShardCorruptError, StoreNotFoundError, StoreReadError
+from featurestore.errors import (
+    FeatureStoreError,
+    FormatVersionError,
+    ShardCorruptError,
+    StoreNotFoundError,
+    StoreReadError,
+)
 from featurestore.schema import FEATURES, FORMAT_VERSION, IDS, IMAGES, MASKS, VIEWS, StoreSpec
 
-BITS, VALUES, STARTS = "feature_bits", "feature_values", "feature_starts"  # in place of FEATURES where zeros are packed
+BITS, VALUES, STARTS = (
+    "feature_bits",
+    "feature_values",
+    "feature_starts",
+)  # in place of FEATURES where zeros are packed
 SCALES = "feature_scales"  # beside FEATURES where they are int8
 
 
@@ -52,12 +62,18 @@ class Shard:
             raise
         except OSError as error:
             if error.errno is None:  # HDF5's word on the file's content
-                raise ShardCorruptError(f"cannot be read as a shard ({error}); write the store again", path=path) from error
+                raise ShardCorruptError(
+                    f"cannot be read as a shard ({error}); write the store again", path=path
+                ) from error
             raise refused(path, error) from error
         except ImportError as error:
-            raise StoreReadError(f"is packed by a filter that this Python lacks; pip install {error.name}", path=path) from error
+            raise StoreReadError(
+                f"is packed by a filter that this Python lacks; pip install {error.name}", path=path
+            ) from error
         except Exception as error:  # h5py raises KeyError, RuntimeError, ... on damaged files
-            raise ShardCorruptError(f"cannot be read as a shard ({error}); write the store again", path=path) from error
+            raise ShardCorruptError(
+                f"cannot be read as a shard ({error}); write the store again", path=path
+            ) from error
 
     def _open(self, path: Path) -> None:
         file = h5py.File(path, "r")
@@ -87,7 +103,11 @@ class Shard:
                     self._refuse(name, found, expected)
                 self._arrays[name] = dataset if content is None else _mapped(content, dataset, path)
             packed = (FEATURES,) if spec.compression == "int8" else ()
-            self.plain = {name: array for name, array in self._arrays.items() if isinstance(array, np.ndarray) and name not in packed}
+            self.plain = {
+                name: array
+                for name, array in self._arrays.items()
+                if isinstance(array, np.ndarray) and name not in packed
+            }
         except BaseException:
             file.close()
             raise
@@ -97,17 +117,29 @@ class Shard:
     def _layout(self, file: h5py.File) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and type of each dataset that the attributes promise."""
         spec, count = self.spec, len(self.ids)
-        features: dict[str, tuple[tuple[int, ...], str]] = {FEATURES: ((count, *spec.feature_shape), spec.feature_dtype)}
+        features: dict[str, tuple[tuple[int, ...], str]] = {
+            FEATURES: ((count, *spec.feature_shape), spec.feature_dtype)
+        }
         if spec.compression == "zeros":
             self._starts = np.asarray(file[STARTS][()])
-            ordered = self._starts.shape == (count + 1,) and self._starts[0] == 0 and (np.diff(self._starts) >= 0).all()
+            ordered = (
+                self._starts.shape == (count + 1,)
+                and self._starts[0] == 0
+                and (np.diff(self._starts) >= 0).all()
+            )
             if not ordered:
                 self._refuse(STARTS, self._starts.shape, (count + 1,))
             packed = -(-int(np.prod(spec.feature_shape)) // 8)
-            features = {BITS: ((count, packed), "uint8"), VALUES: ((int(self._starts[-1]),), spec.feature_dtype)}
+            features = {
+                BITS: ((count, packed), "uint8"),
+                VALUES: ((int(self._starts[-1]),), spec.feature_dtype),
+            }
         elif spec.compression == "int8":
             codes = "uint8" if spec.nonnegative else "int8"
-            features = {FEATURES: ((count, *spec.feature_shape), codes), SCALES: ((count, spec.feature_shape[0]), "float32")}
+            features = {
+                FEATURES: ((count, *spec.feature_shape), codes),
+                SCALES: ((count, spec.feature_shape[0]), "float32"),
+            }
         layout = {**features, MASKS: ((count, *spec.mask_shape), "uint8")}
         if spec.has_images:
             layout[IMAGES] = ((count, *spec.mask_shape, 3), "uint8")
@@ -135,7 +167,9 @@ class Shard:
         self._decode(name, row, out)
         return out
 
-    def gather_into(self, name: str, rows: np.ndarray, out: np.ndarray, *, past_caches: bool = False) -> None:
+    def gather_into(
+        self, name: str, rows: np.ndarray, out: np.ndarray, *, past_caches: bool = False
+    ) -> None:
         """Several rows, copied (see :func:`featurestore.copying.take_rows`) or decoded straight into ``out`` (B, ...), contiguous.
 
         Raises
@@ -160,7 +194,11 @@ class Shard:
         arrays: dict[str, Any] = self._arrays
         try:
             if name == FEATURES and self.spec.compression == "zeros":
-                codec.unpack_zeros(arrays[BITS][row], arrays[VALUES][self._starts[row] : self._starts[row + 1]], out)
+                codec.unpack_zeros(
+                    arrays[BITS][row],
+                    arrays[VALUES][self._starts[row] : self._starts[row + 1]],
+                    out,
+                )
             elif name == FEATURES and self.spec.compression == "int8":
                 codec.dequantise(arrays[FEATURES][row], arrays[SCALES][row], out)
             else:
@@ -176,7 +214,9 @@ def refused(path: Path, error: OSError) -> StoreReadError:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         message = f"cannot be opened ({reason}); raise the limit, with `ulimit -n`, above the store's number of shards"
         return StoreReadError(message, path=path)
-    return StoreReadError(f"cannot be read ({reason}); look at the disk, and start again", path=path)
+    return StoreReadError(
+        f"cannot be read ({reason}); look at the disk, and start again", path=path
+    )
 
 
 def _mapped(content: np.ndarray, dataset: h5py.Dataset, path: Path) -> np.ndarray:
@@ -185,5 +225,7 @@ def _mapped(content: np.ndarray, dataset: h5py.Dataset, path: Path) -> np.ndarra
         return np.empty(dataset.shape, dataset.dtype)
     offset = dataset.id.get_offset()
     if offset is None or offset + dataset.nbytes > len(content):
-        raise ShardCorruptError(f"dataset {dataset.name!r} reaches past the end of the file", path=path)
+        raise ShardCorruptError(
+            f"dataset {dataset.name!r} reaches past the end of the file", path=path
+        )
     return content[offset : offset + dataset.nbytes].view(dataset.dtype).reshape(dataset.shape)

@@ -46,9 +46,13 @@ class ShardWriter:
         self._partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
         self._ids: list[str] = []
         self._views: list[str] = []
-        self._packed: list[np.ndarray] = []  # values that are not zero, where zeros are packed: their number is known last
+        self._packed: list[
+            np.ndarray
+        ] = []  # values that are not zero, where zeros are packed: their number is known last
         self._bytes = _Bytes(self._partial)
-        self._file = h5py.File(self._bytes, "w", libver=LIBVER, alignment_threshold=4096, alignment_interval=ALIGNMENT)
+        self._file = h5py.File(
+            self._bytes, "w", libver=LIBVER, alignment_threshold=4096, alignment_interval=ALIGNMENT
+        )
         for key, value in spec.to_attributes().items():
             self._file.attrs[key] = value
         for name, (shape, dtype, options) in self._layout().items():
@@ -64,7 +68,11 @@ class ShardWriter:
                 return {}
             import hdf5plugin
 
-            return {"chunks": (1, *shape), "compression": hdf5plugin.Bitshuffle(cname=filter_name), "fletcher32": True}
+            return {
+                "chunks": (1, *shape),
+                "compression": hdf5plugin.Bitshuffle(cname=filter_name),
+                "fletcher32": True,
+            }
 
         layout: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {}
         if spec.compression == "zeros":
@@ -83,7 +91,9 @@ class ShardWriter:
         """Rows written."""
         return len(self._ids)
 
-    def append(self, id: str, view: str, features: np.ndarray, mask: np.ndarray, image: np.ndarray | None) -> None:
+    def append(
+        self, id: str, view: str, features: np.ndarray, mask: np.ndarray, image: np.ndarray | None
+    ) -> None:
         """Write a row: features (C, h, w) of the spec's type, mask (H, W) uint8, image (H, W, 3) uint8 where there are images."""
         rows: dict[str, np.ndarray] = {MASKS: mask}
         if image is not None:
@@ -92,11 +102,17 @@ class ShardWriter:
             rows[BITS], values = codec.pack_zeros(features)
             self._packed.append(values)
         elif self.spec.compression == "int8":
-            rows[FEATURES], rows[SCALES] = codec.quantise(features, nonnegative=self.spec.nonnegative)
+            rows[FEATURES], rows[SCALES] = codec.quantise(
+                features, nonnegative=self.spec.nonnegative
+            )
         else:
             rows[FEATURES] = features
-        for name in self._layout():  # in the layout's order, which is that of their places in the file
-            self._file[name].write_direct(np.ascontiguousarray(rows[name]), dest_sel=np.s_[len(self)])
+        for (
+            name
+        ) in self._layout():  # in the layout's order, which is that of their places in the file
+            self._file[name].write_direct(
+                np.ascontiguousarray(rows[name]), dest_sel=np.s_[len(self)]
+            )
         self._ids.append(id)
         self._views.append(view)
         self._bytes.check()
@@ -113,7 +129,9 @@ class ShardWriter:
             return self._shortened().finish()
         file = self._file
         if self.spec.compression == "zeros":
-            file.create_dataset(STARTS, data=np.cumsum([0, *map(len, self._packed)], dtype=np.int64))
+            file.create_dataset(
+                STARTS, data=np.cumsum([0, *map(len, self._packed)], dtype=np.int64)
+            )
             file.create_dataset(VALUES, data=np.concatenate(self._packed))
         for name, texts in ((IDS, self._ids), (VIEWS, self._views)):
             encoded = [text.encode() for text in texts]
@@ -121,7 +139,9 @@ class ShardWriter:
             file.create_dataset(name, data=np.array(encoded, dtype=dtype))
         file.close()
         self._bytes.close()
-        record = ShardRecord(self.path.name, len(self), self._partial.stat().st_size, file_sha256(self._partial))
+        record = ShardRecord(
+            self.path.name, len(self), self._partial.stat().st_size, file_sha256(self._partial)
+        )
         os.replace(self._partial, self.path)
         sync_folder(self.path.parent)
         return record

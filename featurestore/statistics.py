@@ -70,7 +70,9 @@ class Statistics:
         return Statistics(
             count=count,
             mean=self.mean + delta * weight,
-            variance=self.variance * (1 - weight) + other.variance * weight + delta**2 * weight * (1 - weight),
+            variance=self.variance * (1 - weight)
+            + other.variance * weight
+            + delta**2 * weight * (1 - weight),
             minimum=np.minimum(self.minimum, other.minimum),
             maximum=np.maximum(self.maximum, other.maximum),
             class_pixels=self.class_pixels + other.class_pixels,
@@ -96,7 +98,10 @@ class Statistics:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values; floats survive the round trip exactly."""
-        return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(self).items()}
+        return {
+            key: value.tolist() if isinstance(value, np.ndarray) else value
+            for key, value in vars(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Statistics:
@@ -107,6 +112,13 @@ class Statistics:
         KeyError, TypeError, ValueError
             When a value is missing or is no list of numbers.
         """
-        floats = {key: np.asarray(values[key], np.float64) for key in ("mean", "variance", "minimum", "maximum")}
-        counts = {key: np.asarray(values[key], np.int64) for key in ("class_pixels", "class_samples")}
-        return cls(count=int(values["count"]), void_pixels=int(values["void_pixels"]), **floats, **counts)
+        floats = {
+            key: np.asarray(values[key], np.float64)
+            for key in ("mean", "variance", "minimum", "maximum")
+        }
+        counts = {
+            key: np.asarray(values[key], np.int64) for key in ("class_pixels", "class_samples")
+        }
+        return cls(
+            count=int(values["count"]), void_pixels=int(values["void_pixels"]), **floats, **counts
+        )

@@ -16,7 +16,13 @@ from types import TracebackType
 import numpy as np
 
 from featurestore.errors import IncompleteStoreError, SampleError, StoreExistsError
-from featurestore.files import clear_after_move, file_sha256, move_into_place, write_atomically, writing
+from featurestore.files import (
+    clear_after_move,
+    file_sha256,
+    move_into_place,
+    write_atomically,
+    writing,
+)
 from featurestore.index import Index, ShardRecord, write_index
 from featurestore.lock import WriterLock
 from featurestore.prefetch import prefetch
@@ -27,7 +33,9 @@ from featurestore.statistics import Statistics
 from featurestore.validation import checked_features
 
 SHARD_BYTES = 256 << 20  # uncompressed target size of a shard
-OUR_FILES = re.compile(r"shard-\d+\.h5(\.[0-9a-f]{8}\.partial|\.finished\.json(\.partial)?)?|index\.json(\.partial)?")
+OUR_FILES = re.compile(
+    r"shard-\d+\.h5(\.[0-9a-f]{8}\.partial|\.finished\.json(\.partial)?)?|index\.json(\.partial)?"
+)
 RECEIPT_SUFFIX = ".finished.json"  # beside a finished shard, until the store is whole
 
 
@@ -121,7 +129,9 @@ class StoreWriter:
         self._locks: list[WriterLock] = []
         try:
             with writing(self.scratch):
-                for folder in (path, self.scratch) if rank == 0 else ():  # one writer makes the store, and works in scratch
+                for folder in (
+                    (path, self.scratch) if rank == 0 else ()
+                ):  # one writer makes the store, and works in scratch
                     self._locks.append(_lock(folder))
                 if self.scratch.exists():
                     self._clear_scratch()
@@ -136,7 +146,9 @@ class StoreWriter:
         self._announced: int | None = None
         self._spans: list[range] = []  # positions of the announced samples, by shard
         self._samples_left = 0  # of all ranks
-        self._missing: Iterator[tuple[int, int]] = ((number, samples_per_shard) for number in itertools.count())
+        self._missing: Iterator[tuple[int, int]] = (
+            (number, samples_per_shard) for number in itertools.count()
+        )
         self._next_shard()
 
     def _clear_scratch(self) -> None:
@@ -175,13 +187,22 @@ class StoreWriter:
             When the disk has no room for them.
         """
         self._announced = samples
-        self._spans = [range(start, min(start + self.samples_per_shard, samples)) for start in range(0, samples, self.samples_per_shard)]
+        self._spans = [
+            range(start, min(start + self.samples_per_shard, samples))
+            for start in range(0, samples, self.samples_per_shard)
+        ]
         ours = range(self.rank, len(self._spans), self.ranks)
         found = prefetch(partial(self._finished_before, hashed=True), ours, workers=2)
-        self._finished = {number: shard for number, shard in zip(ours, found, strict=True) if shard is not None}
+        self._finished = {
+            number: shard for number, shard in zip(ours, found, strict=True) if shard is not None
+        }
         missing = [number for number in ours if number not in self._finished]
         if self.rank == 0:
-            of_others = [number for number in range(len(self._spans)) if number not in ours and not self._receipt(number).exists()]
+            of_others = [
+                number
+                for number in range(len(self._spans))
+                if number not in ours and not self._receipt(number).exists()
+            ]
             self._samples_left = sum(len(self._spans[number]) for number in (*missing, *of_others))
             check_room([self])
         self._missing = iter([(number, len(self._spans[number])) for number in missing])
@@ -194,7 +215,15 @@ class StoreWriter:
         size = self.spec.sample_bytes if self.spec.compression in ("none", "int8") else 0
         return self._samples_left * size, (self._announced or 0) * size
 
-    def append(self, *, id: str, features: np.ndarray, mask: np.ndarray, image: np.ndarray | None = None, view: str = "identity") -> None:
+    def append(
+        self,
+        *,
+        id: str,
+        features: np.ndarray,
+        mask: np.ndarray,
+        image: np.ndarray | None = None,
+        view: str = "identity",
+    ) -> None:
         """Add one sample.
 
         Parameters
@@ -218,10 +247,16 @@ class StoreWriter:
             When a shard is full and the disk does not take it.
         """
         if self.ranks > 1 and self._announced is None:
-            raise ValueError("several writers of one store call resume() first: it says which samples are whose")
+            raise ValueError(
+                "several writers of one store call resume() first: it says which samples are whose"
+            )
         if self._number is None:
-            raise SampleError(f"sample {id!r} comes after the last one that resume() announced", path=self.path)
-        stored = checked_features(self.spec, id=id, features=features, mask=mask, image=image, view=view, path=self.path)
+            raise SampleError(
+                f"sample {id!r} comes after the last one that resume() announced", path=self.path
+            )
+        stored = checked_features(
+            self.spec, id=id, features=features, mask=mask, image=image, view=view, path=self.path
+        )
         path = self.scratch / shard_name(self._number)
         with writing(path):
             if self._shard is None:
@@ -256,7 +291,9 @@ class StoreWriter:
         self._finished[self._number] = (record, self._statistics)
         self._next_shard()
 
-    def _finished_before(self, number: int, *, hashed: bool) -> tuple[ShardRecord, Statistics] | None:
+    def _finished_before(
+        self, number: int, *, hashed: bool
+    ) -> tuple[ShardRecord, Statistics] | None:
         """An announced shard if it is finished, of just its samples, and as long, or ``hashed`` unchanged, as it was written."""
         file, positions = self.scratch / shard_name(number), self._spans[number]
         try:
@@ -265,9 +302,18 @@ class StoreWriter:
             statistics = Statistics.from_dict(receipt["statistics"])
             ours = receipt["fingerprint"] == self.fingerprint != ""
             just_these = (receipt["first"], record.samples) == (positions.start, len(positions))
-            if not (ours and just_these) or file.stat().st_size != record.bytes or (hashed and file_sha256(file) != record.sha256):
+            if (
+                not (ours and just_these)
+                or file.stat().st_size != record.bytes
+                or (hashed and file_sha256(file) != record.sha256)
+            ):
                 return None
-        except (OSError, ValueError, KeyError, TypeError):  # no receipt, or a damaged one: the shard is made again
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # no receipt, or a damaged one: the shard is made again
             return None
         return record, statistics
 
@@ -279,13 +325,20 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             if kind is None:
                 self._publish()
         finally:
             if self._shard is not None:  # unfinished
-                with suppress(OSError, RuntimeError):  # the error that brought us here says what is wrong
+                with suppress(
+                    OSError, RuntimeError
+                ):  # the error that brought us here says what is wrong
                     self._shard.discard()
                 self._shard = None
             if not self.fingerprint:  # nobody could take over what is left
@@ -301,17 +354,28 @@ class StoreWriter:
             self._finish_shard()  # the last shard of an open-ended store may be short
         if self.rank != 0:
             return
-        for number in range(len(self._spans)):  # those of other ranks, which they wrote just now, or took over by their hashes
-            if number not in self._finished and (shard := self._finished_before(number, hashed=False)) is not None:
+        for number in range(
+            len(self._spans)
+        ):  # those of other ranks, which they wrote just now, or took over by their hashes
+            if (
+                number not in self._finished
+                and (shard := self._finished_before(number, hashed=False)) is not None
+            ):
                 self._finished[number] = shard
         numbers = sorted(self._finished)
         samples = sum(self._finished[number][0].samples for number in numbers)
         if self._announced not in (None, samples):
-            missing = self._announced - samples - (len(self._shard) if self._shard is not None else 0)
+            missing = (
+                self._announced - samples - (len(self._shard) if self._shard is not None else 0)
+            )
             message = f"{missing} of the {self._announced} samples that resume() announced were not appended"
-            raise IncompleteStoreError(message, path=self.path, expected=self._announced, found=samples)
+            raise IncompleteStoreError(
+                message, path=self.path, expected=self._announced, found=samples
+            )
         if not numbers:
-            raise IncompleteStoreError("no sample was appended; a store needs at least one", path=self.path)
+            raise IncompleteStoreError(
+                "no sample was appended; a store needs at least one", path=self.path
+            )
         index = Index(
             spec=self.spec,
             fingerprint=self.fingerprint,
@@ -319,7 +383,11 @@ class StoreWriter:
             statistics=Statistics.merge_all(self._finished[number][1] for number in numbers),
         )
         with writing(self.path):
-            known = {path for number in numbers for path in (self.scratch / shard_name(number), self._receipt(number))}
+            known = {
+                path
+                for number in numbers
+                for path in (self.scratch / shard_name(number), self._receipt(number))
+            }
             for file in set(self.scratch.iterdir()) - known:
                 file.unlink()  # left by a killed writer, or by one of other inputs
             write_index(self.scratch, index)

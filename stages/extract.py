@@ -20,20 +20,33 @@ from pydantic import BeforeValidator, Field, field_validator
 from tqdm import tqdm
 
 import featurestore
+import stages.backbones.backbone
 import stages.data.images
-import stages.models.backbone
-from featurestore import FeatureStore, FeatureStoreError, SampleError, SpecMismatchError, StoreReadError, StoreSpec
+from featurestore import (
+    FeatureStore,
+    FeatureStoreError,
+    SampleError,
+    SpecMismatchError,
+    StoreReadError,
+    StoreSpec,
+)
 from featurestore.codec import all_finite
 from featurestore.prefetch import prefetch
 from featurestore.room import check_room
 from featurestore.writer import clear_after_publication
-from stages.config import Config, Once
+from stages.backbones.backbone import (
+    OUTPUT_STRIDE,
+    Backbone,
+    BackboneError,
+    build_backbone,
+    known_backbone,
+)
+from stages.common.config import Config, Once
+from stages.common.distributed import agree
+from stages.common.errors import ConfigError, DataError
+from stages.common.runtime import make_accelerator, progress, source_digest, verify_store
 from stages.data.images import decode_image, decode_mask, read_bytes, resize_pair
 from stages.data.manifest import SPLITS, Classes, Entry, read_manifest
-from stages.distributed import agree
-from stages.errors import ConfigError, DataError
-from stages.models.backbone import OUTPUT_STRIDE, Backbone, BackboneError, build_backbone, known_backbone
-from stages.runtime import make_accelerator, progress, source_digest, verify_store
 
 Side = Annotated[int, Field(ge=64, le=4096, multiple_of=OUTPUT_STRIDE)]
 
@@ -61,18 +74,24 @@ class ExtractConfig(Config):
     @classmethod
     def _known(cls, name: str) -> str:
         if not known_backbone(name):
-            raise ValueError("unknown backbone; use resnet50, resnet101, efficientnet_lite0 or timm/NAME")
+            raise ValueError(
+                "unknown backbone; use resnet50, resnet101, efficientnet_lite0 or timm/NAME"
+            )
         return name
 
     @field_validator("views")
     @classmethod
     def _with_identity(cls, views: tuple[str, ...]) -> tuple[str, ...]:
         if "identity" not in views:
-            raise ValueError("must have identity: everything is trained on the photographs as they are")
+            raise ValueError(
+                "must have identity: everything is trained on the photographs as they are"
+            )
         return views
 
 
-def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, device: str, workers: int) -> dict[str, FeatureStore]:
+def run(
+    config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, device: str, workers: int
+) -> dict[str, FeatureStore]:
     """Write the stores ``out/train``, ``out/val`` and ``out/test``; the hflip view is made of train alone.
 
     Parameters
@@ -102,8 +121,12 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
         Bad parameters; a photograph that changed since ``prepare`` or whose features do not fit; a bad store.
     """
     # The network, on its device.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # the first rank to be done waits for the last
-    accelerator = make_accelerator(device, "bf16" if config.compute == "bf16" else "no", kwargs_handlers=[patience])
+    patience = InitProcessGroupKwargs(
+        timeout=timedelta(days=1)
+    )  # the first rank to be done waits for the last
+    accelerator = make_accelerator(
+        device, "bf16" if config.compute == "bf16" else "no", kwargs_handlers=[patience]
+    )
     entries, classes = read_manifest(dataset)
     try:
         backbone = build_backbone(name=config.backbone, weights=config.weights)
@@ -115,28 +138,40 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
     digest = backbone.digest()
     spec = _spec(config, backbone, digest, classes)
 
-    code = source_digest(sys.modules[__name__], stages.data.images, stages.models.backbone)
+    code = source_digest(sys.modules[__name__], stages.data.images, stages.backbones.backbone)
 
     # All splits are extracted before the first is published: an interrupted run finds every finished shard again,
     # and not one of them where DVC removes a stage's outputs before it starts.
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False), ExitStack() as unpublished:  # fp32 means fp32
+    with (
+        torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+        ExitStack() as unpublished,
+    ):  # fp32 means fp32
         unfinished: list[tuple[featurestore.StoreWriter, list[tuple[Entry, str]], list[range]]] = []
         for split in SPLITS:
             views = config.views if split == "train" else ("identity",)
-            samples: list[tuple[Entry, str]] = [(entry, view) for view in views for entry in entries if entry.split == split]
+            samples: list[tuple[Entry, str]] = [
+                (entry, view) for view in views for entry in entries if entry.split == split
+            ]
             identity = featurestore.fingerprint(
                 format_version=featurestore.FORMAT_VERSION,
                 spec=spec.to_dict(),
                 batch_size=config.batch_size,
-                samples=[(entry.id, entry.image_sha256, entry.mask_sha256, view) for entry, view in samples],
+                samples=[
+                    (entry.id, entry.image_sha256, entry.mask_sha256, view)
+                    for entry, view in samples
+                ],
                 code=code,
                 torch=torch.__version__,
                 device=accelerator.device.type,
             )
             shards = scratch / split / identity[:16]
-            if agree(accelerator.is_main_process and _is_there(out / split, identity, shards, workers)):
+            if agree(
+                accelerator.is_main_process and _is_there(out / split, identity, shards, workers)
+            ):
                 continue
-            with accelerator.main_process_first():  # rank 0 holds the lock: the others follow once it has it
+            with (
+                accelerator.main_process_first()
+            ):  # rank 0 holds the lock: the others follow once it has it
                 writer = featurestore.create(
                     out / split,
                     spec,
@@ -151,7 +186,16 @@ def run(config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, devic
         if accelerator.is_main_process:
             check_room(writer for writer, _, _ in unfinished)
         for writer, samples, missing in unfinished:
-            _fill(writer, samples, missing, config=config, classes=classes, backbone=backbone, accelerator=accelerator, workers=workers)
+            _fill(
+                writer,
+                samples,
+                missing,
+                config=config,
+                classes=classes,
+                backbone=backbone,
+                accelerator=accelerator,
+                workers=workers,
+            )
         accelerator.wait_for_everyone()
     accelerator.wait_for_everyone()  # rank 0 has published
     if accelerator.is_main_process:
@@ -179,13 +223,25 @@ def _fill(
     read = partial(_read_pair, classes=classes, size=config.input_size, rule=config.resize)
     pairs = prefetch(read, todo, workers=workers, ahead=2 * config.batch_size)
     batches = (list(islice(pairs, size)) for size in _batch_sizes(missing, config.batch_size))
-    forward = partial(_forward, accelerator=accelerator, backbone=backbone, dtype=getattr(torch, config.feature_dtype))
+    forward = partial(
+        _forward,
+        accelerator=accelerator,
+        backbone=backbone,
+        dtype=getattr(torch, config.feature_dtype),
+    )
     streams, threads = (0 if accelerator.device.type == "cuda" else 2), torch.get_num_threads()
-    computed = prefetch(forward, batches, workers=streams, initializer=partial(torch.set_num_threads, max(1, threads // 2)))
+    computed = prefetch(
+        forward,
+        batches,
+        workers=streams,
+        initializer=partial(torch.set_num_threads, max(1, threads // 2)),
+    )
     write = partial(_append, writer=writer)
     try:
         with progress((), f"extract: {writer.path.name}", len(todo), "image") as bar:
-            for written in prefetch(write, computed, workers=1, ahead=2):  # two wait while a shard goes to disk
+            for written in prefetch(
+                write, computed, workers=1, ahead=2
+            ):  # two wait while a shard goes to disk
                 bar.update(written)
     finally:
         torch.set_num_threads(threads)
@@ -264,10 +320,17 @@ def _is_there(path: Path, identity: str, scratch: Path, workers: int) -> bool:
 
 def _mention_unfinished(scratch: Path) -> None:
     """Name the shards that an interrupted extraction with other parameters left: nothing else would remind of them."""
-    for folder in (folder for split in SPLITS for folder in (scratch / split).glob("[0-9a-f]*") if folder.is_dir()):
+    for folder in (
+        folder
+        for split in SPLITS
+        for folder in (scratch / split).glob("[0-9a-f]*")
+        if folder.is_dir()
+    ):
         with suppress(OSError):  # at work just now, for another project
             size = sum(file.stat().st_size for file in folder.iterdir())
-            tqdm.write(f"{folder}: {size / 1e9:.1f} GB of an unfinished extraction with other parameters; remove it if it is not to go on")
+            tqdm.write(
+                f"{folder}: {size / 1e9:.1f} GB of an unfinished extraction with other parameters; remove it if it is not to go on"
+            )
 
 
 @dataclass
@@ -290,7 +353,11 @@ def _batch_sizes(missing: list[range], batch_size: int) -> Iterator[int]:
 
 
 def _forward(
-    batch: list[tuple[tuple[Entry, str], np.ndarray, np.ndarray]], *, accelerator: Accelerator, backbone: Backbone, dtype: torch.dtype
+    batch: list[tuple[tuple[Entry, str], np.ndarray, np.ndarray]],
+    *,
+    accelerator: Accelerator,
+    backbone: Backbone,
+    dtype: torch.dtype,
 ) -> _Computed:
     """Photographs and masks through the backbone; on a GPU nothing here waits for it."""
     cuda = accelerator.device.type == "cuda"
@@ -307,7 +374,14 @@ def _forward(
         stored.copy_(converted, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-    return _Computed([sample for sample, _, _ in batch], images, np.stack([mask for _, _, mask in batch]), features, stored, arrived)
+    return _Computed(
+        [sample for sample, _, _ in batch],
+        images,
+        np.stack([mask for _, _, mask in batch]),
+        features,
+        stored,
+        arrived,
+    )
 
 
 def _append(batch: _Computed, *, writer: featurestore.StoreWriter) -> int:
@@ -315,14 +389,22 @@ def _append(batch: _Computed, *, writer: featurestore.StoreWriter) -> int:
     if batch.arrived is not None:
         batch.arrived.synchronize()
     pictures = batch.images.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-    for row, ((entry, view), features) in enumerate(zip(batch.samples, batch.stored.numpy(), strict=True)):
-        if not all_finite(features):  # beyond float16's range all look infinite: the value itself says more
+    for row, ((entry, view), features) in enumerate(
+        zip(batch.samples, batch.stored.numpy(), strict=True)
+    ):
+        if not all_finite(
+            features
+        ):  # beyond float16's range all look infinite: the value itself says more
             features = batch.features[row].float().cpu().numpy()
         picture = pictures[row] if writer.spec.has_images else None
         try:
-            writer.append(id=entry.id, features=features, mask=batch.masks[row], image=picture, view=view)
+            writer.append(
+                id=entry.id, features=features, mask=batch.masks[row], image=picture, view=view
+            )
         except SampleError as error:
-            raise DataError(entry.image, f"{error}; is this photograph sound, and extract.weights right?") from error
+            raise DataError(
+                entry.image, f"{error}; is this photograph sound, and extract.weights right?"
+            ) from error
     return len(batch.masks)
 
 
@@ -333,10 +415,17 @@ def _read_pair(
     entry, view = sample
     image_path, mask_path = Path(entry.image), Path(entry.mask)
     image_bytes, mask_bytes = read_bytes(image_path, "photograph"), read_bytes(mask_path, "mask")
-    for path, content, sha256 in ((image_path, image_bytes, entry.image_sha256), (mask_path, mask_bytes, entry.mask_sha256)):
+    for path, content, sha256 in (
+        (image_path, image_bytes, entry.image_sha256),
+        (mask_path, mask_bytes, entry.mask_sha256),
+    ):
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise DataError(path, "this file changed since the prepare stage; run `dvc repro`, or prepare again")
+            raise DataError(
+                path, "this file changed since the prepare stage; run `dvc repro`, or prepare again"
+            )
     picture = decode_image(image_bytes, image_path)
-    mask = decode_mask(mask_bytes, mask_path, num_classes=len(classes.names), void_index=classes.void_index)
+    mask = decode_mask(
+        mask_bytes, mask_path, num_classes=len(classes.names), void_index=classes.void_index
+    )
     image, mask = resize_pair(picture, mask, size=size, rule=rule)
     return (sample, image[:, ::-1], mask[:, ::-1]) if view == "hflip" else (sample, image, mask)

@@ -16,15 +16,25 @@ import numpy as np
 from tqdm import tqdm
 
 from featurestore.files import move_into_place
-from stages.data import ade20k, camvid, cityscapes, coco_instances, coco_panoptic, coco_stuff, folder, voc, wastesim
-from stages.data.config import PrepareConfig
-from stages.data.download import download_data
-from stages.data.found import Found
+from stages.common.errors import ConfigError, DataError
 from stages.data.images import VOID, decode_image, decode_mask, read_bytes
 from stages.data.manifest import SPLITS, Classes, Entry, Pair, write_manifest
-from stages.data.relabel import write_indices
-from stages.data.splits import assign
-from stages.errors import ConfigError, DataError
+from stages.datasets import (
+    ade20k,
+    camvid,
+    cityscapes,
+    coco_instances,
+    coco_panoptic,
+    coco_stuff,
+    folder,
+    voc,
+    wastesim,
+)
+from stages.datasets.config import PrepareConfig
+from stages.datasets.download import download_data
+from stages.datasets.layout import Found
+from stages.datasets.relabel import write_indices
+from stages.datasets.splits import assign
 
 # Each has ``find(root, config) -> Found`` and ``WHERE``, which says where to get it; ``archives(root, config)`` where we may.
 DATASETS: dict[str, ModuleType] = {
@@ -39,7 +49,9 @@ DATASETS: dict[str, ModuleType] = {
 }
 
 
-def run(config: PrepareConfig, *, out: Path, scratch: Path, workers: int, download: bool = False) -> dict[str, Any]:
+def run(
+    config: PrepareConfig, *, out: Path, scratch: Path, workers: int, download: bool = False
+) -> dict[str, Any]:
     """Write ``out/manifest.csv`` and ``out/summary.json`` (and wastesim's pictures, and masks that had to be converted).
 
     Parameters
@@ -77,7 +89,10 @@ def run(config: PrepareConfig, *, out: Path, scratch: Path, workers: int, downlo
 
     # Which pairs there are.
     if not root.is_dir():
-        raise DataError(root, f"there is no such folder; set prepare.root to the folder of your data set{_way_to_get(config)}")
+        raise DataError(
+            root,
+            f"there is no such folder; set prepare.root to the folder of your data set{_way_to_get(config)}",
+        )
     found = _find(config, root, building, workers)
     classes = found.classes
     _check_ids(root, found.pairs)
@@ -92,11 +107,17 @@ def run(config: PrepareConfig, *, out: Path, scratch: Path, workers: int, downlo
             return problem
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        results = list(tqdm(pool.map(checked, pairs), "prepare: checking", len(pairs), unit="pair", disable=None))
+        results = list(
+            tqdm(
+                pool.map(checked, pairs), "prepare: checking", len(pairs), unit="pair", disable=None
+            )
+        )
     problems = [result for result in results if isinstance(result, DataError)]
     if problems:
         raise _all_problems(problems, scratch / "problems.txt")
-    entries, pixels = zip(*(result for result in results if not isinstance(result, DataError)), strict=True)
+    entries, pixels = zip(
+        *(result for result in results if not isinstance(result, DataError)), strict=True
+    )
 
     # The manifest, the summary, and the folder's final name.
     summary = _summary(config, list(entries), np.stack(pixels), classes)
@@ -110,7 +131,10 @@ def _check_labels(root: Path, summary: dict[str, Any]) -> None:
     """Refuse splits without a label, and training masks of one class alone; name classes that are in none of them."""
     for split, part in summary["splits"].items():
         if part["void_share"] == 1:
-            raise DataError(root, f"the masks of split {split!r} hold not one labelled pixel; check prepare.void_index and the split")
+            raise DataError(
+                root,
+                f"the masks of split {split!r} hold not one labelled pixel; check prepare.void_index and the split",
+            )
     photographs = summary["splits"]["train"]["images_with_class"]
     absent = [name for name, count in photographs.items() if not count]
     if len(absent) == len(photographs) - 1:
@@ -127,7 +151,9 @@ def _check_labels(root: Path, summary: dict[str, Any]) -> None:
 def _with_fewer_for_training(pairs: list[Pair], config: PrepareConfig) -> list[Pair]:
     """Pairs with ``train_fraction`` of those for training: chosen by chance, and a smaller share is part of a larger one."""
     training = [pair.id for pair in pairs if pair.split == "train"]
-    by_chance = sorted(training, key=lambda id: hashlib.sha256(f"{config.split_seed} {id}".encode()).digest())
+    by_chance = sorted(
+        training, key=lambda id: hashlib.sha256(f"{config.split_seed} {id}".encode()).digest()
+    )
     kept = set(by_chance[: math.ceil(round(config.train_fraction * len(training), 6))])
     return [pair for pair in pairs if pair.split != "train" or pair.id in kept]
 
@@ -139,10 +165,21 @@ def _find(config: PrepareConfig, root: Path, building: Path, workers: int) -> Fo
         counts = {"train": scenes.train, "val": scenes.val, "test": scenes.test}
         objects = (scenes.fewest_objects, scenes.most_objects)
         size, seed = scenes.size, scenes.seed
-        pairs = wastesim.write_pairs(building, root=root, images=counts, size=size, objects=objects, seed=seed, workers=workers)
+        pairs = wastesim.write_pairs(
+            building,
+            root=root,
+            images=counts,
+            size=size,
+            objects=objects,
+            seed=seed,
+            workers=workers,
+        )
         return Found(pairs, wastesim.CLASSES)
     found: Found = DATASETS[config.dataset].find(root, config)
-    return replace(found, pairs=assign(found.pairs, split=config.split, ratios=config.ratios, seed=config.split_seed))
+    return replace(
+        found,
+        pairs=assign(found.pairs, split=config.split, ratios=config.ratios, seed=config.split_seed),
+    )
 
 
 def _download(config: PrepareConfig, root: Path, scratch: Path) -> None:
@@ -152,8 +189,14 @@ def _download(config: PrepareConfig, root: Path, scratch: Path) -> None:
         for archive in module.archives(root, config):
             download_data(archive, scratch / "downloads")
     elif not root.is_dir():
-        way = f"get it yourself{_way_to_get(config)}" if module is not None else "it is drawn; prepare.root holds its objects.csv"
-        raise ConfigError("prepare.dataset", f"{config.dataset} cannot be downloaded: {way}", found=config.dataset)
+        way = (
+            f"get it yourself{_way_to_get(config)}"
+            if module is not None
+            else "it is drawn; prepare.root holds its objects.csv"
+        )
+        raise ConfigError(
+            "prepare.dataset", f"{config.dataset} cannot be downloaded: {way}", found=config.dataset
+        )
 
 
 def _way_to_get(config: PrepareConfig) -> str:
@@ -178,10 +221,18 @@ def _check_ids(root: Path, pairs: list[Pair]) -> None:
         try:
             str(path).encode()
         except UnicodeEncodeError:
-            raise DataError(root, f"the name {path.name!r} is not in UTF-8, as manifests and stores are; rename the file") from None
+            raise DataError(
+                root,
+                f"the name {path.name!r} is not in UTF-8, as manifests and stores are; rename the file",
+            ) from None
     twice = [id for id, count in Counter(pair.id for pair in pairs).items() if count > 1]
     if twice:
-        raise DataError(root, f"id {twice[0]} occurs twice; ids must be unique", expected="unique ids", found=twice[0])
+        raise DataError(
+            root,
+            f"id {twice[0]} occurs twice; ids must be unique",
+            expected="unique ids",
+            found=twice[0],
+        )
     sizes = Counter(pair.split for pair in pairs)
     for split in SPLITS:
         if not sizes[split]:
@@ -189,17 +240,26 @@ def _check_ids(root: Path, pairs: list[Pair]) -> None:
             raise DataError(root, message, expected="at least 1", found=0)
 
 
-def _check_pair(pair: Pair, owners_mask: Path, classes: Classes, out: Path, building: Path) -> tuple[Entry, np.ndarray]:
+def _check_pair(
+    pair: Pair, owners_mask: Path, classes: Classes, out: Path, building: Path
+) -> tuple[Entry, np.ndarray]:
     """The pair's manifest entry, and its mask's pixels by value (256,); errors name the file that the mask was made of."""
     image_bytes, mask_bytes = read_bytes(pair.image, "photograph"), read_bytes(pair.mask, "mask")
     image = decode_image(image_bytes, pair.image)
-    mask = decode_mask(mask_bytes, pair.mask, num_classes=len(classes.names), void_index=classes.void_index)
+    mask = decode_mask(
+        mask_bytes, pair.mask, num_classes=len(classes.names), void_index=classes.void_index
+    )
     if (image.height, image.width) != mask.shape:
-        sizes = [f"{width} x {height}" for height, width in (mask.shape, (image.height, image.width))]
+        sizes = [
+            f"{width} x {height}" for height, width in (mask.shape, (image.height, image.width))
+        ]
         message = f"the mask is {sizes[0]} pixels, its photograph {pair.image} is {sizes[1]}; they must be of one size"
-        raise DataError(owners_mask, message, expected=(image.height, image.width), found=mask.shape)
+        raise DataError(
+            owners_mask, message, expected=(image.height, image.width), found=mask.shape
+        )
     image_path, mask_path = (
-        out / path.relative_to(building) if path.is_relative_to(building) else path for path in (pair.image, pair.mask)
+        out / path.relative_to(building) if path.is_relative_to(building) else path
+        for path in (pair.image, pair.mask)
     )
     entry = Entry(
         id=pair.id,
@@ -225,15 +285,21 @@ def _all_problems(problems: list[DataError], report: Path) -> DataError:
     return DataError(first.path, rest, expected=first.expected, found=first.found)
 
 
-def _summary(config: PrepareConfig, entries: list[Entry], pixels: np.ndarray, classes: Classes) -> dict[str, Any]:
+def _summary(
+    config: PrepareConfig, entries: list[Entry], pixels: np.ndarray, classes: Classes
+) -> dict[str, Any]:
     splits = {}
     for split in SPLITS:
         rows = pixels[[entry.split == split for entry in entries]]
         totals, labelled = rows.sum(0), max(1, int(rows[:, : len(classes.names)].sum()))
         splits[split] = {
             "images": len(rows),
-            "pixel_share": {name: float(totals[value] / labelled) for value, name in enumerate(classes.names)},
-            "images_with_class": {name: int((rows[:, value] > 0).sum()) for value, name in enumerate(classes.names)},
+            "pixel_share": {
+                name: float(totals[value] / labelled) for value, name in enumerate(classes.names)
+            },
+            "images_with_class": {
+                name: int((rows[:, value] > 0).sum()) for value, name in enumerate(classes.names)
+            },
             "void_share": float(totals[VOID] / rows.sum()),
         }
     return {

@@ -13,18 +13,20 @@ from pydantic import Field
 
 import featurestore
 from featurestore import FeatureStore
-from stages.analysis import charts, pictures, tables
-from stages.analysis.answer import answer
-from stages.analysis.curves import read_curves
-from stages.analysis.feature_grid import normalised_pair, subsample_channels
-from stages.analysis.fidelity import DIMENSIONS
-from stages.analysis.projection import project, sample_vectors
-from stages.checkpoint import load_decoder, load_generator
-from stages.config import Config, Once, Seed
-from stages.runtime import generator as random_generator
-from stages.runtime import make_accelerator, write_json
+from stages.common.config import Config, Once, Seed
+from stages.common.runtime import generator as random_generator
+from stages.common.runtime import make_accelerator, write_json
+from stages.gan.fidelity import DIMENSIONS
+from stages.reporting import charts, pictures, tables
+from stages.reporting.curves import read_curves
+from stages.reporting.feature_grid import normalised_pair, subsample_channels
+from stages.reporting.projection import project, sample_vectors
+from stages.reporting.verdict import answer
+from stages.training.checkpoint import load_decoder, load_generator
 
-VECTORS_A_SAMPLE = 10  # in the projection; vectors of one photograph resemble each other, so few of many
+VECTORS_A_SAMPLE = (
+    10  # in the projection; vectors of one photograph resemble each other, so few of many
+)
 WEIGHTS = {"before": "generator-initial", "after": "generator"}  # of the GAN's own training
 
 
@@ -100,21 +102,31 @@ def run(
     accelerator = make_accelerator(device, "no")
     train, test = featurestore.open(features / "train"), featurestore.open(features / "test")
     gan_run = read_curves(metrics / "train-gan")
-    runs = {name: [read_curves(metrics / f"{name}-{seed}") for seed in compared.seeds] for name in compared.variants}
+    runs = {
+        name: [read_curves(metrics / f"{name}-{seed}") for seed in compared.seeds]
+        for name in compared.variants
+    }
     charts.mean_over_seeds(runs, "val/miou").to_csv(out / "val_miou.csv", float_format="%.4f")
-    palette = list(zip(test.spec.class_names, map(charts.css_colour, test.spec.palette), strict=True))
+    palette = list(
+        zip(test.spec.class_names, map(charts.css_colour, test.spec.palette), strict=True)
+    )
     shown = {
         "answer": answer(rows, len(test), config.block_length),
         "differences": charts.differences(rows),
         "predictions": _predictions(config, compared, test, decoders, accelerator.device),
         "decoder_curves": charts.decoder_curves(runs),
         "gan_curves": charts.gan_curves(gan_run),
-        "monitor": charts.monitor_curves({"train-gan": gan_run, **{name: seeds[0] for name, seeds in runs.items()}}),
+        "monitor": charts.monitor_curves(
+            {"train-gan": gan_run, **{name: seeds[0] for name, seeds in runs.items()}}
+        ),
         **_generated(config, train, gan, accelerator.device),
     }
 
     # One file.
-    template = jinja2.Template(resources.files("stages.analysis").joinpath("report.html").read_text(encoding="utf-8"), autoescape=True)
+    template = jinja2.Template(
+        resources.files("stages.reporting").joinpath("report.html").read_text(encoding="utf-8"),
+        autoescape=True,
+    )
     page = template.render(
         **shown,
         series=list(zip(charts.SERIES, charts.DARK, strict=True)),
@@ -139,13 +151,19 @@ def run(
     return text
 
 
-def _generated(config: ReportConfig, store: FeatureStore, gan: Path, device: torch.device) -> dict[str, Any]:
+def _generated(
+    config: ReportConfig, store: FeatureStore, gan: Path, device: torch.device
+) -> dict[str, Any]:
     """UMAP before and after the GAN's training, by class too, and the feature grids; all of training masks."""
-    generators = {name: load_generator(gan, weights=weights).to(device) for name, weights in WEIGHTS.items()}
+    generators = {
+        name: load_generator(gan, weights=weights).to(device) for name, weights in WEIGHTS.items()
+    }
     draws = {name: random_generator(device, config.seed) for name in generators}
     scale = generators["after"].feature_scale.cpu().numpy()
     wanted = max(config.grid_samples, -(-config.umap_points // VECTORS_A_SAMPLE))
-    chosen = np.random.default_rng(config.seed).choice(len(store), size=min(wanted, len(store)), replace=False)
+    chosen = np.random.default_rng(config.seed).choice(
+        len(store), size=min(wanted, len(store)), replace=False
+    )
 
     # A few samples at a time: vectors at the same random positions of each group, scaled as the GAN sees them.
     groups: dict[str, list[np.ndarray]] = {"real": [], "before": [], "after": []}
@@ -153,11 +171,20 @@ def _generated(config: ReportConfig, store: FeatureStore, gan: Path, device: tor
     classes: list[np.ndarray] = []
     for part in np.array_split(chosen, -(-len(chosen) // 8)):
         masks = np.stack([store.mask(position) for position in part])
-        features = {"real": np.stack([store.features(position) for position in part]).astype(np.float32)}
+        features = {
+            "real": np.stack([store.features(position) for position in part]).astype(np.float32)
+        }
         for name, network in generators.items():
-            features[name] = network.generate(torch.from_numpy(masks).to(device), generator=draws[name]).float().cpu().numpy()
+            features[name] = (
+                network.generate(torch.from_numpy(masks).to(device), generator=draws[name])
+                .float()
+                .cpu()
+                .numpy()
+            )
         for name, group in features.items():
-            sampled, found = sample_vectors(group / scale, masks, VECTORS_A_SAMPLE * len(part), np.random.default_rng(part))
+            sampled, found = sample_vectors(
+                group / scale, masks, VECTORS_A_SAMPLE * len(part), np.random.default_rng(part)
+            )
             vectors[name].append(sampled)
             if sum(map(len, groups[name])) < config.grid_samples:
                 groups[name].append(group)
@@ -178,30 +205,54 @@ def _generated(config: ReportConfig, store: FeatureStore, gan: Path, device: tor
     # Grids of the first samples.
     few = chosen[: config.grid_samples]
     channels = subsample_channels(store.spec.feature_shape[0], config.grid_channels)
-    real, generated = normalised_pair(*(np.concatenate(groups[name])[: len(few), channels] for name in ("real", "after")))
-    images = np.stack([store.image(position) for position in few]) if store.spec.has_images else None
+    real, generated = normalised_pair(
+        *(np.concatenate(groups[name])[: len(few), channels] for name in ("real", "after"))
+    )
+    images = (
+        np.stack([store.image(position) for position in few]) if store.spec.has_images else None
+    )
     names, palette = store.spec.class_names, store.spec.palette
     labels = np.concatenate(classes)
     masks = pictures.colour_masks(np.stack([store.mask(position) for position in few]), palette)
     return {
         "umap": charts.projections(points["real"], points["before"], points["after"]),
-        "umap_classes": charts.projections_by_class((points["real"], labels), (points["after"], labels), names, palette),
-        "strips": [pictures.feature_strip(name, some, masks, images) for name, some in (("Real", real), ("Generated", generated))],
+        "umap_classes": charts.projections_by_class(
+            (points["real"], labels), (points["after"], labels), names, palette
+        ),
+        "strips": [
+            pictures.feature_strip(name, some, masks, images)
+            for name, some in (("Real", real), ("Generated", generated))
+        ],
     }
 
 
 @torch.no_grad()
 def _predictions(
-    config: ReportConfig, compared: CompareConfig, store: FeatureStore, decoders: Path, device: torch.device
+    config: ReportConfig,
+    compared: CompareConfig,
+    store: FeatureStore,
+    decoders: Path,
+    device: torch.device,
 ) -> list[tuple[str, list[pictures.Picture]]]:
     """Masks predicted by each variant's first seed on evenly spaced test images (not chosen by their looks): id, and pictures in a row."""
     positions = np.linspace(0, len(store) - 1, min(config.pictures, len(store))).round().astype(int)
     palette = store.spec.palette
     rows: list[list[pictures.Picture]] = []
     for position in positions:
-        known = [pictures.photograph("photograph", store.image(position))] if store.spec.has_images else []
-        rows.append([*known, pictures.drawing("truth", pictures.colour_masks(store.mask(position), palette))])
-    features = torch.from_numpy(np.stack([store.features(position) for position in positions]).astype(np.float32)).to(device)
+        known = (
+            [pictures.photograph("photograph", store.image(position))]
+            if store.spec.has_images
+            else []
+        )
+        rows.append(
+            [
+                *known,
+                pictures.drawing("truth", pictures.colour_masks(store.mask(position), palette)),
+            ]
+        )
+    features = torch.from_numpy(
+        np.stack([store.features(position) for position in positions]).astype(np.float32)
+    ).to(device)
     for variant in compared.variants:
         decoder = load_decoder(decoders / f"{variant}-{compared.seeds[0]}").to(device)
         predicted = decoder(features, store.spec.mask_shape).argmax(1).to(torch.uint8).cpu().numpy()

@@ -23,14 +23,9 @@ from stages.augment.featuregan import JointFeatureGAN
 from stages.augment.hflip_views import mirrored
 from stages.augment.perturb import perturb
 from stages.augment.registry import build_augmenter
-from stages.checkpoint import CONFIG_NAME, Checkpoint, read_config, save_gan, save_weights
-from stages.config import Beta, Config
-from stages.errors import ConfigError
-from stages.evaluation import evaluate, evaluate_images
-from stages.metrics import IMAGES_NAME, Scores, score, total
-from stages.models.decoder import Decoder
-from stages.monitor import MEASURED, Monitor, MonitorConfig
-from stages.runtime import (
+from stages.common.config import Beta, Config
+from stages.common.errors import ConfigError
+from stages.common.runtime import (
     distribute,
     load_scaler_state,
     make_accelerator,
@@ -42,9 +37,14 @@ from stages.runtime import (
     verify_stores,
     write_json,
 )
-from stages.runtime import generator as random_generator
-from stages.tracking import TRACKERS, History, Means
-from stages.upsampled_loss import upsampled_cross_entropy
+from stages.common.runtime import generator as random_generator
+from stages.common.tracking import TRACKERS, History, Means
+from stages.gan.monitor import MEASURED, Monitor, MonitorConfig
+from stages.models.decoder import Decoder
+from stages.segmentation.evaluation import evaluate, evaluate_images
+from stages.segmentation.metrics import IMAGES_NAME, Scores, score, total
+from stages.segmentation.upsampled_loss import upsampled_cross_entropy
+from stages.training.checkpoint import CONFIG_NAME, Checkpoint, read_config, save_gan, save_weights
 
 
 class TrainDecoderConfig(Config):
@@ -52,11 +52,15 @@ class TrainDecoderConfig(Config):
 
     epochs: int = Field(ge=1)
     passes: int = Field(ge=1)  # over the training samples, an epoch
-    batch_size: int = Field(ge=2)  # one sample cannot be batch-normalised after ASPP's global pooling
+    batch_size: int = Field(
+        ge=2
+    )  # one sample cannot be batch-normalised after ASPP's global pooling
     gradient_accumulation: int = Field(ge=1)
     decoder: Literal["deeplab", "fcn"]
     width: int = Field(ge=1)
-    atrous_rates: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)]
+    atrous_rates: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)
+    ]
     lr: float = Field(gt=0)
     lr_schedule: Literal["constant", "poly"]
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)]
@@ -124,7 +128,12 @@ def run(
         project_dir=logs,
         gradient_accumulation_steps=config.gradient_accumulation,
     )
-    share(config.batch_size, accelerator.num_processes, config.gradient_accumulation, "train_decoder.batch_size")
+    share(
+        config.batch_size,
+        accelerator.num_processes,
+        config.gradient_accumulation,
+        "train_decoder.batch_size",
+    )
     stores = {split: featurestore.open(features / split) for split in ("train", "val", "test")}
     train, spec = stores["train"], stores["train"].spec
     check_stores(config, stores)
@@ -139,7 +148,10 @@ def run(
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
     )
-    held_out = {"val": load(stores["val"]), "test": load(stores["test"], cache="none")}  # the latter is read at the end alone
+    held_out = {
+        "val": load(stores["val"]),
+        "test": load(stores["test"], cache="none"),
+    }  # the latter is read at the end alone
 
     # The decoder: its initial weights are the same for every variant of a seed.
     seed_everything(seed)
@@ -153,15 +165,32 @@ def run(
     decoder = Decoder(**architecture)  # type: ignore[arg-type]
     if compile_networks:
         decoder.compile()
-    trained = distribute(accelerator, decoder)  # what is called in training; the decoder itself where there is one process
+    trained = distribute(
+        accelerator, decoder
+    )  # what is called in training; the decoder itself where there is one process
     optimizer = torch.optim.Adam(decoder.parameters(), config.lr, config.betas, fused=True)
     steps = config.epochs * (config.passes * len(positions) // config.batch_size)
     machine = {"compile_networks": compile_networks, "sharded": sharded}
-    augmenter = build_augmenter(variant, Context(name, accelerator, train, positions, decoder, gan, seed, steps, machine))
-    views = positions if variant.view == "identity" else np.stack([positions, mirrored(train, positions)], axis=1)
-    batches = load(train, seed=seed, drop_last=True, positions=views, passes=config.passes, images=augmenter.needs_images)
+    augmenter = build_augmenter(
+        variant, Context(name, accelerator, train, positions, decoder, gan, seed, steps, machine)
+    )
+    views = (
+        positions
+        if variant.view == "identity"
+        else np.stack([positions, mirrored(train, positions)], axis=1)
+    )
+    batches = load(
+        train,
+        seed=seed,
+        drop_last=True,
+        positions=views,
+        passes=config.passes,
+        images=augmenter.needs_images,
+    )
     monitor = build_monitor(monitoring, augmenter, stores, seed)
-    learning = math.ceil(variant.until * config.epochs)  # epochs of a jointly trained GAN, after which it rests
+    learning = math.ceil(
+        variant.until * config.epochs
+    )  # epochs of a jointly trained GAN, after which it rests
 
     # Resume, or start anew.
     identity = featurestore.fingerprint(
@@ -171,7 +200,9 @@ def run(
         seed=seed,
         ranks=accelerator.num_processes,
         stores=[store.fingerprint for store in stores.values()],
-        gan=[file_sha256(file) for file in sorted(gan.glob("*.safetensors"))] if variant.needs_gan else [],
+        gan=[file_sha256(file) for file in sorted(gan.glob("*.safetensors"))]
+        if variant.needs_gan
+        else [],
         torch=torch.__version__,
         code=source_digest(stages, featurestore),
     )
@@ -186,7 +217,11 @@ def run(
         load_scaler_state(accelerator, state["scaler"])
         augmenter.load_state(state["augmenter"])
     history = History(accelerator, f"{name}-{seed}", live=metrics, rows=state["history"])
-    if monitor is not None and 0 < len(history.rows) <= learning and (collapsed := monitor.check(history.rows[-1], len(history.rows) - 1)):
+    if (
+        monitor is not None
+        and 0 < len(history.rows) <= learning
+        and (collapsed := monitor.check(history.rows[-1], len(history.rows) - 1))
+    ):
         raise collapsed  # that stopped the run before; so it does until it may go on with a warning
 
     def save(step: int, means: Means) -> None:
@@ -208,22 +243,44 @@ def run(
         means = Means(state.pop("sums", {}))
         first = state.pop("step", 0)
         decoder.train()
-        for number, batch in enumerate(batches.epoch(epoch, first), first):  # its order is a function of seed and epoch
+        for number, batch in enumerate(
+            batches.epoch(epoch, first), first
+        ):  # its order is a function of seed and epoch
             done = (epoch * len(batches) + number) / steps
             schedule(optimizer, config, done)
             for part_number, part in enumerate(batch.split(config.gradient_accumulation)):
                 rank = 0 if augmenter.same_draws else accelerator.process_index
-                rng = random_generator(accelerator.device, seed, epoch, number, part_number, 1, rank)
-                seed_everything(seed, epoch, number, part_number, accelerator.process_index)  # dropout
+                rng = random_generator(
+                    accelerator.device, seed, epoch, number, part_number, 1, rank
+                )
+                seed_everything(
+                    seed, epoch, number, part_number, accelerator.process_index
+                )  # dropout
                 with accelerator.accumulate(trained, *augmenter.modules):
-                    part.features = part.features.float().contiguous(memory_format=torch.channels_last)
-                    augmented = augmenter.augment(part, rng) if done < variant.until else real_batches(part, variant.added_weights)
+                    part.features = part.features.float().contiguous(
+                        memory_format=torch.channels_last
+                    )
+                    augmented = (
+                        augmenter.augment(part, rng)
+                        if done < variant.until
+                        else real_batches(part, variant.added_weights)
+                    )
                     # Real and added features pass separately, so that BatchNorm never mixes them (Algorithm 1).
                     parts = [Part(part.features, [(part.masks, 1.0)]), *augmented.parts]
-                    own = random_generator(accelerator.device, seed, epoch, number, part_number, 2, accelerator.process_index)
+                    own = random_generator(
+                        accelerator.device,
+                        seed,
+                        epoch,
+                        number,
+                        part_number,
+                        2,
+                        accelerator.process_index,
+                    )
                     real, *added = perturb(variant.perturb, parts, own)
                     with accelerator.autocast():
-                        real_loss = decoder_loss(trained, real, augmenter.adjust(real.targets[0][0]))
+                        real_loss = decoder_loss(
+                            trained, real, augmenter.adjust(real.targets[0][0])
+                        )
                         with decoder.running_statistics(kept=variant.statistics == "all"):
                             added_losses = [decoder_loss(trained, some) for some in added]
                     loss = real_loss
@@ -237,14 +294,25 @@ def run(
             if number + 1 < len(batches) and checkpoint.due():
                 save(number + 1, means)
         scores = evaluate(accelerator, decoder, held_out["val"], spec.class_names)
-        by_class = {f"val/iou/{class_name.replace(' ', '_')}": iou for class_name, iou in scores.iou.items() if iou is not None}
-        row = {**means.result(accelerator), "val/pixel_accuracy": scores.pixel_accuracy, "val/miou": scores.miou, **by_class}
+        by_class = {
+            f"val/iou/{class_name.replace(' ', '_')}": iou
+            for class_name, iou in scores.iou.items()
+            if iou is not None
+        }
+        row = {
+            **means.result(accelerator),
+            "val/pixel_accuracy": scores.pixel_accuracy,
+            "val/miou": scores.miou,
+            **by_class,
+        }
         if monitor is not None and epoch < learning and monitor.due(epoch, learning):
             assert isinstance(augmenter, JointFeatureGAN)
             row |= monitor.measure(augmenter.trainer.generator())
         history.log(row)
         if scores.miou > best["miou"]:
-            weights = {key: tensor.detach().cpu().clone() for key, tensor in decoder.state_dict().items()}
+            weights = {
+                key: tensor.detach().cpu().clone() for key, tensor in decoder.state_dict().items()
+            }
             best = {"miou": scores.miou, "epoch": epoch, "weights": weights}
         collapsed = monitor.check(row, epoch) if monitor is not None and epoch < learning else None
         if checkpoint.due() or collapsed:
@@ -262,7 +330,12 @@ def run(
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         save_weights(decoder.state_dict(), out / "decoder.safetensors")
-        described = {"architecture": architecture, "mixed_precision": config.mixed_precision, "variant": name, "seed": seed}
+        described = {
+            "architecture": architecture,
+            "mixed_precision": config.mixed_precision,
+            "variant": name,
+            "seed": seed,
+        }
         described["features"] = spec.to_dict()
         write_json(out / CONFIG_NAME, described)
         if isinstance(augmenter, JointFeatureGAN):
@@ -290,7 +363,11 @@ def run(
         save_weights(decoder.state_dict(), out / "decoder-best.safetensors")
         write_json(metrics / "test.json", result)
         ids = stores["test"].ids
-        write_json(metrics / IMAGES_NAME, {ids[position]: counts for position, counts in by_image.items()}, indent=None)
+        write_json(
+            metrics / IMAGES_NAME,
+            {ids[position]: counts for position, counts in by_image.items()},
+            indent=None,
+        )
     checkpoint.remove()
     return last
 
@@ -298,7 +375,9 @@ def run(
 def decoder_loss(decoder: nn.Module, part: Part, adjust: Adjust | None = None) -> Tensor:
     """Cross-entropy of the decoder's scores for a part's features with its targets, by their shares."""
     scores = decoder(part.features.contiguous(memory_format=torch.channels_last), adjust=adjust)
-    return torch.stack([share * upsampled_cross_entropy(scores, masks) for masks, share in part.targets]).sum()
+    return torch.stack(
+        [share * upsampled_cross_entropy(scores, masks) for masks, share in part.targets]
+    ).sum()
 
 
 def schedule(optimizer: torch.optim.Optimizer, config: TrainDecoderConfig, done: float) -> None:
@@ -307,13 +386,22 @@ def schedule(optimizer: torch.optim.Optimizer, config: TrainDecoderConfig, done:
         group["lr"] = config.lr * ((1 - done) ** 0.9 if config.lr_schedule == "poly" else 1)
 
 
-def build_monitor(config: MonitorConfig, augmenter: Augmenter, stores: dict[str, FeatureStore], seed: int) -> Monitor | None:
+def build_monitor(
+    config: MonitorConfig, augmenter: Augmenter, stores: dict[str, FeatureStore], seed: int
+) -> Monitor | None:
     """What watches a jointly trained GAN; None where none is trained."""
     if not isinstance(augmenter, JointFeatureGAN):
         return None
     trainer = augmenter.trainer
     scale = trainer.networks.generator.feature_scale
-    monitor = Monitor(config, trainer.accelerator, train=stores["train"], held_out=stores["val"], feature_scale=scale, seed=seed)
+    monitor = Monitor(
+        config,
+        trainer.accelerator,
+        train=stores["train"],
+        held_out=stores["val"],
+        feature_scale=scale,
+        seed=seed,
+    )
     monitor.measure(trainer.generator())  # what later measures are compared with
     return monitor
 
@@ -334,8 +422,13 @@ def check_stores(config: TrainDecoderConfig, stores: dict[str, FeatureStore]) ->
             message = f"its spec differs from that of {train.path}; run the extract stage again"
             raise SpecMismatchError(message, path=store.path, expected=train.spec, found=store.spec)
         if not store.stats.class_pixels.any():
-            raise SpecMismatchError("not one labelled pixel in its masks, so nothing to learn or to score", path=store.path)
+            raise SpecMismatchError(
+                "not one labelled pixel in its masks, so nothing to learn or to score",
+                path=store.path,
+            )
     seen = config.passes * len(train.positions("identity"))
     if seen < config.batch_size:
         message = f"{config.batch_size} is more than the {seen} samples that an epoch takes from {train.path}; lower it, or raise passes"
-        raise ConfigError("train_decoder.batch_size", message, expected=seen, found=config.batch_size)
+        raise ConfigError(
+            "train_decoder.batch_size", message, expected=seen, found=config.batch_size
+        )

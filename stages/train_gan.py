@@ -15,20 +15,27 @@ import featurestore
 import stages
 from featurestore import FeatureStore, SpecMismatchError
 from featurestore.dataset import FeatureLoader
-from stages.checkpoint import Checkpoint, save_gan, save_weights
-from stages.config import Beta, Config, Once, Seed
-from stages.diffaugment import Transform
-from stages.errors import ConfigError
-from stages.flow_trainer import FlowTrainer, mean_amplitude, principal_components
-from stages.gan import build_networks, class_means, feature_scale
-from stages.gan_trainer import GanTrainer
+from stages.common.config import Beta, Config, Once, Seed
+from stages.common.errors import ConfigError
+from stages.common.runtime import generator as random_generator
+from stages.common.runtime import (
+    make_accelerator,
+    progress,
+    seed_everything,
+    share,
+    source_digest,
+    verify_stores,
+)
+from stages.common.tracking import TRACKERS, History, Means
+from stages.gan.flow_trainer import FlowTrainer, mean_amplitude, principal_components
+from stages.gan.gan_trainer import GanTrainer
+from stages.gan.monitor import MEASURED, Monitor, MonitorConfig
+from stages.gan.networks import build_networks, class_means, feature_scale
+from stages.gan.trainer import Trainer
 from stages.models.flow_generator import FlowGenerator
 from stages.models.generator import UPSAMPLING
-from stages.monitor import MEASURED, Monitor, MonitorConfig
-from stages.runtime import generator as random_generator
-from stages.runtime import make_accelerator, progress, seed_everything, share, source_digest, verify_stores
-from stages.tracking import TRACKERS, History, Means
-from stages.trainer import Trainer
+from stages.segmentation.transforms import Transform
+from stages.training.checkpoint import Checkpoint, save_gan, save_weights
 
 
 class TrainGanConfig(Config):
@@ -56,7 +63,9 @@ class TrainGanConfig(Config):
     nef: int = Field(ge=1)
     init_gain: float = Field(gt=0)
     feature_scale: Literal["channel", "global", "none"]
-    adversarial_loss: Literal["hinge", "non-saturating", "wasserstein-clip", "wasserstein-gp", "segmentation"]
+    adversarial_loss: Literal[
+        "hinge", "non-saturating", "wasserstein-clip", "wasserstein-gp", "segmentation"
+    ]
     lambda_feat: float = Field(ge=0)
     lambda_kld: float = Field(ge=0)
     lambda_rec: float = Field(ge=0)
@@ -71,14 +80,24 @@ class TrainGanConfig(Config):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        if self.adversarial_loss == "segmentation" and (self.r1_gamma or self.discriminator_scales > 1):
-            raise ValueError("r1_gamma and discriminator_scales belong to a patch discriminator; adversarial_loss segmentation has none")
+        if self.adversarial_loss == "segmentation" and (
+            self.r1_gamma or self.discriminator_scales > 1
+        ):
+            raise ValueError(
+                "r1_gamma and discriminator_scales belong to a patch discriminator; adversarial_loss segmentation has none"
+            )
         if self.image_encoder and (not self.z_dim or self.noise == "spatial"):
-            raise ValueError("the image encoder gives a noise vector; set z_dim above 0 and noise to vector, or image_encoder to false")
+            raise ValueError(
+                "the image encoder gives a noise vector; set z_dim above 0 and noise to vector, or image_encoder to false"
+            )
         if self.noise == "spatial" and not self.z_dim:
-            raise ValueError("spatial noise is z at every pixel; set z_dim above 0, or noise to vector")
+            raise ValueError(
+                "spatial noise is z at every pixel; set z_dim above 0, or noise to vector"
+            )
         if self.family == "flow" and (self.image_encoder or self.r1_gamma or self.diffaugment):
-            raise ValueError("image_encoder, r1_gamma and diffaugment are a GAN's; turn them off (false, 0, []), or set family to gan")
+            raise ValueError(
+                "image_encoder, r1_gamma and diffaugment are a GAN's; turn them off (false, 0, []), or set family to gan"
+            )
         return self
 
 
@@ -137,7 +156,7 @@ def run(
         Where the state is kept; a killed run goes on from there.
     device, workers, cache, compile_networks, sharded
         Belong to the machine; for ``workers`` and ``cache`` see :class:`featurestore.dataset.FeatureLoader`, for the last two
-        :class:`stages.trainer.Trainer`.
+        :class:`stages.gan.trainer.Trainer`.
     checkpoint_minutes
         Save the state no more often than this.
 
@@ -161,7 +180,12 @@ def run(
         project_dir=logs,
         gradient_accumulation_steps=config.gradient_accumulation,
     )
-    share(config.batch_size, accelerator.num_processes, config.gradient_accumulation, "train_gan.batch_size")
+    share(
+        config.batch_size,
+        accelerator.num_processes,
+        config.gradient_accumulation,
+        "train_gan.batch_size",
+    )
     store, held_out = featurestore.open(features / "train"), featurestore.open(features / "val")
     check_store(config, store)
     verify_stores(store, held_out, workers=workers)
@@ -184,7 +208,9 @@ def run(
     seed_everything(config.seed)
     architecture = describe(config, store)
     scale = feature_scale(store, config.feature_scale)
-    networks = build_networks(architecture, scale, class_means(store, scale) if config.prior == "class-means" else None)
+    networks = build_networks(
+        architecture, scale, class_means(store, scale) if config.prior == "class-means" else None
+    )
     settings = config.model_dump()
     machine: dict[str, Any] = {"compile_networks": compile_networks, "sharded": sharded}
     if isinstance(networks.generator, FlowGenerator):
@@ -198,7 +224,14 @@ def run(
         trainer = FlowTrainer(accelerator, networks, **adam, ema_decay=config.ema_decay, **machine)
     else:
         trainer = GanTrainer.of(accelerator, networks, settings, **machine)
-    monitor = Monitor(monitoring, accelerator, train=store, held_out=held_out, feature_scale=scale, seed=config.seed)
+    monitor = Monitor(
+        monitoring,
+        accelerator,
+        train=store,
+        held_out=held_out,
+        feature_scale=scale,
+        seed=config.seed,
+    )
     monitor.measure(trainer.generator())  # what later measures are compared with
 
     # Resume, or start anew.
@@ -206,7 +239,12 @@ def run(
     stores = [store.fingerprint, held_out.fingerprint]
     watched = monitoring.model_dump(include=MEASURED)
     identity = featurestore.fingerprint(
-        config=settings, watched=watched, stores=stores, torch=torch.__version__, code=code, ranks=accelerator.num_processes
+        config=settings,
+        watched=watched,
+        stores=stores,
+        torch=torch.__version__,
+        code=code,
+        ranks=accelerator.num_processes,
     )
     folder = scratch / "train-gan" / identity[:16]
     checkpoint = Checkpoint(folder, minutes=checkpoint_minutes, main=accelerator.is_main_process)
@@ -223,7 +261,9 @@ def run(
     for epoch in range(len(history.rows), config.frozen_epochs):
         means = Means(state.pop("sums", {}))
         first = state.pop("step", 0)
-        for number, batch in enumerate(batches.epoch(epoch, first), first):  # its order is a function of seed and epoch
+        for number, batch in enumerate(
+            batches.epoch(epoch, first), first
+        ):  # its order is a function of seed and epoch
             for part_number, part in enumerate(batch.split(config.gradient_accumulation)):
                 rng = random_generator(accelerator.device, config.seed, epoch, number, part_number)
                 with accelerator.accumulate(*trainer.modules.values()):
@@ -233,7 +273,12 @@ def run(
                 del step  # and with it the part of its graph that no back-propagation frees
             bar.update()
             if number + 1 < len(batches) and checkpoint.due():
-                checkpoint.save(gan=trainer.state(), history=history.rows, step=number + 1, sums=means.state(accelerator.device))
+                checkpoint.save(
+                    gan=trainer.state(),
+                    history=history.rows,
+                    step=number + 1,
+                    sums=means.state(accelerator.device),
+                )
         row = means.result(accelerator)
         if monitor.due(epoch, config.frozen_epochs):
             row |= monitor.measure(trainer.generator())
@@ -251,7 +296,12 @@ def run(
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         save_weights(untrained, out / "generator-initial.safetensors")
-        described = {"architecture": architecture, "training": settings, "store": store.fingerprint, "features": store.spec.to_dict()}
+        described = {
+            "architecture": architecture,
+            "training": settings,
+            "store": store.fingerprint,
+            "features": store.spec.to_dict(),
+        }
         save_gan(out, final, described)
     accelerator.wait_for_everyone()  # what comes next may read what the main process wrote
     accelerator.end_training()
@@ -281,12 +331,22 @@ def check_store(config: TrainGanConfig, store: FeatureStore) -> None:
     channels = store.spec.feature_shape[0]
     if config.family == "flow" and config.flow_components > channels:
         message = f"{config.flow_components} is more than the {channels} channels of {store.path}; lower it"
-        raise ConfigError("train_gan.flow_components", message, expected=channels, found=config.flow_components)
+        raise ConfigError(
+            "train_gan.flow_components", message, expected=channels, found=config.flow_components
+        )
     if config.projection_channels > channels:
         message = f"{config.projection_channels} is more than the {channels} channels of {store.path}; lower it, or 0 to see all"
-        raise ConfigError("train_gan.projection_channels", message, expected=channels, found=config.projection_channels)
+        raise ConfigError(
+            "train_gan.projection_channels",
+            message,
+            expected=channels,
+            found=config.projection_channels,
+        )
     if config.image_encoder and not store.spec.has_images:
-        raise SpecMismatchError("train_gan.image_encoder needs images; set extract.store_images to true", path=store.path)
+        raise SpecMismatchError(
+            "train_gan.image_encoder needs images; set extract.store_images to true",
+            path=store.path,
+        )
 
 
 def check_input_size(size: tuple[int, int], output_stride: int) -> None:
@@ -298,13 +358,15 @@ def check_input_size(size: tuple[int, int], output_stride: int) -> None:
         When H or W is no multiple of the backbone's stride times the generator's up-sampling.
     """
     step = output_stride * UPSAMPLING
-    if size[0] % step or size[1] % step or min(size) < 2 * step:  # smaller maps leave the discriminator a single pixel
+    if (
+        size[0] % step or size[1] % step or min(size) < 2 * step
+    ):  # smaller maps leave the discriminator a single pixel
         message = f"must be a multiple of {step} from {2 * step} on (backbone stride times the generator's up-sampling), found {size}"
         raise ConfigError("extract.input_size", message, expected=step, found=size)
 
 
 def describe(config: TrainGanConfig, store: FeatureStore) -> dict[str, Any]:
-    """Everything that :func:`stages.gan.build_networks` needs, JSON-ready."""
+    """Everything that :func:`stages.gan.networks.build_networks` needs, JSON-ready."""
     spec = store.spec
     chosen = {key: value for key, value in config.model_dump().items() if key in ARCHITECTURE}
     return {

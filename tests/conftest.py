@@ -13,11 +13,13 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from stages.data import wastesim
+from stages.datasets import wastesim
 from tests.imports import ROOT
 
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
-if WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # several processes test at once: they share the cores
+if WORKERS := int(
+    os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")
+):  # several processes test at once: they share the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 TINY = {
@@ -45,14 +47,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Processes share the tests file by file, slow files first; tests of one costly fixture go to one of them, so that it is made once."""
     for item in items:
         needed = getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group(next((name for name in ("project", "trained") if name in needed), item.path.name)))
+        item.add_marker(
+            pytest.mark.xdist_group(
+                next((name for name in ("project", "trained") if name in needed), item.path.name)
+            )
+        )
     if WORKERS:
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def tiny_params() -> str:
     """The quickstart, made small enough for tests."""
-    text = (ROOT / "presets" / "quickstart.yaml").read_text()
+    text = (ROOT / "stages" / "presets" / "quickstart.yaml").read_text()
     for before, after in TINY.items():
         assert before in text, f"the quickstart no longer says {before!r}"
         text = text.replace(before, after)
@@ -64,20 +70,32 @@ def write_photos(root: Path, counts: dict[str, int], size: int = 64) -> None:
     abundances = wastesim.read_abundances(ROOT / "data" / "wastesim")
     for split, count in counts.items():
         for number in range(count):
-            image, mask = wastesim.draw_scene(np.random.default_rng([len(split), number]), abundances, size, (3, 5))
-            for folder, name, pixels in (("images", f"{number}.jpg", image), ("masks", f"{number}.png", mask)):
+            image, mask = wastesim.draw_scene(
+                np.random.default_rng([len(split), number]), abundances, size, (3, 5)
+            )
+            for folder, name, pixels in (
+                ("images", f"{number}.jpg", image),
+                ("masks", f"{number}.png", mask),
+            ):
                 path = root / folder / split / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path)
     colours = (
-        f"{name},{red},{green},{blue}" for name, (red, green, blue) in zip(wastesim.CLASSES.names, wastesim.CLASSES.palette, strict=True)
+        f"{name},{red},{green},{blue}"
+        for name, (red, green, blue) in zip(
+            wastesim.CLASSES.names, wastesim.CLASSES.palette, strict=True
+        )
     )
     (root / "classes.csv").write_text("\n".join(["name,red,green,blue", *colours]) + "\n")
 
 
-def run(*command: str, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str, cwd: Path, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a program of this environment (python, dvc, git) and return what it printed."""
-    program = shutil.which(command[0], path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    program = shutil.which(
+        command[0], path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
     assert program is not None, f"{command[0]} is not installed"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
@@ -87,7 +105,9 @@ def run(*command: str, cwd: Path, check: bool = True, **environment: str) -> sub
         capture_output=True,
         env={**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", **environment},
     )
-    assert not check or result.returncode == 0, f"{command}: {result.returncode}\n{result.stdout}\n{result.stderr}"
+    assert not check or result.returncode == 0, (
+        f"{command}: {result.returncode}\n{result.stdout}\n{result.stderr}"
+    )
     return result
 
 
@@ -95,10 +115,8 @@ def copy_project(target: Path) -> None:
     """A git repository with the project's files, the tiny parameters and drawn photographs; nothing has run in it yet."""
     target.mkdir(parents=True)
     for name in (
-        "commands",
         "featurestore",
         "stages",
-        "presets",
         "data",
         "notebooks",
         "pipeline.py",
@@ -142,7 +160,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = Path.cwd()
     os.chdir(target)
     try:
-        for command in ("prepare", "extract --device cpu", "train-decoder --variant baseline --device cpu"):
+        for command in (
+            "prepare",
+            "extract --device cpu",
+            "train-decoder --variant baseline --device cpu",
+        ):
             result = CliRunner().invoke(pipeline.main, command.split())
             assert result.exit_code == 0, result.output
     finally:

@@ -36,7 +36,11 @@ def imported_modules(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             module = node.module or ""
             names.add(module)
-            names.update(f"{module}.{alias.name}" for alias in node.names if file_of(f"{module}.{alias.name}"))
+            names.update(
+                f"{module}.{alias.name}"
+                for alias in node.names
+                if file_of(f"{module}.{alias.name}")
+            )
     return names
 
 

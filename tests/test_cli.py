@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import pipeline
-from commands.options import load_params
+from stages.commands.options import load_params
 from tests.conftest import tiny_params
 from tests.imports import ROOT
 
@@ -42,7 +42,11 @@ def call(*arguments: str) -> Result:
 def one_line(result: Result) -> str:
     """The single line that a failed command printed."""
     assert not isinstance(result.exception, Exception), result.exception
-    lines = [line for line in result.stderr.splitlines() if line and not line.startswith(("Usage:", "Try "))]
+    lines = [
+        line
+        for line in result.stderr.splitlines()
+        if line and not line.startswith(("Usage:", "Try "))
+    ]
     assert len(lines) == 1, result.stderr
     return lines[0]
 
@@ -78,7 +82,13 @@ def test_help_imports_nothing_heavy(command: tuple[str, ...]) -> None:
 def test_help_names_stages_options_and_environment_variables() -> None:
     assert all(command in call("--help").output for command in COMMANDS)
     text = call("train-gan", "--help").output
-    for words in ("[auto|cpu|cuda]", "FEATUREGAN_DEVICE", "FEATUREGAN_WORKERS", "FEATUREGAN_SCRATCH", "x>=0"):
+    for words in (
+        "[auto|cpu|cuda]",
+        "FEATUREGAN_DEVICE",
+        "FEATUREGAN_WORKERS",
+        "FEATUREGAN_SCRATCH",
+        "x>=0",
+    ):
         assert words in text
     assert "featuregan 0." in call("--version").output
 
@@ -94,7 +104,10 @@ def test_init_lists_and_writes_presets(tmp_path: Path, monkeypatch: pytest.Monke
     Path("params.yaml").write_text(changed)
     assert "the old one is params.yaml.bak" in call("init", "quickstart", "--force").output
     assert Path("params.yaml.bak").read_text() == changed
-    for preset in ("voc2012-lite", "quickstart"):  # presets are no one's work, and must not take its place
+    for preset in (
+        "voc2012-lite",
+        "quickstart",
+    ):  # presets are no one's work, and must not take its place
         assert "old" not in call("init", preset, "--force").output
     assert Path("params.yaml.bak").read_text() == changed
     assert call("init", "quickstart", "--params", "elsewhere/mine.yaml").exit_code == 0
@@ -106,39 +119,81 @@ def test_init_lists_and_writes_presets(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_committed_parameters_are_the_quickstart() -> None:
-    assert (ROOT / "params.yaml").read_text() == (ROOT / "presets" / "quickstart.yaml").read_text()
+    assert (ROOT / "params.yaml").read_text() == (
+        ROOT / "stages" / "presets" / "quickstart.yaml"
+    ).read_text()
 
 
 def test_the_thesis_preset_has_the_thesis_figures() -> None:
-    sections = load_params(ROOT / "presets" / "voc2012-thesis.yaml")
-    gan, decoder, extract, prepare = (sections[name] for name in ("train_gan", "train_decoder", "extract", "prepare"))
-    assert (gan.frozen_epochs, gan.lambda_feat, gan.lambda_kld, gan.batch_size) == (75, 7.0, 0.05, 32)
+    sections = load_params(ROOT / "stages" / "presets" / "voc2012-thesis.yaml")
+    gan, decoder, extract, prepare = (
+        sections[name] for name in ("train_gan", "train_decoder", "extract", "prepare")
+    )
+    assert (gan.frozen_epochs, gan.lambda_feat, gan.lambda_kld, gan.batch_size) == (
+        75,
+        7.0,
+        0.05,
+        32,
+    )
     assert (gan.generator_lr, gan.discriminator_lr, gan.betas) == (2e-4, 8e-4, (0.0, 0.9))
-    assert (gan.z_dim, gan.ngf, gan.spade_hidden, gan.adversarial_loss, gan.image_encoder) == (256, 64, 128, "hinge", False)
+    assert (gan.z_dim, gan.ngf, gan.spade_hidden, gan.adversarial_loss, gan.image_encoder) == (
+        256,
+        64,
+        128,
+        "hinge",
+        False,
+    )
     assert (decoder.lr, decoder.batch_size, decoder.width) == (5e-4, 32, 256)
     assert (extract.backbone, extract.input_size) == ("resnet101", (256, 256))
     assert (prepare.split, prepare.ratios) == ("random", (0.7, 0.15, 0.15))
-    assert [sections["variants"][name].ratio for name in ("featuregan-1x", "featuregan-2x")] == [1, 2]
+    assert [sections["variants"][name].ratio for name in ("featuregan-1x", "featuregan-2x")] == [
+        1,
+        2,
+    ]
 
 
 BAD_PARAMETERS = {
-    "an unknown key": ("  z_dim: 8", "  z_dims: 8", "train_gan.z_dims: unknown key; did you mean z_dim?"),
+    "an unknown key": (
+        "  z_dim: 8",
+        "  z_dims: 8",
+        "train_gan.z_dims: unknown key; did you mean z_dim?",
+    ),
     "an unknown section": ("report:", "raport:", "raport: unknown section"),
-    "a wrong type": ("  z_dim: 8", "  z_dim: '8'", "train_gan.z_dim: input should be a valid integer, found '8'"),
+    "a wrong type": (
+        "  z_dim: 8",
+        "  z_dim: '8'",
+        "train_gan.z_dim: input should be a valid integer, found '8'",
+    ),
     "a value out of range": (
         "  lambda_feat: 7.0",
         "  lambda_feat: -1.0",
         "train_gan.lambda_feat: input should be greater than or equal to 0",
     ),
-    "a choice that does not exist": ("norm: batch", "norm: layer", "train_gan.norm: input should be 'batch' or 'instance', found 'layer'"),
-    "ratios that do not add up": ("[0.7, 0.15, 0.15]", "[0.7, 0.2, 0.15]", "prepare: ratios must add up to 1"),
-    "an unknown variant": ("[baseline, featuregan-1x", "[baseline, featuregan-3x", "compare.variants: 'featuregan-3x' is not described"),
+    "a choice that does not exist": (
+        "norm: batch",
+        "norm: layer",
+        "train_gan.norm: input should be 'batch' or 'instance', found 'layer'",
+    ),
+    "ratios that do not add up": (
+        "[0.7, 0.15, 0.15]",
+        "[0.7, 0.2, 0.15]",
+        "prepare: ratios must add up to 1",
+    ),
+    "an unknown variant": (
+        "[baseline, featuregan-1x",
+        "[baseline, featuregan-3x",
+        "compare.variants: 'featuregan-3x' is not described",
+    ),
     "mirrored photographs that nobody extracts": (
         "[baseline, featuregan-1x",
         "[mirrored-perturbed, featuregan-1x",
         "extract.views: variant 'mirrored-perturbed' reads mirrored photographs; set it to [identity, hflip]",
     ),
-    "mirrored photographs alone": ("views: [identity]", "views: [hflip]", "extract.views: must have identity"),
+    "mirrored photographs alone": (
+        "views: [identity]",
+        "views: [hflip]",
+        "extract.views: must have identity",
+    ),
     "several draws without noise": (
         "  z_dim: 8",
         "  z_dim: 0",
@@ -149,9 +204,17 @@ BAD_PARAMETERS = {
         "  z_dim: 0\n  noise: spatial",
         "train_gan: spatial noise is z at every pixel; set z_dim above 0",
     ),
-    "a change that stands twice": ("perturb: [flip, translation", "perturb: [flip, flip, translation", "flip stands twice"),
+    "a change that stands twice": (
+        "perturb: [flip, translation",
+        "perturb: [flip, flip, translation",
+        "flip stands twice",
+    ),
     "a seed that stands twice": ("seeds: [0]", "seeds: [0, 0]", "compare.seeds: 0 stands twice"),
-    "an unknown augmenter": ("{augmenter: isda, ", "{augmenter: idsa, ", "variants.isda.augmenter: should be 'none', 'duplicate'"),
+    "an unknown augmenter": (
+        "{augmenter: isda, ",
+        "{augmenter: idsa, ",
+        "variants.isda.augmenter: should be 'none', 'duplicate'",
+    ),
     "a key that an augmenter has not": (
         "{augmenter: isda, strength",
         "{augmenter: isda, strenght",
@@ -197,15 +260,31 @@ BAD_PARAMETERS = {
         "generator: frozen, new_masks: [flip], vary: 0.5",
         "variants.featuregan-varied: vary needs generator: frozen, no edit, and no new_masks but paste and swap",
     ),
-    "an unknown backbone": ("backbone: efficientnet_lite0", "backbone: resnet1001", "extract.backbone: unknown backbone"),
-    "an input size that the stride cannot take": ("input_size: 64 ", "input_size: 60 ", "extract.input_size"),
-    "an input size that the generator cannot take": ("input_size: 64 ", "input_size: 72 ", "multiple of 32"),
+    "an unknown backbone": (
+        "backbone: efficientnet_lite0",
+        "backbone: resnet1001",
+        "extract.backbone: unknown backbone",
+    ),
+    "an input size that the stride cannot take": (
+        "input_size: 64 ",
+        "input_size: 60 ",
+        "extract.input_size",
+    ),
+    "an input size that the generator cannot take": (
+        "input_size: 64 ",
+        "input_size: 72 ",
+        "multiple of 32",
+    ),
     "an input size too small for the discriminator": (
         "input_size: 64 ",
         "input_size: [64, 32] ",
         "extract.input_size.1: input should be greater",
     ),
-    "an infinite number": ("lambda_feat: 7.0", "lambda_feat: .inf", "train_gan.lambda_feat: input should be a finite number"),
+    "an infinite number": (
+        "lambda_feat: 7.0",
+        "lambda_feat: .inf",
+        "train_gan.lambda_feat: input should be a finite number",
+    ),
     "a batch of one": (
         "  batch_size: 4\n  gradient_accumulation: 1\n  decoder",
         "  batch_size: 1\n  gradient_accumulation: 1\n  decoder",
@@ -222,7 +301,9 @@ BAD_PARAMETERS = {
 
 @pytest.mark.parametrize("case", BAD_PARAMETERS)
 @pytest.mark.parametrize("command", ["prepare", "extract"])
-def test_bad_parameters_stop_every_stage_before_it_starts(params: Path, command: str, case: str) -> None:
+def test_bad_parameters_stop_every_stage_before_it_starts(
+    params: Path, command: str, case: str
+) -> None:
     before, after, words = BAD_PARAMETERS[case]
     change(params, before, after)
     result = call(command)
@@ -234,8 +315,17 @@ def test_bad_parameters_stop_every_stage_before_it_starts(params: Path, command:
 def test_keys_that_do_not_go_together(params: Path) -> None:
     whole = params.read_text()
     for changes, words in (
-        ({"image_encoder: false": "image_encoder: true", "store_images: true": "store_images: false"}, "extract.store_images: train_gan"),
-        ({"family: gan ": "family: flow ", "diffaugment: []": "diffaugment: [flip]"}, "train_gan: image_encoder, r1_gamma"),
+        (
+            {
+                "image_encoder: false": "image_encoder: true",
+                "store_images: true": "store_images: false",
+            },
+            "extract.store_images: train_gan",
+        ),
+        (
+            {"family: gan ": "family: flow ", "diffaugment: []": "diffaugment: [flip]"},
+            "train_gan: image_encoder, r1_gamma",
+        ),
         (
             {
                 "family: gan ": "family: flow ",
@@ -245,7 +335,10 @@ def test_keys_that_do_not_go_together(params: Path) -> None:
             "train_gan.family: variant 'featuregan-edited' works with a gan alone; set it to gan",
         ),
         (
-            {"r1_gamma: 0.0": "r1_gamma: 1.0", "mixed_precision: 'no'          # of": "mixed_precision: fp16  # of"},
+            {
+                "r1_gamma: 0.0": "r1_gamma: 1.0",
+                "mixed_precision: 'no'          # of": "mixed_precision: fp16  # of",
+            },
             "train_decoder.mixed_precision: fp16 does not go together with r1_gamma or adversarial_loss",
         ),
     ):
@@ -261,7 +354,10 @@ def test_a_decoder_that_cannot_be_trained_here_is_refused_before_the_gan(params:
     change(params, "mixed_precision: 'no'          # of", "mixed_precision: fp16  # of")
     result = call("train-gan", "--device", "cpu")
     assert result.exit_code == 2
-    assert "train_decoder.mixed_precision: fp16 needs a GPU; use bf16 or 'no' on the CPU" in one_line(result)
+    assert (
+        "train_decoder.mixed_precision: fp16 needs a GPU; use bf16 or 'no' on the CPU"
+        in one_line(result)
+    )
 
 
 def test_a_missing_params_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +376,9 @@ def test_options_out_of_range_are_usage_errors(params: Path) -> None:
     assert "describes baseline" in one_line(unknown)
 
 
-def test_cuda_that_is_not_there_is_a_usage_error(params: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_that_is_not_there_is_a_usage_error(
+    params: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -294,7 +392,10 @@ def test_a_data_set_that_cannot_be_downloaded_is_a_usage_error(params: Path) -> 
     change(params, "dataset: folder ", "dataset: cityscapes ")
     result = call("prepare", "--download")
     assert result.exit_code == 2
-    assert "cityscapes cannot be downloaded: get it yourself (leftImg8bit_trainvaltest.zip" in one_line(result)
+    assert (
+        "cityscapes cannot be downloaded: get it yourself (leftImg8bit_trainvaltest.zip"
+        in one_line(result)
+    )
     assert "FEATUREGAN_DOWNLOAD" in call("prepare", "--help").output
 
 
@@ -317,7 +418,9 @@ def test_bad_data_exits_with_1_and_names_the_file(params: Path, photos: Path) ->
     assert "photos/masks/train/0.png: this mask is missing" in one_line(result)
 
 
-def test_variants_that_the_classes_do_not_suffice_for_are_refused_by_prepare(params: Path, photos: Path) -> None:
+def test_variants_that_the_classes_do_not_suffice_for_are_refused_by_prepare(
+    params: Path, photos: Path
+) -> None:
     (photos / "classes.csv").write_text("name\nbelt\nwaste\n")
     for file in (photos / "masks").rglob("*.png"):
         Image.fromarray(np.asarray(Image.open(file)).astype(bool).astype(np.uint8)).save(file)
@@ -330,23 +433,37 @@ def test_variants_that_the_classes_do_not_suffice_for_are_refused_by_prepare(par
     assert call("prepare").exit_code == 0
 
 
-def test_a_full_disk_is_one_line(params: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line(
+    params: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(folder: Path, *_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "manifest.csv"))
 
     monkeypatch.setattr("stages.prepare.write_manifest", full)
     result = call("prepare")
     assert result.exit_code == 1
-    assert "manifest.csv: cannot be written (No space left on device); make room" in one_line(result)
+    assert "manifest.csv: cannot be written (No space left on device); make room" in one_line(
+        result
+    )
 
 
 @pytest.mark.slow
-def test_a_store_of_other_parameters_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_store_of_other_parameters_is_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(project)
     other = tmp_path / "other.yaml"
     for before, after, words in (
-        ("input_size: 64 ", "input_size: 96 ", "was extracted with input_size (64, 64), but the parameters say (96, 96)"),
-        ("backbone: efficientnet_lite0", "backbone: resnet50", "was extracted with backbone efficientnet_lite0"),
+        (
+            "input_size: 64 ",
+            "input_size: 96 ",
+            "was extracted with input_size (64, 64), but the parameters say (96, 96)",
+        ),
+        (
+            "backbone: efficientnet_lite0",
+            "backbone: resnet50",
+            "was extracted with backbone efficientnet_lite0",
+        ),
     ):
         other.write_text(tiny_params().replace(before, after))
         for command in (("train-gan",), ("train-decoder", "--variant", "baseline")):
@@ -363,7 +480,13 @@ def test_a_store_of_other_parameters_is_refused(project: Path, monkeypatch: pyte
 def test_inspect_and_verify(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(project)
     shown = call("inspect", "features/train").output
-    for words in ("10 samples", "320 x 8 x 8 float16", "efficientnet_lite0", "plastic bottle", "shard-00000.h5"):
+    for words in (
+        "10 samples",
+        "320 x 8 x 8 float16",
+        "efficientnet_lite0",
+        "plastic bottle",
+        "shard-00000.h5",
+    ):
         assert words in shown
     assert "10 samples" in call("inspect", "features/train/shard-00000.h5").output
     assert "every byte as written" in call("verify", "features/test").output

@@ -30,7 +30,20 @@ def test_every_key_of_an_augmenter_is_described() -> None:
 
 def test_everything_cited_is_listed() -> None:
     listed = (ROOT / "docs" / "references.md").read_text(encoding="utf-8")
-    sources = [*PAGES, *(path for folder in ("stages", "featurestore", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py")))]
-    cited = {found for path in sources for found in CITATION.findall(path.read_text(encoding="utf-8"))}
+    sources = [
+        *PAGES,
+        *(
+            path
+            for folder in ("stages", "featurestore", "benchmarks")
+            for path in sorted((ROOT / folder).rglob("*.py"))
+        ),
+    ]
+    cited = {
+        found for path in sources for found in CITATION.findall(path.read_text(encoding="utf-8"))
+    }
     assert len(cited) > 40
-    assert [found for found in sorted(cited) if not re.search(rf"\| {re.escape(found[0])} [\d, ]*{found[1]}", listed)] == []
+    assert [
+        found
+        for found in sorted(cited)
+        if not re.search(rf"\| {re.escape(found[0])} [\d, ]*{found[1]}", listed)
+    ] == []

@@ -36,14 +36,17 @@ def edit(path: Path, before: str, after: str) -> None:
 @pytest.mark.parametrize("stage", sorted(DVC))
 def test_a_stage_depends_on_exactly_the_sources_it_imports(stage: str) -> None:
     listed = {path for path in DVC[stage]["deps"] if path.endswith((".py", ".html"))}
-    closure = {path.relative_to(ROOT).as_posix() for path in import_closure(f"stages.{stage.replace('-', '_')}")}
+    closure = {
+        path.relative_to(ROOT).as_posix()
+        for path in import_closure(f"stages.{stage.replace('-', '_')}")
+    }
     if stage == "report":
         closure.add("stages/analysis/report.html")  # its template
     assert listed == closure
 
 
 def test_every_section_of_the_parameters_belongs_to_a_stage() -> None:
-    from commands.options import SECTIONS
+    from stages.commands.options import SECTIONS
 
     used = {key.split(".")[0] for stage in DVC.values() for key in stage["params"]}
     assert used == set(SECTIONS)
@@ -53,13 +56,19 @@ def test_lock_and_metrics_belong_to_the_committed_pipeline() -> None:
     """dvc.lock names every stage of the committed parameters, with the sources and parameters as they are."""
     lock = YAML(typ="safe").load((ROOT / "dvc.lock").read_text())["stages"]
     params = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
-    decoders = {f"train-decoder@{variant}-{seed}" for variant in params["compare"]["variants"] for seed in params["compare"]["seeds"]}
+    decoders = {
+        f"train-decoder@{variant}-{seed}"
+        for variant in params["compare"]["variants"]
+        for seed in params["compare"]["seeds"]
+    }
     assert set(lock) == {"prepare", "extract", "train-gan", "report"} | decoders
     for name, stage in lock.items():
         for dependency in stage["deps"]:
             path = ROOT / dependency["path"]
             if path.suffix in (".py", ".html"):
-                assert hashlib.md5(path.read_bytes()).hexdigest() == dependency["md5"], f"{name}: {path} changed; run dvc repro and commit"
+                assert hashlib.md5(path.read_bytes()).hexdigest() == dependency["md5"], (
+                    f"{name}: {path} changed; run dvc repro and commit"
+                )
         for key, value in stage["params"]["params.yaml"].items():
             current = params
             for part in key.split("."):
@@ -70,7 +79,9 @@ def test_lock_and_metrics_belong_to_the_committed_pipeline() -> None:
 
 
 @pytest.mark.slow
-def test_a_second_repro_runs_nothing_and_changes_rerun_only_what_they_touch(project: Path, tmp_path: Path) -> None:
+def test_a_second_repro_runs_nothing_and_changes_rerun_only_what_they_touch(
+    project: Path, tmp_path: Path
+) -> None:
     assert "Data and pipelines are up to date" in run("dvc", "repro", cwd=project).stdout
     copy = tmp_path / "project"
     shutil.copytree(project, copy, symlinks=True)
@@ -104,8 +115,18 @@ def test_kill_9_in_the_middle_of_extract_and_repro_again(project: Path, tmp_path
     """The shards at the end are those of the project that nobody disturbed."""
     copy = tmp_path / "project"
     copy_project(copy)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(["dvc", "repro", "extract"], cwd=copy, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    process = subprocess.Popen(
+        ["dvc", "repro", "extract"],
+        cwd=copy,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     while process.poll() is None and not list((copy / "scratch").glob("train/*/*")):
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)

@@ -14,12 +14,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pipeline
 from benchmarks.train import Size, our_steps
-from commands.options import load_params
-from stages import operations
 from stages.augment.registry import Variant
-from stages.errors import ConfigError
-from stages.estimate import cache_bytes, joint_ratios, memory_rows, split_sizes, store_spec, work_rows
-from stages.models.backbone import build_backbone
+from stages.backbones.backbone import build_backbone
+from stages.commands.options import load_params
+from stages.common.errors import ConfigError
+from stages.estimate import step_cost as operations
+from stages.estimate.sizes import (
+    cache_bytes,
+    joint_ratios,
+    memory_rows,
+    split_sizes,
+    store_spec,
+    work_rows,
+)
 from tests.conftest import tiny_params
 from tests.imports import ROOT
 
@@ -43,7 +50,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_sizes_are_those_of_the_extracted_stores(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_are_those_of_the_extracted_stores(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(project)
     said = json.loads(call("--json").stdout)
     assert said["images"] == {"train": 10, "val": 4, "test": 4}
@@ -52,7 +61,9 @@ def test_sizes_are_those_of_the_extracted_stores(project: Path, monkeypatch: pyt
         index = json.loads((project / "features" / row["split"] / "index.json").read_text())
         size = sum(shard["bytes"] for shard in index["shards"])
         assert row["samples"] == sum(shard["samples"] for shard in index["shards"])
-        assert 0 <= size - row["bytes"] < 20_000 * len(index["shards"])  # attributes, ids and HDF5's own structures
+        assert (
+            0 <= size - row["bytes"] < 20_000 * len(index["shards"])
+        )  # attributes, ids and HDF5's own structures
     models = sum(path.stat().st_size for path in (project / "models").rglob("*") if path.is_file())
     about = next(row["bytes"] for row in said["disk"] if row["what"].startswith("models"))
     assert about == pytest.approx(models, rel=0.2)
@@ -61,7 +72,9 @@ def test_sizes_are_those_of_the_extracted_stores(project: Path, monkeypatch: pyt
 def test_operations_are_those_of_the_steps_that_train(tmp_path: Path) -> None:
     """Counted on real tensors in the trainer itself, and on fake ones."""
     found = sections(tmp_path)
-    decoder = found["train_decoder"].model_copy(update={"atrous_rates": (12, 24, 36)})  # as the benchmark's
+    decoder = found["train_decoder"].model_copy(
+        update={"atrous_rates": (12, 24, 36)}
+    )  # as the benchmark's
     gan = found["train_gan"].model_copy(update={"prior": "none"})
     costs, shape = operations.count(found["extract"], gan, decoder, num_classes=21, ratios=(1, 2))
     assert shape == (320, 8, 8)
@@ -73,7 +86,9 @@ def test_operations_are_those_of_the_steps_that_train(tmp_path: Path) -> None:
         cost = costs[name.replace(" step", "")]
         assert cost.operations == counter.get_total_flops() / operations.BATCH, name
     with FlopCounterMode(display=False) as counter:
-        build_backbone(name="efficientnet_lite0", weights="default")(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+        build_backbone(name="efficientnet_lite0", weights="default")(
+            torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+        )
     assert costs["backbone"].operations == counter.get_total_flops()
 
 
@@ -84,7 +99,10 @@ def test_the_untrained_backbone_is_the_backbone(name: str, tmp_path: Path) -> No
     state = network.state_dict()
     if name == "resnet50":  # numbered parts in place of torchvision's names
         parts = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-        state = OrderedDict((f"{parts[int(key.split('.')[0])]}.{key.split('.', 1)[1]}", value) for key, value in state.items())
+        state = OrderedDict(
+            (f"{parts[int(key.split('.')[0])]}.{key.split('.', 1)[1]}", value)
+            for key, value in state.items()
+        )
     torch.save(state, tmp_path / "weights.pth")
     built = build_backbone(name=name, weights=str(tmp_path / "weights.pth"))
     images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
@@ -94,12 +112,14 @@ def test_the_untrained_backbone_is_the_backbone(name: str, tmp_path: Path) -> No
 
 
 def test_counting_leaves_nothing_fake_behind(tmp_path: Path) -> None:
-    from stages.upsampled_loss import upsampled_cross_entropy
+    from stages.segmentation.upsampled_loss import upsampled_cross_entropy
 
     found = sections(tmp_path)
     networks = [found[name] for name in ("extract", "train_gan", "train_decoder")]
     operations.count(*networks, num_classes=7)
-    loss = upsampled_cross_entropy(torch.zeros(2, 7, 8, 8), torch.zeros(2, 64, 64, dtype=torch.uint8))
+    loss = upsampled_cross_entropy(
+        torch.zeros(2, 7, 8, 8), torch.zeros(2, 64, 64, dtype=torch.uint8)
+    )
     assert float(loss) == pytest.approx(1.9459, abs=1e-4)  # log 7
 
 
@@ -109,8 +129,14 @@ def test_memory_grows_with_what_is_kept(tmp_path: Path) -> None:
     costs, _ = operations.count(*networks, num_classes=7, ratios=(1, 2))
     assert costs["backbone"].weight_bytes == costs["backbone"].activation_bytes == 0
     assert costs["decoder"].activation_bytes > 320 * 8 * 8 * 4  # the features themselves, at least
-    assert costs["joint 1:1"].weight_bytes == costs["gan"].weight_bytes + costs["decoder"].weight_bytes
-    assert costs["gan"].activation_bytes < costs["joint 1:1"].activation_bytes < costs["joint 2:1"].activation_bytes
+    assert (
+        costs["joint 1:1"].weight_bytes == costs["gan"].weight_bytes + costs["decoder"].weight_bytes
+    )
+    assert (
+        costs["gan"].activation_bytes
+        < costs["joint 1:1"].activation_bytes
+        < costs["joint 2:1"].activation_bytes
+    )
 
 
 CHANGES = [
@@ -135,10 +161,20 @@ def test_every_kind_of_gan_is_counted(tmp_path: Path, change: dict) -> None:
 
 def test_work_adds_up(tmp_path: Path) -> None:
     found = sections(tmp_path)
-    names = ("baseline", "duplicate-2x", "featuregan-2x", "featuregan-frozen", "featuregan-edited", "featuregan-varied")
+    names = (
+        "baseline",
+        "duplicate-2x",
+        "featuregan-2x",
+        "featuregan-frozen",
+        "featuregan-edited",
+        "featuregan-varied",
+    )
     variants = {name: found["variants"][name] for name in names}
     frozen = {"augmenter": "featuregan", "generator": "frozen"}
-    described = {"augmenter": "combined", "of": [{"augmenter": "isda"}, frozen, {"augmenter": "noise"}]}
+    described = {
+        "augmenter": "combined",
+        "of": [{"augmenter": "isda"}, frozen, {"augmenter": "noise"}],
+    }
     variants["combined"] = TypeAdapter(Variant).validate_python(described)
     variants["until"] = variants["featuregan-2x"].model_copy(update={"until": 0.25})
     variants["edited until"] = variants["featuregan-edited"].model_copy(update={"until": 0.25})
@@ -146,19 +182,39 @@ def test_work_adds_up(tmp_path: Path) -> None:
     kinds = ("backbone", "decoder", "gan", "joint 2:1", "generator")
     cost = {name: operations.Cost(float(number), 0, 0) for number, name in enumerate(kinds, 1)}
     counts = {"samples": {"train": 10, "val": 3, "test": 2}, "train_images": 10}
-    sizes = {"gan": found["train_gan"], "decoder": found["train_decoder"], "variants": variants, "seeds": 3}
+    sizes = {
+        "gan": found["train_gan"],
+        "decoder": found["train_decoder"],
+        "variants": variants,
+        "seeds": 3,
+    }
     *rows, everything = work_rows(cost, None, 1e-12, **counts, **sizes)
     assert [row["samples"] for row in rows] == [15, 20, *[60] * 9]
-    once = [2, 3 * 2, 4, 2 * 2 + 5, 2 * 2 + 2 * 5, 2 * 2 + 0.5 * 5, 3 * 2 + 5, 0.25 * 4 + 0.75 * 3 * 2, 2 * 2 + 0.25 * 2 * 5]
+    once = [
+        2,
+        3 * 2,
+        4,
+        2 * 2 + 5,
+        2 * 2 + 2 * 5,
+        2 * 2 + 0.5 * 5,
+        3 * 2 + 5,
+        0.25 * 4 + 0.75 * 3 * 2,
+        2 * 2 + 0.25 * 2 * 5,
+    ]
     assert [row["gflop_a_sample"] * 1e9 for row in rows] == pytest.approx([1, 3, *once])
     assert everything["hours"] == pytest.approx((15 + 60 + 60 * sum(once)) / 3600)
     sizes["gan"] = found["train_gan"].model_copy(update={"family": "flow"})
-    assert work_rows(cost, None, None, **counts, **sizes)[6]["gflop_a_sample"] * 1e9 == pytest.approx(2 * 2 + 5)  # a flow's edits
+    assert work_rows(cost, None, None, **counts, **sizes)[6][
+        "gflop_a_sample"
+    ] * 1e9 == pytest.approx(2 * 2 + 5)  # a flow's edits
 
 
 def test_memory_is_that_of_the_variant_that_adds_most(tmp_path: Path) -> None:
     found = sections(tmp_path)
-    cost = {"decoder": operations.Cost(0.0, 100, 10.0), "joint 2:1": operations.Cost(0.0, 300, 20.0)}
+    cost = {
+        "decoder": operations.Cost(0.0, 100, 10.0),
+        "joint 2:1": operations.Cost(0.0, 300, 20.0),
+    }
     names = ("baseline", "duplicate-2x", "featuregan-2x")
     for chosen, batches in ((names[:1], 1), (names, 3)):
         variants = {name: found["variants"][name] for name in chosen}
@@ -170,19 +226,30 @@ def test_memory_is_that_of_the_variant_that_adds_most(tmp_path: Path) -> None:
 def test_a_cache_holds_decoded_training_and_validation_features(tmp_path: Path) -> None:
     found = sections(tmp_path)
     images = {"train": 10, "val": 3, "test": 4}
-    pixels, compressed = 256 * 256, found["extract"].model_copy(update={"compression": "int8", "input_size": (256, 256)})
+    pixels, compressed = (
+        256 * 256,
+        found["extract"].model_copy(update={"compression": "int8", "input_size": (256, 256)}),
+    )
     spec = store_spec(compressed, (320, 32, 32), 21)
     sample = 2 * 320 * 32 * 32 + pixels
     plain = {"baseline": found["variants"]["baseline"]}
     assert cache_bytes(spec, images, found["train_gan"], plain) == 13 * sample
-    assert cache_bytes(spec, images, found["train_gan"], {"hflip-views": found["variants"]["hflip-views"]}) == 23 * sample
+    assert (
+        cache_bytes(
+            spec, images, found["train_gan"], {"hflip-views": found["variants"]["hflip-views"]}
+        )
+        == 23 * sample
+    )
     encoding = found["train_gan"].model_copy(update={"image_encoder": True})
     assert cache_bytes(spec, images, encoding, plain) == 13 * (sample + 3 * pixels)
 
 
 def test_a_network_without_dense_features_is_refused_in_one_line() -> None:
     for name in ("vit_tiny_patch16_224", "vgg11"):
-        with pytest.raises(ConfigError, match=f"extract.backbone: timm/{name} cannot give dense features at stride 8"):
+        with pytest.raises(
+            ConfigError,
+            match=f"extract.backbone: timm/{name} cannot give dense features at stride 8",
+        ):
             operations.untrained_backbone(f"timm/{name}")
 
 
@@ -193,22 +260,33 @@ def test_splits_are_those_of_prepare() -> None:
 
 def test_a_summary_of_another_data_set_is_left_alone(folder: Path) -> None:
     (folder / "dataset").mkdir()
-    summary = {"dataset": "wastesim", "classes": ["ground", "bottle"], "splits": {name: {"images": 5} for name in ("train", "val", "test")}}
+    summary = {
+        "dataset": "wastesim",
+        "classes": ["ground", "bottle"],
+        "splits": {name: {"images": 5} for name in ("train", "val", "test")},
+    }
     (folder / "dataset/summary.json").write_text(json.dumps(summary))
     assert json.loads(call("--preset", "quickstart", "--json").stdout)["classes"] == 2
-    assert json.loads(call("--preset", "voc2012-lite", "--images", "100", "--json").stdout)["classes"] == 21
+    assert (
+        json.loads(call("--preset", "voc2012-lite", "--images", "100", "--json").stdout)["classes"]
+        == 21
+    )
     assert "name them with --images" in call("--preset", "voc2012-lite").stderr
 
 
 def test_both_views_double_the_training_store(folder: Path) -> None:
     one = json.loads(call("--images", "100", "--json").stdout)["stores"]
-    (folder / "params.yaml").write_text(tiny_params().replace("views: [identity] ", "views: [identity, hflip] "))
+    (folder / "params.yaml").write_text(
+        tiny_params().replace("views: [identity] ", "views: [identity, hflip] ")
+    )
     two = json.loads(call("--images", "100", "--json").stdout)["stores"]
     assert [row["bytes"] for row in two] == [2 * one[0]["bytes"], one[1]["bytes"], one[2]["bytes"]]
 
 
 def test_measured_hours_are_seconds_times_samples(folder: Path) -> None:
-    work = json.loads(call("--images", "20", "--measure", "--device", "cpu", "--json").stdout)["work"]
+    work = json.loads(call("--images", "20", "--measure", "--device", "cpu", "--json").stdout)[
+        "work"
+    ]
     assert all(row["hours"] > 0 for row in work)
     assert work[-1]["hours"] == pytest.approx(sum(row["hours"] for row in work[:-1]))
     assert "hours, measured" not in call("--images", "20").stdout

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from stages import extract
-from stages.data import camvid
 from stages.data.manifest import read_manifest
+from stages.datasets import camvid
 from stages.prepare import run as prepare
 from tests.stages.test_extract import config as extract_config
 from tests.stages.test_prepare import config as prepare_config
@@ -23,20 +23,32 @@ def test_voc_whole(real_data: Path, tmp_path: Path) -> None:
     root = real_data / "voc2012-partial"
     settings = prepare_config(root, dataset="voc", split="random")
     summary = prepare(settings, out=tmp_path / "dataset", scratch=tmp_path / "scratch", workers=2)
-    assert {split: part["images"] for split, part in summary["splits"].items()} == {"train": 651, "val": 140, "test": 139}
+    assert {split: part["images"] for split, part in summary["splits"].items()} == {
+        "train": 651,
+        "val": 140,
+        "test": 139,
+    }
     assert summary["classes"][8] == "cat"
     total = sum(part["images_with_class"]["cat"] for part in summary["splits"].values())
     assert total == 131 + 119
     official = prepare_config(root, dataset="voc", split="official")
     summary = prepare(official, out=tmp_path / "official", scratch=tmp_path / "scratch", workers=2)
-    assert {split: part["images"] for split, part in summary["splits"].items()} == {"train": 460, "val": 235, "test": 235}
+    assert {split: part["images"] for split, part in summary["splits"].items()} == {
+        "train": 460,
+        "val": 235,
+        "test": 235,
+    }
 
 
 def test_camvid_whole(real_data: Path, tmp_path: Path) -> None:
     """SegNet's copy is read, and the split that we give the owners' frames by their names is the copy's."""
     settings = prepare_config(real_data / "camvid", dataset="camvid")
     summary = prepare(settings, out=tmp_path / "dataset", scratch=tmp_path / "scratch", workers=2)
-    assert {split: part["images"] for split, part in summary["splits"].items()} == {"train": 367, "val": 101, "test": 233}
+    assert {split: part["images"] for split, part in summary["splits"].items()} == {
+        "train": 367,
+        "val": 101,
+        "test": 233,
+    }
     shares = summary["splits"]["train"]["pixel_share"]
     assert shares["road"] == pytest.approx(0.317 / (1 - 0.039), abs=2e-3)
     assert shares["bicyclist"] == pytest.approx(0.003 / (1 - 0.039), abs=1e-3)
@@ -44,13 +56,17 @@ def test_camvid_whole(real_data: Path, tmp_path: Path) -> None:
     assert all(camvid.split_of(entry.id) == entry.split for entry in entries)
 
 
-def test_camvid_extracts_and_a_linear_probe_sees_its_classes(real_data: Path, tmp_path: Path) -> None:
+def test_camvid_extracts_and_a_linear_probe_sees_its_classes(
+    real_data: Path, tmp_path: Path
+) -> None:
     """A few real frames: features of the real backbone separate sky, road and buildings even linearly."""
     for kind, suffix in (("images", "jpg"), ("masks", "png")):
         for split, count in (("train", 12), ("val", 2), ("test", 4)):
             folder = tmp_path / "camvid" / kind / split
             folder.mkdir(parents=True)
-            for file in sorted((real_data / "camvid" / kind / split).glob(f"*.{suffix}"))[:: 20 if split == "train" else 25][:count]:
+            for file in sorted((real_data / "camvid" / kind / split).glob(f"*.{suffix}"))[
+                :: 20 if split == "train" else 25
+            ][:count]:
                 (folder / file.name).symlink_to(file)
     settings = prepare_config(tmp_path / "camvid", dataset="camvid")
     prepare(settings, out=tmp_path / "dataset", scratch=tmp_path / "scratch", workers=2)
@@ -65,13 +81,25 @@ def test_camvid_extracts_and_a_linear_probe_sees_its_classes(real_data: Path, tm
     train, test = stores["train"], stores["test"]
     assert train.spec.feature_shape == (320, 32, 44)
     first = np.asarray(
-        Image.open(sorted((tmp_path / "camvid" / "masks" / "train").iterdir())[0]).resize((352, 256), Image.Resampling.NEAREST)
+        Image.open(sorted((tmp_path / "camvid" / "masks" / "train").iterdir())[0]).resize(
+            (352, 256), Image.Resampling.NEAREST
+        )
     )
     np.testing.assert_array_equal(train.mask(0), np.where(first == 11, 255, first))
 
     def vectors(store) -> tuple[torch.Tensor, torch.Tensor]:
-        features = torch.cat([torch.from_numpy(store.features(n).astype(np.float32)).flatten(1).T for n in range(len(store))])
-        labels = torch.cat([torch.from_numpy(store.mask(n)[4::8, 4::8].astype(np.int64)).flatten() for n in range(len(store))])
+        features = torch.cat(
+            [
+                torch.from_numpy(store.features(n).astype(np.float32)).flatten(1).T
+                for n in range(len(store))
+            ]
+        )
+        labels = torch.cat(
+            [
+                torch.from_numpy(store.mask(n)[4::8, 4::8].astype(np.int64)).flatten()
+                for n in range(len(store))
+            ]
+        )
         kept = (labels == 0) | (labels == 1) | (labels == 3)
         return features[kept], labels[kept]
 
@@ -79,7 +107,11 @@ def test_camvid_extracts_and_a_linear_probe_sees_its_classes(real_data: Path, tm
     centre, spread = features.mean(0), features.std(0)
     augmented = torch.cat([(features - centre) / spread, torch.ones(len(features), 1)], dim=1)
     targets = torch.nn.functional.one_hot(labels, 4).float()
-    weights = torch.linalg.lstsq(augmented.T @ augmented + 10 * torch.eye(augmented.shape[1]), augmented.T @ targets).solution
+    weights = torch.linalg.lstsq(
+        augmented.T @ augmented + 10 * torch.eye(augmented.shape[1]), augmented.T @ targets
+    ).solution
     features, labels = vectors(test)
-    predicted = (torch.cat([(features - centre) / spread, torch.ones(len(features), 1)], dim=1) @ weights).argmax(1)
+    predicted = (
+        torch.cat([(features - centre) / spread, torch.ones(len(features), 1)], dim=1) @ weights
+    ).argmax(1)
     assert (predicted == labels).float().mean() > 0.9

@@ -14,12 +14,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from stages.analysis import charts, pictures, tables
-from stages.analysis.answer import answer
-from stages.analysis.feature_grid import feature_grid, normalised_pair, subsample_channels
-from stages.analysis.projection import project as umap_project
-from stages.analysis.projection import sample_vectors
-from stages.errors import ConfigError, DataError
+from stages.common.errors import ConfigError, DataError
+from stages.reporting import charts, pictures, tables
+from stages.reporting.feature_grid import feature_grid, normalised_pair, subsample_channels
+from stages.reporting.projection import project as umap_project
+from stages.reporting.projection import sample_vectors
+from stages.reporting.verdict import answer
 
 
 def result(variant: str, seed: int, iou: dict[str, float | None], pa: float) -> dict:
@@ -54,7 +54,9 @@ def metrics(tmp_path: Path) -> Path:
 
 
 def test_comparison_by_hand(metrics: Path) -> None:
-    rows = tables.compare(tables.read_results(metrics, ["baseline", "featuregan-1x"], [0, 1]), ["a", "b"])
+    rows = tables.compare(
+        tables.read_results(metrics, ["baseline", "featuregan-1x"], [0, 1]), ["a", "b"]
+    )
     assert [row["variant"] for row in rows] == ["baseline", "featuregan-1x"]
     assert rows[0]["miou"]["values"] == pytest.approx([40, 50])
     assert rows[0]["miou"]["std"] == pytest.approx(statistics.stdev([40, 50]))
@@ -62,7 +64,9 @@ def test_comparison_by_hand(metrics: Path) -> None:
     assert rows[1]["delta_miou"] == pytest.approx((5 + 2) / 2)
     assert rows[1]["pa"]["mean"] == pytest.approx(82)
     assert rows[1]["seeds"] == [0, 1]
-    assert rows[1]["miou_all"]["values"] == pytest.approx([45, 52])  # no test image has c, which one of the decoders sees
+    assert rows[1]["miou_all"]["values"] == pytest.approx(
+        [45, 52]
+    )  # no test image has c, which one of the decoders sees
     assert rows[1]["absent_classes"] == ["c"]
     text = tables.as_text(rows)
     assert re.search(r"featuregan-1x +82.00 ± 1.41 +48.50 ± 4.95 +\+3.50", text)
@@ -87,7 +91,10 @@ def test_feature_grid_stacks_channels_and_lines_samples_up() -> None:
     assert grid.shape == (6, 4)
     for sample in range(2):
         for channel in range(3):
-            np.testing.assert_array_equal(grid[2 * channel : 2 * channel + 2, 2 * sample : 2 * sample + 2], features[sample, channel])
+            np.testing.assert_array_equal(
+                grid[2 * channel : 2 * channel + 2, 2 * sample : 2 * sample + 2],
+                features[sample, channel],
+            )
     assert subsample_channels(2048, 5).tolist() == [0, 512, 1024, 1535, 2047]
     real, generated = normalised_pair(*np.random.default_rng(0).random((2, 2, 3, 4, 4)))
     assert real.min() >= 0
@@ -95,8 +102,16 @@ def test_feature_grid_stacks_channels_and_lines_samples_up() -> None:
 
 
 def test_sampled_vectors_carry_their_positions_class() -> None:
-    masks = np.random.default_rng(0).integers(0, 3, (2, 2, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
-    features = masks[:, None, ::8, ::8].repeat(4, 1).astype(np.float32)  # every channel is the class itself
+    masks = (
+        np.random.default_rng(0)
+        .integers(0, 3, (2, 2, 3))
+        .repeat(8, 1)
+        .repeat(8, 2)
+        .astype(np.uint8)
+    )
+    features = (
+        masks[:, None, ::8, ::8].repeat(4, 1).astype(np.float32)
+    )  # every channel is the class itself
     vectors, classes = sample_vectors(features, masks, 100, np.random.default_rng(0))
     assert vectors.shape == (12, 4)
     np.testing.assert_array_equal(vectors[:, 0], classes)
@@ -108,10 +123,14 @@ def test_umap_separates_what_differs_and_repeats_itself() -> None:
     groups = [rng.standard_normal((40, 10)), rng.standard_normal((40, 10)) + 20]
     first, second = umap_project(groups, neighbors=10, min_dist=0.1, seed=0)
     assert np.linalg.norm(first.mean(0) - second.mean(0)) > 3 * max(first.std(), second.std()) / 2
-    np.testing.assert_array_equal(umap_project(groups, neighbors=10, min_dist=0.1, seed=0)[0], first)
+    np.testing.assert_array_equal(
+        umap_project(groups, neighbors=10, min_dist=0.1, seed=0)[0], first
+    )
 
 
-def row(variant: str, by_seed: list[float], interval: tuple[float, float] | None, miou: float = 40.0) -> dict:
+def row(
+    variant: str, by_seed: list[float], interval: tuple[float, float] | None, miou: float = 40.0
+) -> dict:
     low_high = {"low": interval[0], "high": interval[1]} if interval else None
     delta = statistics.fmean(by_seed) if by_seed else None
     return {
@@ -131,16 +150,32 @@ BASELINE_ROW = row("baseline", [], None)
     [
         ([], "open", "Nothing to compare with"),
         ([row("a", [1.0, 2.0], (0.5, 2.5))], "helps", "Yes: a is 1.50 points of mIoU above"),
-        ([row("a", [1, 1], (0.5, 2.5)), row("b", [1.8, 1.8], (-0.5, 4.5))], "helps", "Yes: a is 1.00 points"),  # b may gain more by chance
-        ([row("a", [3.0, -0.5], (0.5, 2.5))], "unclear", "Not clear: a is 1.25 points of mIoU above the baseline, which may be chance"),
+        (
+            [row("a", [1, 1], (0.5, 2.5)), row("b", [1.8, 1.8], (-0.5, 4.5))],
+            "helps",
+            "Yes: a is 1.00 points",
+        ),  # b may gain more by chance
+        (
+            [row("a", [3.0, -0.5], (0.5, 2.5))],
+            "unclear",
+            "Not clear: a is 1.25 points of mIoU above the baseline, which may be chance",
+        ),
         (
             [row("a", [2.0], (0.5, 2.5))],
             "unclear",
             "Not clear: a is 2.00 points of mIoU above the baseline, with one seed, which may be chance",
         ),
         ([row("a", [1.0], (-0.5, 2.5))], "unclear", "Not clear: a is 1.00 points of mIoU above"),
-        ([row("a", [-0.2], (-0.5, 0.1)), row("b", [-3.0], (-4.0, -2.0))], "unclear", "a is 0.20 points of mIoU below"),
-        ([row("a", [-2.0], (-3.0, -1.0))], "unclear", "a is 2.00 points of mIoU below the baseline, with one seed"),
+        (
+            [row("a", [-0.2], (-0.5, 0.1)), row("b", [-3.0], (-4.0, -2.0))],
+            "unclear",
+            "a is 0.20 points of mIoU below",
+        ),
+        (
+            [row("a", [-2.0], (-3.0, -1.0))],
+            "unclear",
+            "a is 2.00 points of mIoU below the baseline, with one seed",
+        ),
         ([row("a", [-1.0, -3.0], (-3.0, -1.0))], "hurts", "No: a is 2.00 points of mIoU below"),
         (
             [row("a", [-2.0, -2.0], (-3.0, -1.0)), row("b", [-3.0, -3.0], (-4.0, -2.0))],
@@ -150,7 +185,9 @@ BASELINE_ROW = row("baseline", [], None)
         ([row("a", [1.0], None)], "open", "Not known: a is 1.00"),
     ],
 )
-def test_the_answer_says_what_interval_and_seeds_say(others: list[dict], verdict: str, words: str) -> None:
+def test_the_answer_says_what_interval_and_seeds_say(
+    others: list[dict], verdict: str, words: str
+) -> None:
     found = answer([BASELINE_ROW, *others], 100)
     assert found.verdict == verdict
     assert words in found.headline
@@ -158,10 +195,17 @@ def test_the_answer_says_what_interval_and_seeds_say(others: list[dict], verdict
 
 def test_the_answer_says_what_it_rests_on() -> None:
     one = answer([BASELINE_ROW, row("a", [1.0], (0.5, 2.5)), row("b", [0.0], (-1.0, 1.0))], 100)
-    assert dict(one.figures) == {"baseline, mIoU": "40.00 %", "a, mIoU": "41.00 %", "difference": "+1.00", "95% interval": "+0.50 to +2.50"}
+    assert dict(one.figures) == {
+        "baseline, mIoU": "40.00 %",
+        "a, mIoU": "41.00 %",
+        "difference": "+1.00",
+        "95% interval": "+0.50 to +2.50",
+    }
     assert "100 test images, for one seed" in one.certainty
     assert "picked" not in one.certainty
-    alike = answer([BASELINE_ROW, row("a", [1.0, 2.0], (0.5, 2.5)), row("b", [0.0, 1.0], (-1.0, 1.0))], 100, 20)
+    alike = answer(
+        [BASELINE_ROW, row("a", [1.0, 2.0], (0.5, 2.5)), row("b", [0.0, 1.0], (-1.0, 1.0))], 100, 20
+    )
     assert "over the 100 test images in blocks of 20, for these 2 seeds" in alike.certainty
     assert "picked from 2 variants" in alike.certainty
     two = answer([BASELINE_ROW, row("a", [-1.0, -3.0], (-4.0, -1.0))], 100)
@@ -171,15 +215,22 @@ def test_the_answer_says_what_it_rests_on() -> None:
 
 def test_charts_take_the_colours_of_the_page_and_repeat_their_bytes() -> None:
     curve = pd.Series([0.3, 0.2, 0.1])
-    runs = {f"variant $_{number}": [{"decoder/ce_real": curve, "val/miou": 1 - curve}] for number in range(12)}
+    runs = {
+        f"variant $_{number}": [{"decoder/ce_real": curve, "val/miou": 1 - curve}]
+        for number in range(12)
+    }
     first, second = charts.decoder_curves(runs), charts.decoder_curves(runs)
     assert first == second
     assert [key.name for key in first.legend] == list(runs)
     assert [first.legend[number].shape for number in (0, 9, 10)] == ["solid", "solid", "dashed"]
     for panel in first.panels:
-        assert panel.svg.startswith(f'<svg viewBox="0 0 259.2 180" role="img" aria-label="{panel.title}">')
+        assert panel.svg.startswith(
+            f'<svg viewBox="0 0 259.2 180" role="img" aria-label="{panel.title}">'
+        )
         assert "var(--series-3)" in panel.svg
-        assert not re.search(r"#[0-9a-f]{6}\b(?!\))", re.sub(r"#[mp][0-9a-f]{10}", "", panel.svg))  # no colour of its own
+        assert not re.search(
+            r"#[0-9a-f]{6}\b(?!\))", re.sub(r"#[mp][0-9a-f]{10}", "", panel.svg)
+        )  # no colour of its own
         assert "DejaVu" not in panel.svg
     assert charts.differences([BASELINE_ROW]) is None
     shown = charts.differences([BASELINE_ROW, row("a & <b>", [1.0], (0.5, 2.5))])
@@ -188,13 +239,22 @@ def test_charts_take_the_colours_of_the_page_and_repeat_their_bytes() -> None:
 
 
 def test_pictures_hold_the_pixels() -> None:
-    mask = pictures.colour_masks(np.array([[0, 1], [255, 1]], np.uint8).repeat(4, 0).repeat(4, 1), [(1, 2, 3), (200, 100, 50)])
-    decoded = Image.open(io.BytesIO(base64.b64decode(pictures.drawing("m", mask).uri.removeprefix("data:image/png;base64,"))))
+    mask = pictures.colour_masks(
+        np.array([[0, 1], [255, 1]], np.uint8).repeat(4, 0).repeat(4, 1),
+        [(1, 2, 3), (200, 100, 50)],
+    )
+    decoded = Image.open(
+        io.BytesIO(
+            base64.b64decode(pictures.drawing("m", mask).uri.removeprefix("data:image/png;base64,"))
+        )
+    )
     np.testing.assert_array_equal(np.asarray(decoded), mask)
     features = np.linspace(0, 1, 2 * 3 * 4 * 4).reshape(2, 3, 4, 4)
     strip = pictures.feature_strip("real", features, np.stack([mask, mask]), None)
     assert [top.name for top in strip.tops] == ["masks"]
-    grid = Image.open(io.BytesIO(base64.b64decode(strip.grid.uri.removeprefix("data:image/png;base64,"))))
+    grid = Image.open(
+        io.BytesIO(base64.b64decode(strip.grid.uri.removeprefix("data:image/png;base64,")))
+    )
     assert grid.size == (8, 12)
 
 
@@ -213,6 +273,10 @@ def test_the_page_holds_the_figures(project: Path) -> None:
     # Four rows of photograph, truth and three variants; two strips of three; four charts of points.
     assert len(images) == 4 * 5 + 2 * 3 + 4
     assert all(image[..., :3].std() > 5 for image in images if image.shape[-1] == 3)
-    assert all((image[..., 3] > 0).mean() > 0.001 for image in images if image.shape[-1] == 4)  # points on a transparent ground
-    assert pd.read_csv(project / "reports" / "comparison.csv")["variant"].tolist() == [row["variant"] for row in rows]
+    assert all(
+        (image[..., 3] > 0).mean() > 0.001 for image in images if image.shape[-1] == 4
+    )  # points on a transparent ground
+    assert pd.read_csv(project / "reports" / "comparison.csv")["variant"].tolist() == [
+        row["variant"] for row in rows
+    ]
     assert (project / "reports" / "comparison.txt").read_text().startswith("variant")

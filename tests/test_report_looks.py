@@ -12,8 +12,15 @@ import pytest
 from PIL import Image
 
 sync_api = pytest.importorskip("playwright.sync_api")  # comes with '.[test]'
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH; Debian's package is `chromium`")]
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no Chromium on PATH; Debian's package is `chromium`"
+    ),
+]
 
 # Contrast of every visible piece of text with the first opaque ground behind it (WCAG 2.2: (L1 + 0.05) / (L2 + 0.05)).
 CONTRASTS = """() => {
@@ -32,35 +39,46 @@ CONTRASTS = """() => {
   }
   return found;
 }"""
-COLUMN = (
-    """([table, column]) => [...document.querySelectorAll("table")[table].tBodies[0].rows].map(row => row.cells[column].innerText.trim())"""
-)
+COLUMN = """([table, column]) => [...document.querySelectorAll("table")[table].tBodies[0].rows].map(row => row.cells[column].innerText.trim())"""
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[object]:
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # root may not have a sandbox
+        chromium = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"]
+        )  # root may not have a sandbox
         yield chromium
         chromium.close()
 
 
-def open_page(browser: object, path: Path, width: int = 1200, scheme: str = "light") -> tuple[object, list[str]]:
+def open_page(
+    browser: object, path: Path, width: int = 1200, scheme: str = "light"
+) -> tuple[object, list[str]]:
     """The report in a window, and a list that fills with what the browser complains of and asks the network for."""
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     trouble: list[str] = []
     page.on("console", lambda message: trouble.append(message.text))
     page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(("data:", "file:")) else trouble.append(request.url))
+    page.on(
+        "request",
+        lambda request: (
+            None if request.url.startswith(("data:", "file:")) else trouble.append(request.url)
+        ),
+    )
     page.goto((path / "reports" / "index.html").as_uri())
     return page, trouble
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 400])
-def test_nothing_is_hidden_empty_or_pale(browser: object, project: Path, width: int, scheme: str) -> None:
+def test_nothing_is_hidden_empty_or_pale(
+    browser: object, project: Path, width: int, scheme: str
+) -> None:
     page, trouble = open_page(browser, project, width, scheme)
-    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert page.evaluate(
+        "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+    )
     pixels = np.asarray(Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB"))
     assert pixels.shape[1] == width
     assert (pixels.mean() > 128) == (scheme == "light")
@@ -70,12 +88,21 @@ def test_nothing_is_hidden_empty_or_pale(browser: object, project: Path, width: 
     pale = [(text, round(ratio, 2)) for text, ratio in contrasts if ratio < 4.5]
     assert not pale
     # Type in charts shrinks with them; legends, which are HTML, do not.
-    assert page.evaluate("Math.min(...[...document.querySelectorAll('svg text')].map(text => text.getBoundingClientRect().height))") >= 9
     assert (
-        page.evaluate("Math.min(...[...document.querySelectorAll('.legend li')].map(key => parseFloat(getComputedStyle(key).fontSize)))")
+        page.evaluate(
+            "Math.min(...[...document.querySelectorAll('svg text')].map(text => text.getBoundingClientRect().height))"
+        )
+        >= 9
+    )
+    assert (
+        page.evaluate(
+            "Math.min(...[...document.querySelectorAll('.legend li')].map(key => parseFloat(getComputedStyle(key).fontSize)))"
+        )
         >= 12
     )
-    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0 && image.alt)")
+    assert page.evaluate(
+        "[...document.images].every(image => image.complete && image.naturalWidth > 0 && image.alt)"
+    )
     assert not trouble
     page.close()
 
@@ -84,7 +111,12 @@ def test_what_is_seen_first_is_the_answer(browser: object, project: Path) -> Non
     page, _ = open_page(browser, project, 400)
     box = page.locator("h1").bounding_box()
     assert box["y"] + box["height"] < 400
-    assert page.locator("h1").inner_text().partition(":")[0] in ("Yes", "No", "Not clear", "Not known")
+    assert page.locator("h1").inner_text().partition(":")[0] in (
+        "Yes",
+        "No",
+        "Not clear",
+        "Not known",
+    )
     assert page.locator("dl").bounding_box()["y"] < 600
     page.close()
 
@@ -98,9 +130,9 @@ def test_tables_sort_by_mouse_and_by_keyboard(browser: object, project: Path) ->
     button.click()
     scores = [float(cell) for cell in page.evaluate(COLUMN, [0, 2])]
     assert scores == sorted(scores, reverse=True)
-    assert page.locator("th[aria-sort]").evaluate_all("heads => heads.map(head => [head.innerText.trim(), head.ariaSort])") == [
-        ["mIoU %", "descending"]
-    ]
+    assert page.locator("th[aria-sort]").evaluate_all(
+        "heads => heads.map(head => [head.innerText.trim(), head.ariaSort])"
+    ) == [["mIoU %", "descending"]]
     button.focus()
     page.keyboard.press("Enter")
     assert [float(cell) for cell in page.evaluate(COLUMN, [0, 2])] == sorted(scores)
@@ -129,7 +161,9 @@ def test_the_file_is_whole_in_itself(browser: object, project: Path) -> None:
     assert named
     assert all(name.startswith(("data:", "#")) for name in named)
     assert not trouble
-    page.evaluate("document.body.append(Object.assign(new Image(), { src: 'https://example.org/x.png' }))")
+    page.evaluate(
+        "document.body.append(Object.assign(new Image(), { src: 'https://example.org/x.png' }))"
+    )
     page.wait_for_timeout(100)
     assert any("Content Security Policy" in message for message in trouble)
     page.close()

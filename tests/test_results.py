@@ -7,12 +7,14 @@ import shlex
 
 import pytest
 
-from commands.studies import compare as command
-from stages.analysis import comparison
-from stages.analysis.markdown import as_markdown
+from stages.commands.studies import compare as command
+from stages.studies import compare as comparison
+from stages.studies.markdown import as_markdown
 from tests.imports import ROOT
 
-SECTION = re.compile(r"^(?:#+ .*|    python pipeline\.py compare results/(?:.*\\\n)*.*)$", re.MULTILINE)
+SECTION = re.compile(
+    r"^(?:#+ .*|    python pipeline\.py compare results/(?:.*\\\n)*.*)$", re.MULTILINE
+)
 TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 
 
@@ -28,18 +30,26 @@ def sections() -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize(("written", "text"), sections(), ids=[written.split(" --")[0] for written, _ in sections()])
-def test_tables_below_a_command_are_those_it_writes(written: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("written", "text"), sections(), ids=[written.split(" --")[0] for written, _ in sections()]
+)
+def test_tables_below_a_command_are_those_it_writes(
+    written: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     options = command.make_context("compare", shlex.split(written.partition("#")[0])[3:]).params
     groups = comparison.read_groups(options["results"], options["seeds"])
-    compared = comparison.compare(groups, options["classes"], options["baseline"], options["block_length"])
+    compared = comparison.compare(
+        groups, options["classes"], options["baseline"], options["block_length"]
+    )
     makes = {table.replace(" ", "") for table in TABLE.findall(as_markdown(compared))}
     written_below = TABLE.findall(text)
     assert written_below, f"there is no table below `{written}`"
     for table in written_below:
         if table.replace("**", "").replace(" ", "") not in makes:
-            pytest.fail(f"`{written}` writes no such table into its comparison.md:\n{table}", pytrace=False)
+            pytest.fail(
+                f"`{written}` writes no such table into its comparison.md:\n{table}", pytrace=False
+            )
 
 
 def test_the_page_has_such_commands() -> None:

@@ -17,12 +17,12 @@ from PIL import Image
 
 import featurestore
 import pipeline
-from commands.options import check_params
-from stages.config import parse_section, read_params
+from stages.commands.options import check_params
+from stages.common.config import parse_section, read_params
+from stages.common.errors import ConfigError, DataError
 from stages.data.manifest import SPLITS, Entry, write_manifest
-from stages.errors import ConfigError, DataError
-from stages.study import StudyConfig, plan, with_settings
-from stages.workshop import Workshop, data_content
+from stages.studies.plan import StudyConfig, plan, with_settings
+from stages.studies.runner import Workshop, data_content
 from tests.conftest import run, write_photos
 from tests.featurestore.test_store import SPEC
 from tests.imports import ROOT
@@ -59,33 +59,60 @@ def planned(text: str, tmp_path: Path, **overrides):
     file = tmp_path / "study.yaml"
     file.write_text(text)
     config = parse_section({"study": read_params(file)}, "study", StudyConfig)
-    return plan(config, read_params(ROOT / "presets" / "quickstart.yaml"), overrides, check_params)
+    return plan(
+        config,
+        read_params(ROOT / "stages" / "presets" / "quickstart.yaml"),
+        overrides,
+        check_params,
+    )
 
 
 @pytest.mark.slow
-def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_runs_once_and_goes_on_from_its_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_photos(tmp_path / "photos", {"train": 8, "val": 4, "test": 4})
     (tmp_path / "tiny.yaml").write_text(STUDY)
     arguments = ["study", "tiny.yaml", "--set", "prepare.root=photos", "--jobs", "2"]
     command = (sys.executable, "-m", "pipeline", *arguments)
     (tmp_path / "other.yaml").write_text("")
-    run(*command, cwd=tmp_path, PYTHONPATH=str(ROOT), FEATUREGAN_PARAMS=str(tmp_path / "other.yaml"))  # runs have parameters of their own
+    run(
+        *command, cwd=tmp_path, PYTHONPATH=str(ROOT), FEATUREGAN_PARAMS=str(tmp_path / "other.yaml")
+    )  # runs have parameters of their own
     results = tmp_path / "results" / "tiny"
-    files = {path.relative_to(results).as_posix(): path.read_bytes() for path in results.rglob("*.json")}
-    assert set(files) == {"all/baseline-0.json", "all/featuregan-frozen-0.json", "half/plain-0.json"}
+    files = {
+        path.relative_to(results).as_posix(): path.read_bytes() for path in results.rglob("*.json")
+    }
+    assert set(files) == {
+        "all/baseline-0.json",
+        "all/featuregan-frozen-0.json",
+        "half/plain-0.json",
+    }
     full, half = (json.loads(files[name]) for name in ("all/baseline-0.json", "half/plain-0.json"))
     assert (full["train_images"], half["train_images"]) == (8, 4)
     assert len(full["images"]) == 4
-    assert json.loads(files["all/featuregan-frozen-0.json"])["protocol"] == full["protocol"] != half["protocol"]
+    assert (
+        json.loads(files["all/featuregan-frozen-0.json"])["protocol"]
+        == full["protocol"]
+        != half["protocol"]
+    )
     assert len(json.loads(files["all/featuregan-frozen-0.json"])["gan"]["discriminator/real"]) == 1
     assert "gan" not in full
-    for name, kinds in (("baseline", ["features_sources"]), ("featuregan-frozen", ["features_sources", "gan_sources"])):
+    for name, kinds in (
+        ("baseline", ["features_sources"]),
+        ("featuregan-frozen", ["features_sources", "gan_sources"]),
+    ):
         made_with = json.loads(files[f"all/{name}-0.json"])["made_with"]
         assert sorted(key for key in made_with if key.endswith("_sources")) == kinds
         assert {made_with[kind] for kind in kinds} == {made_with["sources"]}
-        assert made_with["commit"].removesuffix("-dirty") == run("git", "rev-parse", "HEAD", cwd=ROOT, check=False).stdout.strip()
-    assert str(tmp_path) not in files["all/baseline-0.json"].decode()  # any machine can go on from it
+        assert (
+            made_with["commit"].removesuffix("-dirty")
+            == run("git", "rev-parse", "HEAD", cwd=ROOT, check=False).stdout.strip()
+        )
+    assert (
+        str(tmp_path) not in files["all/baseline-0.json"].decode()
+    )  # any machine can go on from it
     working = {path.name.split("-")[0] for path in (tmp_path / "scratch" / "study").iterdir()}
     assert working == {"data", "gan", "lock"}  # the runs' own folders are gone
 
@@ -97,7 +124,9 @@ def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path, monkeypa
     assert (results / "all" / "baseline-0.json").read_bytes() == files["all/baseline-0.json"]
 
     (results / "half" / "plain-0.json").unlink()
-    assert "2 runs, 2 done" in here.invoke(pipeline.main, [*arguments, "--experiment", "all"]).output
+    assert (
+        "2 runs, 2 done" in here.invoke(pipeline.main, [*arguments, "--experiment", "all"]).output
+    )
     unknown = here.invoke(pipeline.main, [*arguments, "--experiment", "quarter"])
     assert "there is no experiment 'quarter'; choose from all, half" in unknown.output
     (results / "half" / "plain-0.json").write_bytes(files["half/plain-0.json"])
@@ -114,8 +143,13 @@ def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path, monkeypa
     assert "are of other photographs or masks than" in refused.stderr
     assert "has now (train/0); remove" in refused.stderr
     assert not (results / "half" / "plain-0.json").exists()
-    refused = here.invoke(pipeline.main, [*arguments, "--experiment", "all", "--scratch", "another"])
-    assert "baseline-0.json: was made of other photographs or masks than there are now" in refused.output
+    refused = here.invoke(
+        pipeline.main, [*arguments, "--experiment", "all", "--scratch", "another"]
+    )
+    assert (
+        "baseline-0.json: was made of other photographs or masks than there are now"
+        in refused.output
+    )
     assert "1 of 1 runs failed" in refused.output
 
     (tmp_path / "photos" / "images" / "train" / "0.jpg").write_bytes(b"")
@@ -130,14 +164,24 @@ def test_a_study_runs_once_and_goes_on_from_its_results(tmp_path: Path, monkeypa
 
 
 def test_stages_run_the_code_of_the_study_whatever_is_installed(tmp_path: Path) -> None:
-    for name in ("commands", "featurestore", "presets", "stages"):
+    for name in ("featurestore", "stages"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pipeline.py", tmp_path)
     with (tmp_path / "stages" / "prepare.py").open("a") as code:
         code.write('\n\ndef run(*_, **__):\n    raise ConfigError("prepare", "this is the copy")\n')
     write_photos(tmp_path / "photos", {"train": 8, "val": 4, "test": 4})
     (tmp_path / "tiny.yaml").write_text(STUDY)
-    command = (sys.executable, "-m", "pipeline", "study", "tiny.yaml", "--set", "prepare.root=photos", "--experiment", "half")
+    command = (
+        sys.executable,
+        "-m",
+        "pipeline",
+        "study",
+        "tiny.yaml",
+        "--set",
+        "prepare.root=photos",
+        "--experiment",
+        "half",
+    )
     failed = run(*command, cwd=tmp_path, check=False, PYTHONPATH=".")
     assert failed.returncode == 1
     assert "this is the copy" in failed.stderr
@@ -151,7 +195,10 @@ def test_runs_come_seed_by_seed_and_share_what_they_have_in_common(tmp_path: Pat
     assert len({run.digests["run"] for run in runs}) == 6
     assert by_row["all", "baseline", 0].protocol == by_row["all", "featuregan-frozen", 1].protocol
     assert by_row["all", "baseline", 0].protocol != by_row["half", "plain", 0].protocol
-    assert by_row["all", "featuregan-frozen", 0].digests["gan"] == by_row["all", "featuregan-frozen", 1].digests["gan"]
+    assert (
+        by_row["all", "featuregan-frozen", 0].digests["gan"]
+        == by_row["all", "featuregan-frozen", 1].digests["gan"]
+    )
     each = planned(text.replace("gan: once", "gan: per-seed"), tmp_path)
     assert len({run.digests["gan"] for run in each if run.needs_gan}) == 2
     assert {run.params["train_gan"]["seed"] for run in each} == {0, 1}
@@ -160,18 +207,26 @@ def test_runs_come_seed_by_seed_and_share_what_they_have_in_common(tmp_path: Pat
     assert [run.digests for run in elsewhere] == [run.digests for run in runs]
     # The order of the classes is what mask values mean.
     names = [{"belt": [0, 0, 0]}, {"can": [9, 9, 9]}]
-    orders = [planned(text, tmp_path, **{"prepare.classes": classes}) for classes in (names, names[::-1])]
+    orders = [
+        planned(text, tmp_path, **{"prepare.classes": classes}) for classes in (names, names[::-1])
+    ]
     assert orders[0][0].digests["data"] != orders[1][0].digests["data"]
     with pytest.raises(ConfigError, match="prepare.classes: must be a list"):
         planned(text, tmp_path, **{"prepare.classes": {"belt": [0, 0, 0]}})
     with pytest.raises(ConfigError, match="a class of classes stands twice"):
         planned(text, tmp_path, **{"prepare.classes": [names[0], names[0]]})
     other_gan = planned(text, tmp_path, **{"train_gan.lambda_feat": 1.0})
-    changed = {run.variant for run, before in zip(other_gan, runs, strict=True) if run.digests["run"] != before.digests["run"]}
+    changed = {
+        run.variant
+        for run, before in zip(other_gan, runs, strict=True)
+        if run.digests["run"] != before.digests["run"]
+    }
     assert changed == {"featuregan-frozen"}
 
 
-def test_a_result_of_other_settings_counts_as_missing_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+def test_a_result_of_other_settings_counts_as_missing_and_a_damaged_one_is_named(
+    tmp_path: Path,
+) -> None:
     first = planned(STUDY, tmp_path)[0]
     path = first.result(tmp_path)
     assert not first.is_done(tmp_path)
@@ -190,16 +245,30 @@ def test_a_result_of_other_settings_counts_as_missing_and_a_damaged_one_is_named
     [
         ("train_gan.ngf: 1", "train_gan.nfg: 1", "train_gan.nfg: there is no such parameter"),
         ("train_gan.ngf: 1", "train_gan.ngf: 0", "train_gan.ngf: input should be greater"),
-        ("variants: [baseline, featuregan-frozen]", "variants: [baseline, featuregan-9x]", "'featuregan-9x' is not described"),
-        ("variants: [baseline, featuregan-frozen]", "variants: [baseline, {x: y}]", "a list holds names of variants"),
-        ("    set: {prepare.train_fraction: 0.5}\n", "", "'baseline' with seed 0 is the same run as another experiment's"),
+        (
+            "variants: [baseline, featuregan-frozen]",
+            "variants: [baseline, featuregan-9x]",
+            "'featuregan-9x' is not described",
+        ),
+        (
+            "variants: [baseline, featuregan-frozen]",
+            "variants: [baseline, {x: y}]",
+            "a list holds names of variants",
+        ),
+        (
+            "    set: {prepare.train_fraction: 0.5}\n",
+            "",
+            "'baseline' with seed 0 is the same run as another experiment's",
+        ),
         ("extract.input_size: 64", "extract.weights: none.pth", "there is no file none.pth"),
         ("gan: once", "gan: twice", "study.gan"),
         ("seeds: [0, 1]", "seeds: [0, 0]", "study.seeds: 0 stands twice"),
         ("gan: once", "gan: once\nruns: 3", "study.runs: unknown key"),
     ],
 )
-def test_mistakes_are_named_before_anything_runs(tmp_path: Path, before: str, after: str, message: str) -> None:
+def test_mistakes_are_named_before_anything_runs(
+    tmp_path: Path, before: str, after: str, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
         planned(STUDY.replace(before, after), tmp_path)
 
@@ -211,20 +280,41 @@ def store_of(path: Path, seed: int, label: int) -> featurestore.FeatureStore:
     with featurestore.create(path, spec, fingerprint=f"sources {seed}", overwrite=True) as writer:
         for number in range(2):
             features = rng.random(spec.feature_shape).astype(np.float16)
-            writer.append(id=f"{path.name} {number}", features=features, mask=np.full(spec.mask_shape, label, np.uint8))
+            writer.append(
+                id=f"{path.name} {number}",
+                features=features,
+                mask=np.full(spec.mask_shape, label, np.uint8),
+            )
     return featurestore.open(path)
 
 
-def test_results_are_paired_by_their_data_not_by_the_code_that_extracted_them(tmp_path: Path) -> None:
-    entries = [Entry(f"{split} {number}", "0.jpg", "0.png", split, 9, 9, "ab", "cd") for split in SPLITS for number in range(2)]
-    write_manifest(tmp_path, entries, {"classes": list(SPEC.class_names), "palette": SPEC.palette, "void_index": 255})
+def test_results_are_paired_by_their_data_not_by_the_code_that_extracted_them(
+    tmp_path: Path,
+) -> None:
+    entries = [
+        Entry(f"{split} {number}", "0.jpg", "0.png", split, 9, 9, "ab", "cd")
+        for split in SPLITS
+        for number in range(2)
+    ]
+    write_manifest(
+        tmp_path,
+        entries,
+        {"classes": list(SPEC.class_names), "palette": SPEC.palette, "void_index": 255},
+    )
     stores = {split: store_of(tmp_path / split, seed=0, label=1) for split in SPLITS}
     before = data_content(tmp_path, stores)
     stores["train"] = store_of(tmp_path / "train", seed=1, label=1)
     assert data_content(tmp_path, stores) == before
-    assert data_content(tmp_path, {**stores, "test": store_of(tmp_path / "test", seed=0, label=2)}) != before
+    assert (
+        data_content(tmp_path, {**stores, "test": store_of(tmp_path / "test", seed=0, label=2)})
+        != before
+    )
     entries[-1] = replace(entries[-1], image_sha256="ef")
-    write_manifest(tmp_path, entries, {"classes": list(SPEC.class_names), "palette": SPEC.palette, "void_index": 255})
+    write_manifest(
+        tmp_path,
+        entries,
+        {"classes": list(SPEC.class_names), "palette": SPEC.palette, "void_index": 255},
+    )
     assert data_content(tmp_path, stores) != before
 
 
@@ -252,7 +342,9 @@ def test_a_run_that_waits_for_a_gan_lets_the_others_go_first(tmp_path: Path) -> 
     assert started == ["a", "c", "plain", "b"]
 
 
-def test_runs_at_a_time_share_the_threads_that_the_study_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_at_a_time_share_the_threads_that_the_study_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those of a SLURM job or a container, not the machine's."""
     (tmp_path / "study.yaml").write_text(STUDY)
     command = [

@@ -19,12 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import featurestore
-from stages import predictions, scoring
-from stages.analysis.confusion import confusion
-from stages.analysis.overlay import legend, overlay
-from stages.data.class_list import as_classes, read_labels
-from stages.errors import DataError
-from stages.segmenter import Segmenter
+from stages.common.errors import DataError
+from stages.datasets.class_list import as_classes, read_labels
+from stages.reporting.confusion import confusion
+from stages.reporting.overlay import legend, overlay
+from stages.use import evaluate as scoring
+from stages.use import predict as predictions
+from stages.use.segmenter import Segmenter
 from tests.imports import ROOT
 from tests.test_cli import call, one_line
 
@@ -37,7 +38,11 @@ def project_copy(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     shutil.copytree(trained / BASELINE, tmp_path / BASELINE)
     rng = np.random.default_rng(0)
     source = sorted((trained / "photos" / "images" / "test").glob("*.jpg"))
-    for name, file, size in (("1.jpg", source[0], (64, 64)), ("a/1.jpg", source[1], (150, 90)), ("a/b.c.png", source[2], (80, 200))):
+    for name, file, size in (
+        ("1.jpg", source[0], (64, 64)),
+        ("a/1.jpg", source[1], (150, 90)),
+        ("a/b.c.png", source[2], (80, 200)),
+    ):
         (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.open(file).resize(size).save(tmp_path / "photos" / name)
     (tmp_path / "photos" / "notes.txt").write_text("no photograph")
@@ -53,7 +58,10 @@ def predict(*arguments: str) -> Result:
 def files(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Contents and times of change by path."""
     found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+    return {
+        path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in found
+    }
 
 
 # -- predict ------------------------------------------------------------------------------------------
@@ -73,12 +81,20 @@ def test_a_folder_of_photographs(project_copy: Path) -> None:
     for image, name in (("1.jpg", "1"), ("a/1.jpg", "a/1"), ("a/b.c.png", "a/b.c")):
         mask = Image.open(f"out/masks/{name}.png")
         assert mask.mode == "P"
-        assert mask.getpalette()[: 3 * 7] == [part for colour in segmenter.spec.palette for part in colour]
+        assert mask.getpalette()[: 3 * 7] == [
+            part for colour in segmenter.spec.palette for part in colour
+        ]
         np.testing.assert_array_equal(np.asarray(mask), segmenter(f"photos/{image}"))
-        assert Image.open(f"out/overlays/{name}.jpg").size == mask.size == Image.open(f"photos/{image}").size
+        assert (
+            Image.open(f"out/overlays/{name}.jpg").size
+            == mask.size
+            == Image.open(f"photos/{image}").size
+        )
         probabilities = np.load(f"out/probabilities/{name}.npz")["probabilities"]
         assert probabilities.dtype == np.float16
-        np.testing.assert_allclose(probabilities.astype(np.float32), segmenter.probabilities(f"photos/{image}"), atol=2e-3)
+        np.testing.assert_allclose(
+            probabilities.astype(np.float32), segmenter.probabilities(f"photos/{image}"), atol=2e-3
+        )
     classes = as_classes(read_labels(Path("out")), 255, Path("out/classes.csv"))
     assert (classes.names, classes.palette) == (segmenter.spec.class_names, segmenter.spec.palette)
 
@@ -92,26 +108,40 @@ def test_files_and_patterns(project_copy: Path) -> None:
         (["photos/[a-z]"], None),
     ):
         shutil.rmtree("out", ignore_errors=True)
-        result = predict(*inputs, "--out", "out", "--no-overlay", "--mode", "slide", "--workers", "0")
+        result = predict(
+            *inputs, "--out", "out", "--no-overlay", "--mode", "slide", "--workers", "0"
+        )
         if names is None:
             assert result.exit_code == 2
         else:
-            assert {name.removeprefix("masks/") for name in files(Path("out")) if "masks" in name} == {f"{name}.png" for name in names}
+            assert {
+                name.removeprefix("masks/") for name in files(Path("out")) if "masks" in name
+            } == {f"{name}.png" for name in names}
             assert not Path("out/overlays").exists()
 
 
-def test_predictions_inside_the_folder_of_photographs_are_not_photographs(project_copy: Path) -> None:
+def test_predictions_inside_the_folder_of_photographs_are_not_photographs(
+    project_copy: Path,
+) -> None:
     assert "3 of 3" in predict("photos", "--out", "photos/out").output
-    assert "3 of 3 photographs segmented, all of them before" in predict("photos", "--out", "photos/out").output
+    assert (
+        "3 of 3 photographs segmented, all of them before"
+        in predict("photos", "--out", "photos/out").output
+    )
     assert "3 of 3" in predict("photos/**/*.*", "--out", "photos/out").output
 
 
-def test_what_is_finished_is_left_as_it_is(project_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_finished_is_left_as_it_is(
+    project_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     predict("photos", "--out", "out")
     before = files(Path("out"))
     with monkeypatch.context() as patch:
         patch.setattr(Segmenter, "load", None)  # nothing is left to do, so no network is built
-        assert "3 of 3 photographs segmented, all of them before" in predict("photos", "--out", "out").output
+        assert (
+            "3 of 3 photographs segmented, all of them before"
+            in predict("photos", "--out", "out").output
+        )
     made = ("masks", "overlays")
     assert {name: state for name, state in files(Path("out")).items() if name.startswith(made)} == {
         name: state for name, state in before.items() if name.startswith(made)
@@ -119,15 +149,25 @@ def test_what_is_finished_is_left_as_it_is(project_copy: Path, monkeypatch: pyte
 
     def made_anew() -> set[str]:
         state = files(Path("out"))
-        assert "3 of 3 photographs segmented, 2 of them before" in predict("photos", "--out", "out").output
-        return {name for name, (_, changed) in files(Path("out")).items() if name.startswith(made) and changed != state[name][1]}
+        assert (
+            "3 of 3 photographs segmented, 2 of them before"
+            in predict("photos", "--out", "out").output
+        )
+        return {
+            name
+            for name, (_, changed) in files(Path("out")).items()
+            if name.startswith(made) and changed != state[name][1]
+        }
 
     Image.new("RGB", (40, 40)).save("photos/1.jpg")  # another photograph
     assert made_anew() == {"masks/1.png", "overlays/1.jpg"}
     Path("out/overlays/a/1.jpg").write_bytes(b"")
     Path("out/masks/a/1.png").write_bytes(Path("out/masks/a/1.png").read_bytes()[:20])
     assert made_anew() == {"masks/a/1.png", "overlays/a/1.jpg"}
-    assert "3 of 3 photographs segmented\n" in predict("photos", "--out", "out", "--probabilities").output
+    assert (
+        "3 of 3 photographs segmented\n"
+        in predict("photos", "--out", "out", "--probabilities").output
+    )
 
 
 def test_other_settings_or_decoders_need_force(project_copy: Path) -> None:
@@ -143,9 +183,17 @@ def test_other_settings_or_decoders_need_force(project_copy: Path) -> None:
         assert result.exit_code == 1
         assert words in one_line(result)
     assert files(Path("out")) == before
-    assert "all of them before" in predict("photos", "--out", "out", "--overlap", "0.5").output  # one window overlaps no other
-    assert "3 of 3 photographs segmented\n" in predict("photos", "--out", "out", "--mode", "slide", "--force").output
-    np.testing.assert_array_equal(Image.open("out/masks/a/b.c.png"), Segmenter.load(BASELINE)("photos/a/b.c.png", mode="slide"))
+    assert (
+        "all of them before" in predict("photos", "--out", "out", "--overlap", "0.5").output
+    )  # one window overlaps no other
+    assert (
+        "3 of 3 photographs segmented\n"
+        in predict("photos", "--out", "out", "--mode", "slide", "--force").output
+    )
+    np.testing.assert_array_equal(
+        Image.open("out/masks/a/b.c.png"),
+        Segmenter.load(BASELINE)("photos/a/b.c.png", mode="slide"),
+    )
     assert "all of them before" in predict("photos", "--out", "out", "--mode", "slide").output
     result = predict("photos", "--out", "out", "--mode", "slide", "--overlap", "0.5")
     assert result.exit_code == 1
@@ -167,7 +215,9 @@ def test_nothing_of_another_decoder_or_photograph_stays_beside_a_mask(project_co
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_damaged_photographs_are_named_and_the_others_done(project_copy: Path, workers: str) -> None:
+def test_damaged_photographs_are_named_and_the_others_done(
+    project_copy: Path, workers: str
+) -> None:
     content = Path("photos/a/1.jpg").read_bytes()
     Path("photos/a/0.jpg").write_bytes(content[:300])
     Path("photos/a/2.jpg").write_bytes(b"")
@@ -175,26 +225,45 @@ def test_damaged_photographs_are_named_and_the_others_done(project_copy: Path, w
         result = predict("photos", "--out", "out", "--workers", workers)
         assert result.exit_code == 1
         *failed, error = result.stderr.splitlines()
-        assert [line.split(": not a readable image")[0] for line in failed] == ["Failed: photos/a/0.jpg", "Failed: photos/a/2.jpg"]
+        assert [line.split(": not a readable image")[0] for line in failed] == [
+            "Failed: photos/a/0.jpg",
+            "Failed: photos/a/2.jpg",
+        ]
         assert error == "Error: out: 2 of 5 photographs could not be read; the others are done"
         assert "3 of 5 photographs segmented" in result.stdout
         assert {path.stem for path in Path("out/masks").rglob("*.png")} == {"1", "b.c"}
     Path("photos/a/0.jpg").write_bytes(content)
     Path("photos/a/2.jpg").unlink()
-    assert "4 of 4 photographs segmented, 3 of them before" in predict("photos", "--out", "out").output
+    assert (
+        "4 of 4 photographs segmented, 3 of them before" in predict("photos", "--out", "out").output
+    )
 
 
-def test_mistakes_are_one_line_before_any_work(trained: Path, project_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_one_line_before_any_work(
+    trained: Path, project_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Segmenter, "load", None)
     shutil.copy("photos/1.jpg", "photos/1.png")
     Path("empty").mkdir()
     Path("mine/masks").mkdir(parents=True)
     for arguments, code, words in (
-        (["photos", "--out", "out"], 2, "photos/1.png: would have the same output, 1.png, as photos/1.jpg"),
-        (["photos/1.jpg", "photos/a/1.jpg", "--out", "out"], 2, "photos/a/1.jpg: would have the same output, 1.png, as photos/1.jpg"),
+        (
+            ["photos", "--out", "out"],
+            2,
+            "photos/1.png: would have the same output, 1.png, as photos/1.jpg",
+        ),
+        (
+            ["photos/1.jpg", "photos/a/1.jpg", "--out", "out"],
+            2,
+            "photos/a/1.jpg: would have the same output, 1.png, as photos/1.jpg",
+        ),
         (["empty", "--out", "out"], 2, "empty: there is no photograph (.jpg, "),
         (["nowhere", "--out", "out"], 2, "nowhere: no such file or folder"),
-        (["nowhere/*.jpg", "--out", "out"], 2, "nowhere/*.jpg: no such file or folder, nor a pattern of one"),
+        (
+            ["nowhere/*.jpg", "--out", "out"],
+            2,
+            "nowhere/*.jpg: no such file or folder, nor a pattern of one",
+        ),
         (["photos/a", "--out", "out", "--scale", "0.5"], 2, "scale: is of mode slide"),
         (["photos/a", "--out", "mine"], 1, "mine: is not empty, and no folder of predictions"),
         (["photos/a", "--out", "photos/1.jpg"], 2, "is a file"),
@@ -213,10 +282,18 @@ def test_mistakes_are_one_line_before_any_work(trained: Path, project_copy: Path
         assert words in one_line(result)
     Path("models/gan").mkdir()
     described = json.loads(Path(BASELINE, "config.json").read_text())
-    Path("models/gan/config.json").write_text(json.dumps({**described, "architecture": {"family": "gan"}}))
+    Path("models/gan/config.json").write_text(
+        json.dumps({**described, "architecture": {"family": "gan"}})
+    )
     for folder, words in (
-        (f"{BASELINE}/decoder.safetensors", "is a file; name the folder of the trained model that it lies in"),
-        ("models/gan", "models/gan: holds a trained model, but no decoder; name a folder that train-decoder left"),
+        (
+            f"{BASELINE}/decoder.safetensors",
+            "is a file; name the folder of the trained model that it lies in",
+        ),
+        (
+            "models/gan",
+            "models/gan: holds a trained model, but no decoder; name a folder that train-decoder left",
+        ),
     ):
         result = call("evaluate", folder, str(trained / "features/test"))
         assert result.exit_code == 1
@@ -244,10 +321,26 @@ def test_kill_9_and_the_same_command_again(project_copy: Path) -> None:
     for number in range(40):
         shutil.copy("photos/a/1.jpg", f"photos/{number:03}.jpg")
     assert predict("photos", "--out", "undisturbed", "--batch-size", "1").exit_code == 0
-    command = [sys.executable, str(ROOT / "pipeline.py"), "predict", BASELINE, "photos", "--out", "out", "--batch-size", "1"]
+    command = [
+        sys.executable,
+        str(ROOT / "pipeline.py"),
+        "predict",
+        BASELINE,
+        "photos",
+        "--out",
+        "out",
+        "--batch-size",
+        "1",
+    ]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     for wanted in (1, 12):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         while process.poll() is None and len(list(Path("out/masks").rglob("*.png"))) < wanted:
             time.sleep(0.002)
         assert process.poll() is None, "it had ended before it was to be killed"
@@ -262,7 +355,9 @@ def test_kill_9_and_the_same_command_again(project_copy: Path) -> None:
     assert {name: after[name] for name in finished} == finished
     for folder in ("masks", "overlays"):
         there, expected = files(Path("out") / folder), files(Path("undisturbed") / folder)
-        assert {name: content for name, (content, _) in there.items()} == {name: content for name, (content, _) in expected.items()}
+        assert {name: content for name, (content, _) in there.items()} == {
+            name: content for name, (content, _) in expected.items()
+        }
 
 
 @pytest.mark.real
@@ -289,12 +384,18 @@ def test_overlays_colour_classes_and_leave_black_ones_as_photographed() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 21, 150])
-def test_confusion_and_legend_are_drawn_for_few_and_many_classes(count: int, tmp_path: Path) -> None:
+def test_confusion_and_legend_are_drawn_for_few_and_many_classes(
+    count: int, tmp_path: Path
+) -> None:
     names = [f"class number {value}" for value in range(count)]
-    (tmp_path / "confusion.png").write_bytes(confusion((np.eye(count, dtype=int) * 90 + 1).tolist(), names))
+    (tmp_path / "confusion.png").write_bytes(
+        confusion((np.eye(count, dtype=int) * 90 + 1).tolist(), names)
+    )
     picture = Image.open(tmp_path / "confusion.png")
     assert 600 < min(picture.size) <= max(picture.size) < 4000
-    assert legend(names, [(value, value, value) for value in range(count)]).height == 12 + 26 * min(count, 25)
+    assert legend(names, [(value, value, value) for value in range(count)]).height == 12 + 26 * min(
+        count, 25
+    )
 
 
 # -- evaluate -----------------------------------------------------------------------------------------
@@ -322,7 +423,10 @@ def test_the_numbers_are_those_of_training(in_trained: Path, tmp_path: Path) -> 
         found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
         for key in ("pixel_accuracy", "miou", "iou"):
             assert found[key] == known[key]
-        assert f"PA {100 * known['pixel_accuracy']:.2f}, mIoU {100 * known['miou']:.2f} over 7 classes" in result.output
+        assert (
+            f"PA {100 * known['pixel_accuracy']:.2f}, mIoU {100 * known['miou']:.2f} over 7 classes"
+            in result.output
+        )
         assert found["samples"] == 4
     assert Image.open(tmp_path / "out" / "confusion.png").format == "PNG"
     assert found["decoder"] == f"{BASELINE}/decoder-best.safetensors"
@@ -331,7 +435,10 @@ def test_the_numbers_are_those_of_training(in_trained: Path, tmp_path: Path) -> 
 def test_the_mean_over_some_classes(in_trained: Path) -> None:
     iou = json.loads(Path("metrics/baseline-0/test.json").read_text())["iou"]
     result = evaluate("features/test", "--class", "belt", "--class", "paper")
-    assert f"mIoU {100 * (iou['belt'] + (iou['paper'] or 0)) / 2:.2f} over belt, paper" in result.output
+    assert (
+        f"mIoU {100 * (iou['belt'] + (iou['paper'] or 0)) / 2:.2f} over belt, paper"
+        in result.output
+    )
     result = evaluate("features/test", "--class", "cat")
     assert result.exit_code == 2
     assert "--class: 'cat' is no class of this decoder (belt, paper" in one_line(result)
@@ -347,15 +454,31 @@ def copy_store(source: Path, target: Path, repeat: int = 1, **changes: object) -
             writer.append(id=sample.id, features=features, mask=np.tile(sample.mask, (1, repeat)))
 
 
-def test_stores_of_other_sizes_are_scored_and_of_other_features_refused(in_trained: Path, tmp_path: Path) -> None:
+def test_stores_of_other_sizes_are_scored_and_of_other_features_refused(
+    in_trained: Path, tmp_path: Path
+) -> None:
     source = Path("features/test")
-    copy_store(source, tmp_path / "wide", 2, feature_shape=(320, 8, 16), mask_shape=(64, 128), resize="pad", palette=((1, 2, 3),) * 7)
+    copy_store(
+        source,
+        tmp_path / "wide",
+        2,
+        feature_shape=(320, 8, 16),
+        mask_shape=(64, 128),
+        resize="pad",
+        palette=((1, 2, 3),) * 7,
+    )
     assert "4 photographs" in evaluate(str(tmp_path / "wide")).output
     names = featurestore.open(source).spec.class_names
     for number, (changes, words) in enumerate(
         (
-            ({"backbone": "resnet50"}, "has backbone resnet50, but the decoder was trained on efficientnet_lite0"),
-            ({"weights_digest": "0" * 64}, "has backbone weights 000000000000, but the decoder was trained on"),
+            (
+                {"backbone": "resnet50"},
+                "has backbone resnet50, but the decoder was trained on efficientnet_lite0",
+            ),
+            (
+                {"weights_digest": "0" * 64},
+                "has backbone weights 000000000000, but the decoder was trained on",
+            ),
             ({"feature_shape": (8, 8, 8)}, "has channels 8, but the decoder was trained on 320"),
             ({"class_names": names[::-1]}, "has classes glass, metal can"),
         )
@@ -364,7 +487,10 @@ def test_stores_of_other_sizes_are_scored_and_of_other_features_refused(in_train
         result = evaluate(str(tmp_path / str(number)))
         assert result.exit_code == 1
         assert words in one_line(result)
-    for arguments, words in ((("nowhere",), "there is no feature store here"), (("features",), "no index.json in this folder")):
+    for arguments, words in (
+        (("nowhere",), "there is no feature store here"),
+        (("features",), "no index.json in this folder"),
+    ):
         result = evaluate(*arguments)
         assert result.exit_code == 1
         assert words in one_line(result)
@@ -377,5 +503,11 @@ def test_a_decoder_of_an_older_version_says_so(trained: Path, tmp_path: Path) ->
     (tmp_path / "decoder" / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match="does not say in which precision"):
         scoring.evaluate_decoder(
-            tmp_path / "decoder", trained / "features" / "test", weights="decoder", classes=(), device="cpu", batch_size=4, workers=0
+            tmp_path / "decoder",
+            trained / "features" / "test",
+            weights="decoder",
+            classes=(),
+            device="cpu",
+            batch_size=4,
+            workers=0,
         )

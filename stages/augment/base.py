@@ -16,26 +16,39 @@ from typing_extensions import Self
 
 from featurestore import FeatureStore
 from featurestore.dataset import Batch
-from stages.config import Config, Once
-from stages.diffaugment import Transform
+from stages.common.config import Config, Once
+from stages.common.runtime import step_optimizers
 from stages.models.decoder import Decoder
-from stages.runtime import step_optimizers
+from stages.segmentation.transforms import Transform
 
 
 class VariantConfig(Config):
     """What every entry of section ``variants`` may say; each augmenter adds keys of its own."""
 
     augmenter: str
-    perturb: Annotated[tuple[Transform, ...], Field(strict=False), Once] = ()  # of real and added features, before the decoder
-    view: Literal["identity", "random"] = "identity"  # of each real sample: as it is, or mirrored or not by chance
-    statistics: Literal["all", "real"] = "all"  # which batches the decoder's running BatchNorm statistics take in
-    until: float = Field(default=1.0, gt=0, le=1)  # share of the steps after which real batches take the place of the added ones
+    perturb: Annotated[
+        tuple[Transform, ...], Field(strict=False), Once
+    ] = ()  # of real and added features, before the decoder
+    view: Literal["identity", "random"] = (
+        "identity"  # of each real sample: as it is, or mirrored or not by chance
+    )
+    statistics: Literal["all", "real"] = (
+        "all"  # which batches the decoder's running BatchNorm statistics take in
+    )
+    until: float = Field(
+        default=1.0, gt=0, le=1
+    )  # share of the steps after which real batches take the place of the added ones
 
     @model_validator(mode="after")
     def _adds_batches(self) -> Self:
         for key in ("until", "statistics"):
-            if getattr(self, key) != VariantConfig.model_fields[key].default and not self.added_batches:
-                raise ValueError(f"{key} is of the batches that a variant adds, and this one adds none; leave it out")
+            if (
+                getattr(self, key) != VariantConfig.model_fields[key].default
+                and not self.added_batches
+            ):
+                raise ValueError(
+                    f"{key} is of the batches that a variant adds, and this one adds none; leave it out"
+                )
         return self
 
     @property
@@ -72,7 +85,9 @@ class VariantConfig(Config):
 class SourceConfig(VariantConfig):
     """Of the augmenters that add features."""
 
-    weight: float = Field(default=1.0, gt=0)  # of the added features' cross-entropy, beside the 1 of the real ones
+    weight: float = Field(
+        default=1.0, gt=0
+    )  # of the added features' cross-entropy, beside the 1 of the real ones
 
     @property
     def added_batches(self) -> int:
@@ -125,10 +140,14 @@ def real_batches(batch: Batch, weights: Sequence[float]) -> Augmented:
     return Augmented([Part(batch.features, [(batch.masks, 1.0)], weight) for weight in weights])
 
 
-def stored(store: FeatureStore, positions: Sequence[int] | np.ndarray, device: torch.device, weight: float) -> Part:
+def stored(
+    store: FeatureStore, positions: Sequence[int] | np.ndarray, device: torch.device, weight: float
+) -> Part:
     """Real samples (S,) of a store, and their masks."""
     features = torch.from_numpy(store.gather("features", positions)).to(device).float()
-    return Part(features, [(torch.from_numpy(store.gather("masks", positions)).to(device), 1.0)], weight)
+    return Part(
+        features, [(torch.from_numpy(store.gather("masks", positions)).to(device), 1.0)], weight
+    )
 
 
 @dataclass(frozen=True)
@@ -150,7 +169,7 @@ class Context:
     seed, steps
         Of the training: its seed, and how many steps it takes in all.
     machine
-        ``compile_networks`` and ``sharded``, see :class:`stages.trainer.Trainer`.
+        ``compile_networks`` and ``sharded``, see :class:`stages.gan.trainer.Trainer`.
     """
 
     variant: str

@@ -11,16 +11,18 @@ from torch import Tensor
 from featurestore import VOID
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
-from stages.class_statistics import ClassStatistics
-from stages.errors import ConfigError
-from stages.regions import Regions
+from stages.common.errors import ConfigError
+from stages.segmentation.class_statistics import ClassStatistics
+from stages.segmentation.regions import Regions
 
 
 class CalibrationConfig(SourceConfig):
     """Variant ``calibration``."""
 
     augmenter: Literal["calibration"]
-    rare: float = Field(default=0.1, gt=0, lt=1)  # share of the photographs, below which a class is rare
+    rare: float = Field(
+        default=0.1, gt=0, lt=1
+    )  # share of the photographs, below which a class is rare
     neighbours: int = Field(default=2, ge=1)  # k
     spread: float = Field(default=0.0, ge=0)  # alpha, added to every element of the covariance
 
@@ -35,8 +37,13 @@ class Calibration(Augmenter):
     def __init__(self, config: CalibrationConfig, context: Context) -> None:
         super().__init__(config, context)
         self.config = config
-        self.num_classes, self.nonnegative = context.store.spec.num_classes, context.store.spec.nonnegative
-        statistics = ClassStatistics.of(context.store, context.positions, context.accelerator.device)
+        self.num_classes, self.nonnegative = (
+            context.store.spec.num_classes,
+            context.store.spec.nonnegative,
+        )
+        statistics = ClassStatistics.of(
+            context.store, context.positions, context.accelerator.device
+        )
         frequent = statistics.photographs >= max(2.0, config.rare * len(context.positions))
         self.is_rare = ~frequent
         if int(frequent.sum()) < config.neighbours:
@@ -49,12 +56,21 @@ class Calibration(Augmenter):
 
     def draw(self, centre: Tensor, rng: torch.Generator) -> Tensor:
         """(C,) -> (C,) a sample around one region's centre."""
-        nearest = (self.means - centre).norm(dim=1).topk(self.config.neighbours, largest=False).indices
+        nearest = (
+            (self.means - centre).norm(dim=1).topk(self.config.neighbours, largest=False).indices
+        )
         mean = (centre + self.means[nearest].sum(0)) / (self.config.neighbours + 1)
-        sample = mean + self.config.spread**0.5 * torch.randn(1, generator=rng, device=centre.device)
+        sample = mean + self.config.spread**0.5 * torch.randn(
+            1, generator=rng, device=centre.device
+        )
         for number in nearest.tolist():
             root = self.roots[number]
-            sample = sample + torch.randn(len(root), generator=rng, device=centre.device) @ root / self.config.neighbours**0.5
+            sample = (
+                sample
+                + torch.randn(len(root), generator=rng, device=centre.device)
+                @ root
+                / self.config.neighbours**0.5
+            )
         return sample
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
@@ -62,7 +78,9 @@ class Calibration(Augmenter):
         regions = Regions.of(batch.features, batch.masks, self.num_classes)
         rare = (regions.present & self.is_rare).nonzero().tolist()
         found = torch.tensor(len(rare), device=batch.features.device)
-        if not int(self.accelerator.reduce(found, "sum")):  # in any process, because all of them must call the decoder equally often
+        if not int(
+            self.accelerator.reduce(found, "sum")
+        ):  # in any process, because all of them must call the decoder equally often
             return Augmented()
         moves = torch.zeros_like(regions.centres)
         for sample, number in rare:
@@ -70,4 +88,12 @@ class Calibration(Augmenter):
             moves[sample, number] = self.draw(centre, rng) - centre
         masks = batch.masks.clone()
         masks[~(regions.present & self.is_rare).any(1)] = VOID
-        return Augmented([Part(regions.moved(moves, nonnegative=self.nonnegative), [(masks, 1.0)], self.config.weight)])
+        return Augmented(
+            [
+                Part(
+                    regions.moved(moves, nonnegative=self.nonnegative),
+                    [(masks, 1.0)],
+                    self.config.weight,
+                )
+            ]
+        )

@@ -29,4 +29,12 @@ class ChannelDropout(Augmenter):
         """One copy with channels left out."""
         size = (*batch.features.shape[:2], 1, 1)
         kept = torch.rand(size, generator=rng, device=batch.features.device) >= self.config.share
-        return Augmented([Part(batch.features * kept / (1 - self.config.share), [(batch.masks, 1.0)], self.config.weight)])
+        return Augmented(
+            [
+                Part(
+                    batch.features * kept / (1 - self.config.share),
+                    [(batch.masks, 1.0)],
+                    self.config.weight,
+                )
+            ]
+        )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from featurestore.dataset import Batch
 from stages.augment.base import Adjust, Augmented, Augmenter, Context, VariantConfig
-from stages.runtime import generator as random_generator
+from stages.common.runtime import generator as random_generator
 
 
 class Combined(Augmenter):
@@ -19,7 +19,9 @@ class Combined(Augmenter):
     The update is the decoder's alone, so a member must not learn from the loss.
     """
 
-    def __init__(self, config: VariantConfig, context: Context, members: Sequence[Augmenter]) -> None:
+    def __init__(
+        self, config: VariantConfig, context: Context, members: Sequence[Augmenter]
+    ) -> None:
         super().__init__(config, context)
         assert all(type(member).update is Augmenter.update for member in members)
         self.members = members
@@ -27,13 +29,24 @@ class Combined(Augmenter):
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """The members' parts in their order; the first draws what it would alone, the others apart from it and from each other."""
-        own = [rng, *(random_generator(rng.device, rng.initial_seed(), number) for number in range(1, len(self.members)))]
-        parts = [member.augment(batch, draws).parts for member, draws in zip(self.members, own, strict=True)]
+        own = [
+            rng,
+            *(
+                random_generator(rng.device, rng.initial_seed(), number)
+                for number in range(1, len(self.members))
+            ),
+        ]
+        parts = [
+            member.augment(batch, draws).parts
+            for member, draws in zip(self.members, own, strict=True)
+        ]
         return Augmented([part for some in parts for part in some])
 
     def adjust(self, masks: Tensor) -> Adjust | None:
         """One change of the scores after the other; masks (B, H, W)."""
-        changes = [change for member in self.members if (change := member.adjust(masks)) is not None]
+        changes = [
+            change for member in self.members if (change := member.adjust(masks)) is not None
+        ]
 
         def all_of_them(embeddings: Tensor, scores: Tensor, last: nn.Conv2d) -> Tensor:
             for change in changes:

@@ -21,7 +21,9 @@ class DuplicateConfig(SourceConfig):
     @model_validator(mode="after")
     def _adds_to_the_end(self) -> Self:
         if self.until < 1:
-            raise ValueError("until does nothing here: the real batches that would take the copies' place are the copies; leave it out")
+            raise ValueError(
+                "until does nothing here: the real batches that would take the copies' place are the copies; leave it out"
+            )
         return self
 
     @property

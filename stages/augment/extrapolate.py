@@ -9,8 +9,8 @@ from pydantic import Field
 
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
-from stages.class_statistics import ClassStatistics
-from stages.regions import Regions
+from stages.segmentation.class_statistics import ClassStatistics
+from stages.segmentation.regions import Regions
 
 
 class ExtrapolateConfig(SourceConfig):
@@ -26,11 +26,18 @@ class Extrapolate(Augmenter):
     def __init__(self, config: ExtrapolateConfig, context: Context) -> None:
         super().__init__(config, context)
         self.config = config
-        self.num_classes, self.nonnegative = context.store.spec.num_classes, context.store.spec.nonnegative
-        self.means = ClassStatistics.of(context.store, context.positions, context.accelerator.device).means
+        self.num_classes, self.nonnegative = (
+            context.store.spec.num_classes,
+            context.store.spec.nonnegative,
+        )
+        self.means = ClassStatistics.of(
+            context.store, context.positions, context.accelerator.device
+        ).means
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """One copy with every region moved."""
         regions = Regions.of(batch.features, batch.masks, self.num_classes)
-        moved = regions.moved(self.config.strength * (regions.centres - self.means), nonnegative=self.nonnegative)
+        moved = regions.moved(
+            self.config.strength * (regions.centres - self.means), nonnegative=self.nonnegative
+        )
         return Augmented([Part(moved, [(batch.masks, 1.0)], self.config.weight)])

@@ -19,13 +19,13 @@ from featurestore import SpecMismatchError
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
 from stages.augment.new_masks import Change, NewMasks
-from stages.checkpoint import load_gan, load_generator, load_training_state
-from stages.config import Once
-from stages.errors import ConfigError
-from stages.gan import Networks
-from stages.gan_trainer import GanTrainer
+from stages.common.config import Once
+from stages.common.errors import ConfigError
+from stages.gan.gan_trainer import GanTrainer
+from stages.gan.networks import Networks
+from stages.gan.objective import Step
 from stages.models.image_encoder import sample_z
-from stages.objective import Step
+from stages.training.checkpoint import load_gan, load_generator, load_training_state
 
 
 class FeatureGANConfig(SourceConfig):
@@ -34,24 +34,48 @@ class FeatureGANConfig(SourceConfig):
     augmenter: Literal["featuregan"]
     generator: Literal["joint", "frozen"] = "joint"
     ratio: int = Field(default=1, ge=1, le=16)  # draws a mask
-    segmentation_loss: bool = True  # whether it reaches a joint generator (Algorithm 1), or the decoder alone
-    new_masks: Annotated[tuple[Change, ...], Field(strict=False), Once] = ()  # what is done to the masks; none: they are the batch's own
-    share: float = Field(default=1.0, gt=0, le=1)  # of the masks, that new_masks changes; edits of the others are real features
+    segmentation_loss: bool = (
+        True  # whether it reaches a joint generator (Algorithm 1), or the decoder alone
+    )
+    new_masks: Annotated[
+        tuple[Change, ...], Field(strict=False), Once
+    ] = ()  # what is done to the masks; none: they are the batch's own
+    share: float = Field(
+        default=1.0, gt=0, le=1
+    )  # of the masks, that new_masks changes; edits of the others are real features
     edit: bool = False  # the batch's real features, changed as the generator says that the change of the mask changes them
-    vary: float = Field(default=0.0, ge=0, le=1)  # the batch's real features, by this share turned to noise and carried back; 0: off
+    vary: float = Field(
+        default=0.0, ge=0, le=1
+    )  # the batch's real features, by this share turned to noise and carried back; 0: off
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         if self.generator == "frozen" and not self.segmentation_loss:
-            raise ValueError("segmentation_loss is a joint generator's; leave it out, or set generator: joint")
+            raise ValueError(
+                "segmentation_loss is a joint generator's; leave it out, or set generator: joint"
+            )
         if self.new_masks and self.generator == "joint":
-            raise ValueError("new_masks have no real features for a joint generator's discriminator; set generator: frozen")
+            raise ValueError(
+                "new_masks have no real features for a joint generator's discriminator; set generator: frozen"
+            )
         if self.share < 1 and not self.new_masks:
-            raise ValueError("share is of the masks that new_masks changes; name some, or leave it out")
-        if self.edit and (self.generator == "joint" or not self.new_masks or set(self.new_masks) - {"paste", "swap"}):
-            raise ValueError("edit needs generator: frozen and new_masks of paste and swap alone: real features stay where they are")
-        if self.vary and (self.generator == "joint" or self.edit or set(self.new_masks) - {"paste", "swap"}):
-            raise ValueError("vary needs generator: frozen, no edit, and no new_masks but paste and swap")
+            raise ValueError(
+                "share is of the masks that new_masks changes; name some, or leave it out"
+            )
+        if self.edit and (
+            self.generator == "joint"
+            or not self.new_masks
+            or set(self.new_masks) - {"paste", "swap"}
+        ):
+            raise ValueError(
+                "edit needs generator: frozen and new_masks of paste and swap alone: real features stay where they are"
+            )
+        if self.vary and (
+            self.generator == "joint" or self.edit or set(self.new_masks) - {"paste", "swap"}
+        ):
+            raise ValueError(
+                "vary needs generator: frozen, no edit, and no new_masks but paste and swap"
+            )
         return self
 
     @property
@@ -72,7 +96,13 @@ class FeatureGANConfig(SourceConfig):
     @property
     def needs_family(self) -> str | None:
         """A GAN for joint training and for several edits of a batch, a flow for variations."""
-        return "gan" if self.generator == "joint" or (self.edit and self.ratio > 1) else "flow" if self.vary else None
+        return (
+            "gan"
+            if self.generator == "joint" or (self.edit and self.ratio > 1)
+            else "flow"
+            if self.vary
+            else None
+        )
 
 
 class JointFeatureGAN(Augmenter):
@@ -97,10 +127,15 @@ class JointFeatureGAN(Augmenter):
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """``ratio`` draws of generated features."""
-        self._step = step = self.trainer.forward(batch.features, batch.masks, batch.images, ratio=self.config.ratio, rng=rng)
+        self._step = step = self.trainer.forward(
+            batch.features, batch.masks, batch.images, ratio=self.config.ratio, rng=rng
+        )
         fake = step.fake if self.config.segmentation_loss else step.fake.detach()
         generated = (fake * self.trainer.networks.generator.feature_scale).chunk(self.config.ratio)
-        return Augmented([Part(features, [(batch.masks, 1.0)], self.config.weight) for features in generated], step.terms)
+        return Augmented(
+            [Part(features, [(batch.masks, 1.0)], self.config.weight) for features in generated],
+            step.terms,
+        )
 
     def update(self, loss: Tensor, decoder: torch.optim.Optimizer) -> None:
         """One back-propagation of L_TOT for generator and decoder, then the discriminator's; where nothing was generated, the decoder's."""
@@ -127,16 +162,24 @@ class FrozenFeatureGAN(Augmenter):
         self.config = config
         device = context.accelerator.device
         self.generator = load_generator(context.gan).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.encoder = None if networks.image_encoder is None else networks.image_encoder.to(device).eval()
+        self.encoder = (
+            None if networks.image_encoder is None else networks.image_encoder.to(device).eval()
+        )
         self.needs_images = self.encoder is not None
-        self.new_masks = NewMasks(config.new_masks, context.store, context.positions, config.share) if config.new_masks else None
+        self.new_masks = (
+            NewMasks(config.new_masks, context.store, context.positions, config.share)
+            if config.new_masks
+            else None
+        )
 
     @torch.no_grad()
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """``ratio`` draws of generated features."""
         ratio = self.config.ratio
         masks = batch.masks if self.new_masks is None else self.new_masks(batch.masks, rng)
-        z = torch.randn(ratio * len(masks), self.generator.z_dim, generator=rng, device=masks.device)
+        z = torch.randn(
+            ratio * len(masks), self.generator.z_dim, generator=rng, device=masks.device
+        )
         with self.accelerator.autocast():
             if self.encoder is not None:
                 assert batch.images is not None
@@ -149,7 +192,12 @@ class FrozenFeatureGAN(Augmenter):
                 generated = self.generator.vary(real, wanted, z=z, strength=self.config.vary)
             else:
                 generated = self.generator.generate(masks, z=z)
-        return Augmented([Part(features, [(masks, 1.0)], self.config.weight) for features in generated.chunk(ratio)])
+        return Augmented(
+            [
+                Part(features, [(masks, 1.0)], self.config.weight)
+                for features in generated.chunk(ratio)
+            ]
+        )
 
     def _edited(self, batch: Batch, masks: Tensor, z: Tensor) -> Tensor:
         """``ratio`` draws of the batch's real features moved to new masks (B, H, W); z (ratio*B, z_dim)."""
@@ -158,7 +206,9 @@ class FrozenFeatureGAN(Augmenter):
         changed = (masks != batch.masks).flatten(1).any(1)
         if changed.any():
             draws = changed.repeat(self.config.ratio)
-            features[draws] = self.generator.edit(features[draws], batch.masks[changed], masks[changed], z=z[draws])
+            features[draws] = self.generator.edit(
+                features[draws], batch.masks[changed], masks[changed], z=z[draws]
+            )
         return features
 
 
@@ -177,15 +227,25 @@ def featuregan(config: FeatureGANConfig, context: Context) -> Augmenter:
     networks, trained = load_gan(context.gan)
     if trained["store"] != context.store.fingerprint:
         message = "this GAN was trained on other features than those of the training store; run train-gan again"
-        raise SpecMismatchError(message, path=context.gan, expected=context.store.fingerprint, found=trained["store"])
+        raise SpecMismatchError(
+            message, path=context.gan, expected=context.store.fingerprint, found=trained["store"]
+        )
     if config.vary and networks.discriminator is not None:
-        raise ConfigError(context.key("vary"), "only a flow varies features; set train_gan.family: flow and run train-gan again")
+        raise ConfigError(
+            context.key("vary"),
+            "only a flow varies features; set train_gan.family: flow and run train-gan again",
+        )
     if config.edit and config.ratio > 1 and networks.discriminator is None:
-        raise ConfigError(context.key("ratio"), "a flow makes one edit of a batch, whatever it draws; set it to 1")
+        raise ConfigError(
+            context.key("ratio"), "a flow makes one edit of a batch, whatever it draws; set it to 1"
+        )
     if config.generator == "frozen":
         return FrozenFeatureGAN(config, context, networks)
     if networks.discriminator is None:
-        raise ConfigError(context.key("generator"), "a flow is not trained jointly with a decoder; set it to frozen")
+        raise ConfigError(
+            context.key("generator"),
+            "a flow is not trained jointly with a decoder; set it to frozen",
+        )
     trainer = GanTrainer.of(context.accelerator, networks, trained["training"], **context.machine)
     trainer.load_training_state(load_training_state(context.gan))
     return JointFeatureGAN(config, trainer)

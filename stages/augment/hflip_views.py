@@ -30,7 +30,13 @@ class HflipViews(Augmenter):
     def __init__(self, config: HflipViewsConfig, context: Context) -> None:
         super().__init__(config, context)
         self.store, self.weight = context.store, config.weight
-        self.mirrored = dict(zip(context.positions.tolist(), mirrored(context.store, context.positions).tolist(), strict=True))
+        self.mirrored = dict(
+            zip(
+                context.positions.tolist(),
+                mirrored(context.store, context.positions).tolist(),
+                strict=True,
+            )
+        )
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """Their features (B, C, h, w) and masks (B, H, W), read from the store."""

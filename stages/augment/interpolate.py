@@ -11,7 +11,7 @@ from pydantic import Field
 from featurestore import VOID
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
-from stages.regions import Regions
+from stages.segmentation.regions import Regions
 
 
 class InterpolateConfig(SourceConfig):
@@ -31,7 +31,10 @@ class Interpolate(Augmenter):
     def __init__(self, config: InterpolateConfig, context: Context) -> None:
         super().__init__(config, context)
         self.config = config
-        self.num_classes, self.nonnegative = context.store.spec.num_classes, context.store.spec.nonnegative
+        self.num_classes, self.nonnegative = (
+            context.store.spec.num_classes,
+            context.store.spec.nonnegative,
+        )
         self.decoder = context.decoder
 
     @torch.no_grad()
@@ -48,14 +51,20 @@ class Interpolate(Augmenter):
         with self.accelerator.autocast():
             scores = self.decoder(batch.features, tuple(regions.labels.shape[1:]))
         self.decoder.train()
-        by_pixel = F.cross_entropy(scores.float(), regions.labels, ignore_index=VOID, reduction="none").flatten(1)  # (B, h*w)
-        return torch.einsum("bkp,bp->bk", regions.shares, by_pixel) / regions.shares.sum(2).clamp(min=1)
+        by_pixel = F.cross_entropy(
+            scores.float(), regions.labels, ignore_index=VOID, reduction="none"
+        ).flatten(1)  # (B, h*w)
+        return torch.einsum("bkp,bp->bk", regions.shares, by_pixel) / regions.shares.sum(2).clamp(
+            min=1
+        )
 
     def _towards(self, regions: Regions, losses: torch.Tensor) -> torch.Tensor:
         """(B, K, C) from each region's centre to that of the nearest harder one; 0 where there is none."""
         centres = regions.centres.transpose(0, 1)  # (K, B, C)
         distances = torch.cdist(centres, centres)  # (K, B, B)
-        harder = losses.T[:, None, :] > losses.T[:, :, None]  # [k, i, j]: region j of class k is harder than region i
+        harder = (
+            losses.T[:, None, :] > losses.T[:, :, None]
+        )  # [k, i, j]: region j of class k is harder than region i
         usable = harder & regions.present.T[:, None, :] & regions.present.T[:, :, None]
         nearest = distances.masked_fill(~usable, torch.inf).min(2)
         hard = centres.gather(1, nearest.indices[..., None].expand_as(centres))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from featurestore import VOID
 from stages.augment.base import Adjust, Augmenter, Context, VariantConfig
-from stages.regions import labels_at
+from stages.segmentation.regions import labels_at
 
 
 class ISDAConfig(VariantConfig):
@@ -43,7 +43,9 @@ class ISDA(Augmenter):
         self.strength, self.steps = config.strength, context.steps
         self.step = 0
         self.counts = torch.zeros(last.out_channels, device=device)
-        self.means, self.variances = torch.zeros(2, last.out_channels, last.in_channels, device=device)
+        self.means, self.variances = torch.zeros(
+            2, last.out_channels, last.in_channels, device=device
+        )
 
     def adjust(self, masks: Tensor) -> Adjust:
         """Add each pixel's margin to its scores; masks (B, H, W)."""
@@ -51,8 +53,12 @@ class ISDA(Augmenter):
         def change(embeddings: Tensor, scores: Tensor, last: nn.Conv2d) -> Tensor:
             labels = labels_at(masks, (scores.shape[2], scores.shape[3]))
             self._observe(embeddings.detach().float(), labels)
-            with torch.autocast(scores.device.type, enabled=False):  # margins are differences of nearly equal sums
-                margins = self.margins(last.weight.float().flatten(1))  # (K, K), row: the pixel's class
+            with torch.autocast(
+                scores.device.type, enabled=False
+            ):  # margins are differences of nearly equal sums
+                margins = self.margins(
+                    last.weight.float().flatten(1)
+                )  # (K, K), row: the pixel's class
             known = labels != VOID
             added = margins[torch.where(known, labels, 0)] * known[..., None]  # (B, h, w, K)
             return scores.float() + added.permute(0, 3, 1, 2)
@@ -82,7 +88,11 @@ class ISDA(Augmenter):
         mean = total / number.clamp(min=1)
         variance = (squares / number.clamp(min=1) - mean.square()).clamp(min=0)
         share = (count / (self.counts + count).clamp(min=1))[:, None]
-        self.variances = (1 - share) * self.variances + share * variance + share * (1 - share) * (self.means - mean).square()
+        self.variances = (
+            (1 - share) * self.variances
+            + share * variance
+            + share * (1 - share) * (self.means - mean).square()
+        )
         self.means = torch.lerp(self.means, mean, share)
         self.counts = self.counts + count
 
@@ -92,7 +102,12 @@ class ISDA(Augmenter):
 
     def state(self) -> dict[str, Any]:
         """The estimate, and how far lambda has grown."""
-        return {"step": self.step, "counts": self.counts, "means": self.means, "variances": self.variances}
+        return {
+            "step": self.step,
+            "counts": self.counts,
+            "means": self.means,
+            "variances": self.variances,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state`."""

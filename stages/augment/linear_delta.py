@@ -8,7 +8,7 @@ import torch
 
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
-from stages.regions import Regions
+from stages.segmentation.regions import Regions
 
 
 class LinearDeltaConfig(SourceConfig):
@@ -23,13 +23,18 @@ class LinearDelta(Augmenter):
     def __init__(self, config: LinearDeltaConfig, context: Context) -> None:
         super().__init__(config, context)
         self.weight = config.weight
-        self.num_classes, self.nonnegative = context.store.spec.num_classes, context.store.spec.nonnegative
+        self.num_classes, self.nonnegative = (
+            context.store.spec.num_classes,
+            context.store.spec.nonnegative,
+        )
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """One copy with every region moved."""
         regions = Regions.of(batch.features, batch.masks, self.num_classes)
         pairs, found = regions.others(2, rng)  # (B, K, 2), (B, K)
         classes = torch.arange(self.num_classes, device=pairs.device)
-        first, second = (regions.centres[pairs[..., number], classes] for number in range(2))  # (B, K, C)
+        first, second = (
+            regions.centres[pairs[..., number], classes] for number in range(2)
+        )  # (B, K, C)
         moved = regions.moved((first - second) * found[..., None], nonnegative=self.nonnegative)
         return Augmented([Part(moved, [(batch.masks, 1.0)], self.weight)])

@@ -22,7 +22,9 @@ class MixupConfig(SourceConfig):
     @model_validator(mode="after")
     def _one_mask(self) -> Self:
         if "copy_paste" in self.perturb:
-            raise ValueError("perturb: copy_paste pastes by one mask, and mixup has two; leave one of them out")
+            raise ValueError(
+                "perturb: copy_paste pastes by one mask, and mixup has two; leave one of them out"
+            )
         return self
 
 
@@ -36,6 +38,16 @@ class Mixup(Augmenter):
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """The batch mixed with itself in another order."""
         order = torch.randperm(len(batch.masks), generator=rng, device=batch.masks.device)
-        share = float(np.random.default_rng(rng.initial_seed()).beta(self.config.alpha, self.config.alpha))
+        share = float(
+            np.random.default_rng(rng.initial_seed()).beta(self.config.alpha, self.config.alpha)
+        )
         mixed = share * batch.features + (1 - share) * batch.features[order]
-        return Augmented([Part(mixed, [(batch.masks, share), (batch.masks[order], 1 - share)], self.config.weight)])
+        return Augmented(
+            [
+                Part(
+                    mixed,
+                    [(batch.masks, share), (batch.masks[order], 1 - share)],
+                    self.config.weight,
+                )
+            ]
+        )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from featurestore import VOID, StoreSpec
-from stages.errors import ConfigError
+from stages.common.errors import ConfigError
 
 Change = Literal["flip", "shift", "scale", "paste", "swap"]
 SHIFT = 1 / 4  # of a side, at most
@@ -49,7 +49,11 @@ def moved(masks: Tensor, scales: Tensor, shifts: Tensor, fill: int | None = None
         sources.append((source * size).floor().long().clamp(0, size - 1))
     rows = torch.arange(len(masks), device=masks.device)[:, None, None]
     picked = masks[rows, sources[0][:, :, None], sources[1][:, None, :]]
-    return picked if fill is None else torch.where(inside[0][:, :, None] & inside[1][:, None, :], picked, fill)
+    return (
+        picked
+        if fill is None
+        else torch.where(inside[0][:, :, None] & inside[1][:, None, :], picked, fill)
+    )
 
 
 class NewMasks:
@@ -83,21 +87,35 @@ class NewMasks:
         known: np.ndarray | None = None,
     ) -> None:
         if unknown := sorted(set(changes) - set(get_args(Change))):
-            raise ConfigError("new_masks", f"{unknown[0]!r} is unknown; known are {', '.join(get_args(Change))}")
+            raise ConfigError(
+                "new_masks", f"{unknown[0]!r} is unknown; known are {', '.join(get_args(Change))}"
+            )
         self.changes, self.store, self.share = changes, store, share
         self.holders: list[np.ndarray] = []  # by class: who has it
         if "paste" in changes or "swap" in changes:
-            present = [np.bincount(store.mask(int(position)).ravel(), minlength=VOID + 1)[:VOID] > 0 for position in positions]
+            present = [
+                np.bincount(store.mask(int(position)).ravel(), minlength=VOID + 1)[:VOID] > 0
+                for position in positions
+            ]
             classes = np.stack(present).T[: store.spec.num_classes]
             # The most frequent class (the background) is what things lie on, not a thing.
             self.holders = [positions[there] for there in classes]
             most = max(range(len(self.holders)), key=lambda number: len(self.holders[number]))
-            self.chances = np.array([0.0 if number == most or not len(h) else 1 / len(h) ** 0.5 for number, h in enumerate(self.holders)])
+            self.chances = np.array(
+                [
+                    0.0 if number == most or not len(h) else 1 / len(h) ** 0.5
+                    for number, h in enumerate(self.holders)
+                ]
+            )
             if known is not None:
                 self.chances[~known] = 0
             self.chances /= max(self.chances.sum(), 1e-12)
             self.things = torch.from_numpy(np.flatnonzero(self.chances))
-            needed, doing = (2, "exchanging classes (swap, class-transfer)") if "swap" in changes else (1, "pasting objects")
+            needed, doing = (
+                (2, "exchanging classes (swap, class-transfer)")
+                if "swap" in changes
+                else (1, "pasting objects")
+            )
             if len(self.things) < needed:
                 found = len(self.things)
                 message = f"{doing} needs {needed} classes beside the one that most photographs have, found {found}; leave it out"
@@ -116,7 +134,10 @@ class NewMasks:
         count, given = len(masks), masks
         if "flip" in self.changes:
             masks = torch.where(uniform(0, 1, count)[:, None, None] < 0.5, masks.flip(2), masks)
-        ones, still = torch.ones(count, device=masks.device), torch.zeros(count, 2, device=masks.device)
+        ones, still = (
+            torch.ones(count, device=masks.device),
+            torch.zeros(count, 2, device=masks.device),
+        )
         if "shift" in self.changes or "scale" in self.changes:
             by = uniform(-SHIFT, SHIFT, count, 2) if "shift" in self.changes else still
             masks = moved(masks, scales() if "scale" in self.changes else ones, by)
@@ -124,21 +145,36 @@ class NewMasks:
             drawing = np.random.default_rng(rng.initial_seed())
             classes = drawing.choice(len(self.chances), count, p=self.chances)
             donors = [drawing.choice(self.holders[number]) for number in classes]
-            objects = torch.from_numpy(np.stack([self.store.mask(int(donor)) for donor in donors])).to(masks.device)
+            objects = torch.from_numpy(
+                np.stack([self.store.mask(int(donor)) for donor in donors])
+            ).to(masks.device)
             wanted = torch.from_numpy(classes).to(masks.device, masks.dtype)[:, None, None]
-            objects = moved(torch.where(objects == wanted, objects, VOID), scales(), uniform(-SHIFT, SHIFT, count, 2), fill=VOID)
+            objects = moved(
+                torch.where(objects == wanted, objects, VOID),
+                scales(),
+                uniform(-SHIFT, SHIFT, count, 2),
+                fill=VOID,
+            )
             masks = torch.where(objects == wanted, wanted, masks)
         if "swap" in self.changes:
             masks = _swapped(masks, self.things.to(masks.device), rng)
-        return masks if self.share == 1 else torch.where(uniform(0, 1, count)[:, None, None] < self.share, masks, given)
+        return (
+            masks
+            if self.share == 1
+            else torch.where(uniform(0, 1, count)[:, None, None] < self.share, masks, given)
+        )
 
 
 def _swapped(masks: Tensor, things: Tensor, rng: torch.Generator) -> Tensor:
     """Masks (B, H, W) with one of the classes ``things`` (T,) that each has called another of them."""
     pixels = masks.flatten(1).long()
-    counts = torch.zeros(len(masks), VOID + 1, device=masks.device).scatter_add_(1, pixels, torch.ones_like(pixels, dtype=torch.float32))
+    counts = torch.zeros(len(masks), VOID + 1, device=masks.device).scatter_add_(
+        1, pixels, torch.ones_like(pixels, dtype=torch.float32)
+    )
     draws = torch.rand(2, len(masks), len(things), generator=rng, device=masks.device)
-    old = torch.where(counts[:, things] > 0, draws[0], -1.0).argmax(1)  # a mask without things has none of the first one's pixels either
+    old = torch.where(counts[:, things] > 0, draws[0], -1.0).argmax(
+        1
+    )  # a mask without things has none of the first one's pixels either
     new = draws[1].scatter(1, old[:, None], -1.0).argmax(1)
     old_class, new_class = (things[chosen].to(masks.dtype)[:, None, None] for chosen in (old, new))
     return torch.where(masks == old_class, new_class, masks)

@@ -11,8 +11,8 @@ from torch import Tensor
 from featurestore import VOID
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
-from stages.class_statistics import ClassStatistics
-from stages.regions import labels_at
+from stages.segmentation.class_statistics import ClassStatistics
+from stages.segmentation.regions import labels_at
 
 
 class NoiseConfig(SourceConfig):
@@ -21,7 +21,9 @@ class NoiseConfig(SourceConfig):
     augmenter: Literal["noise"]
     additive: float = Field(default=0.5, ge=0)  # standard deviations of the channel
     multiplicative: float = Field(default=0.1, ge=0)
-    deviation: Literal["channel", "class"] = "channel"  # of all pixels, or of those of the pixel's class
+    deviation: Literal["channel", "class"] = (
+        "channel"  # of all pixels, or of those of the pixel's class
+    )
 
 
 class Noise(Augmenter):
@@ -47,7 +49,10 @@ class Noise(Augmenter):
 
         labels = labels_at(batch.masks, (batch.features.shape[2], batch.features.shape[3]))
         deviations = self.deviations[labels].permute(0, 3, 1, 2)  # (B, h, w, C) -> (B, C, h, w)
-        noisy = batch.features * (1 + self.config.multiplicative * noise()) + self.config.additive * deviations * noise()
+        noisy = (
+            batch.features * (1 + self.config.multiplicative * noise())
+            + self.config.additive * deviations * noise()
+        )
         if self.nonnegative:  # as the backbone's are
             noisy = noisy.clamp(min=0)
         return Augmented([Part(noisy, [(batch.masks, 1.0)], self.config.weight)])

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 
 from stages.augment.base import Part
-from stages.diffaugment import augment
+from stages.segmentation.transforms import augment
 
 
 def perturb(policy: Sequence[str], parts: list[Part], rng: torch.Generator) -> list[Part]:
-    """Every part with the transformations of ``policy`` (:mod:`stages.diffaugment`) done to its features and its masks."""
+    """Every part with the transformations of ``policy`` (:mod:`stages.segmentation.transforms`) done to its features and its masks."""
     return [_perturbed(policy, part, rng) for part in parts] if policy else parts
 
 

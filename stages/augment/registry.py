@@ -63,17 +63,29 @@ class CombinedConfig(VariantConfig):
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         for member in self.of:
-            if shared := sorted((set(VariantConfig.model_fields) - {"augmenter"}) & member.model_fields_set):
+            if shared := sorted(
+                (set(VariantConfig.model_fields) - {"augmenter"}) & member.model_fields_set
+            ):
                 raise ValueError(
                     f"{shared[0]} of {member.augmenter} is for all that are combined; write it where augmenter: combined stands"
                 )
             if getattr(member, "generator", None) == "joint":
-                raise ValueError("a joint generator learns with its own decoder alone; set generator: frozen")
+                raise ValueError(
+                    "a joint generator learns with its own decoder alone; set generator: frozen"
+                )
             try:  # what is for all must suit each
-                type(member).model_validate({**member.model_dump(exclude_unset=True), "perturb": self.perturb, "view": self.view})
+                type(member).model_validate(
+                    {
+                        **member.model_dump(exclude_unset=True),
+                        "perturb": self.perturb,
+                        "view": self.view,
+                    }
+                )
             except ValidationError as error:
                 first = error.errors()[0]
-                wrong = ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
+                wrong = ": ".join(
+                    [*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")]
+                )
                 raise ValueError(f"{member.augmenter} cannot be among them: {wrong}") from error
         if sum(member.augmenter == "isda" for member in self.of) > 1:
             raise ValueError("isda more than once is isda with another strength; name it once")

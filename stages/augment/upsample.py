@@ -17,7 +17,9 @@ class UpsampleConfig(SourceConfig):
     """Variant ``upsample``."""
 
     augmenter: Literal["upsample"]
-    threshold: float = Field(default=1.0, gt=0, le=1)  # share of the photographs, below which a class is rare; 1: the rarer the more
+    threshold: float = Field(
+        default=1.0, gt=0, le=1
+    )  # share of the photographs, below which a class is rare; 1: the rarer the more
 
 
 def repeat_factors(store: FeatureStore, positions: np.ndarray, threshold: float) -> np.ndarray:
@@ -26,7 +28,9 @@ def repeat_factors(store: FeatureStore, positions: np.ndarray, threshold: float)
     ``share`` is the share of the photographs that have the class (Gupta et al. 2019, LVIS).
     """
     masks = (store.mask(int(position)) for position in positions)
-    there = np.stack([np.bincount(mask.ravel(), minlength=256)[: store.spec.num_classes] > 0 for mask in masks])  # (n, K)
+    there = np.stack(
+        [np.bincount(mask.ravel(), minlength=256)[: store.spec.num_classes] > 0 for mask in masks]
+    )  # (n, K)
     shares = there.mean(0)
     factors = np.sqrt(threshold / np.maximum(shares, 1 / len(there)))
     return np.maximum(1.0, (there * factors).max(1))

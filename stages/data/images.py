@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from featurestore import VOID
-from stages.errors import DataError
+from stages.common.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 UPRIGHT = {  # what turns a photograph of this EXIF orientation; 1 is upright
@@ -35,7 +35,9 @@ def read_bytes(path: Path, what: str) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise DataError(path, f"this {what} is missing; add it, or take its id off the list") from None
+        raise DataError(
+            path, f"this {what} is missing; add it, or take its id off the list"
+        ) from None
     except OSError as error:
         raise DataError(path, f"this {what} cannot be read ({error.strerror})") from error
 
@@ -52,12 +54,16 @@ def decode_image(content: bytes, path: Path) -> Image.Image:
         with Image.open(io.BytesIO(content)) as file:
             file.load()
             if depth := too_deep(file):
-                raise DataError(path, f"this photograph {depth}", expected="RGB or L", found=file.mode)
+                raise DataError(
+                    path, f"this photograph {depth}", expected="RGB or L", found=file.mode
+                )
             return upright(file)
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise errors of many kinds, and the file's name is what is needed
-        raise DataError(path, f"not a readable image, or a truncated one ({error}); replace it") from error
+        raise DataError(
+            path, f"not a readable image, or a truncated one ({error}); replace it"
+        ) from error
 
 
 def too_deep(image: Image.Image) -> str:
@@ -93,11 +99,15 @@ def decode_mask(content: bytes, path: Path, *, num_classes: int, void_index: int
             image.load()
             mode, mask = image.mode, np.asarray(image)
     except Exception as error:  # as above
-        raise DataError(path, f"not a readable mask, or a truncated one ({error}); replace it") from error
+        raise DataError(
+            path, f"not a readable mask, or a truncated one ({error}); replace it"
+        ) from error
     if mode not in ("P", "L", "1", "I;16", "I") or mask.ndim != 2:
         message = f"the mask has mode {mode} (colours), expected one channel of class indices (mode P or L); convert it"
         raise DataError(path, message, expected="P or L", found=mode)
-    values = np.bincount(mask.reshape(-1)).nonzero()[0] if mask.dtype == np.uint8 else np.unique(mask)  # counting beats sorting
+    values = (
+        np.bincount(mask.reshape(-1)).nonzero()[0] if mask.dtype == np.uint8 else np.unique(mask)
+    )  # counting beats sorting
     unknown = values[((values < 0) | (values >= num_classes)) & (values != void_index)]
     if unknown.size:
         message = (
@@ -105,10 +115,16 @@ def decode_mask(content: bytes, path: Path, *, num_classes: int, void_index: int
             "correct the mask or the class list"
         )
         raise DataError(path, message, expected=num_classes, found=int(unknown[0]))
-    return mask if mask.dtype == np.uint8 and void_index == VOID else np.where(mask == void_index, VOID, mask).astype(np.uint8)
+    return (
+        mask
+        if mask.dtype == np.uint8 and void_index == VOID
+        else np.where(mask == void_index, VOID, mask).astype(np.uint8)
+    )
 
 
-def scaled_size(photograph: tuple[int, int], *, size: tuple[int, int], rule: str) -> tuple[int, int]:
+def scaled_size(
+    photograph: tuple[int, int], *, size: tuple[int, int], rule: str
+) -> tuple[int, int]:
     """Height and width to which a rule scales a photograph of (height, width), before it pads or crops it to (H, W) = ``size``."""
     height, width = size
     if rule == "stretch":
@@ -116,10 +132,14 @@ def scaled_size(photograph: tuple[int, int], *, size: tuple[int, int], rule: str
     ratios = (height / photograph[0], width / photograph[1])
     ratio = min(ratios) if rule == "pad" else max(ratios)
     fit = min if rule == "pad" else max  # rounding must not leave the frame, or a gap in it
-    return max(1, fit(height, round(photograph[0] * ratio))), max(1, fit(width, round(photograph[1] * ratio)))
+    return max(1, fit(height, round(photograph[0] * ratio))), max(
+        1, fit(width, round(photograph[1] * ratio))
+    )
 
 
-def resize_pair(image: Image.Image, mask: np.ndarray, *, size: tuple[int, int], rule: str) -> tuple[np.ndarray, np.ndarray]:
+def resize_pair(
+    image: Image.Image, mask: np.ndarray, *, size: tuple[int, int], rule: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Bring a photograph and its mask to (H, W) = ``size``: bilinear with antialiasing, nearest for the mask.
 
     ``stretch`` ignores the aspect ratio; ``pad`` keeps it and fills up with black and void, right and below;

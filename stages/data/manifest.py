@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from stages.errors import DataError
+from stages.common.errors import DataError
 
 SPLITS = ("train", "val", "test")
 MANIFEST_NAME = "manifest.csv"
@@ -68,7 +68,10 @@ def read_manifest(folder: Path) -> tuple[list[Entry], Classes]:
     path = folder / MANIFEST_NAME
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            entries = [Entry(**{**row, "width": int(row["width"]), "height": int(row["height"])}) for row in csv.DictReader(file)]  # type: ignore[arg-type]
+            entries = [
+                Entry(**{**row, "width": int(row["width"]), "height": int(row["height"])})
+                for row in csv.DictReader(file)
+            ]  # type: ignore[arg-type]
         summary = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
         classes = Classes(
             names=tuple(summary["classes"]),
@@ -76,7 +79,11 @@ def read_manifest(folder: Path) -> tuple[list[Entry], Classes]:
             void_index=summary["void_index"],
         )
     except FileNotFoundError as error:
-        raise DataError(error.filename, "there is no manifest here; run the prepare stage first") from error
+        raise DataError(
+            error.filename, "there is no manifest here; run the prepare stage first"
+        ) from error
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(path, f"is not a manifest that prepare wrote ({error}); run the prepare stage again") from error
+        raise DataError(
+            path, f"is not a manifest that prepare wrote ({error}); run the prepare stage again"
+        ) from error
     return entries, classes

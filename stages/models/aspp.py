@@ -32,9 +32,13 @@ class ASPP(nn.Module):
         super().__init__()
         pointwise = _normalised(nn.Conv2d(in_channels, width, 1, bias=False))
         atrous = [_normalised(AtrousConv(in_channels, width, rate)) for rate in rates]
-        pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), *_normalised(nn.Conv2d(in_channels, width, 1, bias=False)))
+        pooled = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), *_normalised(nn.Conv2d(in_channels, width, 1, bias=False))
+        )
         self.convs = nn.ModuleList([pointwise, *atrous, pooled])
-        self.project = nn.Sequential(*_normalised(nn.Conv2d(len(self.convs) * width, width, 1, bias=False)), nn.Dropout(0.5))
+        self.project = nn.Sequential(
+            *_normalised(nn.Conv2d(len(self.convs) * width, width, 1, bias=False)), nn.Dropout(0.5)
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, A, h, w)."""
@@ -103,17 +107,35 @@ class _SumOfTaps(Function):
             of_weight[:, :, row, column] = part.T @ pixels[source].flatten(0, 2)
             if of_features is not None:
                 of_features[source] += (part @ weight[:, :, row, column]).view(pixels[source].shape)
-        return None if of_features is None else of_features.to(features.dtype).permute(0, 3, 1, 2), of_weight, None
+        return (
+            None if of_features is None else of_features.to(features.dtype).permute(0, 3, 1, 2),
+            of_weight,
+            None,
+        )
 
 
-def taps(size: tuple[int, int], rate: int) -> list[tuple[Tap, tuple[slice, ...], tuple[slice, ...]]]:
+def taps(
+    size: tuple[int, int], rate: int
+) -> list[tuple[Tap, tuple[slice, ...], tuple[slice, ...]]]:
     """Those that fall on a pixel, each with the pixels (B, h, w) that it reads and those that it adds to."""
     found = []
     for row in range(3):
         for column in range(3):
             down, across = (row - 1) * rate, (column - 1) * rate
             if abs(down) < size[0] and abs(across) < size[1]:
-                source = slice(None), *(slice(max(0, by), length + min(0, by)) for by, length in zip((down, across), size, strict=True))
-                target = slice(None), *(slice(max(0, -by), length - max(0, by)) for by, length in zip((down, across), size, strict=True))
+                source = (
+                    slice(None),
+                    *(
+                        slice(max(0, by), length + min(0, by))
+                        for by, length in zip((down, across), size, strict=True)
+                    ),
+                )
+                target = (
+                    slice(None),
+                    *(
+                        slice(max(0, -by), length - max(0, by))
+                        for by, length in zip((down, across), size, strict=True)
+                    ),
+                )
                 found.append(((row, column), source, target))
     return found

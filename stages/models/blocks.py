@@ -21,7 +21,9 @@ def xavier_(module: nn.Module, gain: float) -> nn.Module:
     return module
 
 
-def one_hot(masks: Tensor, num_classes: int, *, dtype: torch.dtype, size: tuple[int, int] | None = None) -> Tensor:
+def one_hot(
+    masks: Tensor, num_classes: int, *, dtype: torch.dtype, size: tuple[int, int] | None = None
+) -> Tensor:
     """Masks (B, H, W) uint8, 255 = void, as (B, num_classes + 1, h, w), channels last in memory; void is the last channel.
 
     ``size`` (h, w) picks the nearest pixels first, which equals resizing the one-hot map by nearest neighbour.
@@ -30,7 +32,9 @@ def one_hot(masks: Tensor, num_classes: int, *, dtype: torch.dtype, size: tuple[
         masks = F.interpolate(masks.unsqueeze(1), size=size, mode="nearest").squeeze(1)
     values = torch.arange(num_classes + 1, dtype=torch.uint8, device=masks.device)
     values[-1] = VOID
-    return (masks.unsqueeze(-1) == values).to(dtype).permute(0, 3, 1, 2)  # (B, h, w, K+1) -> (B, K+1, h, w)
+    return (
+        (masks.unsqueeze(-1) == values).to(dtype).permute(0, 3, 1, 2)
+    )  # (B, h, w, K+1) -> (B, K+1, h, w)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:

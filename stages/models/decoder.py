@@ -34,11 +34,19 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, *, head: str, in_channels: int, num_classes: int, width: int = 256, atrous_rates: tuple[int, ...] = (12, 24, 36)
+        self,
+        *,
+        head: str,
+        in_channels: int,
+        num_classes: int,
+        width: int = 256,
+        atrous_rates: tuple[int, ...] = (12, 24, 36),
     ) -> None:
         super().__init__()
         if head == "fcn":
-            from torchvision.models.segmentation.fcn import FCNHead  # a second to import, for this head alone
+            from torchvision.models.segmentation.fcn import (
+                FCNHead,  # a second to import, for this head alone
+            )
 
             self.head: nn.Module = FCNHead(in_channels, num_classes)
         else:
@@ -95,7 +103,9 @@ class Decoder(nn.Module):
         """
         device = features.device.type
         if torch.is_autocast_enabled(device):
-            features = features.to(torch.get_autocast_dtype(device))  # once, and not in each of the head's branches
+            features = features.to(
+                torch.get_autocast_dtype(device)
+            )  # once, and not in each of the head's branches
         if adjust is None:
             scores = self.head(features)
         else:
@@ -103,4 +113,8 @@ class Decoder(nn.Module):
             for layer in list(self.head.children())[:-1]:
                 embeddings = layer(embeddings)
             scores = adjust(embeddings, self.last(embeddings), self.last)
-        return scores if size is None else F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
+        return (
+            scores
+            if size is None
+            else F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
+        )

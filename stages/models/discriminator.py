@@ -68,8 +68,16 @@ class Discriminator(nn.Module):
         init_gain: float = 0.02,
     ) -> None:
         super().__init__()
-        self.projection = RandomProjection(feature_channels, projection_channels) if projection_channels else nn.Identity()
-        shared = {"num_classes": num_classes, "feature_channels": projection_channels or feature_channels, "init_gain": init_gain}
+        self.projection = (
+            RandomProjection(feature_channels, projection_channels)
+            if projection_channels
+            else nn.Identity()
+        )
+        shared = {
+            "num_classes": num_classes,
+            "feature_channels": projection_channels or feature_channels,
+            "init_gain": init_gain,
+        }
 
         def one() -> nn.Module:
             if kind == "segmentation":
@@ -100,7 +108,10 @@ class Discriminator(nn.Module):
         judged = [Judgement([], []) for _ in groups]
         for number, scale in enumerate(self.scales):
             if number:
-                groups = [F.avg_pool2d(group, 3, stride=2, padding=1, count_include_pad=False) for group in groups]
+                groups = [
+                    F.avg_pool2d(group, 3, stride=2, padding=1, count_include_pad=False)
+                    for group in groups
+                ]
                 masks = masks[:, ::2, ::2]
             for judgement, (scores, layers) in zip(judged, scale(groups, masks), strict=True):
                 judgement.scores.append(scores)

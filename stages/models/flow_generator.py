@@ -82,7 +82,12 @@ class FlowGenerator(nn.Module):
     ) -> None:
         super().__init__()
         channels, height, width_ = feature_shape
-        self.num_classes, self.nonnegative, self.steps, self.width = num_classes, nonnegative, steps, width
+        self.num_classes, self.nonnegative, self.steps, self.width = (
+            num_classes,
+            nonnegative,
+            steps,
+            width,
+        )
         self.shape = (components, height, width_)
         self.z_dim = components * height * width_
         self.register_buffer("feature_scale", feature_scale.reshape(1, channels, 1, 1).float())
@@ -95,7 +100,9 @@ class FlowGenerator(nn.Module):
         def block(channels: int) -> _Block:
             return _Block(channels, width, labels, width)
 
-        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.time = nn.Sequential(
+            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        )
         self.first = nn.Conv2d(components, width, 3, padding=1)
         self.down = nn.ModuleList([block(width), block(width)])
         self.middle = nn.ModuleList([block(width), block(width)])
@@ -125,7 +132,9 @@ class FlowGenerator(nn.Module):
 
     def restore(self, components: Tensor) -> Tensor:
         """The inverse of :meth:`reduce`, up to what R components do not hold."""
-        features = torch.einsum("brhw,cr->bchw", components, self.basis * self.spread) + self.mean.view(1, -1, 1, 1)
+        features = torch.einsum(
+            "brhw,cr->bchw", components, self.basis * self.spread
+        ) + self.mean.view(1, -1, 1, 1)
         return F.relu(features) if self.nonnegative else features
 
     def velocity(self, x: Tensor, time: Tensor, masks: Tensor) -> Tensor:
@@ -134,14 +143,21 @@ class FlowGenerator(nn.Module):
         Of two Gaussian fields of one spectrum, x_t = (1 - t) x_0 + t x_1 and the mean of x_1 - x_0 given x_t is
         (2 t - 1) / (t^2 + (1 - t)^2) x_t; the network gives what is to be added.
         """
-        gaussian = ((2 * time - 1) / (time.square() + (1 - time).square())).view(-1, 1, 1, 1) * x.float()
+        gaussian = ((2 * time - 1) / (time.square() + (1 - time).square())).view(
+            -1, 1, 1, 1
+        ) * x.float()
         half = self.width // 2
         frequencies = torch.exp(-math.log(1000) * torch.arange(half, device=x.device) / half)
         angles = 1000 * time[:, None] * frequencies
-        embedded = self.time(F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, self.width % 2)))
+        embedded = self.time(
+            F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, self.width % 2))
+        )
         height, width = self.shape[1:]
         dtype = autocast_dtype(x)
-        labels = [one_hot(masks, self.num_classes, dtype=dtype, size=(height // part, width // part)) for part in (1, 2, 4)]
+        labels = [
+            one_hot(masks, self.num_classes, dtype=dtype, size=(height // part, width // part))
+            for part in (1, 2, 4)
+        ]
         x = self.first(x)
         skips = []
         for block, label in zip(self.down, labels, strict=False):
@@ -173,7 +189,9 @@ class FlowGenerator(nn.Module):
         x = self.start(z)
         return self.restore(self._carried(x, masks.repeat(len(x) // len(masks), 1, 1)))
 
-    def _carried(self, x: Tensor, masks: Tensor, start: float = 0.0, end: float = 1.0, count: int = 0) -> Tensor:
+    def _carried(
+        self, x: Tensor, masks: Tensor, start: float = 0.0, end: float = 1.0, count: int = 0
+    ) -> Tensor:
         """(B, R, h, w) components at time ``start``, carried to ``end`` by the midpoint rule in ``count`` steps (0: of about 1 / steps)."""
         count = count or max(1, round(self.steps * abs(end - start)))
         step = (end - start) / count
@@ -184,7 +202,9 @@ class FlowGenerator(nn.Module):
         return x
 
     @torch.no_grad()
-    def generate(self, masks: Tensor, *, z: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def generate(
+        self, masks: Tensor, *, z: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """As :meth:`stages.models.generator.Generator.generate`."""
         if z is None:
             z = torch.randn(len(masks), self.z_dim, generator=generator, device=masks.device)
@@ -218,7 +238,9 @@ class FlowGenerator(nn.Module):
         return self._moved(features, new - old)
 
     @torch.no_grad()
-    def edit(self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor | None = None) -> Tensor:
+    def edit(
+        self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor | None = None
+    ) -> Tensor:
         """Features carried back to the noise that the flow makes them of under the old mask, and forwards under the new one.
 
         The source is Su et al. 2023 (dual diffusion implicit bridges), of photographs. An object becomes what the flow makes of
@@ -237,9 +259,15 @@ class FlowGenerator(nn.Module):
         steps = max(2, math.ceil(self.steps / 2))
         before = self.reduce(features / self.feature_scale).float()
         noise = self._carried(before, old.repeat(times, 1, 1), start=1.0, end=0.0, count=steps)
-        return self._moved(features, self._carried(noise, new.repeat(times, 1, 1), count=steps) - before)
+        return self._moved(
+            features, self._carried(noise, new.repeat(times, 1, 1), count=steps) - before
+        )
 
     def _moved(self, features: Tensor, change: Tensor) -> Tensor:
         """(B, C, h, w) features in the backbone's scale and a change (B, R, h, w) of their components -> the same, changed."""
-        moved = features + torch.einsum("brhw,cr->bchw", change, self.basis * self.spread).float() * self.feature_scale
+        moved = (
+            features
+            + torch.einsum("brhw,cr->bchw", change, self.basis * self.spread).float()
+            * self.feature_scale
+        )
         return F.relu(moved) if self.nonnegative else moved

@@ -92,7 +92,9 @@ class Generator(nn.Module):
             )
 
         if z_dim and not self.spatial:
-            self.noise = xavier_(nn.Linear(z_dim, self.start[0] * self.start[1] * self.start[2]), init_gain)
+            self.noise = xavier_(
+                nn.Linear(z_dim, self.start[0] * self.start[1] * self.start[2]), init_gain
+            )
         else:  # SPADE's generator without an image encoder starts from the mask
             self.first = xavier_(nn.Conv2d(label_channels, self.start[0], 3, padding=1), init_gain)
         self.quarter, self.half_0, self.half_1, self.full = block(), block(), block(), block()
@@ -116,15 +118,26 @@ class Generator(nn.Module):
         height, width = self.feature_size
         sizes = {part: (height // part, width // part) for part in (4, 2, 1)}
         dtype = autocast_dtype(z)
-        labels = {part: one_hot(masks, self.num_classes, dtype=dtype, size=size) for part, size in sizes.items()}
+        labels = {
+            part: one_hot(masks, self.num_classes, dtype=dtype, size=size)
+            for part, size in sizes.items()
+        }
         if self.spatial:
-            z = z.to(dtype) if z.ndim == 4 else z.to(dtype)[:, :, None, None].expand(-1, -1, height, width)
+            z = (
+                z.to(dtype)
+                if z.ndim == 4
+                else z.to(dtype)[:, :, None, None].expand(-1, -1, height, width)
+            )
             labels = {
-                part: torch.cat([label.repeat(len(z) // len(masks), 1, 1, 1), z[:, :, ::part, ::part]], dim=1)
+                part: torch.cat(
+                    [label.repeat(len(z) // len(masks), 1, 1, 1), z[:, :, ::part, ::part]], dim=1
+                )
                 for part, label in labels.items()
             }
         if self.z_dim and not self.spatial:
-            x = self.noise(z).view(-1, *self.start)  # (k*B, 16*ngf * h/4 * w/4) -> (k*B, 16*ngf, h/4, w/4)
+            x = self.noise(z).view(
+                -1, *self.start
+            )  # (k*B, 16*ngf * h/4 * w/4) -> (k*B, 16*ngf, h/4, w/4)
         else:
             x = self.first(labels[4])
             x = x.repeat(len(z) // len(x), 1, 1, 1)
@@ -145,10 +158,14 @@ class Generator(nn.Module):
         assert self.class_means is not None
         labels = one_hot(masks, self.num_classes, dtype=self.class_means.dtype)
         shares = F.adaptive_avg_pool2d(labels, self.feature_size)
-        return torch.einsum("bkhw,kc->bchw", shares, self.class_means).contiguous(memory_format=torch.channels_last)
+        return torch.einsum("bkhw,kc->bchw", shares, self.class_means).contiguous(
+            memory_format=torch.channels_last
+        )
 
     @torch.no_grad()
-    def generate(self, masks: Tensor, *, z: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def generate(
+        self, masks: Tensor, *, z: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Generate features in the backbone's own scale, for use outside of training.
 
         Parameters

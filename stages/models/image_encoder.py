@@ -31,7 +31,8 @@ class ImageEncoder(nn.Module):
         super().__init__()
         widths = [3, nef, 2 * nef, 4 * nef, 8 * nef, 8 * nef, 8 * nef]
         self.layers = nn.ModuleList(
-            SpectralConv2d(before, after, 3, stride=2, padding=1, gain=init_gain) for before, after in pairwise(widths)
+            SpectralConv2d(before, after, 3, stride=2, padding=1, gain=init_gain)
+            for before, after in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.InstanceNorm2d(width) for width in widths[1:])
         flat = widths[-1] * (SIDE // 2**6) ** 2

@@ -31,19 +31,34 @@ class PatchDiscriminator(nn.Module):
         Of the Xavier initialisation.
     """
 
-    def __init__(self, *, num_classes: int, feature_channels: int, output_stride: int, ndf: int, layers: int, init_gain: float) -> None:
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        feature_channels: int,
+        output_stride: int,
+        ndf: int,
+        layers: int,
+        init_gain: float,
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.feature_channels = feature_channels
 
         def conv(channels: int, width: int, stride: int) -> SpectralConv2d:
-            return SpectralConv2d(channels, width, 4, stride, padding=1 if stride == 2 else 2, gain=init_gain)
+            return SpectralConv2d(
+                channels, width, 4, stride, padding=1 if stride == 2 else 2, gain=init_gain
+            )
 
         halvings = output_stride.bit_length() - 1
-        self.mask_layers = nn.ModuleList([conv(num_classes + 1 if n == 0 else ndf, ndf, 2) for n in range(halvings)])
+        self.mask_layers = nn.ModuleList(
+            [conv(num_classes + 1 if n == 0 else ndf, ndf, 2) for n in range(halvings)]
+        )
         widths = [min(4 * 2**n, 8) * ndf for n in range(layers)]
         inputs = [feature_channels + ndf, *widths]
-        self.layers = nn.ModuleList([conv(inputs[n], widths[n], 2 if n < 2 else 1) for n in range(layers)])
+        self.layers = nn.ModuleList(
+            [conv(inputs[n], widths[n], 2 if n < 2 else 1) for n in range(layers)]
+        )
         self.last = conv(widths[-1], 1, 1)
 
     def forward(self, groups: list[Tensor], masks: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
@@ -56,10 +71,22 @@ class PatchDiscriminator(nn.Module):
         # share: nothing is concatenated, and neither part's gradient is computed where only the other's is wanted.
         first = cast(SpectralConv2d, self.layers[0])
         scale = first.scale()
-        of_features, of_mask = first.weight.split([self.feature_channels, first.in_channels - self.feature_channels], dim=1)
-        mask_part = first.rescale(F.conv2d(embedded, of_mask, None, first.stride, first.padding), scale)
-        xs = [F.conv2d(group, of_features, None, first.stride, first.padding).unflatten(0, (-1, len(masks))) for group in groups]
-        xs = [F.leaky_relu(torch.addcmul(mask_part, x, scale.to(x.dtype)).flatten(0, 1), 0.2) for x in xs]
+        of_features, of_mask = first.weight.split(
+            [self.feature_channels, first.in_channels - self.feature_channels], dim=1
+        )
+        mask_part = first.rescale(
+            F.conv2d(embedded, of_mask, None, first.stride, first.padding), scale
+        )
+        xs = [
+            F.conv2d(group, of_features, None, first.stride, first.padding).unflatten(
+                0, (-1, len(masks))
+            )
+            for group in groups
+        ]
+        xs = [
+            F.leaky_relu(torch.addcmul(mask_part, x, scale.to(x.dtype)).flatten(0, 1), 0.2)
+            for x in xs
+        ]
         layers = [[x] for x in xs]
         for layer in (cast(SpectralConv2d, layer) for layer in self.layers[1:]):
             scale = layer.scale()  # once for all groups

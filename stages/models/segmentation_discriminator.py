@@ -27,7 +27,9 @@ class SegmentationDiscriminator(nn.Module):
         Of the Xavier initialisation.
     """
 
-    def __init__(self, *, num_classes: int, feature_channels: int, ndf: int, init_gain: float) -> None:
+    def __init__(
+        self, *, num_classes: int, feature_channels: int, ndf: int, init_gain: float
+    ) -> None:
         super().__init__()
 
         def conv(channels: int, width: int, size: int = 3, stride: int = 1) -> SpectralConv2d:
@@ -56,4 +58,10 @@ class SegmentationDiscriminator(nn.Module):
             x = F.leaky_relu(layer(x), 0.2)
             layers.append(x)
         scores = self.last(x).split(sizes)
-        return list(zip(scores, map(list, zip(*(layer.split(sizes) for layer in layers), strict=True)), strict=True))
+        return list(
+            zip(
+                scores,
+                map(list, zip(*(layer.split(sizes) for layer in layers), strict=True)),
+                strict=True,
+            )
+        )

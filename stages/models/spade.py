@@ -28,7 +28,9 @@ class SPADE(nn.Module):
         Of the Xavier initialisation.
     """
 
-    def __init__(self, *, channels: int, label_channels: int, hidden: int, norm: str, gain: float) -> None:
+    def __init__(
+        self, *, channels: int, label_channels: int, hidden: int, norm: str, gain: float
+    ) -> None:
         super().__init__()
         self.norm = parameter_free_norm(norm, channels)
         self.shared = xavier_(nn.Conv2d(label_channels, hidden, 3, padding=1), gain)
@@ -54,7 +56,9 @@ class SPADE(nn.Module):
             (k*B, C, h, w).
         """
         gamma, beta = self.gamma_beta(F.relu(self.shared(labels))).chunk(2, dim=1)
-        x = self.norm(x).unflatten(0, (-1, len(labels)))  # (k*B, ...) -> (k, B, ...): modulation is computed once a mask
+        x = self.norm(x).unflatten(
+            0, (-1, len(labels))
+        )  # (k*B, ...) -> (k, B, ...): modulation is computed once a mask
         return torch.addcmul(x + beta, x, gamma).flatten(0, 1)
 
 
@@ -69,11 +73,26 @@ class SPADEResBlk(nn.Module):
         See :class:`SPADE`.
     """
 
-    def __init__(self, *, in_channels: int, out_channels: int, label_channels: int, hidden: int, norm: str, gain: float) -> None:
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int,
+        label_channels: int,
+        hidden: int,
+        norm: str,
+        gain: float,
+    ) -> None:
         super().__init__()
 
         def spade(channels: int) -> SPADE:
-            return SPADE(channels=channels, label_channels=label_channels, hidden=hidden, norm=norm, gain=gain)
+            return SPADE(
+                channels=channels,
+                label_channels=label_channels,
+                hidden=hidden,
+                norm=norm,
+                gain=gain,
+            )
 
         middle = min(in_channels, out_channels)
         self.spade_0, self.spade_1 = spade(in_channels), spade(middle)

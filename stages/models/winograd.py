@@ -31,7 +31,12 @@ G = (
     (1 / 24, -1 / 12, 1 / 6),
     (0.0, 0.0, 1.0),
 )
-A = ((1.0, 1.0, 1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, 2.0, -2.0, 0.0), (0.0, 1.0, 1.0, 4.0, 4.0, 0.0), (0.0, 1.0, -1.0, 8.0, -8.0, 1.0))
+A = (
+    (1.0, 1.0, 1.0, 1.0, 1.0, 0.0),
+    (0.0, 1.0, -1.0, 2.0, -2.0, 0.0),
+    (0.0, 1.0, 1.0, 4.0, 4.0, 0.0),
+    (0.0, 1.0, -1.0, 8.0, -8.0, 1.0),
+)
 
 _enabled = True
 
@@ -72,9 +77,13 @@ def winograd_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     (n, _, height, width), o = x.shape, len(weight)
     inputs, filters, outputs = _transforms(x.dtype)
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1 + -width % TILE, 1, 1 + -height % TILE))
-    tiles = padded.unfold(1, WINDOW, TILE).unfold(2, WINDOW, TILE)  # (N, h, w, I, 6, 6), h x w tiles
+    tiles = padded.unfold(1, WINDOW, TILE).unfold(
+        2, WINDOW, TILE
+    )  # (N, h, w, I, 6, 6), h x w tiles
     h, w = tiles.shape[1:3]
-    tiles = (inputs @ tiles.permute(4, 5, 0, 1, 2, 3).reshape(WINDOW**2, -1)).view(WINDOW**2, n * h * w, -1)
+    tiles = (inputs @ tiles.permute(4, 5, 0, 1, 2, 3).reshape(WINDOW**2, -1)).view(
+        WINDOW**2, n * h * w, -1
+    )
     filtered = (filters @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(WINDOW**2, o, -1)
     products = filtered @ tiles.transpose(1, 2)  # (36, O, I) @ (36, I, N*h*w)
     y = (outputs @ products.view(WINDOW**2, -1)).view(TILE, TILE, o, n, h, w)
@@ -82,7 +91,13 @@ def winograd_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     return y[:, :height, :width].permute(0, 3, 1, 2)
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: str | tuple[int, ...]) -> Tensor:
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: str | tuple[int, ...],
+) -> Tensor:
     """:func:`torch.nn.functional.conv2d`, by :func:`winograd_conv2d` where that is faster (``benchmarks/winograd.py``)."""
     if not is_faster(x, weight, stride, padding):
         return F.conv2d(x, weight, bias, stride, padding)
@@ -90,9 +105,16 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ..
     return y if bias is None else y + bias.view(1, -1, 1, 1)
 
 
-def is_faster(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: str | tuple[int, ...]) -> bool:
+def is_faster(
+    x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: str | tuple[int, ...]
+) -> bool:
     """Whether :func:`conv2d` takes the shorter way: in float32 alone, for with fewer digits the transforms lose too many."""
-    if not _enabled or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    if (
+        not _enabled
+        or x.device.type != "cpu"
+        or x.dtype != torch.float32
+        or torch.is_autocast_enabled("cpu")
+    ):
         return False
     narrow, wide = sorted(weight.shape[:2])
     tiles = len(x) * x.shape[2] * x.shape[3] // TILE**2

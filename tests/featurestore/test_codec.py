@@ -35,7 +35,10 @@ def test_what_is_not_finite_or_negative_is_seen_by_its_bits() -> None:
 @given(
     st.sampled_from([np.float16, np.float32]).flatmap(
         lambda dtype: hnp.arrays(
-            dtype, hnp.array_shapes(min_dims=3, max_dims=3, max_side=9), elements={"allow_subnormal": True}, fill=st.just(0)
+            dtype,
+            hnp.array_shapes(min_dims=3, max_dims=3, max_side=9),
+            elements={"allow_subnormal": True},
+            fill=st.just(0),
         )
     )
 )
@@ -61,9 +64,15 @@ def test_a_number_of_values_that_is_not_that_of_the_bits_is_an_error(change: int
 @settings(max_examples=60, deadline=None)
 @given(
     st.booleans(),
-    hnp.arrays(np.float16, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6), elements=st.floats(-1000, 1000, width=16)),
+    hnp.arrays(
+        np.float16,
+        hnp.array_shapes(min_dims=3, max_dims=3, max_side=6),
+        elements=st.floats(-1000, 1000, width=16),
+    ),
 )
-def test_eight_bits_are_off_by_half_a_scale_at_most(nonnegative: bool, features: np.ndarray) -> None:
+def test_eight_bits_are_off_by_half_a_scale_at_most(
+    nonnegative: bool, features: np.ndarray
+) -> None:
     if nonnegative:
         features = np.abs(features)
     codes, scales = codec.quantise(features, nonnegative=nonnegative)

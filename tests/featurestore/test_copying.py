@@ -22,7 +22,9 @@ from tests.featurestore.test_store import SPEC
     offset=st.integers(0, 70),
     rows=st.lists(st.integers(0, 6), min_size=1, max_size=5),
 )
-def test_any_shape_at_any_address(shape: tuple[int, ...], dtype: str, offset: int, rows: list[int]) -> None:
+def test_any_shape_at_any_address(
+    shape: tuple[int, ...], dtype: str, offset: int, rows: list[int]
+) -> None:
     source = np.random.default_rng(0).integers(0, 255, (7, *shape)).astype(dtype)
     size = len(rows) * source[0].nbytes
     offset *= source.itemsize
@@ -33,7 +35,14 @@ def test_any_shape_at_any_address(shape: tuple[int, ...], dtype: str, offset: in
     assert (np.concatenate([memory[:offset], memory[offset + size :]]) == 77).all()
 
 
-@pytest.mark.parametrize("out", [np.zeros((2, 4), np.float32), np.zeros((2, 3), np.float16), np.zeros((2, 6), np.float32)[:, ::2]])
+@pytest.mark.parametrize(
+    "out",
+    [
+        np.zeros((2, 4), np.float32),
+        np.zeros((2, 3), np.float16),
+        np.zeros((2, 6), np.float32)[:, ::2],
+    ],
+)
 def test_memory_that_does_not_fit_is_refused(out: np.ndarray) -> None:
     with pytest.raises(ValueError, match="out"):
         take_rows(np.ones((5, 3), np.float32), np.array([0, 1]), out, past_caches=True)
@@ -41,7 +50,9 @@ def test_memory_that_does_not_fit_is_refused(out: np.ndarray) -> None:
 
 
 def test_a_large_batch_over_several_shards(tmp_path: Path) -> None:
-    spec = dataclasses.replace(SPEC, feature_shape=(64, 32, 32), mask_shape=(8, 8), has_images=False)
+    spec = dataclasses.replace(
+        SPEC, feature_shape=(64, 32, 32), mask_shape=(8, 8), has_images=False
+    )
     features = np.random.default_rng(0).random((80, 64, 32, 32)).astype(np.float16)
     with featurestore.create(tmp_path / "store", spec, samples_per_shard=30) as writer:
         for number, sample in enumerate(features):

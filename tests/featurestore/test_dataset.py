@@ -19,11 +19,17 @@ from tests.featurestore.test_store import SPEC, sample, write
 @pytest.mark.parametrize("compression", ["none", "zeros", "lz4"])
 @pytest.mark.parametrize("cache", ["none", "host", "device"])
 @pytest.mark.parametrize("workers", [0, 3])
-def test_batches_hold_the_samples_of_their_positions(tmp_path: Path, workers: int, cache: str, compression: str) -> None:
+def test_batches_hold_the_samples_of_their_positions(
+    tmp_path: Path, workers: int, cache: str, compression: str
+) -> None:
     store = write(tmp_path / "store", spec=dataclasses.replace(SPEC, compression=compression))
-    batches = list(FeatureLoader(store, 3, seed=5, images=True, workers=workers, cache=cache).epoch(2))
+    batches = list(
+        FeatureLoader(store, 3, seed=5, images=True, workers=workers, cache=cache).epoch(2)
+    )
     assert [len(batch) for batch in batches] == [3, 3, 1]
-    assert sorted(position for batch in batches for position in batch.positions.tolist()) == list(range(7))
+    assert sorted(position for batch in batches for position in batch.positions.tolist()) == list(
+        range(7)
+    )
     for batch in batches:
         for row, position in enumerate(batch.positions.tolist()):
             expected = sample(position)
@@ -37,7 +43,10 @@ def test_the_order_depends_on_seed_and_epoch_alone(tmp_path: Path, workers: int)
     store = write(tmp_path / "store")
 
     def order(seed: int | None, epoch: int) -> list[list[int]]:
-        return [batch.positions.tolist() for batch in FeatureLoader(store, 2, seed=seed, workers=workers).epoch(epoch)]
+        return [
+            batch.positions.tolist()
+            for batch in FeatureLoader(store, 2, seed=seed, workers=workers).epoch(epoch)
+        ]
 
     assert order(1, 3) == BatchOrder(7, 2, seed=1).epoch(3)
     assert order(1, 4) != order(1, 3)
@@ -51,12 +60,16 @@ def test_an_epoch_may_go_over_some_samples_several_times(tmp_path: Path) -> None
     batches = [batch.positions.tolist() for batch in loader.epoch(0)]
     assert len(batches) == len(loader) == 6
     assert sorted(position for batch in batches for position in batch) == sorted([1, 4, 6] * 4)
-    resident = FeatureLoader(store, 2, seed=1, positions=[1, 4, 6], passes=4, drop_last=True, cache="host")
+    resident = FeatureLoader(
+        store, 2, seed=1, positions=[1, 4, 6], passes=4, drop_last=True, cache="host"
+    )
     for ours, theirs in zip(resident.epoch(0), loader.epoch(0), strict=True):
         assert torch.equal(ours.features, theirs.features)
     assert len(resident._resident["features"]) == 3
     once = FeatureLoader(store, 3, seed=1, positions=[1, 4, 6], passes=4).epoch(0)
-    assert all(sorted(batch.positions.tolist()) == [1, 4, 6] for batch in once)  # every pass over all of them
+    assert all(
+        sorted(batch.positions.tolist()) == [1, 4, 6] for batch in once
+    )  # every pass over all of them
 
 
 def test_each_pass_takes_one_view_of_each_sample(tmp_path: Path) -> None:
@@ -65,8 +78,16 @@ def test_each_pass_takes_one_view_of_each_sample(tmp_path: Path) -> None:
     loader = FeatureLoader(store, 3, seed=1, positions=views)
     epochs = [next(iter(loader.epoch(epoch))).positions.tolist() for epoch in range(40)]
     assert all(sorted(position % 4 for position in epoch) == [0, 1, 2] for epoch in epochs)
-    assert {sum(position > 3 for position in epoch) for epoch in epochs} == {0, 1, 2, 3}  # each by itself
-    assert epochs[7] == next(iter(FeatureLoader(store, 3, seed=1, positions=views).epoch(7))).positions.tolist()
+    assert {sum(position > 3 for position in epoch) for epoch in epochs} == {
+        0,
+        1,
+        2,
+        3,
+    }  # each by itself
+    assert (
+        epochs[7]
+        == next(iter(FeatureLoader(store, 3, seed=1, positions=views).epoch(7))).positions.tolist()
+    )
     resident = FeatureLoader(store, 3, seed=1, positions=views, cache="host")
     for epoch in range(3):
         for ours, theirs in zip(resident.epoch(epoch), loader.epoch(epoch), strict=True):
@@ -94,7 +115,9 @@ def test_a_short_last_batch_is_left_out_on_request() -> None:
 def test_memory_is_used_again_only_when_nothing_refers_to_it(tmp_path: Path) -> None:
     store = write(tmp_path / "store")
     loader = FeatureLoader(store, 2, workers=0)
-    kept = [batch.features[1:] for batch in loader.epoch(0) if len(batch) == 2]  # views outlive their batches
+    kept = [
+        batch.features[1:] for batch in loader.epoch(0) if len(batch) == 2
+    ]  # views outlive their batches
     for batch in loader.epoch(0):
         del batch
     for number, part in enumerate(kept):
@@ -102,7 +125,9 @@ def test_memory_is_used_again_only_when_nothing_refers_to_it(tmp_path: Path) -> 
     places = {part.untyped_storage().data_ptr() for part in kept}
     del kept, part
     gc.collect()
-    again = {batch.features.untyped_storage().data_ptr() for batch in loader.epoch(0) if len(batch) == 2}
+    again = {
+        batch.features.untyped_storage().data_ptr() for batch in loader.epoch(0) if len(batch) == 2
+    }
     assert again <= places
 
 
@@ -117,7 +142,9 @@ def test_an_abandoned_epoch_leaves_no_thread(tmp_path: Path) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
-def test_a_store_that_does_not_fit_into_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_does_not_fit_into_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = write(tmp_path / "store")
     memory = type("Memory", (), {"available": 1000})
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
@@ -126,23 +153,35 @@ def test_a_store_that_does_not_fit_into_memory_is_refused(tmp_path: Path, monkey
     memory.available = 1_000_000
     FeatureLoader(store, 2, cache="host")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")  # every process has a copy of its own
-    with pytest.raises(StoreMemoryError, match="do not fit into this process's share of memory, one of 1000"):
+    with pytest.raises(
+        StoreMemoryError, match="do not fit into this process's share of memory, one of 1000"
+    ):
         FeatureLoader(store, 2, cache="host")
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 @pytest.mark.parametrize("compression", ["none", "zeros", "lz4"])
-def test_pytorchs_own_loader_with_worker_processes(tmp_path: Path, start: str, compression: str) -> None:
+def test_pytorchs_own_loader_with_worker_processes(
+    tmp_path: Path, start: str, compression: str
+) -> None:
     store = write(tmp_path / "store", spec=dataclasses.replace(SPEC, compression=compression))
     store.features(0)  # handles that are open before the workers start
-    loader = DataLoader(FeatureDataset(store, images=True), batch_size=3, num_workers=2, collate_fn=as_it_is, multiprocessing_context=start)
+    loader = DataLoader(
+        FeatureDataset(store, images=True),
+        batch_size=3,
+        num_workers=2,
+        collate_fn=as_it_is,
+        multiprocessing_context=start,
+    )
     seen = {}
     for batch in loader:
         for row, position in enumerate(batch.positions.tolist()):
             seen[position] = batch.features[row].clone()
     assert sorted(seen) == list(range(7))
     for position, features in seen.items():
-        torch.testing.assert_close(features, torch.from_numpy(sample(position)["features"]), rtol=0, atol=0)
+        torch.testing.assert_close(
+            features, torch.from_numpy(sample(position)["features"]), rtol=0, atol=0
+        )
 
 
 def as_it_is(batch: object) -> object:
@@ -151,6 +190,9 @@ def as_it_is(batch: object) -> object:
 
 def test_images_that_are_not_there_are_refused_at_once(tmp_path: Path) -> None:
     store = write(tmp_path / "store", spec=dataclasses.replace(SPEC, has_images=False))
-    for maker in (lambda: FeatureDataset(store, images=True), lambda: FeatureLoader(store, 2, images=True)):
+    for maker in (
+        lambda: FeatureDataset(store, images=True),
+        lambda: FeatureLoader(store, 2, images=True),
+    ):
         with pytest.raises(SpecMismatchError, match="store_images"):
             maker()

@@ -42,7 +42,11 @@ LOSSLESS = tuple(name for name in COMPRESSIONS if name != "int8")
 # -- round trips ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40 * TIMES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40 * TIMES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     shape=st.tuples(*[st.integers(1, 9)] * 3),
     mask=st.tuples(*[st.integers(1, 20)] * 2),
@@ -54,11 +58,25 @@ LOSSLESS = tuple(name for name in COMPRESSIONS if name != "int8")
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_store_comes_back_to_the_bit(
-    tmp_path_factory: pytest.TempPathFactory, shape, mask, dtype, compression, flags, count, a_shard, seed
+    tmp_path_factory: pytest.TempPathFactory,
+    shape,
+    mask,
+    dtype,
+    compression,
+    flags,
+    count,
+    a_shard,
+    seed,
 ) -> None:
     images, nonnegative, announced = flags
     spec = dataclasses.replace(
-        SPEC, feature_shape=shape, mask_shape=mask, feature_dtype=dtype, compression=compression, has_images=images, nonnegative=nonnegative
+        SPEC,
+        feature_shape=shape,
+        mask_shape=mask,
+        feature_dtype=dtype,
+        compression=compression,
+        has_images=images,
+        nonnegative=nonnegative,
     )
     rng = np.random.default_rng(seed)
     samples = []
@@ -98,11 +116,15 @@ def test_the_end_of_an_unannounced_store_has_the_bytes_of_an_announced_one(tmp_p
     for compression in COMPRESSIONS:
         spec = dataclasses.replace(SPEC, compression=compression)
         write(tmp_path / compression, spec=spec)
-        with featurestore.create(tmp_path / f"{compression}-announced", spec, samples_per_shard=3) as writer:
+        with featurestore.create(
+            tmp_path / f"{compression}-announced", spec, samples_per_shard=3
+        ) as writer:
             writer.resume(7)
             for number in range(7):
                 writer.append(**sample(number, spec))
-        assert shard_bytes(tmp_path / compression) == shard_bytes(tmp_path / f"{compression}-announced")
+        assert shard_bytes(tmp_path / compression) == shard_bytes(
+            tmp_path / f"{compression}-announced"
+        )
 
 
 def test_int8_is_read_like_any_other_and_stays_within_its_bound(tmp_path: Path) -> None:
@@ -124,7 +146,11 @@ def test_ten_thousand_ids_of_any_script(tmp_path: Path) -> None:
     names = [f"{alphabets[n % 10] * (n % 7 + 1)}/{n}" for n in range(10_000)]
     with featurestore.create(tmp_path / "store", spec, samples_per_shard=3000) as writer:
         for number, name in enumerate(names):
-            writer.append(id=name, features=np.full((1, 1, 1), number % 500, np.float16), mask=np.zeros((1, 1), np.uint8))
+            writer.append(
+                id=name,
+                features=np.full((1, 1, 1), number % 500, np.float16),
+                mask=np.zeros((1, 1), np.uint8),
+            )
     store = featurestore.open(tmp_path / "store")
     assert store.ids == names
     assert [store[n].id for n in (0, 2999, 3000, 9999)] == [names[n] for n in (0, 2999, 3000, 9999)]
@@ -191,16 +217,32 @@ print("survived", times)
 def test_a_damaged_shard_read_by_itself_crashes_nothing(tmp_path: Path, compression: str) -> None:
     """A single shard has no hash to tell that it is damaged: the worst that may come of it is wrong numbers or an error of ours."""
     store = write(tmp_path / "store", 3, spec=dataclasses.replace(SPEC, compression=compression))
-    command = [sys.executable, "-c", FUZZ, str(store.folder / "shard-00000.h5"), "3", str(150 * TIMES)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60 * (1 + TIMES), check=False)
+    command = [
+        sys.executable,
+        "-c",
+        FUZZ,
+        str(store.folder / "shard-00000.h5"),
+        "3",
+        str(150 * TIMES),
+    ]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60 * (1 + TIMES), check=False
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout == f"survived {150 * TIMES}\n"
 
 
-JSON = st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+JSON = st.recursive(
+    st.none() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
 
 
-@settings(max_examples=60 * TIMES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60 * TIMES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_garbage_as_an_index_is_an_error_of_ours(tmp_path: Path, garbage: bytes) -> None:
     folder = tmp_path / "garbage"
@@ -224,13 +266,17 @@ def test_a_store_that_is_replaced_while_open_never_mixes_with_the_new_one(tmp_pa
     store = write(tmp_path / "store")
     first = store.features(0)
     kept = first.copy()
-    with featurestore.create(tmp_path / "store", SPEC, samples_per_shard=3, overwrite=True) as writer:
+    with featurestore.create(
+        tmp_path / "store", SPEC, samples_per_shard=3, overwrite=True
+    ) as writer:
         for number in range(10, 17):
             writer.append(**sample(number))
     np.testing.assert_array_equal(first, kept)  # its map outlives the file's name
     with pytest.raises(IncompleteStoreError, match="open it again"):
         store.features(6)
-    np.testing.assert_array_equal(featurestore.open(tmp_path / "store").features(6), sample(16)["features"])
+    np.testing.assert_array_equal(
+        featurestore.open(tmp_path / "store").features(6), sample(16)["features"]
+    )
 
 
 def test_readers_are_not_disturbed_by_a_writer_beside_them(tmp_path: Path) -> None:
@@ -264,7 +310,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of half a megabyte."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
+    )
     if mounted.returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield folder
@@ -272,8 +322,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("compression", ["none", "zeros", "lz4"])
-def test_a_full_disk_is_one_clear_error_and_finished_shards_stay(small_disk: Path, tmp_path: Path, compression: str) -> None:
-    spec = dataclasses.replace(SPEC, feature_shape=(40, 16, 16), compression=compression)  # 20 KB a sample
+def test_a_full_disk_is_one_clear_error_and_finished_shards_stay(
+    small_disk: Path, tmp_path: Path, compression: str
+) -> None:
+    spec = dataclasses.replace(
+        SPEC, feature_shape=(40, 16, 16), compression=compression
+    )  # 20 KB a sample
     options = {"samples_per_shard": 4, "scratch": small_disk / "scratch", "fingerprint": "f"}
     with pytest.raises(StoreWriteError, match="No space left on device|space"):  # noqa: SIM117
         with featurestore.create(small_disk / "store", spec, **options) as writer:
@@ -285,7 +339,9 @@ def test_a_full_disk_is_one_clear_error_and_finished_shards_stay(small_disk: Pat
     assert not list((small_disk / "scratch").glob("*.partial"))
     shutil.copytree(small_disk / "scratch", tmp_path / "scratch")  # a larger disk
     count = 4 * len(finished) + 2
-    with featurestore.create(tmp_path / "store", spec, **{**options, "scratch": tmp_path / "scratch"}) as writer:
+    with featurestore.create(
+        tmp_path / "store", spec, **{**options, "scratch": tmp_path / "scratch"}
+    ) as writer:
         missing = writer.resume(count)
         assert missing == [range(count - 2, count)]
         for number in missing[0]:
@@ -307,7 +363,13 @@ def test_a_limit_on_file_sizes_is_a_clear_error(tmp_path: Path) -> None:
         "try:\n    write(Path(sys.argv[1]) / 'store')\n"
         "except featurestore.StoreWriteError as error: print('refused', error)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert result.stdout.startswith("refused ")
     assert "cannot be written" in result.stdout
     assert not (tmp_path / "store").exists()
@@ -320,28 +382,46 @@ def test_a_folder_that_cannot_be_written_is_named(small_disk: Path) -> None:
         write(small_disk / "store")
 
 
-def test_a_store_moves_across_file_systems_and_replaces_a_link(small_disk: Path, tmp_path: Path) -> None:
+def test_a_store_moves_across_file_systems_and_replaces_a_link(
+    small_disk: Path, tmp_path: Path
+) -> None:
     for name in ("first", "second"):
         (tmp_path / "real").mkdir(exist_ok=True)
         if not (tmp_path / "store").exists():
             (tmp_path / "store").symlink_to(tmp_path / "real")
-        options = {"scratch": small_disk / name, "fingerprint": name, "samples_per_shard": 3, "overwrite": True}
+        options = {
+            "scratch": small_disk / name,
+            "fingerprint": name,
+            "samples_per_shard": 3,
+            "overwrite": True,
+        }
         with featurestore.create(tmp_path / "store", SPEC, **options) as writer:
             for number in range(7):
                 writer.append(**sample(number))
         featurestore.open(tmp_path / "store").verify()
-        assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["index.json", *(f"shard-0000{n}.h5" for n in range(3))]
+        assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [
+            "index.json",
+            *(f"shard-0000{n}.h5" for n in range(3)),
+        ]
         assert list(small_disk.iterdir()) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "real", "store"]
 
 
 def test_shards_of_other_inputs_are_not_published_with_a_store(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), featurestore.create(tmp_path / "store", SPEC, fingerprint="a", samples_per_shard=3) as writer:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        featurestore.create(
+            tmp_path / "store", SPEC, fingerprint="a", samples_per_shard=3
+        ) as writer,
+    ):
         for number in range(9):
             writer.append(**sample(number))
         raise KeyboardInterrupt
     write(tmp_path / "store", 3, fingerprint="b")
-    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["index.json", "shard-00000.h5"]
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [
+        "index.json",
+        "shard-00000.h5",
+    ]
 
 
 # -- several writers -----------------------------------------------------------------------------------
@@ -351,7 +431,9 @@ def test_a_second_writer_of_the_same_store_says_who_is_at_work(tmp_path: Path) -
     options = {"scratch": tmp_path / "scratch", "fingerprint": "f", "samples_per_shard": 3}
     with featurestore.create(tmp_path / "store", SPEC, **options) as writer:
         writer.append(**sample(0))
-        with pytest.raises(StoreBusyError, match=f"process {os.getpid()} on .* is writing this store; wait for it"):
+        with pytest.raises(
+            StoreBusyError, match=f"process {os.getpid()} on .* is writing this store; wait for it"
+        ):
             featurestore.create(tmp_path / "store", SPEC, **options)
         writer.append(**sample(1))
     assert len(featurestore.open(tmp_path / "store")) == 2  # the first one was not disturbed
@@ -364,8 +446,13 @@ def test_the_lock_of_a_killed_writer_is_nobodys(tmp_path: Path) -> None:
         "writer = featurestore.create(Path(sys.argv[1]) / 'store', SPEC, fingerprint='f'); writer.append(**sample(0))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, check=False
+    )
     assert killed.returncode == -9
     assert list(tmp_path.glob(".store.unfinished/*.partial"))
     store = write(tmp_path / "store", fingerprint="f")
-    assert shard_bytes(tmp_path / "store").keys() == {"index.json", *(record.file for record in store.records)}
+    assert shard_bytes(tmp_path / "store").keys() == {
+        "index.json",
+        *(record.file for record in store.records),
+    }

@@ -16,7 +16,9 @@ def test_results_come_in_the_order_of_the_items(workers: int) -> None:
         time.sleep(0.02 if number % 4 == 0 else 0)
         return number**2
 
-    assert list(prefetch(slow_at_first, range(20), workers=workers, ahead=3)) == [number**2 for number in range(20)]
+    assert list(prefetch(slow_at_first, range(20), workers=workers, ahead=3)) == [
+        number**2 for number in range(20)
+    ]
 
 
 def test_no_item_is_begun_after_one_failed() -> None:

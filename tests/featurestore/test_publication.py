@@ -16,16 +16,29 @@ import h5py
 import pytest
 
 import featurestore
-from featurestore import ShardCorruptError, StoreBusyError, StoreExistsError, StoreReadError, StoreWriteError
+from featurestore import (
+    ShardCorruptError,
+    StoreBusyError,
+    StoreExistsError,
+    StoreReadError,
+    StoreWriteError,
+)
 from featurestore.room import check_room
 from featurestore.writer import clear_after_publication
 from tests.featurestore.test_store import SPEC, interrupted, sample, write
 from tests.imports import ROOT
 
 
-def finish(path: Path, scratch: Path, count: int = 7, fingerprint: str = "f", a_shard: int = 3) -> list[range]:
+def finish(
+    path: Path, scratch: Path, count: int = 7, fingerprint: str = "f", a_shard: int = 3
+) -> list[range]:
     """Resume and end a store; the positions that had to be appended."""
-    options = {"scratch": scratch, "fingerprint": fingerprint, "samples_per_shard": a_shard, "overwrite": True}
+    options = {
+        "scratch": scratch,
+        "fingerprint": fingerprint,
+        "samples_per_shard": a_shard,
+        "overwrite": True,
+    }
     with featurestore.create(path, SPEC, **options) as writer:
         missing = writer.resume(count)
         for number in (number for span in missing for number in span):
@@ -42,7 +55,9 @@ def names(folder: Path) -> list[str]:
 
 def test_shards_of_another_division_are_made_again(tmp_path: Path) -> None:
     interrupted(tmp_path / "store", tmp_path / "scratch", 7)
-    assert finish(tmp_path / "store", tmp_path / "scratch", count=9, a_shard=2) == [range(n, min(n + 2, 9)) for n in range(0, 9, 2)]
+    assert finish(tmp_path / "store", tmp_path / "scratch", count=9, a_shard=2) == [
+        range(n, min(n + 2, 9)) for n in range(0, 9, 2)
+    ]
     store = featurestore.open(tmp_path / "store")
     assert store.ids == [sample(number)["id"] for number in range(9)]
     store.verify()
@@ -62,7 +77,9 @@ def test_files_that_a_desktop_leaves_disturb_nobody(tmp_path: Path) -> None:
 def test_what_a_killed_writer_was_at_is_removed_by_the_next_one(tmp_path: Path) -> None:
     interrupted(tmp_path / "store", tmp_path / "scratch", 4)
     (tmp_path / "scratch" / "shard-00001.h5.0123abcd.partial").write_bytes(bytes(1000))
-    featurestore.create(tmp_path / "store", SPEC, scratch=tmp_path / "scratch", fingerprint="f", samples_per_shard=3)
+    featurestore.create(
+        tmp_path / "store", SPEC, scratch=tmp_path / "scratch", fingerprint="f", samples_per_shard=3
+    )
     assert names(tmp_path / "scratch") == ["shard-00000.h5", "shard-00000.h5.finished.json"]
 
 
@@ -70,19 +87,30 @@ def test_what_a_killed_writer_was_at_is_removed_by_the_next_one(tmp_path: Path) 
 
 
 def test_two_writers_of_one_store_meet_whatever_their_scratch_folders(tmp_path: Path) -> None:
-    with featurestore.create(tmp_path / "store", SPEC, scratch=tmp_path / "a", fingerprint="a", overwrite=True) as writer:
+    with featurestore.create(
+        tmp_path / "store", SPEC, scratch=tmp_path / "a", fingerprint="a", overwrite=True
+    ) as writer:
         writer.append(**sample(0))
-        with pytest.raises(StoreBusyError, match=f"process {os.getpid()} on .* is writing this store"):
-            featurestore.create(tmp_path / "store", SPEC, scratch=tmp_path / "b", fingerprint="b", overwrite=True)
+        with pytest.raises(
+            StoreBusyError, match=f"process {os.getpid()} on .* is writing this store"
+        ):
+            featurestore.create(
+                tmp_path / "store", SPEC, scratch=tmp_path / "b", fingerprint="b", overwrite=True
+            )
     assert names(tmp_path) == ["store"]
 
 
-def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(StoreWriteError, match=r"has no locks \(Function not implemented\); mount it with flock, or choose another folder"):
+    with pytest.raises(
+        StoreWriteError,
+        match=r"has no locks \(Function not implemented\); mount it with flock, or choose another folder",
+    ):
         write(tmp_path / "new" / "store")
 
 
@@ -90,7 +118,9 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
-def test_an_error_while_a_store_gets_its_name_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:
+def test_an_error_while_a_store_gets_its_name_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
     """The renames are those of the folder that tries it, of the old store out of the way, and of the new one."""
     write(tmp_path / "store", 2, fingerprint="old")
     interrupted(tmp_path / "new", tmp_path / "scratch", 6)
@@ -105,7 +135,10 @@ def test_an_error_while_a_store_gets_its_name_loses_nothing(tmp_path: Path, monk
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(StoreWriteError, match=r"cannot be written \(Device or resource busy\); choose another folder"):
+    with pytest.raises(
+        StoreWriteError,
+        match=r"cannot be written \(Device or resource busy\); choose another folder",
+    ):
         finish(tmp_path / "store", tmp_path / "scratch")
     assert len(featurestore.open(tmp_path / "store")) == 2  # the old one is where it was
     assert finish(tmp_path / "store", tmp_path / "scratch") == []  # every shard is found again
@@ -114,7 +147,9 @@ def test_an_error_while_a_store_gets_its_name_loses_nothing(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("renames", [1, 2, 3])
-def test_a_kill_while_a_store_gets_its_name_loses_nothing_and_leaves_nothing(tmp_path: Path, renames: int) -> None:
+def test_a_kill_while_a_store_gets_its_name_loses_nothing_and_leaves_nothing(
+    tmp_path: Path, renames: int
+) -> None:
     write(tmp_path / "store", 2, fingerprint="old")
     interrupted(tmp_path / "new", tmp_path / "scratch", 6)
     code = (
@@ -127,7 +162,9 @@ def test_a_kill_while_a_store_gets_its_name_loses_nothing_and_leaves_nothing(tmp
         "os.rename = deadly\n"
         "finish(root / 'store', root / 'scratch')\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, check=False
+    )
     assert killed.returncode == -9
     if renames == 3:  # the store is there; its old version and its receipts are, too
         assert len(featurestore.open(tmp_path / "store")) == 7
@@ -143,19 +180,26 @@ def test_a_kill_while_a_store_gets_its_name_loses_nothing_and_leaves_nothing(tmp
 # -- room ----------------------------------------------------------------------------------------------
 
 
-def test_room_is_looked_at_for_all_ranks_and_all_stores_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_is_looked_at_for_all_ranks_and_all_stores_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Six samples are free: one rank of two alone writes three, and so does each of two stores."""
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(6 * SPEC.sample_bytes))
 
     def resumed(name: str, samples: int, **ranks: int) -> featurestore.StoreWriter:
-        writer = featurestore.create(tmp_path / name, SPEC, fingerprint=name, samples_per_shard=1, **ranks)
+        writer = featurestore.create(
+            tmp_path / name, SPEC, fingerprint=name, samples_per_shard=1, **ranks
+        )
         writer.resume(samples)
         return writer
 
     check_room([resumed("a", 3), resumed("b", 3)])
     resumed("c", 6, rank=0, ranks=2)
-    with pytest.raises(StoreWriteError, match=r"are to be written, but .* GB are free; make room or choose another --scratch"):
+    with pytest.raises(
+        StoreWriteError,
+        match=r"are to be written, but .* GB are free; make room or choose another --scratch",
+    ):
         resumed("d", 7, rank=0, ranks=2)
     with pytest.raises(StoreWriteError, match="are to be written"):
         check_room([resumed("e", 4), resumed("f", 3)])
@@ -164,7 +208,9 @@ def test_room_is_looked_at_for_all_ranks_and_all_stores_together(tmp_path: Path,
 # -- reading -------------------------------------------------------------------------------------------
 
 
-def test_a_store_of_more_shards_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_of_more_shards_than_files_may_be_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with featurestore.create(tmp_path / "store", SPEC, samples_per_shard=1) as writer:
         for number in range(30):
             writer.append(**sample(number))
@@ -181,8 +227,13 @@ def test_a_store_of_more_shards_than_files_may_be_open(tmp_path: Path, monkeypat
         assert len(os.listdir("/dev/fd")) - before <= 30  # a descriptor a shard
         del store
         resource.setrlimit(resource.RLIMIT_NOFILE, (before + 15, hard))
-        monkeypatch.setattr(resource, "setrlimit", lambda *_: None)  # where the hard limit is as low
-        with pytest.raises(StoreReadError, match=r"cannot be opened \(Too many open files\); raise the limit, with `ulimit -n`"):
+        monkeypatch.setattr(
+            resource, "setrlimit", lambda *_: None
+        )  # where the hard limit is as low
+        with pytest.raises(
+            StoreReadError,
+            match=r"cannot be opened \(Too many open files\); raise the limit, with `ulimit -n`",
+        ):
             featurestore.open(tmp_path / "store").verify()
     finally:
         monkeypatch.undo()

@@ -48,7 +48,9 @@ def sample(number: int, spec: StoreSpec = SPEC) -> dict:
     rng = np.random.default_rng(number)
     mask = rng.integers(0, spec.num_classes, spec.mask_shape).astype(np.uint8)
     mask[0, :3] = 255
-    image = rng.integers(0, 256, (*spec.mask_shape, 3)).astype(np.uint8) if spec.has_images else None
+    image = (
+        rng.integers(0, 256, (*spec.mask_shape, 3)).astype(np.uint8) if spec.has_images else None
+    )
     features = rng.random(spec.feature_shape).astype(spec.feature_dtype)
     return {
         "id": f"photo {number} é",
@@ -59,7 +61,9 @@ def sample(number: int, spec: StoreSpec = SPEC) -> dict:
     }
 
 
-def write(path: Path, count: int = 7, spec: StoreSpec = SPEC, **options) -> featurestore.FeatureStore:
+def write(
+    path: Path, count: int = 7, spec: StoreSpec = SPEC, **options
+) -> featurestore.FeatureStore:
     with featurestore.create(path, spec, samples_per_shard=3, **options) as writer:
         for number in range(count):
             writer.append(**sample(number, spec))
@@ -74,7 +78,9 @@ def shard_bytes(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("has_images", [True, False])
 def test_round_trip(tmp_path: Path, compression: str, dtype: str, has_images: bool) -> None:
-    spec = dataclasses.replace(SPEC, compression=compression, feature_dtype=dtype, has_images=has_images)
+    spec = dataclasses.replace(
+        SPEC, compression=compression, feature_dtype=dtype, has_images=has_images
+    )
     store = write(tmp_path / "store", spec=spec)
     assert len(store) == 7
     assert store.spec == spec
@@ -123,16 +129,26 @@ def test_any_hdf5_tool_can_read_a_shard(tmp_path: Path) -> None:
         assert file.attrs["format_version"] == featurestore.FORMAT_VERSION
 
 
-@pytest.mark.skipif(shutil.which("h5dump") is None, reason="h5dump and h5ls come with the package hdf5-tools")
+@pytest.mark.skipif(
+    shutil.which("h5dump") is None, reason="h5dump and h5ls come with the package hdf5-tools"
+)
 @pytest.mark.parametrize("compression", ["none", "zeros", "int8"])
 def test_the_hdf5_groups_own_tools_read_a_shard(tmp_path: Path, compression: str) -> None:
     store = write(tmp_path / "store", spec=dataclasses.replace(SPEC, compression=compression))
     shard = str(store.folder / "shard-00000.h5")
     listed = subprocess.run(["h5ls", shard], capture_output=True, text=True, check=True).stdout
     assert "masks                    Dataset {3, 32, 40}" in listed
-    dumped = subprocess.run(["h5dump", "-d", "masks", "-y", "-w", "0", shard], capture_output=True, text=True, check=True).stdout
+    dumped = subprocess.run(
+        ["h5dump", "-d", "masks", "-y", "-w", "0", shard],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     numbers = dumped.split("DATA {")[1].split("}")[0].replace(",", " ").split()
-    np.testing.assert_array_equal(np.array(numbers, np.uint8).reshape(3, 32, 40), np.stack([sample(n)["mask"] for n in range(3)]))
+    np.testing.assert_array_equal(
+        np.array(numbers, np.uint8).reshape(3, 32, 40),
+        np.stack([sample(n)["mask"] for n in range(3)]),
+    )
 
 
 def test_a_single_shard_opens_by_itself(tmp_path: Path) -> None:
@@ -163,7 +179,9 @@ def test_statistics_are_numpys(tmp_path: Path) -> None:
 def test_frame_has_a_row_a_sample_and_shares_of_classes(tmp_path: Path) -> None:
     frame = write(tmp_path / "store").to_frame()
     assert list(frame.columns) == ["id", "view", "shard", *SPEC.class_names, "void"]
-    assert frame["shard"].tolist() == ["shard-00000.h5"] * 3 + ["shard-00001.h5"] * 3 + ["shard-00002.h5"]
+    assert frame["shard"].tolist() == ["shard-00000.h5"] * 3 + ["shard-00001.h5"] * 3 + [
+        "shard-00002.h5"
+    ]
     np.testing.assert_allclose(frame[[*SPEC.class_names, "void"]].sum(axis=1), 1)
     assert frame["belt"][2] == (sample(2)["mask"] == 0).mean()
 
@@ -185,16 +203,24 @@ def test_frame_has_a_row_a_sample_and_shares_of_classes(tmp_path: Path) -> None:
         ({"id": ""}, "id must have"),
     ],
 )
-def test_a_sample_that_does_not_fit_is_refused_by_name(tmp_path: Path, change: dict, words: str) -> None:
+def test_a_sample_that_does_not_fit_is_refused_by_name(
+    tmp_path: Path, change: dict, words: str
+) -> None:
     good = sample(0)
-    with pytest.raises(SampleError, match=words) as caught, featurestore.create(tmp_path / "store", SPEC) as writer:
+    with (
+        pytest.raises(SampleError, match=words) as caught,
+        featurestore.create(tmp_path / "store", SPEC) as writer,
+    ):
         writer.append(**{**good, **change})
     assert repr(change.get("id", good["id"])) in str(caught.value)
     assert not (tmp_path / "store").exists()
 
 
 def test_nothing_is_published_after_an_exception(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), featurestore.create(tmp_path / "store", SPEC, samples_per_shard=1) as writer:
+    with (
+        pytest.raises(RuntimeError),
+        featurestore.create(tmp_path / "store", SPEC, samples_per_shard=1) as writer,
+    ):
         writer.append(**sample(0))
         raise RuntimeError
     assert not (tmp_path / "store").exists()
@@ -203,7 +229,10 @@ def test_nothing_is_published_after_an_exception(tmp_path: Path) -> None:
 
 
 def test_an_empty_store_is_not_published(tmp_path: Path) -> None:
-    with pytest.raises(IncompleteStoreError, match="no sample"), featurestore.create(tmp_path / "store", SPEC):
+    with (
+        pytest.raises(IncompleteStoreError, match="no sample"),
+        featurestore.create(tmp_path / "store", SPEC),
+    ):
         pass
 
 
@@ -217,7 +246,9 @@ def test_an_existing_store_is_kept_unless_asked(tmp_path: Path) -> None:
 def interrupted(path: Path, scratch: Path, stop_after: int, fingerprint: str = "f") -> None:
     with (
         pytest.raises(KeyboardInterrupt),
-        featurestore.create(path, SPEC, scratch=scratch, fingerprint=fingerprint, samples_per_shard=3) as writer,
+        featurestore.create(
+            path, SPEC, scratch=scratch, fingerprint=fingerprint, samples_per_shard=3
+        ) as writer,
     ):
         for number in range(stop_after):
             writer.append(**sample(number))
@@ -225,7 +256,9 @@ def interrupted(path: Path, scratch: Path, stop_after: int, fingerprint: str = "
 
 
 def resumed(path: Path, scratch: Path, fingerprint: str = "f") -> list[range]:
-    with featurestore.create(path, SPEC, scratch=scratch, fingerprint=fingerprint, samples_per_shard=3) as writer:
+    with featurestore.create(
+        path, SPEC, scratch=scratch, fingerprint=fingerprint, samples_per_shard=3
+    ) as writer:
         missing = writer.resume(7)
         for span in missing:
             for number in span:
@@ -233,7 +266,9 @@ def resumed(path: Path, scratch: Path, fingerprint: str = "f") -> list[range]:
     return missing
 
 
-def test_a_resumed_store_takes_finished_shards_over_and_equals_an_undisturbed_one(tmp_path: Path) -> None:
+def test_a_resumed_store_takes_finished_shards_over_and_equals_an_undisturbed_one(
+    tmp_path: Path,
+) -> None:
     write(tmp_path / "whole", fingerprint="f", scratch=tmp_path / "other")
     interrupted(tmp_path / "store", tmp_path / "scratch", stop_after=5)
     assert resumed(tmp_path / "store", tmp_path / "scratch") == [range(3, 6), range(6, 7)]
@@ -265,7 +300,9 @@ def test_foreign_files_in_the_scratch_folder_are_left_alone(tmp_path: Path) -> N
     (tmp_path / "scratch" / "thesis.docx").write_text("years of work")
     for fingerprint in ("", "f"):
         with pytest.raises(StoreExistsError, match="thesis.docx"):
-            featurestore.create(tmp_path / "store", SPEC, scratch=tmp_path / "scratch", fingerprint=fingerprint)
+            featurestore.create(
+                tmp_path / "store", SPEC, scratch=tmp_path / "scratch", fingerprint=fingerprint
+            )
     assert (tmp_path / "scratch" / "thesis.docx").exists()
 
 
@@ -285,13 +322,21 @@ def test_several_ranks_share_a_store(tmp_path: Path) -> None:
 def test_errors_travel_between_processes() -> None:
     error = ShardCorruptError("damaged", path="a/b", expected=1, found=2)
     copy = pickle.loads(pickle.dumps(error))
-    assert (type(copy), str(copy), copy.path, copy.expected, copy.found) == (type(error), "a/b: damaged", Path("a/b"), 1, 2)
+    assert (type(copy), str(copy), copy.path, copy.expected, copy.found) == (
+        type(error),
+        "a/b: damaged",
+        Path("a/b"),
+        1,
+        2,
+    )
 
 
 def test_announced_samples_that_never_came_are_noticed(tmp_path: Path) -> None:
     with (
         pytest.raises(IncompleteStoreError, match="5 of the 7 samples"),
-        featurestore.create(tmp_path / "store", SPEC, fingerprint="f", samples_per_shard=3) as writer,
+        featurestore.create(
+            tmp_path / "store", SPEC, fingerprint="f", samples_per_shard=3
+        ) as writer,
     ):
         writer.resume(7)
         writer.append(**sample(0))
@@ -348,9 +393,14 @@ def test_a_folder_without_an_index_is_no_store(tmp_path: Path) -> None:
         featurestore.open(tmp_path / "store")
 
 
-def test_a_generator_is_named_where_there_is_one_and_nothing_changes_elsewhere(tmp_path: Path) -> None:
+def test_a_generator_is_named_where_there_is_one_and_nothing_changes_elsewhere(
+    tmp_path: Path,
+) -> None:
     """Stores of real features, and everything that is derived from their specs, are those of the time before the field."""
-    assert featurestore.fingerprint(spec=SPEC.to_dict()) == "128b9346860794d9160158e9453f5f18ac2ad6ec81f8c6c023604a72e4fb5095"
+    assert (
+        featurestore.fingerprint(spec=SPEC.to_dict())
+        == "128b9346860794d9160158e9453f5f18ac2ad6ec81f8c6c023604a72e4fb5095"
+    )
     assert "generator" not in SPEC.to_attributes()
     write(tmp_path / "real")
     with h5py.File(tmp_path / "real" / "shard-00000.h5") as file:
@@ -383,7 +433,16 @@ def test_another_format_version_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"", b"{}", b"[]", b"null", b"\xff\xfe", b'{"format": "featurestore", "format_version": 1}', b"[" * 100_000]
+    "garbage",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"format": "featurestore", "format_version": 1}',
+        b"[" * 100_000,
+    ],
 )
 def test_garbage_as_index_or_shard_is_an_error_of_ours(tmp_path: Path, garbage: bytes) -> None:
     write(tmp_path / "store")
@@ -404,7 +463,9 @@ def _read_features(store: featurestore.FeatureStore, position: int, queue) -> No
 
 @pytest.mark.parametrize("compression", ["none", "lz4"])
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_an_open_store_can_be_handed_to_other_processes(tmp_path: Path, start: str, compression: str) -> None:
+def test_an_open_store_can_be_handed_to_other_processes(
+    tmp_path: Path, start: str, compression: str
+) -> None:
     store = write(tmp_path / "store", spec=dataclasses.replace(SPEC, compression=compression))
     store.features(5)  # opens a shard in this process first
     context = multiprocessing.get_context(start)

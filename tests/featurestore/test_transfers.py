@@ -45,7 +45,12 @@ class Tensor:
 
 class Numbered(Batch):
     def __init__(self, diary: Diary, number: int) -> None:
-        super().__init__(torch.tensor([number]), Tensor(diary, f"features {number}"), Tensor(diary, f"masks {number}"), None)
+        super().__init__(
+            torch.tensor([number]),
+            Tensor(diary, f"features {number}"),
+            Tensor(diary, f"masks {number}"),
+            None,
+        )
         self.diary, self.number = diary, number
 
     def to(self, device: torch.device) -> Batch:
@@ -69,7 +74,9 @@ def diary(monkeypatch: pytest.MonkeyPatch) -> Diary:
     return diary
 
 
-def test_the_next_batch_is_copied_beside_the_computation_which_waits_for_its_own(diary: Diary) -> None:
+def test_the_next_batch_is_copied_beside_the_computation_which_waits_for_its_own(
+    diary: Diary,
+) -> None:
     for batch in moved((Numbered(diary, number) for number in range(3)), torch.device("cuda")):
         diary.append(f"step {batch.number}")
     assert diary == [
@@ -106,5 +113,7 @@ def test_batches_on_a_gpu_hold_what_they_held(tmp_path: Path) -> None:
             for _ in range(20):  # the next copy is asked for while this computes
                 busy = busy * 1.0
             for row, position in enumerate(batch.positions.tolist()):
-                np.testing.assert_array_equal(busy[row].cpu(), sample(position)["features"].astype(np.float32))
+                np.testing.assert_array_equal(
+                    busy[row].cpu(), sample(position)["features"].astype(np.float32)
+                )
                 np.testing.assert_array_equal(batch.masks[row].cpu(), sample(position)["mask"])

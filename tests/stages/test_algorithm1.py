@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from featurestore.dataset import Batch
 from stages.augment.base import Part
 from stages.augment.featuregan import FeatureGANConfig, JointFeatureGAN
-from stages.gan import Networks, build_networks
-from stages.gan_trainer import GanTrainer
+from stages.common.runtime import make_accelerator
+from stages.gan.gan_trainer import GanTrainer
+from stages.gan.networks import Networks, build_networks
+from stages.gan.objective import Objective
 from stages.models.decoder import Decoder
 from stages.models.spectral import SpectralConv2d
-from stages.objective import Objective
-from stages.runtime import make_accelerator
 from stages.train_decoder import decoder_loss
 
 BATCH, CLASSES, CHANNELS, SIDE = 3, 4, 12, 8
@@ -89,9 +89,16 @@ def literal_step(
     p_fake, d_fake = discriminator(f_fake, many)
 
     # train generator (and segmentation model)
-    l_kld = LAMBDA_KLD * (-0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum() / len(mu)) if encoder is not None else 0.0
+    l_kld = (
+        LAMBDA_KLD * (-0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum() / len(mu))
+        if encoder is not None
+        else 0.0
+    )
     l_g = -p_fake.mean()
-    l_fm = sum((torch.cat([real.detach()] * ratio) - fake).abs().mean() for real, fake in zip(d_real, d_fake, strict=True))
+    l_fm = sum(
+        (torch.cat([real.detach()] * ratio) - fake).abs().mean()
+        for real, fake in zip(d_real, d_fake, strict=True)
+    )
     l_tot = l_kld + l_g + LAMBDA_FEAT * l_fm
     if decoder is not None:
         labels = masks.long()
@@ -117,14 +124,24 @@ def literal_step(
     networks.discriminator.train()
 
 
-def assert_same_parameters(ours: nn.Module, literal: nn.Module, start: nn.Module, lr: float) -> None:
+def assert_same_parameters(
+    ours: nn.Module, literal: nn.Module, start: nn.Module, lr: float
+) -> None:
     """Parameters agree. Adam's first step is lr * sign(gradient), so where the gradient is rounding noise only the size can."""
     theirs, before = dict(literal.named_parameters()), dict(start.named_parameters())
-    noise = 1e-5 * max(float(parameter.grad.abs().max()) for parameter in literal.parameters())  # float32 sums in another order
+    noise = 1e-5 * max(
+        float(parameter.grad.abs().max()) for parameter in literal.parameters()
+    )  # float32 sums in another order
     compared = 0
     for name, parameter in ours.named_parameters():
         gradient = theirs[name].grad
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=noise, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            parameter.grad,
+            gradient,
+            rtol=1e-3,
+            atol=noise,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
         certain = gradient.abs() > 20 * noise
         compared += int(certain.sum())
         torch.testing.assert_close(parameter[certain], theirs[name][certain], rtol=1e-5, atol=1e-6)
@@ -135,11 +152,15 @@ def assert_same_parameters(ours: nn.Module, literal: nn.Module, start: nn.Module
 @pytest.mark.parametrize("ratio", [1, 2])
 @pytest.mark.parametrize("image_encoder", [False, True])
 @pytest.mark.parametrize("branch", ["gan", "joint"])
-def test_a_step_equals_algorithm_1(monkeypatch: pytest.MonkeyPatch, branch: str, image_encoder: bool, ratio: int) -> None:
+def test_a_step_equals_algorithm_1(
+    monkeypatch: pytest.MonkeyPatch, branch: str, image_encoder: bool, ratio: int
+) -> None:
     torch.manual_seed(0)
     scale = torch.rand(CHANNELS) + 0.5
     networks = build_networks(architecture(image_encoder=image_encoder), scale)
-    decoder = Decoder(head="deeplab", in_channels=CHANNELS, num_classes=CLASSES, width=8, atrous_rates=(2, 3))
+    decoder = Decoder(
+        head="deeplab", in_channels=CHANNELS, num_classes=CLASSES, width=8, atrous_rates=(2, 3)
+    )
     decoder.head[0].project[3].p = 0.0  # dropout draws from the global generator, once a pass
     features = torch.rand(BATCH, CHANNELS, SIDE, SIDE)
     masks = torch.randint(0, CLASSES, (BATCH, 8 * SIDE, 8 * SIDE), dtype=torch.uint8)
@@ -148,10 +169,15 @@ def test_a_step_equals_algorithm_1(monkeypatch: pytest.MonkeyPatch, branch: str,
 
     literal, literal_decoder = copy.deepcopy(networks), copy.deepcopy(decoder)
     start, start_decoder = copy.deepcopy(networks), copy.deepcopy(decoder)
-    trained = [*literal.generator.parameters(), *(literal.image_encoder.parameters() if literal.image_encoder else [])]
+    trained = [
+        *literal.generator.parameters(),
+        *(literal.image_encoder.parameters() if literal.image_encoder else []),
+    ]
     optimizers = {
         "generator": torch.optim.Adam(trained, LR["generator"], (0.0, 0.9)),
-        "discriminator": torch.optim.Adam(literal.discriminator.parameters(), LR["discriminator"], (0.0, 0.9)),
+        "discriminator": torch.optim.Adam(
+            literal.discriminator.parameters(), LR["discriminator"], (0.0, 0.9)
+        ),
         "decoder": torch.optim.Adam(literal_decoder.parameters(), LR["decoder"]),
     }
     literal_step(
@@ -190,6 +216,10 @@ def test_a_step_equals_algorithm_1(monkeypatch: pytest.MonkeyPatch, branch: str,
         augmenter.update(loss, optimizer)
         assert_same_parameters(decoder, literal_decoder, start_decoder, LR["decoder"])
     assert_same_parameters(networks.generator, literal.generator, start.generator, LR["generator"])
-    assert_same_parameters(networks.discriminator, literal.discriminator, start.discriminator, LR["discriminator"])
+    assert_same_parameters(
+        networks.discriminator, literal.discriminator, start.discriminator, LR["discriminator"]
+    )
     if networks.image_encoder is not None:
-        assert_same_parameters(networks.image_encoder, literal.image_encoder, start.image_encoder, LR["generator"])
+        assert_same_parameters(
+            networks.image_encoder, literal.image_encoder, start.image_encoder, LR["generator"]
+        )

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from featurestore.errors import FeatureStoreError
-from stages.data.archives import unpack
-from stages.errors import DataError
+from stages.common.errors import DataError
+from stages.datasets.archives import unpack
 
 FILES = {"data/a.txt": b"first", "data/deep/b.bin": bytes(100_000), "empty.txt": b""}
 
@@ -35,7 +35,11 @@ def tar_member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarf
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {
@@ -61,7 +65,11 @@ def test_links_that_stay_inside_are_unpacked(tmp_path: Path) -> None:
     )
     write_tar(tmp_path / "archive", *links)
     unpack(tmp_path / "archive", tmp_path / "folder")
-    assert (tmp_path / "folder" / "data" / "deep" / "up").read_bytes() == (tmp_path / "folder" / "data" / "same").read_bytes() == b"first"
+    assert (
+        (tmp_path / "folder" / "data" / "deep" / "up").read_bytes()
+        == (tmp_path / "folder" / "data" / "same").read_bytes()
+        == b"first"
+    )
 
 
 BAD_TARS = {
@@ -70,9 +78,18 @@ BAD_TARS = {
     "an absolute path": ([tar_member("/outside")], "would leave the folder"),
     "a drive": ([tar_member("C:/outside")], "would leave the folder"),
     "backslashes": ([tar_member("..\\outside")], "would leave the folder"),
-    "a symbolic link upwards": ([tar_member("data/link", tarfile.SYMTYPE, "../../outside")], "links out of the folder, to"),
-    "an absolute symbolic link": ([tar_member("data/link", tarfile.SYMTYPE, "/etc")], "links out of the folder, to /etc"),
-    "a hard link upwards": ([tar_member("link", tarfile.LNKTYPE, "../outside")], "links out of the folder"),
+    "a symbolic link upwards": (
+        [tar_member("data/link", tarfile.SYMTYPE, "../../outside")],
+        "links out of the folder, to",
+    ),
+    "an absolute symbolic link": (
+        [tar_member("data/link", tarfile.SYMTYPE, "/etc")],
+        "links out of the folder, to /etc",
+    ),
+    "a hard link upwards": (
+        [tar_member("link", tarfile.LNKTYPE, "../outside")],
+        "links out of the folder",
+    ),
     "a file below a link": (
         [tar_member("link", tarfile.SYMTYPE, "data"), tar_member("link/outside")],
         "'link/outside' lies below a link",
@@ -121,7 +138,9 @@ def test_archives_with_changed_bytes_leave_nothing(tmp_path: Path) -> None:
     assert_refused(tmp_path, "is no archive, or a damaged one")
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_tar(tmp_path / "archive")
 
     def full(*arguments: object, **more: object) -> None:

@@ -10,24 +10,34 @@ import torchvision
 from stages.models.aspp import ASPP, AtrousConv
 
 
-@pytest.mark.parametrize("size", [(32, 32), (24, 40), (64, 64)])  # at 32, each of the three ways is gone
+@pytest.mark.parametrize(
+    "size", [(32, 32), (24, 40), (64, 64)]
+)  # at 32, each of the three ways is gone
 def test_our_aspp_is_torchvisions(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.segmentation.deeplabv3.ASPP(20, [12, 24, 36], 8)
     torch.manual_seed(0)
     ours = ASPP(20, 8, (12, 24, 36))
-    assert all(torch.equal(ours.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items())  # drawn in the same order
+    assert all(
+        torch.equal(ours.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items()
+    )  # drawn in the same order
     assert len(ours.state_dict()) == len(theirs.state_dict())
     results = []
     for network in (theirs, ours):
-        features = torch.randn(3, 20, *size, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        features = torch.randn(
+            3, 20, *size, generator=torch.Generator().manual_seed(1)
+        ).requires_grad_()
         torch.manual_seed(2)  # dropout
         scores = network(features)
-        (scores * torch.randn(scores.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+        (
+            scores * torch.randn(scores.shape, generator=torch.Generator().manual_seed(3))
+        ).sum().backward()
         gradients = [parameter.grad for parameter in network.parameters()]
         results.append([scores.detach(), features.grad, *gradients])
     for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
+        )
 
 
 @pytest.mark.parametrize("rate", [2, 5, 8])

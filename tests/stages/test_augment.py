@@ -23,11 +23,11 @@ from stages.augment.new_masks import NewMasks, moved
 from stages.augment.perturb import perturb
 from stages.augment.registry import Variant, build_augmenter
 from stages.augment.upsample import repeat_factors
-from stages.class_statistics import ClassStatistics
-from stages.errors import ConfigError
+from stages.common.errors import ConfigError
+from stages.common.runtime import make_accelerator
 from stages.models.decoder import Decoder
-from stages.regions import Regions
-from stages.runtime import make_accelerator
+from stages.segmentation.class_statistics import ClassStatistics
+from stages.segmentation.regions import Regions
 from tests.featurestore.test_store import SPEC
 
 CHANNELS, SIDE, STRIDE, CLASSES = 6, 4, 8, 3
@@ -47,29 +47,53 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> featurestore.FeatureStore
         labels[:, 2:] = 1 if number < 6 else 0
         labels[3, :2] = 2 if number in (0, 5) else 0
         labels[0, 0] = VOID
-        features = rng.standard_normal((CHANNELS, SIDE, SIDE)).astype(np.float32) + labels[None].clip(0, 2)
+        features = rng.standard_normal((CHANNELS, SIDE, SIDE)).astype(np.float32) + labels[
+            None
+        ].clip(0, 2)
         image = rng.integers(0, 256, (32, 32, 3), np.uint8)
-        samples.append((f"photo {number}", features, labels.repeat(STRIDE, 0).repeat(STRIDE, 1), image))
+        samples.append(
+            (f"photo {number}", features, labels.repeat(STRIDE, 0).repeat(STRIDE, 1), image)
+        )
     with featurestore.create(path, spec, fingerprint="f") as writer:
         for view, turn in (("identity", lambda x, axis: x), ("hflip", np.flip)):
             for id, features, mask, image in samples:
                 mirrored = 10 * (view == "hflip")  # so that one can tell whose features they are
-                writer.append(id=id, view=view, features=turn(features, 2) + mirrored, mask=turn(mask, 1), image=turn(image, 1))
+                writer.append(
+                    id=id,
+                    view=view,
+                    features=turn(features, 2) + mirrored,
+                    mask=turn(mask, 1),
+                    image=turn(image, 1),
+                )
     return featurestore.open(path)
 
 
 @pytest.fixture
 def batch(store: featurestore.FeatureStore) -> Batch:
     positions = [0, 1, 2, 5]
-    features, masks = (torch.from_numpy(store.gather(name, positions)) for name in ("features", "masks"))
+    features, masks = (
+        torch.from_numpy(store.gather(name, positions)) for name in ("features", "masks")
+    )
     return Batch(torch.tensor(positions), features, masks, None)
 
 
 def build(store: featurestore.FeatureStore, tmp_path: Path, **variant) -> Augmenter:
     torch.manual_seed(0)
-    decoder = Decoder(head="deeplab", in_channels=CHANNELS, num_classes=CLASSES, width=5, atrous_rates=(1, 2))
+    decoder = Decoder(
+        head="deeplab", in_channels=CHANNELS, num_classes=CLASSES, width=5, atrous_rates=(1, 2)
+    )
     positions = store.positions("identity")
-    context = Context("mine", make_accelerator("cpu", "no"), store, positions, decoder, tmp_path / "gan", 0, 10, {})
+    context = Context(
+        "mine",
+        make_accelerator("cpu", "no"),
+        store,
+        positions,
+        decoder,
+        tmp_path / "gan",
+        0,
+        10,
+        {},
+    )
     return build_augmenter(TypeAdapter(Variant).validate_python(variant), context)
 
 
@@ -97,26 +121,52 @@ def test_the_baseline_adds_nothing_and_duplicate_the_same_again(store, batch, tm
     assert torch.equal(part.features, batch.features)
     assert torch.equal(part.targets[0][0], batch.masks)
     assert (part.targets[0][1], part.weight) == (1.0, 0.5)
-    assert len(build(store, tmp_path, augmenter="duplicate", ratio=2).augment(batch, rng()).parts) == 2
+    assert (
+        len(build(store, tmp_path, augmenter="duplicate", ratio=2).augment(batch, rng()).parts) == 2
+    )
 
 
 def test_noise_is_additive_in_deviations_and_multiplicative(store, batch, tmp_path) -> None:
-    many = dataclasses.replace(batch, features=batch.features.repeat(300, 1, 1, 1), masks=batch.masks.repeat(300, 1, 1))
-    added = only(build(store, tmp_path, augmenter="noise", additive=2.0, multiplicative=0.0), many).features - many.features
-    within_maps = added.flatten(2).var(2).mean(0).sqrt()  # so that every value has a draw of its own
-    torch.testing.assert_close(within_maps, 2 * torch.from_numpy(store.stats.std).float(), rtol=0.03, atol=0)
-    times = only(build(store, tmp_path, augmenter="noise", additive=0.0, multiplicative=0.3), many).features / many.features
+    many = dataclasses.replace(
+        batch, features=batch.features.repeat(300, 1, 1, 1), masks=batch.masks.repeat(300, 1, 1)
+    )
+    added = (
+        only(
+            build(store, tmp_path, augmenter="noise", additive=2.0, multiplicative=0.0), many
+        ).features
+        - many.features
+    )
+    within_maps = (
+        added.flatten(2).var(2).mean(0).sqrt()
+    )  # so that every value has a draw of its own
+    torch.testing.assert_close(
+        within_maps, 2 * torch.from_numpy(store.stats.std).float(), rtol=0.03, atol=0
+    )
+    times = (
+        only(
+            build(store, tmp_path, augmenter="noise", additive=0.0, multiplicative=0.3), many
+        ).features
+        / many.features
+    )
     assert float(times.mean()) == pytest.approx(1, abs=0.01)
     assert float(times.flatten(2).var(2).mean().sqrt()) == pytest.approx(0.3, rel=0.02)
-    augmenter = build(store, tmp_path, augmenter="noise", additive=1.0, multiplicative=0.0, deviation="class")
+    augmenter = build(
+        store, tmp_path, augmenter="noise", additive=1.0, multiplicative=0.0, deviation="class"
+    )
     by_class = only(augmenter, many).features - many.features
     of_class = by_class.transpose(0, 1)[:, small(many.masks) == 2].std(1)
-    expected = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu")).deviations[2]
+    expected = ClassStatistics.of(
+        store, store.positions("identity"), torch.device("cpu")
+    ).deviations[2]
     torch.testing.assert_close(of_class, expected, rtol=0.1, atol=0)
 
 
-def test_channel_dropout_leaves_out_whole_channels_and_keeps_the_mean(store, batch, tmp_path) -> None:
-    many = dataclasses.replace(batch, features=torch.ones(2000, CHANNELS, 2, 2), masks=batch.masks[:1].repeat(2000, 1, 1))
+def test_channel_dropout_leaves_out_whole_channels_and_keeps_the_mean(
+    store, batch, tmp_path
+) -> None:
+    many = dataclasses.replace(
+        batch, features=torch.ones(2000, CHANNELS, 2, 2), masks=batch.masks[:1].repeat(2000, 1, 1)
+    )
     features = only(build(store, tmp_path, augmenter="channel-dropout", share=0.25), many).features
     assert features.unique().tolist() == pytest.approx([0, 1 / 0.75])
     assert torch.equal(features.amin((2, 3)), features.amax((2, 3)))
@@ -126,34 +176,52 @@ def test_channel_dropout_leaves_out_whole_channels_and_keeps_the_mean(store, bat
 def test_class_statistics_equal_numpy(store) -> None:
     positions = store.positions("identity")
     found = ClassStatistics.of(store, positions, torch.device("cpu"))
-    features, labels = store.gather("features", positions), store.gather("masks", positions)[:, ::STRIDE, ::STRIDE]
+    features, labels = (
+        store.gather("features", positions),
+        store.gather("masks", positions)[:, ::STRIDE, ::STRIDE],
+    )
     for number in range(CLASSES):
         vectors = features.transpose(0, 2, 3, 1)[labels == number]
         np.testing.assert_allclose(found.means[number], vectors.mean(0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found.deviations[number], vectors.std(0), rtol=1e-3, atol=1e-4)
         assert found.pixels[number] == (labels == number).sum()
-        assert found.photographs[number] == (labels == number).any((1, 2)).sum() == len(found.centres[number])
+        assert (
+            found.photographs[number]
+            == (labels == number).any((1, 2)).sum()
+            == len(found.centres[number])
+        )
 
 
-def test_linear_delta_moves_a_region_by_the_difference_of_two_others(store, batch, tmp_path) -> None:
-    moved_by = only(build(store, tmp_path, augmenter="linear-delta"), batch).features - batch.features
+def test_linear_delta_moves_a_region_by_the_difference_of_two_others(
+    store, batch, tmp_path
+) -> None:
+    moved_by = (
+        only(build(store, tmp_path, augmenter="linear-delta"), batch).features - batch.features
+    )
     deltas = [moved_by[0][:, small(batch.masks)[0] == number] for number in range(CLASSES)]
     centres = {sample: centre(batch.features, batch.masks, sample, 1) for sample in (1, 2, 3)}
     candidates = [centres[j] - centres[k] for j in centres for k in centres if j != k]
     assert any(torch.allclose(deltas[1].mean(1), candidate, atol=1e-5) for candidate in candidates)
-    assert torch.allclose(deltas[1], deltas[1][:, :1].expand_as(deltas[1]), atol=1e-6)  # all its pixels alike
+    assert torch.allclose(
+        deltas[1], deltas[1][:, :1].expand_as(deltas[1]), atol=1e-6
+    )  # all its pixels alike
     assert not deltas[2].any()  # class 2 is in one other photograph of the batch only
     assert not moved_by[:, :, 0, 0].any()  # void
 
 
 def test_extrapolate_moves_away_from_the_class(store, batch, tmp_path) -> None:
-    moved_by = only(build(store, tmp_path, augmenter="extrapolate", strength=0.5), batch).features - batch.features
+    moved_by = (
+        only(build(store, tmp_path, augmenter="extrapolate", strength=0.5), batch).features
+        - batch.features
+    )
     means = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu")).means
     for sample, labels in enumerate(small(batch.masks)):
         for number in set(labels.unique().tolist()) - {VOID}:
             pixels = moved_by[sample][:, labels == number]
             expected = 0.5 * (centre(batch.features, batch.masks, sample, number) - means[number])
-            torch.testing.assert_close(pixels, expected[:, None].expand_as(pixels), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                pixels, expected[:, None].expand_as(pixels), rtol=1e-4, atol=1e-5
+            )
     assert not moved_by[:, :, 0, 0].any()  # void
 
 
@@ -169,9 +237,15 @@ def test_interpolate_moves_to_the_nearest_harder_region(store, batch, tmp_path) 
     for sample in range(4):
         harder = [other for other in range(4) if hardness[other] > hardness[sample]]
         pixels = moved_by[sample][:, labels[sample] == 1]
-        nearest = min(harder, key=lambda other: float((centres[other] - centres[sample]).norm()), default=sample)  # none: it stays
+        nearest = min(
+            harder,
+            key=lambda other: float((centres[other] - centres[sample]).norm()),
+            default=sample,
+        )  # none: it stays
         expected = 0.4 * (centres[nearest] - centres[sample])
-        torch.testing.assert_close(pixels, expected[:, None].expand_as(pixels), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            pixels, expected[:, None].expand_as(pixels), rtol=1e-4, atol=1e-5
+        )
     assert not moved_by[:, :, 0, 0].any()  # void
 
 
@@ -200,16 +274,25 @@ def test_mixups_share_is_from_a_beta_distribution(store, batch, tmp_path) -> Non
     augmenter = build(store, tmp_path, augmenter="mixup", alpha=0.2)
     shares = np.array([only(augmenter, batch, seed).targets[0][1] for seed in range(1500)])
     assert shares.mean() == pytest.approx(1 / 2, abs=0.04)
-    assert shares.var() == pytest.approx(1 / (4 * (2 * 0.2 + 1)), rel=0.07)  # of Beta(a, a); a uniform share's is less than half of it
+    assert shares.var() == pytest.approx(
+        1 / (4 * (2 * 0.2 + 1)), rel=0.07
+    )  # of Beta(a, a); a uniform share's is less than half of it
 
 
 def test_upsample_draws_photographs_of_rare_classes_more_often(store, batch, tmp_path) -> None:
     positions = store.positions("identity")
     factors = repeat_factors(store, positions, 1.0)
-    np.testing.assert_allclose(factors, [2, *[(8 / 6) ** 0.5] * 4, 2, 1, 1])  # sqrt(1 / share) of the rarest class
-    np.testing.assert_allclose(repeat_factors(store, positions, 0.5), [2**0.5, 1, 1, 1, 1, 2**0.5, 1, 1])
+    np.testing.assert_allclose(
+        factors, [2, *[(8 / 6) ** 0.5] * 4, 2, 1, 1]
+    )  # sqrt(1 / share) of the rarest class
+    np.testing.assert_allclose(
+        repeat_factors(store, positions, 0.5), [2**0.5, 1, 1, 1, 1, 2**0.5, 1, 1]
+    )
     augmenter = build(store, tmp_path, augmenter="upsample")
-    with_rare = sum(int((small(only(augmenter, batch, seed).targets[0][0]) == 2).any((1, 2)).sum()) for seed in range(300))
+    with_rare = sum(
+        int((small(only(augmenter, batch, seed).targets[0][0]) == 2).any((1, 2)).sum())
+        for seed in range(300)
+    )
     assert with_rare / 1200 == pytest.approx(4 / factors.sum(), abs=0.04)
 
 
@@ -228,20 +311,26 @@ def test_the_mirrored_views_of_photographs_are_found(store) -> None:
 
 def test_hflip_views_wants_mirrored_views(store, batch, tmp_path) -> None:
     with featurestore.create(tmp_path / "train", store.spec, fingerprint="f") as writer:
-        writer.append(id="photo", features=store.features(0), mask=store.mask(0), image=store.image(0))
+        writer.append(
+            id="photo", features=store.features(0), mask=store.mask(0), image=store.image(0)
+        )
     with pytest.raises(SpecMismatchError, match="extract.views"):
         build(featurestore.open(tmp_path / "train"), tmp_path, augmenter="hflip-views")
 
 
 def test_calibration_draws_rare_regions_around_the_calibrated_mean(store, batch, tmp_path) -> None:
-    augmenter = build(store, tmp_path, augmenter="calibration", rare=0.5, neighbours=2)  # class 2 is in a quarter of them
+    augmenter = build(
+        store, tmp_path, augmenter="calibration", rare=0.5, neighbours=2
+    )  # class 2 is in a quarter of them
     rows = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu")).centres
     own = centre(batch.features, batch.masks, 0, 2)
     mean = (own + rows[0].mean(0) + rows[1].mean(0)) / 3
     covariance = (torch.cov(rows[0].T) + torch.cov(rows[1].T)) / 2
     draws = torch.stack([augmenter.draw(own, rng(seed)) for seed in range(4000)])
     torch.testing.assert_close(draws.mean(0), mean, rtol=0, atol=0.06)
-    torch.testing.assert_close(torch.cov(draws.T), covariance, rtol=0, atol=0.12 * float(covariance.abs().max()))
+    torch.testing.assert_close(
+        torch.cov(draws.T), covariance, rtol=0, atol=0.12 * float(covariance.abs().max())
+    )
     part = only(augmenter, batch)
     changed = (part.features != batch.features).any(1)
     assert torch.equal(changed, small(batch.masks) == 2)
@@ -249,14 +338,20 @@ def test_calibration_draws_rare_regions_around_the_calibrated_mean(store, batch,
     assert torch.equal(part.targets[0][0][0], batch.masks[0])
 
 
-def test_calibration_takes_the_nearest_class_and_adds_alpha_to_every_covariance(store, tmp_path) -> None:
+def test_calibration_takes_the_nearest_class_and_adds_alpha_to_every_covariance(
+    store, tmp_path
+) -> None:
     augmenter = build(store, tmp_path, augmenter="calibration", rare=0.5, neighbours=1, spread=0.5)
     rows = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu")).centres
     for number, other in ((0, 1), (1, 0)):
         near = 0.8 * rows[number].mean(0) + 0.2 * rows[other].mean(0)
         draws = torch.stack([augmenter.draw(near, rng(seed)) for seed in range(4000)])
-        torch.testing.assert_close(draws.mean(0), (near + rows[number].mean(0)) / 2, rtol=0, atol=0.06)
-        torch.testing.assert_close(torch.cov(draws.T), torch.cov(rows[number].T) + 0.5, rtol=0, atol=0.08)
+        torch.testing.assert_close(
+            draws.mean(0), (near + rows[number].mean(0)) / 2, rtol=0, atol=0.06
+        )
+        torch.testing.assert_close(
+            torch.cov(draws.T), torch.cov(rows[number].T) + 0.5, rtol=0, atol=0.08
+        )
 
 
 def test_cvae_learns_each_classs_distribution(store, batch, tmp_path) -> None:
@@ -268,7 +363,10 @@ def test_cvae_learns_each_classs_distribution(store, batch, tmp_path) -> None:
     with torch.no_grad():
         drawn = model.decode(torch.randn(500, 2), torch.ones(500, dtype=torch.int64))
     torch.testing.assert_close(drawn.mean(0), means[1], rtol=0, atol=0.15)
-    first, again, other = (only(build(store, tmp_path, augmenter="cvae", fit_steps=20), batch, seed).features for seed in (1, 1, 2))
+    first, again, other = (
+        only(build(store, tmp_path, augmenter="cvae", fit_steps=20), batch, seed).features
+        for seed in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -279,9 +377,16 @@ def test_cvae_puts_drawn_centres_in_the_place_of_real_ones(store, batch, tmp_pat
     z = torch.randn(len(batch) * CLASSES, 4, generator=rng(7)).view(len(batch), CLASSES, 4)
     for sample, number in ((0, 0), (0, 1), (0, 2), (3, 2)):
         with torch.no_grad():
-            drawn = augmenter.model.decode(z[sample, number][None], torch.tensor([number]))[0] * augmenter.scale
+            drawn = (
+                augmenter.model.decode(z[sample, number][None], torch.tensor([number]))[0]
+                * augmenter.scale
+            )
         region = small(batch.masks)[sample] == number
-        moved = batch.features[sample][:, region] - centre(batch.features, batch.masks, sample, number)[:, None] + drawn[:, None]
+        moved = (
+            batch.features[sample][:, region]
+            - centre(batch.features, batch.masks, sample, number)[:, None]
+            + drawn[:, None]
+        )
         torch.testing.assert_close(added[sample][:, region], moved, rtol=1e-4, atol=1e-4)
     void = small(batch.masks) == VOID
     assert torch.equal(added.movedim(1, -1)[void], batch.features.movedim(1, -1)[void])
@@ -304,16 +409,26 @@ def test_isda_is_the_expectation_under_gaussian_samples(store, batch, tmp_path) 
         ours = weight @ vector + bias + margins[label]
         torch.testing.assert_close((ours - ours[label]).exp(), expected, rtol=0.02, atol=0)
     expected = torch.autograd.grad(  # the margins are differentiated by the weights, too
-        sum(0.3 * (augmenter.variances[y] * (weight[k] - weight[y]).square()).sum() for y in range(CLASSES) for k in range(CLASSES)),
+        sum(
+            0.3 * (augmenter.variances[y] * (weight[k] - weight[y]).square()).sum()
+            for y in range(CLASSES)
+            for k in range(CLASSES)
+        ),
         last.weight,
     )
-    torch.testing.assert_close(torch.autograd.grad(augmenter.margins(last.weight.flatten(1)).sum(), last.weight), expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(augmenter.margins(last.weight.flatten(1)).sum(), last.weight), expected
+    )
 
 
 def test_isda_estimates_the_variances_of_all_vectors_so_far(store, batch, tmp_path) -> None:
     augmenter = build(store, tmp_path, augmenter="isda")
     parts = [torch.randn(4, 5, SIDE, SIDE) * 2 + shift for shift in (1, 2, 3)]
-    masks = [batch.masks, torch.where(batch.masks == 1, 0, batch.masks), batch.masks]  # batches have unequal numbers of a class's vectors
+    masks = [
+        batch.masks,
+        torch.where(batch.masks == 1, 0, batch.masks),
+        batch.masks,
+    ]  # batches have unequal numbers of a class's vectors
     last = torch.nn.Conv2d(5, CLASSES, 1)
     for embeddings, truth in zip(parts, masks, strict=True):
         change = augmenter.adjust(truth)
@@ -321,8 +436,12 @@ def test_isda_estimates_the_variances_of_all_vectors_so_far(store, batch, tmp_pa
         assert torch.equal(scores, last(embeddings))  # lambda is 0 at the start
     for number in range(CLASSES):
         pairs = zip(parts, masks, strict=True)
-        vectors = torch.cat([embeddings.permute(0, 2, 3, 1)[small(truth) == number] for embeddings, truth in pairs])
-        torch.testing.assert_close(augmenter.variances[number], vectors.var(0, unbiased=False), rtol=1e-4, atol=1e-4)
+        vectors = torch.cat(
+            [embeddings.permute(0, 2, 3, 1)[small(truth) == number] for embeddings, truth in pairs]
+        )
+        torch.testing.assert_close(
+            augmenter.variances[number], vectors.var(0, unbiased=False), rtol=1e-4, atol=1e-4
+        )
     labels = small(batch.masks)
     augmenter.step = 10
     with torch.no_grad():
@@ -335,10 +454,14 @@ def test_isda_estimates_the_variances_of_all_vectors_so_far(store, batch, tmp_pa
 
 @pytest.mark.parametrize("head", ["deeplab", "fcn"])
 def test_scores_can_be_adjusted_in_front_of_the_last_layer(head: str) -> None:
-    decoder = Decoder(head=head, in_channels=8, num_classes=CLASSES, width=5, atrous_rates=(1, 2)).eval()
+    decoder = Decoder(
+        head=head, in_channels=8, num_classes=CLASSES, width=5, atrous_rates=(1, 2)
+    ).eval()
     features = torch.randn(2, 8, SIDE, SIDE)
 
-    def again(embeddings: torch.Tensor, scores: torch.Tensor, last: torch.nn.Conv2d) -> torch.Tensor:
+    def again(
+        embeddings: torch.Tensor, scores: torch.Tensor, last: torch.nn.Conv2d
+    ) -> torch.Tensor:
         assert torch.equal(last(embeddings), scores)
         return scores + 1
 
@@ -354,8 +477,15 @@ def test_moved_features_stay_as_the_backbones_are(batch) -> None:
 
 def test_combined_augmenters_add_what_each_of_them_adds(store, batch, tmp_path) -> None:
     isda = {"augmenter": "isda", "strength": 3.0}
-    of = [{"augmenter": "duplicate", "ratio": 2, "weight": 0.5}, isda, {"augmenter": "channel-dropout"}]
-    combined, alone = build(store, tmp_path, augmenter="combined", of=of), build(store, tmp_path, **isda)
+    of = [
+        {"augmenter": "duplicate", "ratio": 2, "weight": 0.5},
+        isda,
+        {"augmenter": "channel-dropout"},
+    ]
+    combined, alone = (
+        build(store, tmp_path, augmenter="combined", of=of),
+        build(store, tmp_path, **isda),
+    )
     *copies, dropped = combined.augment(batch, rng()).parts
     assert [part.weight for part in copies] == [0.5, 0.5]
     assert all(torch.equal(part.features, batch.features) for part in copies)
@@ -372,22 +502,43 @@ def test_combined_augmenters_add_what_each_of_them_adds(store, batch, tmp_path) 
     assert not torch.equal(adjusted[0], last(embeddings))
 
 
-def test_combined_augmenters_draw_apart_and_the_first_as_it_would_alone(store, batch, tmp_path) -> None:
+def test_combined_augmenters_draw_apart_and_the_first_as_it_would_alone(
+    store, batch, tmp_path
+) -> None:
     upsample = {"augmenter": "upsample"}
     twice = build(store, tmp_path, augmenter="combined", of=[upsample, upsample])
     alone = build(store, tmp_path, **upsample)
     each = [twice.augment(batch, rng(seed)).parts for seed in range(5)]
-    assert all(torch.equal(first.features, only(alone, batch, seed).features) for seed, (first, _) in enumerate(each))
+    assert all(
+        torch.equal(first.features, only(alone, batch, seed).features)
+        for seed, (first, _) in enumerate(each)
+    )
     assert not any(torch.equal(first.features, second.features) for first, second in each)
 
 
 @pytest.mark.parametrize(
     ("of", "shared", "text"),
     [
-        ([{"augmenter": "noise", "perturb": ["flip"]}, {"augmenter": "isda"}], {}, "perturb of noise is for all that are combined"),
-        ([{"augmenter": "noise", "until": 0.5}, {"augmenter": "isda"}], {}, "until of noise is for all that are combined"),
-        ([{"augmenter": "featuregan"}, {"augmenter": "isda"}], {}, "a joint generator learns with its own decoder alone"),
-        ([{"augmenter": "mixup"}, {"augmenter": "isda"}], {"perturb": ["copy_paste"]}, "mixup cannot be among them: perturb: copy_paste"),
+        (
+            [{"augmenter": "noise", "perturb": ["flip"]}, {"augmenter": "isda"}],
+            {},
+            "perturb of noise is for all that are combined",
+        ),
+        (
+            [{"augmenter": "noise", "until": 0.5}, {"augmenter": "isda"}],
+            {},
+            "until of noise is for all that are combined",
+        ),
+        (
+            [{"augmenter": "featuregan"}, {"augmenter": "isda"}],
+            {},
+            "a joint generator learns with its own decoder alone",
+        ),
+        (
+            [{"augmenter": "mixup"}, {"augmenter": "isda"}],
+            {"perturb": ["copy_paste"]},
+            "mixup cannot be among them: perturb: copy_paste",
+        ),
         (
             [{"augmenter": "hflip-views"}, {"augmenter": "isda"}],
             {"view": "random"},
@@ -405,8 +556,13 @@ def test_what_cannot_be_combined_is_refused(of, shared, text) -> None:
 
 @pytest.mark.parametrize("augmenter", ["none", "isda"])
 @pytest.mark.parametrize("key", [{"until": 0.7}, {"statistics": "real"}], ids=str)
-def test_what_is_said_of_added_batches_is_refused_where_there_are_none(augmenter: str, key: dict) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(key))} is of the batches that a variant adds, and this one adds none"):
+def test_what_is_said_of_added_batches_is_refused_where_there_are_none(
+    augmenter: str, key: dict
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=f"{next(iter(key))} is of the batches that a variant adds, and this one adds none",
+    ):
         TypeAdapter(Variant).validate_python({"augmenter": augmenter, **key})
 
 
@@ -419,10 +575,22 @@ def test_combined_variants_need_what_their_members_need() -> None:
     varied = {"augmenter": "featuregan", "generator": "frozen", "vary": 0.5, "ratio": 2}
     of = [varied, {"augmenter": "hflip-views"}, {"augmenter": "isda"}]
     needs = TypeAdapter(Variant).validate_python({"augmenter": "combined", "of": of})
-    assert (needs.needs_gan, needs.needs_mirrored, needs.needs_family, needs.added_batches) == (True, True, "flow", 3)
+    assert (needs.needs_gan, needs.needs_mirrored, needs.needs_family, needs.added_batches) == (
+        True,
+        True,
+        "flow",
+        3,
+    )
     assert needs.needs_classes == 2
-    needs = TypeAdapter(Variant).validate_python({"augmenter": "combined", "of": [{"augmenter": "noise"}, {"augmenter": "isda"}]})
-    assert (needs.needs_gan, needs.needs_mirrored, needs.needs_family, needs.added_batches) == (False, False, None, 1)
+    needs = TypeAdapter(Variant).validate_python(
+        {"augmenter": "combined", "of": [{"augmenter": "noise"}, {"augmenter": "isda"}]}
+    )
+    assert (needs.needs_gan, needs.needs_mirrored, needs.needs_family, needs.added_batches) == (
+        False,
+        False,
+        None,
+        1,
+    )
 
 
 def test_isda_goes_on_from_its_state(store, batch, tmp_path) -> None:
@@ -439,7 +607,12 @@ def test_isda_goes_on_from_its_state(store, batch, tmp_path) -> None:
 def test_regions_find_others_of_the_same_class(store, batch) -> None:
     regions = Regions.of(batch.features, batch.masks, CLASSES)
     chosen, found = regions.others(1, rng())
-    assert found.tolist() == [[True, True, True], [True, True, False], [True, True, False], [True, True, True]]
+    assert found.tolist() == [
+        [True, True, True],
+        [True, True, False],
+        [True, True, False],
+        [True, True, True],
+    ]
     assert chosen[0, 2, 0] == 3
     assert chosen[3, 2, 0] == 0
     assert all(chosen[sample, 0, 0] != sample for sample in range(4))
@@ -463,17 +636,24 @@ def test_new_masks_paste_rare_objects(store, batch) -> None:
     assert np.mean(after) > before
     for seed in range(20):
         changed = pasting(batch.masks, rng(seed))
-        assert set(changed[changed != batch.masks].tolist()) <= {1, 2}  # things, not what they lie on
+        assert set(changed[changed != batch.masks].tolist()) <= {
+            1,
+            2,
+        }  # things, not what they lie on
     assert torch.equal(pasting(batch.masks, rng(1)), pasting(batch.masks, rng(1)))
 
 
-def test_a_share_of_the_masks_is_changed_and_the_other_samples_are_added_as_they_are(store, batch, tmp_path) -> None:
+def test_a_share_of_the_masks_is_changed_and_the_other_samples_are_added_as_they_are(
+    store, batch, tmp_path
+) -> None:
     masks = batch.masks.repeat(500, 1, 1)
     half = NewMasks(["swap"], store, store.positions("identity"), share=0.5)(masks, rng())
     all_of_them = NewMasks(["swap"], store, store.positions("identity"))(masks, rng())
     changed = (half != masks).flatten(1).any(1)
     assert torch.equal(half[changed], all_of_them[changed])
-    assert float(changed.float().mean()) == pytest.approx(0.5 * float((all_of_them != masks).flatten(1).any(1).float().mean()), abs=0.04)
+    assert float(changed.float().mean()) == pytest.approx(
+        0.5 * float((all_of_them != masks).flatten(1).any(1).float().mean()), abs=0.04
+    )
     many = Batch(torch.arange(2000), batch.features.repeat(500, 1, 1, 1), masks, None)
     part = only(build(store, tmp_path, augmenter="class-transfer", share=0.5), many)
     same = (part.targets[0][0] == masks).flatten(1).all(1)
@@ -486,8 +666,14 @@ def test_new_masks_give_a_thing_another_class(store, batch) -> None:
     seen = set()
     for seed in range(20):
         for before, after in zip(batch.masks, swapping(batch.masks, rng(seed)), strict=True):
-            ((old, new),) = {pair for pair in zip(before.flatten().tolist(), after.flatten().tolist(), strict=True) if pair[0] != pair[1]}
-            assert torch.equal(after, torch.where(before == old, new, before))  # the whole of it, and nothing else
+            ((old, new),) = {
+                pair
+                for pair in zip(before.flatten().tolist(), after.flatten().tolist(), strict=True)
+                if pair[0] != pair[1]
+            }
+            assert torch.equal(
+                after, torch.where(before == old, new, before)
+            )  # the whole of it, and nothing else
             seen.add((old, new))
     assert seen == {(1, 2), (2, 1)}
     ground = torch.zeros_like(batch.masks)
@@ -505,25 +691,36 @@ def test_new_masks_need_classes_to_change(store) -> None:
 
     positions = np.arange(4)
     assert NewMasks(["paste"], Masks(), positions).things.tolist() == [1]
-    with pytest.raises(ConfigError, match=r"new_masks: exchanging classes \(swap, class-transfer\) needs 2 classes beside .*, found 1"):
+    with pytest.raises(
+        ConfigError,
+        match=r"new_masks: exchanging classes \(swap, class-transfer\) needs 2 classes beside .*, found 1",
+    ):
         NewMasks(["swap"], Masks(), positions)
     with pytest.raises(ConfigError, match=r"pasting objects needs 1 classes beside .*, found 0"):
         NewMasks(["paste"], Masks(), positions[:1])
-    with pytest.raises(ConfigError, match="'flop' is unknown; known are flip, shift, scale, paste, swap"):
+    with pytest.raises(
+        ConfigError, match="'flop' is unknown; known are flip, shift, scale, paste, swap"
+    ):
         NewMasks(["flop"], Masks(), positions)
 
 
 def test_classes_without_a_feature_pixel_are_given_to_no_object(store, batch) -> None:
-    only_first = NewMasks(["paste"], store, store.positions("identity"), known=np.arange(CLASSES) < 2)
+    only_first = NewMasks(
+        ["paste"], store, store.positions("identity"), known=np.arange(CLASSES) < 2
+    )
     assert only_first.things.tolist() == [1]
     with pytest.raises(ConfigError, match="needs 2 classes beside .*, found 1"):
         NewMasks(["swap"], store, store.positions("identity"), known=np.arange(CLASSES) < 2)
 
 
-def test_class_transfer_moves_an_object_by_the_difference_of_the_means(store, batch, tmp_path) -> None:
+def test_class_transfer_moves_an_object_by_the_difference_of_the_means(
+    store, batch, tmp_path
+) -> None:
     part = only(build(store, tmp_path, augmenter="class-transfer", weight=0.5), batch)
     positions = store.positions("identity")
-    features, masks = (torch.from_numpy(store.gather(name, positions)) for name in ("features", "masks"))
+    features, masks = (
+        torch.from_numpy(store.gather(name, positions)) for name in ("features", "masks")
+    )
     vectors, labels = features.transpose(0, 1).flatten(1), small(masks).flatten()
     means = torch.stack([vectors[:, labels == number].mean(1) for number in range(CLASSES)])
     old, new = small(batch.masks), small(part.targets[0][0])
@@ -531,7 +728,9 @@ def test_class_transfer_moves_an_object_by_the_difference_of_the_means(store, ba
     assert places
     expected = batch.features.clone()
     for sample, row, column in places:
-        expected[sample, :, row, column] += means[new[sample, row, column].long()] - means[old[sample, row, column].long()]
+        expected[sample, :, row, column] += (
+            means[new[sample, row, column].long()] - means[old[sample, row, column].long()]
+        )
     torch.testing.assert_close(part.features, expected)
     assert part.weight == 0.5
 

@@ -11,10 +11,11 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from stages.analysis import comparison, figures, tables
-from stages.analysis.bootstrap import Counts, paired_intervals
-from stages.analysis.markdown import as_markdown
-from stages.errors import ConfigError, DataError
+from stages.common.errors import ConfigError, DataError
+from stages.reporting import figures, tables
+from stages.reporting.bootstrap import Counts, paired_intervals
+from stages.studies import compare as comparison
+from stages.studies.markdown import as_markdown
 
 NAMES = ["sky", "road", "car"]
 
@@ -22,7 +23,11 @@ NAMES = ["sky", "road", "car"]
 def image(right: dict[int, int], wrong: dict[tuple[int, int], int]) -> list[int]:
     """A confusion matrix as images.json holds it."""
     entries = {**{(number, number): pixels for number, pixels in right.items()}, **wrong}
-    return [number for (truth, predicted), pixels in entries.items() for number in (truth, predicted, pixels)]
+    return [
+        number
+        for (truth, predicted), pixels in entries.items()
+        for number in (truth, predicted, pixels)
+    ]
 
 
 def run_of(variant: str, seed: int, images: dict[str, list[int]], **more) -> dict:
@@ -37,7 +42,14 @@ def run_of(variant: str, seed: int, images: dict[str, list[int]], **more) -> dic
     absent = [name for name, value in iou.items() if value is None]
     accuracy = confusion.diagonal().sum() / confusion.sum()
     scores = {"iou": iou, "miou": miou, "pixel_accuracy": accuracy, "absent": absent}
-    return {"variant": variant, "seed": seed, **scores, "best_on_val": scores, "images": images, **more}
+    return {
+        "variant": variant,
+        "seed": seed,
+        **scores,
+        "best_on_val": scores,
+        "images": images,
+        **more,
+    }
 
 
 def test_counts_and_iou_equal_hand_computed_values() -> None:
@@ -46,7 +58,9 @@ def test_counts_and_iou_equal_hand_computed_values() -> None:
     np.testing.assert_array_equal(counts.truth, [[8, 0, 0], [1, 3, 0]])
     np.testing.assert_array_equal(counts.predicted, [[6, 2, 0], [0, 4, 0]])
     iou = counts.iou(np.array([[1.0, 1.0], [2.0, 0.0]]))
-    np.testing.assert_allclose(iou, [[6 / 9, 3 / 6, np.nan], [12 / 16, np.nan, np.nan]])  # the second image alone has class 1
+    np.testing.assert_allclose(
+        iou, [[6 / 9, 3 / 6, np.nan], [12 / 16, np.nan, np.nan]]
+    )  # the second image alone has class 1
 
 
 def test_intervals_cover_the_true_difference() -> None:
@@ -72,11 +86,16 @@ def test_intervals_cover_the_true_difference() -> None:
     covered, wide = 0, []
     for _ in range(200):
         chosen = rng.integers(0, size, 60)
-        (found,), _ = paired_intervals([part(ours, chosen)], [part(theirs, chosen)], [0, 1, 2], resamples=400)
+        (found,), _ = paired_intervals(
+            [part(ours, chosen)], [part(theirs, chosen)], [0, 1, 2], resamples=400
+        )
         covered += found.low <= true_difference <= found.high
         wide.append(found.high - found.low)
     assert 0.90 <= covered / 200 <= 0.99
-    scores = [float(part(ours, rng.integers(0, size, 60)).iou(np.ones((1, 60))).mean()) for _ in range(200)]
+    scores = [
+        float(part(ours, rng.integers(0, size, 60)).iou(np.ones((1, 60))).mean())
+        for _ in range(200)
+    ]
     unpaired = 2 * 1.96 * 2**0.5 * np.std(scores)  # were the two sides tested on different images
     assert np.mean(wide) < 0.6 * unpaired  # what pairing is for
 
@@ -102,7 +121,9 @@ def test_blocks_cover_where_images_resemble_their_neighbours() -> None:
     for _ in range(200):
         ours, theirs = video(frames // of_a_scene)
         for length in covered:
-            (found,), _ = paired_intervals([ours], [theirs], [0, 1, 2], resamples=400, block_length=length)
+            (found,), _ = paired_intervals(
+                [ours], [theirs], [0, 1, 2], resamples=400, block_length=length
+            )
             covered[length] += found.low <= true_difference <= found.high
     assert covered[1] / 200 < 0.6
     assert 0.85 <= covered[20] / 200 <= 0.99
@@ -112,7 +133,10 @@ def test_too_few_blocks_are_refused() -> None:
     images = {str(number): image({0: 5, 1: 5, 2: 5}, {}) for number in range(30)}
     base, ours = ([run_of(name, 0, images)] for name in ("baseline", "better"))
     assert len(tables.compare({"baseline": base, "better": ours}, [], block_length=3)) == 2
-    with pytest.raises(ConfigError, match=r"report\.block_length: 30 test images are fewer than 10 blocks of 4; take shorter ones"):
+    with pytest.raises(
+        ConfigError,
+        match=r"report\.block_length: 30 test images are fewer than 10 blocks of 4; take shorter ones",
+    ):
         tables.compare({"baseline": base, "better": ours}, [], block_length=4)
 
 
@@ -139,7 +163,11 @@ def test_intervals_of_several_seeds_cover_with_a_class_that_few_images_have() ->
     for _ in range(200):
         chosen = rng.integers(0, size, drawn)
         parts = [
-            [Counts(counts.truth[chosen], counts.predicted[chosen], counts.right[chosen]) for counts in side] for side in (ours, theirs)
+            [
+                Counts(counts.truth[chosen], counts.predicted[chosen], counts.right[chosen])
+                for counts in side
+            ]
+            for side in (ours, theirs)
         ]
         (found,), _ = paired_intervals(*parts, [0, 1, 2], resamples=400)
         covered += found.low <= true_difference <= found.high
@@ -147,8 +175,14 @@ def test_intervals_of_several_seeds_cover_with_a_class_that_few_images_have() ->
 
 
 def test_differences_are_paired_by_seed_and_known_by_hand() -> None:
-    base = [run_of("baseline", seed, {"a": image({0: 8, 1: 6}, {(0, 1): 2}), "b": image({0: 4}, {})}) for seed in (0, 1)]
-    ours = [run_of("better", seed, {"a": image({0: 9, 1: 6}, {(0, 1): 1}), "b": image({0: 4}, {})}) for seed in (1, 7)]
+    base = [
+        run_of("baseline", seed, {"a": image({0: 8, 1: 6}, {(0, 1): 2}), "b": image({0: 4}, {})})
+        for seed in (0, 1)
+    ]
+    ours = [
+        run_of("better", seed, {"a": image({0: 9, 1: 6}, {(0, 1): 1}), "b": image({0: 4}, {})})
+        for seed in (1, 7)
+    ]
     rows = tables.compare({"baseline": base, "better": ours}, [])
     assert rows[0]["delta_miou"] is None
     expected = 100 * ((13 / 14 + 6 / 7) / 2 - (12 / 14 + 6 / 8) / 2)
@@ -160,8 +194,13 @@ def test_differences_are_paired_by_seed_and_known_by_hand() -> None:
     assert of_one_class[1]["delta_miou"] == pytest.approx(100 * (6 / 7 - 6 / 8))
     assert rows[0]["delta_std"] is rows[1]["delta_std"] is None
     same = run_of("better", 0, base[0]["images"])
-    two = tables.compare({"baseline": base, "better": [same, ours[0]]}, [])[1]  # differences of 0 and of as much as before
-    assert (two["delta_miou"], two["delta_std"]) == (pytest.approx(expected / 2), pytest.approx(expected / 2**0.5))
+    two = tables.compare({"baseline": base, "better": [same, ours[0]]}, [])[
+        1
+    ]  # differences of 0 and of as much as before
+    assert (two["delta_miou"], two["delta_std"]) == (
+        pytest.approx(expected / 2),
+        pytest.approx(expected / 2**0.5),
+    )
     with pytest.raises(ConfigError, match="'cat' is no class"):
         tables.compare({"baseline": base}, ["cat"])
 
@@ -169,7 +208,11 @@ def test_differences_are_paired_by_seed_and_known_by_hand() -> None:
 def test_means_are_over_the_classes_of_the_truth_whoever_predicts_others() -> None:
     """One pixel of a class that the test images lack costs that pixel, not a share of the mean."""
     base = [run_of("baseline", 0, {"a": image({0: 8, 1: 6}, {(0, 1): 2}), "b": image({0: 4}, {})})]
-    ours = [run_of("other", 0, {"a": image({0: 7, 1: 6}, {(0, 1): 2, (0, 2): 1}), "b": image({0: 4}, {})})]
+    ours = [
+        run_of(
+            "other", 0, {"a": image({0: 7, 1: 6}, {(0, 1): 2, (0, 2): 1}), "b": image({0: 4}, {})}
+        )
+    ]
     assert (base[0]["iou"]["car"], ours[0]["iou"]["car"]) == (None, 0.0)
     rows = tables.compare({"baseline": base, "other": ours}, [])
     assert rows[1]["delta_miou"] == pytest.approx(100 * (11 / 14 - 12 / 14) / 2)
@@ -177,16 +220,22 @@ def test_means_are_over_the_classes_of_the_truth_whoever_predicts_others() -> No
     assert rows[1]["miou_all"]["mean"] == pytest.approx(100 * (11 / 14 + 6 / 8) / 2)
     assert rows[1]["absent_classes"] == ["car"]
     assert np.isnan(tables.per_class({"baseline": base, "other": ours}).loc["car", "other"])
-    entries = comparison.compare([comparison.Group("one", 2, {"baseline": base})], ["road", "car"], "baseline")
+    entries = comparison.compare(
+        [comparison.Group("one", 2, {"baseline": base})], ["road", "car"], "baseline"
+    )
     assert entries[0]["title"].endswith("; mIoU over road (the test images have no car)")
-    with pytest.raises(ConfigError, match="the test images have none of these classes; they have sky, road"):
+    with pytest.raises(
+        ConfigError, match="the test images have none of these classes; they have sky, road"
+    ):
         tables.compare({"baseline": base}, ["car"])
 
 
 def test_every_class_has_the_intervals_of_its_iou_and_of_its_difference() -> None:
     images = {str(n): image({0: 8, 1: n}, {(1, 0): 10 - n}) for n in range(1, 9)}
     better = {str(n): image({0: 8, 1: n + 1}, {(1, 0): 9 - n}) for n in range(1, 9)}
-    rows = tables.compare({"baseline": [run_of("baseline", 0, images)], "better": [run_of("better", 0, better)]}, [])
+    rows = tables.compare(
+        {"baseline": [run_of("baseline", 0, images)], "better": [run_of("better", 0, better)]}, []
+    )
     table = tables.per_class_with_intervals(rows).set_index(["variant", "class"])
     road = table.loc["baseline", "road"]
     assert road["iou"] == pytest.approx(100 * 36 / 80)
@@ -213,19 +262,37 @@ def results(tmp_path: Path) -> Path:
         for variant, gain in (("baseline", 0), ("noise", 4)):
             for seed in (0, 1):
                 wrong = [{(0, 1): 20 - gain, (2, 0): int(rng.integers(1, 9))} for _ in range(12)]
-                images = {f"i{n}": image({0: 50 + gain, 1: 40, 2: 30}, some) for n, some in enumerate(wrong)}
-                values = run_of(variant, seed, images, experiment=experiment, protocol=experiment, train_images=size)
+                images = {
+                    f"i{n}": image({0: 50 + gain, 1: 40, 2: 30}, some)
+                    for n, some in enumerate(wrong)
+                }
+                values = run_of(
+                    variant,
+                    seed,
+                    images,
+                    experiment=experiment,
+                    protocol=experiment,
+                    train_images=size,
+                )
                 if gain:
-                    values["gan"] = {"discriminator/real": [1.0, 0.9], "monitor/frechet": [None, 3.0]}
+                    values["gan"] = {
+                        "discriminator/real": [1.0, 0.9],
+                        "monitor/frechet": [None, 3.0],
+                    }
                 path = tmp_path / experiment / f"{variant}-{seed}.json"
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(json.dumps(values))
     return tmp_path
 
 
-def test_groups_by_protocol_are_written_with_tables_and_pictures(results: Path, tmp_path: Path) -> None:
+def test_groups_by_protocol_are_written_with_tables_and_pictures(
+    results: Path, tmp_path: Path
+) -> None:
     compared = comparison.compare(comparison.read_groups([results]), [], "baseline")
-    assert [(entry["name"], entry["train_images"]) for entry in compared] == [("full", 80), ("eighth", 10)]
+    assert [(entry["name"], entry["train_images"]) for entry in compared] == [
+        ("full", 80),
+        ("eighth", 10),
+    ]
     assert [row["variant"] for row in compared[0]["rows"]] == ["baseline", "noise"]
     assert all(row["delta_interval"]["low"] > 0 for entry in compared for row in entry["rows"][1:])
     text = comparison.as_text(compared)
@@ -241,12 +308,19 @@ def test_groups_by_protocol_are_written_with_tables_and_pictures(results: Path, 
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_figures_draw_every_gan_once_and_their_legends_hide_nothing(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_draw_every_gan_once_and_their_legends_hide_nothing(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for file in results.rglob("noise-*.json"):
         values = json.loads(file.read_text())
-        values["gan"] |= {"generator/adversarial": [1.0, 0.5], "generator/feature_matching": [2.0, 1.0]}
+        values["gan"] |= {
+            "generator/adversarial": [1.0, 0.5],
+            "generator/feature_matching": [2.0, 1.0],
+        }
         file.write_text(json.dumps(values))
-        file.with_name(file.name.replace("noise", "frozen")).write_text(json.dumps({**values, "variant": "frozen"}))
+        file.with_name(file.name.replace("noise", "frozen")).write_text(
+            json.dumps({**values, "variant": "frozen"})
+        )
     drawn: list[Figure] = []
     monkeypatch.setattr(figures, "png", lambda figure: drawn.append(figure) or b"")
     compared = comparison.compare(comparison.read_groups([results]), [], "baseline")
@@ -254,21 +328,34 @@ def test_figures_draw_every_gan_once_and_their_legends_hide_nothing(results: Pat
     for figure in drawn:
         FigureCanvasAgg(figure).draw()
     _, gans, curve = drawn
-    assert [axes.get_title() for axes in gans.axes] == ["Discriminator, real", "Generator", "Feature matching"]
+    assert [axes.get_title() for axes in gans.axes] == [
+        "Discriminator, real",
+        "Generator",
+        "Feature matching",
+    ]
     (legend,) = gans.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["full: frozen, noise", "eighth: frozen, noise"]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "full: frozen, noise",
+        "eighth: frozen, noise",
+    ]
     for axes in gans.axes:
-        assert [line.get_color() for line in axes.lines] == [line.get_color() for line in legend.get_lines()]
+        assert [line.get_color() for line in axes.lines] == [
+            line.get_color() for line in legend.get_lines()
+        ]
     for figure in (gans, curve):
         top = figure.legends[0].get_window_extent().y1
         assert all(top < axes.get_tightbbox().y0 for axes in figure.axes)
 
 
-def test_named_classes_stand_beside_all_and_sizes_have_a_table_of_gains(results: Path, tmp_path: Path) -> None:
+def test_named_classes_stand_beside_all_and_sizes_have_a_table_of_gains(
+    results: Path, tmp_path: Path
+) -> None:
     (results / "eighth" / "noise-1.json").unlink()
     compared = comparison.compare(comparison.read_groups([results]), ["sky", "road"], "baseline")
     for entry in compared:
-        of_all = comparison.compare(comparison.read_groups([results / entry["name"]]), [], "baseline")
+        of_all = comparison.compare(
+            comparison.read_groups([results / entry["name"]]), [], "baseline"
+        )
         for row, row_all in zip(entry["rows"], of_all[0]["rows"], strict=True):
             shown = ("miou", "delta_miou", "delta_interval", "miou_best_on_val")
             assert [tables.over_all(row)[key] for key in shown] == [row_all[key] for key in shown]
@@ -286,15 +373,25 @@ def test_named_classes_stand_beside_all_and_sizes_have_a_table_of_gains(results:
     assert lines[0].endswith("by number of training photographs, over sky, road")
 
     def gain(row: dict) -> str:
-        return "{:+.1f} ({low:+.1f} to {high:+.1f}".format(row["delta_miou"], **row["delta_interval"])
+        return "{:+.1f} ({low:+.1f} to {high:+.1f}".format(
+            row["delta_miou"], **row["delta_interval"]
+        )
 
-    heads = [number for number, line in enumerate(lines) if line == "| variant | 10 (1 seed) | 80 (2 seeds) |"]
+    heads = [
+        number
+        for number, line in enumerate(lines)
+        if line == "| variant | 10 (1 seed) | 80 (2 seeds) |"
+    ]
     for head, of in zip(heads, (lambda row: row, tables.over_all), strict=True):
         baseline, noise = lines[head + 2 : head + 4]
         values = [of(entry["rows"][0])["miou"]["mean"] for entry in compared[::-1]]
         assert baseline == "| baseline | {:.1f} (2 seeds) | {:.1f} |".format(*values)
         assert noise == f"| noise | {gain(of(eighth))}) | {gain(of(full))}) |"
-    wide = next(line for line in lines[lines.index("## " + compared[0]["title"]) :] if line.startswith("| noise"))
+    wide = next(
+        line
+        for line in lines[lines.index("## " + compared[0]["title"]) :]
+        if line.startswith("| noise")
+    )
     cells = wide.strip("| ").split(" | ")
     assert cells[2] == "{mean:.2f} ± {std:.2f}".format(**full["miou"])
     assert cells[5] == "{mean:.2f} ± {std:.2f}".format(**full["miou_best_on_val"])
@@ -316,33 +413,61 @@ def test_other_data_are_another_table_and_no_part_of_a_curve(results: Path, tmp_
     compared = comparison.compare(comparison.read_groups([results]), [], "baseline")
     assert [entry["name"] for entry in compared] == ["one/full", "two/full"]
     assert "curve.png" not in comparison.write(compared, tmp_path / "out")
-    assert (tmp_path / "out" / "comparison.md").read_text().startswith("## one/full: 80 training photographs")
+    assert (
+        (tmp_path / "out" / "comparison.md")
+        .read_text()
+        .startswith("## one/full: 80 training photographs")
+    )
 
 
 def test_one_seeds_runs_alone_are_compared_when_asked_for(results: Path, tmp_path: Path) -> None:
     compared = comparison.compare(comparison.read_groups([results], [1]), [], "baseline")
     assert {tuple(row["seeds"]) for entry in compared for row in entry["rows"]} == {(1,)}
     both = comparison.compare(comparison.read_groups([results]), [], "baseline")
-    assert compared[0]["rows"][1]["delta_miou_values"] == both[0]["rows"][1]["delta_miou_values"][1:]
-    with pytest.raises(ConfigError, match="--seed: there is no run of seed 7; the results have 0, 1"):
+    assert (
+        compared[0]["rows"][1]["delta_miou_values"] == both[0]["rows"][1]["delta_miou_values"][1:]
+    )
+    with pytest.raises(
+        ConfigError, match="--seed: there is no run of seed 7; the results have 0, 1"
+    ):
         comparison.read_groups([results], [0, 7])
 
 
-def test_gains_of_as_many_seeds_are_in_order_those_of_fewer_and_the_unpaired_last(tmp_path: Path) -> None:
+def test_gains_of_as_many_seeds_are_in_order_those_of_fewer_and_the_unpaired_last(
+    tmp_path: Path,
+) -> None:
     def group(name: str, size: int, **right: int) -> comparison.Group:
-        runs = {name: [run_of(name, 0, {"a": image({0: pixels}, {(0, 1): 20 - pixels})})] for name, pixels in right.items()}
+        runs = {
+            name: [run_of(name, 0, {"a": image({0: pixels}, {(0, 1): 20 - pixels})})]
+            for name, pixels in right.items()
+        }
         unpaired = {"alone": [run_of("alone", 5, {"a": image({0: 19}, {(0, 1): 1})})]}
         return comparison.Group(name, size, {**unpaired, **runs})
 
-    groups = [group("all", 3, worse=8, better=15, baseline=10, best=16), group("few", 2, baseline=9, best=11)]
+    groups = [
+        group("all", 3, worse=8, better=15, baseline=10, best=16),
+        group("few", 2, baseline=9, best=11),
+    ]
     groups[0].runs["best"].append(run_of("best", 5, {"a": image({0: 3}, {(0, 1): 17})}))
     compared = comparison.compare(groups, [], "baseline")
-    assert [row["variant"] for row in compared[0]["rows"]] == ["baseline", "best", "better", "worse", "alone"]
+    assert [row["variant"] for row in compared[0]["rows"]] == [
+        "baseline",
+        "best",
+        "better",
+        "worse",
+        "alone",
+    ]
     assert [tables.cells(row)[-1] for row in compared[0]["rows"]] == ["1", "1 of 2", "1", "1", "1"]
     assert "| alone | — | — |" in as_markdown(compared)
     groups[0].runs["baseline"].append(run_of("baseline", 5, {"a": image({0: 2}, {(0, 1): 18})}))
     compared = comparison.compare(groups, [], "baseline")
-    assert [row["variant"] for row in compared[0]["rows"]] == ["baseline", "best", "alone", "better", "worse"]
+    assert [row["variant"] for row in compared[0]["rows"]] == [
+        "baseline",
+        "best",
+        "alone",
+        "better",
+        "worse",
+    ]
     comparison.write(comparison.compare([group("alone", 1, baseline=5)], [], "baseline"), tmp_path)
     assert not (tmp_path / "comparison.png").exists()
 

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from stages.data import ade20k, camvid, cityscapes, coco_instances, coco_stuff, voc
-from stages.data.config import Name
+from stages.common.errors import ConfigError, DataError
 from stages.data.images import decode_mask
 from stages.data.manifest import Pair, read_manifest
-from stages.data.palette import bit_colour
-from stages.errors import ConfigError, DataError
+from stages.datasets import ade20k, camvid, cityscapes, coco_instances, coco_stuff, voc
+from stages.datasets.config import Name
+from stages.datasets.palette import bit_colour
 from stages.prepare import DATASETS
 from tests.stages.test_extract import config as extract_config
 from tests.stages.test_extract import run as extract
@@ -34,7 +34,12 @@ def save(path: Path, pixels: np.ndarray) -> None:
 
 def photo(path: Path) -> None:
     """A photograph of its own for every name."""
-    save(path, np.random.default_rng(list(path.name.encode())).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8))
+    save(
+        path,
+        np.random.default_rng(list(path.name.encode()))
+        .integers(0, 256, (SIDE, SIDE, 3))
+        .astype(np.uint8),
+    )
 
 
 def stripes(*values: int | tuple[int, int, int]) -> np.ndarray:
@@ -43,7 +48,9 @@ def stripes(*values: int | tuple[int, int, int]) -> np.ndarray:
     return np.repeat(rows[:, None], SIDE, axis=1)
 
 
-def prepared(root: Path, tmp_path: Path, dataset: str, **changes) -> tuple[dict, dict[str, tuple[str, np.ndarray]]]:
+def prepared(
+    root: Path, tmp_path: Path, dataset: str, **changes
+) -> tuple[dict, dict[str, tuple[str, np.ndarray]]]:
     """The summary; and split and mask (255 is void) by id, after extract has made the same masks of them."""
     summary = prepare(config(root, dataset=dataset, **changes), tmp_path)
     entries, classes = read_manifest(tmp_path / "dataset")
@@ -52,7 +59,12 @@ def prepared(root: Path, tmp_path: Path, dataset: str, **changes) -> tuple[dict,
         path = Path(entry.mask)
         masks[entry.id] = (
             entry.split,
-            decode_mask(path.read_bytes(), path, num_classes=len(classes.names), void_index=classes.void_index),
+            decode_mask(
+                path.read_bytes(),
+                path,
+                num_classes=len(classes.names),
+                void_index=classes.void_index,
+            ),
         )
     stores = extract(extract_config(), tmp_path)
     assert sum(len(store) for store in stores.values()) == len(entries)
@@ -83,7 +95,11 @@ def make_voc(root: Path) -> None:
     """Two photographs for training and two for validation in VOC, the four and two more in SBD."""
     lists = root / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
-    for name, ids in (("train", ["a", "b"]), ("val", ["c", "d"]), ("trainval", ["a", "b", "c", "d"])):
+    for name, ids in (
+        ("train", ["a", "b"]),
+        ("val", ["c", "d"]),
+        ("trainval", ["a", "b", "c", "d"]),
+    ):
         (lists / f"{name}.txt").write_text("\n".join(ids) + "\n")
         for id in ids:
             photo(root / "JPEGImages" / f"{id}.jpg")
@@ -99,14 +115,23 @@ def make_voc(root: Path) -> None:
 
 
 def save_sbd(path: Path, mask: np.ndarray) -> None:
-    fields = {"Boundaries": np.zeros((20, 1)), "Segmentation": mask, "CategoriesPresent": np.unique(mask[mask > 0])}
+    fields = {
+        "Boundaries": np.zeros((20, 1)),
+        "Segmentation": mask,
+        "CategoriesPresent": np.unique(mask[mask > 0]),
+    }
     savemat(path, {"GTcls": fields})
 
 
 def test_voc_with_sbd(tmp_path: Path) -> None:
     make_voc(tmp_path / "voc")
     summary, masks = prepared(tmp_path / "voc", tmp_path, "voc", split="sbd")
-    assert {id for id, (split, _) in masks.items() if split == "train"} == {"a", "b", "e", "f"}  # no photograph of VOC's val
+    assert {id for id, (split, _) in masks.items() if split == "train"} == {
+        "a",
+        "b",
+        "e",
+        "f",
+    }  # no photograph of VOC's val
     assert sorted(masks[id][0] for id in "cd") == ["test", "val"]
     np.testing.assert_array_equal(masks["e"][1], stripes(0, 20, 7))
     np.testing.assert_array_equal(masks["a"][1], stripes(0, 1, 255))  # VOC's own mask, not SBD's
@@ -120,7 +145,9 @@ def test_bad_sbd_files_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "voc" / "benchmark_RELEASE" / "dataset"
     settings = config(tmp_path / "voc", dataset="voc", split="sbd")
     save_sbd(folder / "cls" / "e.mat", stripes(0, 21))
-    with pytest.raises(DataError, match=r"e\.mat: holds 21, expected a mask of class indices from 0 to 20"):
+    with pytest.raises(
+        DataError, match=r"e\.mat: holds 21, expected a mask of class indices from 0 to 20"
+    ):
         prepare(settings, tmp_path)
     (folder / "cls" / "e.mat").write_bytes((folder / "cls" / "f.mat").read_bytes()[:150])
     with pytest.raises(DataError, match=r"e\.mat: not a readable mask of SBD"):
@@ -130,7 +157,9 @@ def test_bad_sbd_files_are_named(tmp_path: Path) -> None:
         prepare(settings, tmp_path)
     shutil.rmtree(folder)
     (tmp_path / "voc" / "ImageSets" / "Segmentation" / "val.txt").write_text("c\nd\n")
-    with pytest.raises(DataError, match=r"benchmark_RELEASE/dataset: .* unpack SBD's benchmark\.tgz .* --download"):
+    with pytest.raises(
+        DataError, match=r"benchmark_RELEASE/dataset: .* unpack SBD's benchmark\.tgz .* --download"
+    ):
         prepare(settings, tmp_path)
 
 
@@ -138,7 +167,12 @@ def test_bad_sbd_files_are_named(tmp_path: Path) -> None:
 
 
 def make_cityscapes(root: Path) -> None:
-    for split, city, count in (("train", "aachen", 2), ("train", "ulm", 1), ("val", "lindau", 2), ("test", "berlin", 1)):
+    for split, city, count in (
+        ("train", "aachen", 2),
+        ("train", "ulm", 1),
+        ("val", "lindau", 2),
+        ("test", "berlin", 1),
+    ):
         for number in range(count):
             id = f"{city}_{number:06d}_000019"
             photo(root / "leftImg8bit" / split / city / f"{id}_leftImg8bit.png")
@@ -155,12 +189,18 @@ def test_cityscapes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(masks["ulm_000000_000019"][1], stripes(0, 255, 255, 13, 18, 5))
     assert not any(id.startswith("berlin") for id in masks)
     assert len(summary["classes"]) == 19
-    assert (summary["classes"][0], summary["classes"][13], summary["classes"][18]) == ("road", "car", "bicycle")
+    assert (summary["classes"][0], summary["classes"][13], summary["classes"][18]) == (
+        "road",
+        "car",
+        "bicycle",
+    )
     assert (summary["palette"][0], summary["palette"][13]) == ([128, 64, 128], [0, 0, 142])
     written = Image.open(tmp_path / "dataset" / "masks" / "ulm_000000_000019.png")
     assert written.mode == "P"
     assert written.getpalette()[3 * 13 :][:3] == [0, 0, 142]
-    summary, masks = prepared(tmp_path / "cityscapes", tmp_path, "cityscapes", split="random", ratios=[0.6, 0.2, 0.2])
+    summary, masks = prepared(
+        tmp_path / "cityscapes", tmp_path, "cityscapes", split="random", ratios=[0.6, 0.2, 0.2]
+    )
     assert splits(masks) == ["test", "train", "train", "train", "val"]
 
 
@@ -179,19 +219,27 @@ def test_bad_files_of_cityscapes_are_named(tmp_path: Path) -> None:
     pixels = stripes(7)
     pixels[3, 5] = 34
     save(mask, pixels)
-    with pytest.raises(DataError, match=r"label id 34 in row 3, column 5 \(from 0\) is none of Cityscapes' label ids"):
+    with pytest.raises(
+        DataError,
+        match=r"label id 34 in row 3, column 5 \(from 0\) is none of Cityscapes' label ids",
+    ):
         prepare(config(root, dataset="cityscapes"), tmp_path)
     save(mask, stripes((1, 2, 3)))
     with pytest.raises(DataError, match="mode RGB"):
         prepare(config(root, dataset="cityscapes"), tmp_path)
     save(mask, stripes(7)[:, :-1])
-    with pytest.raises(DataError, match="labelIds.png: the mask is 63 x 64 pixels"):  # the owners' file, not the converted one
+    with pytest.raises(
+        DataError, match="labelIds.png: the mask is 63 x 64 pixels"
+    ):  # the owners' file, not the converted one
         prepare(config(root, dataset="cityscapes"), tmp_path)
     mask.unlink()
     with pytest.raises(DataError, match="labelIds.png: this mask is missing"):
         prepare(config(root, dataset="cityscapes"), tmp_path)
     shutil.rmtree(root / "gtFine" / "val")
-    with pytest.raises(DataError, match=r"gtFine/val: there is no such folder; the masks belong there .*cityscapes-dataset\.com"):
+    with pytest.raises(
+        DataError,
+        match=r"gtFine/val: there is no such folder; the masks belong there .*cityscapes-dataset\.com",
+    ):
         prepare(config(root, dataset="cityscapes"), tmp_path)
 
 
@@ -202,10 +250,18 @@ def make_ade20k(root: Path) -> None:
     for folder, name, count in (("training", "train", 3), ("validation", "val", 2)):
         for number in range(1, count + 1):
             photo(root / "images" / folder / f"ADE_{name}_{number:08d}.jpg")
-            save(root / "annotations" / folder / f"ADE_{name}_{number:08d}.png", stripes(0, 1, 2, 150))
+            save(
+                root / "annotations" / folder / f"ADE_{name}_{number:08d}.png",
+                stripes(0, 1, 2, 150),
+            )
     names = {1: "wall", 2: "building, edifice", 8: "bed ", 150: "flag"}
-    rows = [f"{number}\t0.01\t10\t1\t{names.get(number, f'thing {number}, other word')}" for number in range(1, 151)]
-    (root / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows]) + "\n")
+    rows = [
+        f"{number}\t0.01\t10\t1\t{names.get(number, f'thing {number}, other word')}"
+        for number in range(1, 151)
+    ]
+    (root / "objectInfo150.txt").write_text(
+        "\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows]) + "\n"
+    )
 
 
 def test_ade20k(tmp_path: Path) -> None:
@@ -214,7 +270,13 @@ def test_ade20k(tmp_path: Path) -> None:
     assert splits(masks) == ["test", "train", "train", "train", "val"]
     np.testing.assert_array_equal(masks["ADE_train_00000001"][1], stripes(255, 0, 1, 149))
     assert len(summary["classes"]) == 150
-    assert [summary["classes"][index] for index in (0, 1, 2, 7, 149)] == ["wall", "building", "thing 3", "bed", "flag"]
+    assert [summary["classes"][index] for index in (0, 1, 2, 7, 149)] == [
+        "wall",
+        "building",
+        "thing 3",
+        "bed",
+        "flag",
+    ]
     assert len({tuple(colour) for colour in summary["palette"]}) == 150
 
 
@@ -234,7 +296,10 @@ def test_bad_files_of_ade20k_are_named(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=words):
             prepare(config(root, dataset="ade20k"), tmp_path)
     (root / "objectInfo150.txt").unlink()
-    with pytest.raises(DataError, match=r"objectInfo150\.txt: the list of classes cannot be read .*ADEChallengeData2016\.zip"):
+    with pytest.raises(
+        DataError,
+        match=r"objectInfo150\.txt: the list of classes cannot be read .*ADEChallengeData2016\.zip",
+    ):
         ade20k.read_names(root / "objectInfo150.txt")
 
 
@@ -246,7 +311,8 @@ def make_coco(root: Path, images: str = "") -> dict[str, list[dict]]:
     entries = {}
     for folder, start, count in (("train2017", 1, 3), ("val2017", 11, 2)):
         entries[folder] = [
-            {"id": number, "file_name": f"{number:012d}.jpg", "height": SIDE, "width": SIDE} for number in range(start, start + count)
+            {"id": number, "file_name": f"{number:012d}.jpg", "height": SIDE, "width": SIDE}
+            for number in range(start, start + count)
         ]
         for entry in entries[folder]:
             photo(root / images / folder / entry["file_name"])
@@ -260,9 +326,27 @@ def write_json(path: Path, content: dict) -> None:
 
 PANOPTIC = [
     {"id": 1, "name": "person", "isthing": 1, "color": [220, 20, 60], "supercategory": "person"},
-    {"id": 90, "name": "toothbrush", "isthing": 1, "color": [191, 162, 208], "supercategory": "indoor"},
-    {"id": 92, "name": "banner", "isthing": 0, "color": [255, 255, 128], "supercategory": "textile"},
-    {"id": 200, "name": "rug-merged", "isthing": 0, "color": [250, 141, 255], "supercategory": "floor"},
+    {
+        "id": 90,
+        "name": "toothbrush",
+        "isthing": 1,
+        "color": [191, 162, 208],
+        "supercategory": "indoor",
+    },
+    {
+        "id": 92,
+        "name": "banner",
+        "isthing": 0,
+        "color": [255, 255, 128],
+        "supercategory": "textile",
+    },
+    {
+        "id": 200,
+        "name": "rug-merged",
+        "isthing": 0,
+        "color": [250, 141, 255],
+        "supercategory": "floor",
+    },
 ]
 
 
@@ -277,9 +361,16 @@ def make_panoptic(root: Path) -> None:
                 {"id": 300, "category_id": 1, "iscrowd": 1, "area": 1},
                 {"id": 7 + 256 * 8 + 65536 * 9, "category_id": 92, "iscrowd": 0, "area": 1},
             ]
-            annotations.append({"image_id": image["id"], "file_name": png, "segments_info": segments})
+            annotations.append(
+                {"image_id": image["id"], "file_name": png, "segments_info": segments}
+            )
             save(root / "annotations" / f"panoptic_{folder}" / png, stripes(*colours))
-        content = {"info": {}, "images": images, "annotations": annotations, "categories": PANOPTIC[::-1]}
+        content = {
+            "info": {},
+            "images": images,
+            "annotations": annotations,
+            "categories": PANOPTIC[::-1],
+        }
         write_json(root / "annotations" / f"panoptic_{folder}.json", content)
 
 
@@ -296,14 +387,26 @@ def test_bad_files_of_coco_panoptic_are_named(tmp_path: Path) -> None:
     root = tmp_path / "coco"
     make_panoptic(root)
     settings = config(root, dataset="coco-panoptic", split="random", ratios=[0.6, 0.2, 0.2])
-    save(root / "annotations" / "panoptic_val2017" / "000000000011.png", stripes((0, 0, 0), (2, 1, 0)))
-    with pytest.raises(DataError, match=r"11\.png: segment 258 in row 32, column 0 .* not described in panoptic_val2017\.json"):
+    save(
+        root / "annotations" / "panoptic_val2017" / "000000000011.png",
+        stripes((0, 0, 0), (2, 1, 0)),
+    )
+    with pytest.raises(
+        DataError,
+        match=r"11\.png: segment 258 in row 32, column 0 .* not described in panoptic_val2017\.json",
+    ):
         prepare(settings, tmp_path)
     path = root / "annotations" / "panoptic_train2017.json"
     good = json.loads(path.read_text())
     for spoil, words in (
-        (lambda content: content["annotations"][0].pop("segments_info"), "an annotation lacks 'segments_info'"),
-        (lambda content: content["annotations"][0].update(image_id=99), "lacks 99, or names one that the file does not describe"),
+        (
+            lambda content: content["annotations"][0].pop("segments_info"),
+            "an annotation lacks 'segments_info'",
+        ),
+        (
+            lambda content: content["annotations"][0].update(image_id=99),
+            "lacks 99, or names one that the file does not describe",
+        ),
         (lambda content: content["categories"].pop(), "has other categories"),
         (lambda content: content.pop("categories"), "is not COCO's JSON"),
     ):
@@ -313,19 +416,26 @@ def test_bad_files_of_coco_panoptic_are_named(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=words):
             prepare(settings, tmp_path)
     path.write_text('{"images": [')
-    with pytest.raises(DataError, match=r"panoptic_train2017\.json: is not COCO's JSON, or a truncated one"):
+    with pytest.raises(
+        DataError, match=r"panoptic_train2017\.json: is not COCO's JSON, or a truncated one"
+    ):
         prepare(settings, tmp_path)
     path.unlink()
     with pytest.raises(DataError, match=r"these annotations are missing .*cocodataset\.org"):
         prepare(settings, tmp_path)
 
 
-@pytest.mark.parametrize("place", ["stuffthingmaps_trainval2017", "stuffthingmaps", "annotations", ""])
+@pytest.mark.parametrize(
+    "place", ["stuffthingmaps_trainval2017", "stuffthingmaps", "annotations", ""]
+)
 def test_coco_stuff(tmp_path: Path, place: str) -> None:
     root = tmp_path / "coco"
     for folder, images in make_coco(root, "images" if place == "annotations" else "").items():
         for image in images:
-            save(root / place / folder / image["file_name"].replace(".jpg", ".png"), stripes(0, 181, 255, 91))
+            save(
+                root / place / folder / image["file_name"].replace(".jpg", ".png"),
+                stripes(0, 181, 255, 91),
+            )
     if place:
         prepare(config(root, dataset="coco-stuff"), tmp_path)
         assert len(read_manifest(tmp_path / "dataset")[0]) == 5
@@ -333,7 +443,12 @@ def test_coco_stuff(tmp_path: Path, place: str) -> None:
     summary, masks = prepared(root, tmp_path, "coco-stuff")
     assert splits(masks) == ["test", "train", "train", "train", "val"]
     np.testing.assert_array_equal(masks["000000000012"][1], stripes(0, 181, 255, 91))
-    assert len(summary["classes"]) == len(set(summary["classes"])) == len({tuple(colour) for colour in summary["palette"]}) == 182
+    assert (
+        len(summary["classes"])
+        == len(set(summary["classes"]))
+        == len({tuple(colour) for colour in summary["palette"]})
+        == 182
+    )
     assert [summary["classes"][value] for value in (0, 11, 89, 90, 91, 156, 181)] == [
         "person",
         "street sign",
@@ -365,7 +480,10 @@ def runs(mask: np.ndarray) -> dict:
     """COCO's uncompressed run lengths: down the columns, beginning with zeros."""
     flat = mask.T.reshape(-1)
     edges = np.flatnonzero(np.diff(np.concatenate([[0], flat])))
-    return {"counts": np.diff(np.concatenate([[0], edges, [flat.size]])).tolist(), "size": list(mask.shape)}
+    return {
+        "counts": np.diff(np.concatenate([[0], edges, [flat.size]])).tolist(),
+        "size": list(mask.shape),
+    }
 
 
 def make_instances(root: Path) -> np.ndarray:
@@ -373,10 +491,22 @@ def make_instances(root: Path) -> np.ndarray:
     crowd = np.zeros((SIDE, SIDE), np.uint8)
     crowd[:, 40:] = 1
     objects = [
-        {"category_id": 90, "segmentation": box(10, 10, 14, 14), "iscrowd": 0},  # on the car, though listed before it
-        {"category_id": 3, "segmentation": box(8, 8, 24, 48), "iscrowd": 0},  # reaches over the crowd
+        {
+            "category_id": 90,
+            "segmentation": box(10, 10, 14, 14),
+            "iscrowd": 0,
+        },  # on the car, though listed before it
+        {
+            "category_id": 3,
+            "segmentation": box(8, 8, 24, 48),
+            "iscrowd": 0,
+        },  # reaches over the crowd
         {"category_id": 1, "segmentation": runs(crowd), "iscrowd": 1},
-        {"category_id": 1, "segmentation": box(40, 0, 44, 8) + box(50, 0, 54, 8), "iscrowd": 0},  # two parts
+        {
+            "category_id": 1,
+            "segmentation": box(40, 0, 44, 8) + box(50, 0, 54, 8),
+            "iscrowd": 0,
+        },  # two parts
     ]
     for folder, images in make_coco(root).items():
         annotations = [
@@ -404,19 +534,32 @@ def test_coco_instances(tmp_path: Path) -> None:
     assert summary["palette"] == [list(bit_colour(value)) for value in range(4)]
 
 
-def test_bad_files_of_coco_instances_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_files_of_coco_instances_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "coco"
     make_instances(root)
     path = root / "annotations" / "instances_train2017.json"
     good = json.loads(path.read_text())
     for spoil, words in (
-        (lambda content: content["annotations"][0].update(category_id=4), "an entry lacks 4, or names one"),
+        (
+            lambda content: content["annotations"][0].update(category_id=4),
+            "an entry lacks 4, or names one",
+        ),
         (
             lambda content: content["annotations"][0].update(segmentation=[[1, 2]]),
             "the shape of annotation 20 of 000000000002 cannot be drawn",
         ),
-        (lambda content: content["annotations"][0].pop("segmentation"), "the shape of annotation 20 of 000000000002 cannot be drawn"),
-        (lambda content: content["annotations"][0].update(segmentation=runs(np.ones((8, 8), np.uint8))), "in a photograph of"),
+        (
+            lambda content: content["annotations"][0].pop("segmentation"),
+            "the shape of annotation 20 of 000000000002 cannot be drawn",
+        ),
+        (
+            lambda content: content["annotations"][0].update(
+                segmentation=runs(np.ones((8, 8), np.uint8))
+            ),
+            "in a photograph of",
+        ),
     ):
         content = json.loads(json.dumps(good))
         spoil(content)
@@ -427,11 +570,16 @@ def test_bad_files_of_coco_instances_are_named(tmp_path: Path, monkeypatch: pyte
     write_json(path, good)
     photo_path = root / "train2017" / "000000000002.jpg"
     save(photo_path, np.zeros((SIDE, SIDE - 1, 3), np.uint8))
-    with pytest.raises(DataError, match=r"instances_train2017\.json: the mask is 64 x 64 pixels, its photograph .*2\.jpg is 63 x 64"):
+    with pytest.raises(
+        DataError,
+        match=r"instances_train2017\.json: the mask is 64 x 64 pixels, its photograph .*2\.jpg is 63 x 64",
+    ):
         prepare(config(root, dataset="coco-instances"), tmp_path)
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     monkeypatch.delitem(sys.modules, "pycocotools.mask", raising=False)
-    with pytest.raises(ConfigError, match=r"coco-instances needs pycocotools; pip install -e '\.\[coco\]'"):
+    with pytest.raises(
+        ConfigError, match=r"coco-instances needs pycocotools; pip install -e '\.\[coco\]'"
+    ):
         prepare(config(root, dataset="coco-instances"), tmp_path)
 
 
@@ -441,9 +589,18 @@ def test_compressed_run_lengths_are_drawn() -> None:
     inside = np.zeros((6, 5), np.uint8)
     inside[2:4, 1:3] = 1
     compressed = rasteriser.encode(np.asfortranarray(inside))
-    shapes = [compressed, {**compressed, "counts": compressed["counts"].decode()}, runs(inside), runs(np.ones((6, 5), np.uint8))]
+    shapes = [
+        compressed,
+        {**compressed, "counts": compressed["counts"].decode()},
+        runs(inside),
+        runs(np.ones((6, 5), np.uint8)),
+    ]
     drawn = [
-        coco_instances.draw([{"segmentation": shape, "index": 1}], (6, 5), Pair("a", Path("a.jpg"), Path("a.json"), "train"))
+        coco_instances.draw(
+            [{"segmentation": shape, "index": 1}],
+            (6, 5),
+            Pair("a", Path("a.jpg"), Path("a.json"), "train"),
+        )
         for shape in shapes
     ]
     for mask, expected in zip(drawn, [inside, inside, inside, np.ones((6, 5))], strict=True):
@@ -491,7 +648,9 @@ LABEL_COLOURS = """\
 0 0 0		Void
 64 192 0	Wall
 """
-CLASS_BY_NAME = {name: index for index, group in enumerate(camvid.GROUPS.values()) for name in group}
+CLASS_BY_NAME = {
+    name: index for index, group in enumerate(camvid.GROUPS.values()) for name in group
+}
 
 
 def make_camvid_original(root: Path) -> list[int]:
@@ -517,13 +676,23 @@ def test_camvid_as_its_owners_ship_it(tmp_path: Path) -> None:
     expected = make_camvid_original(tmp_path / "camvid")
     assert expected.count(255) == 1  # Void; every other colour has a class
     summary, masks = prepared(tmp_path / "camvid", tmp_path, "camvid")
-    assert {id: split for id, (split, _) in masks.items()} == {id: split for split, ids in FRAMES.items() for id in ids}
+    assert {id: split for id, (split, _) in masks.items()} == {
+        id: split for split, ids in FRAMES.items() for id in ids
+    }
     np.testing.assert_array_equal(masks["Seq05VD_f00000"][1], stripes(*expected))
     assert summary["classes"] == [
         "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
     ]  # fmt: skip
     assert summary["palette"][0] == [128, 128, 128]
-    grouped = {"LaneMkgsDriv": 3, "SUVPickupTruck": 8, "Child": 9, "MotorcycleScooter": 10, "Wall": 1, "Misc_Text": 6, "TrafficCone": 2}
+    grouped = {
+        "LaneMkgsDriv": 3,
+        "SUVPickupTruck": 8,
+        "Child": 9,
+        "MotorcycleScooter": 10,
+        "Wall": 1,
+        "Misc_Text": 6,
+        "TrafficCone": 2,
+    }
     assert {name: CLASS_BY_NAME[name] for name in grouped} == grouped
 
 
@@ -531,7 +700,9 @@ def test_camvid_as_its_owners_ship_it(tmp_path: Path) -> None:
 def test_camvid_as_segnet_has_it(tmp_path: Path, images: str, masks: str) -> None:
     make_camvid_segnet(tmp_path / "camvid", images, masks)
     summary, found = prepared(tmp_path / "camvid", tmp_path, "camvid")
-    assert {id: split for id, (split, _) in found.items()} == {id: split for split, ids in FRAMES.items() for id in ids}
+    assert {id: split for id, (split, _) in found.items()} == {
+        id: split for split, ids in FRAMES.items() for id in ids
+    }
     np.testing.assert_array_equal(found["0001TP_008520"][1], stripes(*range(11), 255))
     assert summary["classes"] == list(camvid.NAMES)
     assert summary["void_index"] == 11
@@ -544,13 +715,19 @@ def test_bad_files_of_camvid_are_named(tmp_path: Path) -> None:
     pixels = stripes((128, 128, 128))
     pixels[1, 2] = (128, 128, 129)
     save(mask, pixels)
-    with pytest.raises(DataError, match=r"00901_L\.png: colour \(128, 128, 129\) in row 1, column 2 \(from 0\) is none of the 32"):
+    with pytest.raises(
+        DataError,
+        match=r"00901_L\.png: colour \(128, 128, 129\) in row 1, column 2 \(from 0\) is none of the 32",
+    ):
         prepare(config(root, dataset="camvid"), tmp_path)
     photo(root / "701_StillsRaw_full" / "holiday.png")
     with pytest.raises(DataError, match=r"holiday\.png: is no frame of CamVid's four drives"):
         prepare(config(root, dataset="camvid"), tmp_path)
     shutil.rmtree(root / "LabeledApproved_full")
-    with pytest.raises(DataError, match="holds none of CamVid's layouts: 701_StillsRaw_full and LabeledApproved_full .* trainannot"):
+    with pytest.raises(
+        DataError,
+        match="holds none of CamVid's layouts: 701_StillsRaw_full and LabeledApproved_full .* trainannot",
+    ):
         prepare(config(root, dataset="camvid"), tmp_path)
 
 
@@ -615,7 +792,9 @@ def test_colours_without_a_void_class_leave_index_masks_as_they_are(tmp_path: Pa
     root = tmp_path / "mine"
     make_folder(root, [stripes(BLACK, RED), stripes(0, 1, 9), stripes(0, 1)])
     (root / "classes.csv").write_text("name,red,green,blue\nbackground,0,0,0\ncat,250,50,83\n")
-    _, masks = prepared(root, tmp_path, "folder", split="random", ratios=[0.34, 0.33, 0.33], void_index=9)
+    _, masks = prepared(
+        root, tmp_path, "folder", split="random", ratios=[0.34, 0.33, 0.33], void_index=9
+    )
     np.testing.assert_array_equal(masks["0"][1], stripes(0, 1))
     np.testing.assert_array_equal(masks["1"][1], stripes(0, 1, 255))
     with open(tmp_path / "dataset" / "manifest.csv", newline="") as file:
@@ -626,7 +805,11 @@ def test_colours_without_a_void_class_leave_index_masks_as_they_are(tmp_path: Pa
 
 def test_random_pools_the_split_folders(photos: Path, tmp_path: Path) -> None:
     summary = prepare(config(photos, split="random", ratios=[0.5, 0.25, 0.25]), tmp_path)
-    assert {split: part["images"] for split, part in summary["splits"].items()} == {"train": 6, "val": 3, "test": 3}
+    assert {split: part["images"] for split, part in summary["splits"].items()} == {
+        "train": 6,
+        "val": 3,
+        "test": 3,
+    }
     entries, _ = read_manifest(tmp_path / "dataset")
     assert any(entry.id.split("/")[0] != entry.split for entry in entries)
 
@@ -640,12 +823,24 @@ def test_colours_that_are_no_class_are_named(tmp_path: Path) -> None:
     make_folder(root, [stripes(BLACK, RED), strange, see_through])
     settings = config(root, dataset="folder", split="random", ratios=[0.34, 0.33, 0.33])
     (root / "classes.csv").write_text("name,red,green,blue\nbackground,0,0,0\ncat,250,50,83\n")
-    with pytest.raises(DataError, match=r"masks/1\.png: colour \(250, 50, 84\) in row 40, column 7 \(from 0\) is that of no class"):
+    with pytest.raises(
+        DataError,
+        match=r"masks/1\.png: colour \(250, 50, 84\) in row 40, column 7 \(from 0\) is that of no class",
+    ):
         prepare(settings, tmp_path)
-    assert "masks/2.png: the pixel in row 5, column 6 (from 0) is transparent" in (tmp_path / "scratch" / "problems.txt").read_text()
+    assert (
+        "masks/2.png: the pixel in row 5, column 6 (from 0) is transparent"
+        in (tmp_path / "scratch" / "problems.txt").read_text()
+    )
     for text, words in (
-        ("name,red,green,blue\nbackground,0,0,0\ncat,0,0,0\n", r"the classes 'background' and 'cat' share the colour \(0, 0, 0\)"),
-        ("name,red,green,blue\nbackground,0,0,0\ncat,,,\n", "the class 'cat' has no colour; add columns"),
+        (
+            "name,red,green,blue\nbackground,0,0,0\ncat,0,0,0\n",
+            r"the classes 'background' and 'cat' share the colour \(0, 0, 0\)",
+        ),
+        (
+            "name,red,green,blue\nbackground,0,0,0\ncat,,,\n",
+            "the class 'cat' has no colour; add columns",
+        ),
         ("name\nvoid\n", "lists no class but void"),
     ):
         (root / "classes.csv").write_text(text)
@@ -673,4 +868,6 @@ def test_the_lists_of_coco_stuff_and_camvid_are_whole() -> None:
     assert len(coco_stuff.NAMES) == 182
     rows = [line.split() for line in LABEL_COLOURS.splitlines()]
     built_in = {name: colour for group in camvid.GROUPS.values() for name, colour in group.items()}
-    assert {**built_in, "Void": (0, 0, 0)} == {name: (int(red), int(green), int(blue)) for red, green, blue, name in rows}
+    assert {**built_in, "Void": (0, 0, 0)} == {
+        name: (int(red), int(green), int(blue)) for red, green, blue, name in rows
+    }

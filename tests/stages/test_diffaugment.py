@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.diffaugment import TRANSFORMS, augment
+from stages.segmentation.transforms import TRANSFORMS, augment
 
 BATCH, CHANNELS, HEIGHT, WIDTH, STRIDE = 6, 9, 8, 12, 4
 
 
 def sample() -> tuple[torch.Tensor, torch.Tensor]:
     """Masks of random classes 1 to 5, and features whose every channel is the mask's class there, times its number."""
-    classes = torch.randint(1, 6, (BATCH, HEIGHT, WIDTH), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    classes = torch.randint(
+        1, 6, (BATCH, HEIGHT, WIDTH), generator=torch.Generator().manual_seed(0)
+    ).to(torch.uint8)
     features = classes[:, None] * torch.arange(1, CHANNELS + 1).view(1, -1, 1, 1).float()
     return features, classes.repeat_interleave(STRIDE, 1).repeat_interleave(STRIDE, 2)
 
@@ -21,7 +23,9 @@ def sample() -> tuple[torch.Tensor, torch.Tensor]:
 def test_features_and_mask_move_together_and_real_and_generated_alike(name: str) -> None:
     features, masks = sample()
     twice = torch.cat([features, 10 * features])  # two draws a mask
-    (real, fake), moved = augment([features, twice], masks, [name], torch.Generator().manual_seed(1))
+    (real, fake), moved = augment(
+        [features, twice], masks, [name], torch.Generator().manual_seed(1)
+    )
     assert real.shape == features.shape
     assert moved.dtype == torch.uint8
     torch.testing.assert_close(fake, torch.cat([real, 10 * real]))
@@ -38,9 +42,14 @@ def test_transformations_by_their_definitions() -> None:
     features, masks = sample()
     rng = torch.Generator().manual_seed(2)
     (flipped,), _ = augment([features], masks, ["flip"], rng)
-    mirrored = [torch.equal(ours, before.flip(-1)) for ours, before in zip(flipped, features, strict=True)]
+    mirrored = [
+        torch.equal(ours, before.flip(-1)) for ours, before in zip(flipped, features, strict=True)
+    ]
     assert 0 < sum(mirrored) < BATCH
-    assert all(is_mirrored or torch.equal(ours, before) for is_mirrored, ours, before in zip(mirrored, flipped, features, strict=True))
+    assert all(
+        is_mirrored or torch.equal(ours, before)
+        for is_mirrored, ours, before in zip(mirrored, flipped, features, strict=True)
+    )
 
     (shifted,), moved = augment([features], masks, ["translation"], rng)
     for ours, before in zip(shifted, features, strict=True):
@@ -48,7 +57,10 @@ def test_transformations_by_their_definitions() -> None:
         for down in (-1, 0, 1):  # an eighth of 8 and of 12, rounded
             for right in (-2, -1, 0, 1, 2):
                 expected = torch.zeros_like(before)
-                rows, columns = slice(max(down, 0), HEIGHT + min(down, 0)), slice(max(right, 0), WIDTH + min(right, 0))
+                rows, columns = (
+                    slice(max(down, 0), HEIGHT + min(down, 0)),
+                    slice(max(right, 0), WIDTH + min(right, 0)),
+                )
                 expected[:, rows, columns] = before.roll((down, right), (1, 2))[:, rows, columns]
                 fits.append(torch.equal(ours, expected))
         assert sum(fits) == 1
@@ -61,7 +73,9 @@ def test_transformations_by_their_definitions() -> None:
         assert torch.equal(mask[::STRIDE, ::STRIDE] == 255, empty)
 
     many = torch.ones(50, 400, 1, 1)
-    (dropped,), _ = augment([many], torch.zeros(50, 4, 4, dtype=torch.uint8), ["channel_dropout"], rng)
+    (dropped,), _ = augment(
+        [many], torch.zeros(50, 4, 4, dtype=torch.uint8), ["channel_dropout"], rng
+    )
     assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
 
 
@@ -73,18 +87,27 @@ def test_gradients_pass_and_the_order_of_random_numbers_is_the_seeds() -> None:
     (again,), _ = augment([features], masks, every, torch.Generator().manual_seed(3))
     assert torch.equal(first, again)
     first.sum().backward()
-    assert set(features.grad.unique().tolist()) == {0.0, 1.0}  # each value is shown once or not at all
+    assert set(features.grad.unique().tolist()) == {
+        0.0,
+        1.0,
+    }  # each value is shown once or not at all
 
 
 def test_copy_paste_puts_a_class_of_another_sample_over_half_of_the_samples() -> None:
     """Samples of one background class each, with a square of another: that is what can be pasted, whole, mirrored or shifted."""
-    classes = torch.arange(1, 201)[:, None, None].expand(-1, 8, 8).clone().to(torch.uint8) // 2 * 2  # 0, 2, 2, 4, 4 ...
+    classes = (
+        torch.arange(1, 201)[:, None, None].expand(-1, 8, 8).clone().to(torch.uint8) // 2 * 2
+    )  # 0, 2, 2, 4, 4 ...
     classes[:, 2:5, 3:5] += 1
     features = classes[:, None].float().requires_grad_()
     masks = classes.repeat_interleave(4, 1).repeat_interleave(4, 2)
     (ours,), moved = augment([features], masks, ["copy_paste"], torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours[:, 0], moved[:, ::4, ::4].float())
-    changed = [(mask, before) for mask, before in zip(moved, masks, strict=True) if not torch.equal(mask, before)]
+    changed = [
+        (mask, before)
+        for mask, before in zip(moved, masks, strict=True)
+        if not torch.equal(mask, before)
+    ]
     assert 0.4 < len(changed) / len(masks) < 0.6
     places = set()
     for mask, before in changed:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from stages.analysis.curves import read_curves
-from stages.checkpoint import load_decoder, load_generator
-from stages.distributed import SynchronisedBatchNorm2d, synchronise_batch_norm
+from stages.common.distributed import SynchronisedBatchNorm2d, synchronise_batch_norm
+from stages.reporting.curves import read_curves
+from stages.training.checkpoint import load_decoder, load_generator
 from tests.conftest import run
 from tests.imports import ROOT
 from tests.stages.test_training import features  # noqa: F401  (a fixture)
@@ -21,13 +21,21 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 @pytest.fixture(scope="module")
-def roots(features: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:  # noqa: F811
+def roots(features: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Results of one process, of two, and of two that divide the weights; the decoders start from the same GAN."""
     launchers = {"one": (sys.executable,), "two": TORCHRUN, "sharded": TORCHRUN}
     found = {how: tmp_path_factory.mktemp(how) for how in launchers}
     for how, launcher in launchers.items():
         paths = map(str, (features, found[how], found["one"] / "gan"))
-        run(*launcher, "-m", "tests.stages.train_in_processes", "gan,oasis,flow,joint", *paths, cwd=ROOT, OMP_NUM_THREADS="1")
+        run(
+            *launcher,
+            "-m",
+            "tests.stages.train_in_processes",
+            "gan,oasis,flow,joint",
+            *paths,
+            cwd=ROOT,
+            OMP_NUM_THREADS="1",
+        )
     return found
 
 
@@ -41,9 +49,13 @@ def test_losses_and_scores_agree(roots: dict[str, Path], stage: str, how: str) -
         if curve.startswith("monitor"):
             continue  # counts and ratios of the generators, whose weights are compared below
         first, last = slice(0, 2), slice(2, 3)
-        pd.testing.assert_series_equal(two[curve][first], one[curve][first], check_exact=False, rtol=2e-3, atol=2e-4)
+        pd.testing.assert_series_equal(
+            two[curve][first], one[curve][first], check_exact=False, rtol=2e-3, atol=2e-4
+        )
         # Adam takes a whole step even where a gradient is nothing but rounding, so the runs part slowly.
-        pd.testing.assert_series_equal(two[curve][last], one[curve][last], check_exact=False, rtol=5e-2, atol=2e-2)
+        pd.testing.assert_series_equal(
+            two[curve][last], one[curve][last], check_exact=False, rtol=5e-2, atol=2e-2
+        )
 
 
 @pytest.mark.parametrize("how", ["two", "sharded"])
@@ -63,17 +75,32 @@ def test_weights_agree_within_what_adam_moves(roots: dict[str, Path], how: str) 
                 assert difference.median() <= 1e-4, key
 
 
-def test_killed_processes_resume_to_the_same_bits(features: Path, roots: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_killed_processes_resume_to_the_same_bits(
+    features: Path, roots: dict[str, Path], tmp_path: Path
+) -> None:
     root = tmp_path / "sharded"
-    command = (*TORCHRUN, "-m", "tests.stages.train_in_processes", "gan", str(features), str(root), str(root / "gan"))
+    command = (
+        *TORCHRUN,
+        "-m",
+        "tests.stages.train_in_processes",
+        "gan",
+        str(features),
+        str(root),
+        str(root / "gan"),
+    )
     assert run(*command, "3", cwd=ROOT, check=False, OMP_NUM_THREADS="1").returncode != 0
     assert list((root / "scratch" / "train-gan").glob("*/checkpoint.pt"))
     refused = run(*command, cwd=ROOT, check=False, OMP_NUM_THREADS="1", APART="")
     assert refused.returncode != 0
-    assert "checkpoint.pt: not all processes find the same state here; put --scratch on a disk that all machines see" in refused.stderr
+    assert (
+        "checkpoint.pt: not all processes find the same state here; put --scratch on a disk that all machines see"
+        in refused.stderr
+    )
     run(*command, cwd=ROOT, OMP_NUM_THREADS="1")
     for name in ("generator", "discriminator", "image_encoder"):
-        ours, undisturbed = (folder / "gan" / f"{name}.safetensors" for folder in (root, roots["sharded"]))
+        ours, undisturbed = (
+            folder / "gan" / f"{name}.safetensors" for folder in (root, roots["sharded"])
+        )
         assert ours.read_bytes() == undisturbed.read_bytes()
 
 

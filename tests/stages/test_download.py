@@ -15,10 +15,10 @@ from torchvision.datasets import SBDataset
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from featurestore.errors import FeatureStoreError
-from stages.data import download
-from stages.data.download import fetch
+from stages.common.errors import ConfigError, DataError
 from stages.data.manifest import read_manifest
-from stages.errors import ConfigError, DataError
+from stages.datasets import download
+from stages.datasets.download import fetch
 from tests.stages.test_datasets import make_voc
 from tests.stages.test_prepare import config, prepare
 
@@ -47,7 +47,11 @@ class Handler(BaseHTTPRequestHandler):
         if content is None or self.server.status != 200:
             self.send_error(404 if content is None else self.server.status)
             return
-        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and self.server.ranges else 0
+        start = (
+            int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if wanted and self.server.ranges
+            else 0
+        )
         if start and start >= len(content):
             self.send_error(416)
             return
@@ -79,7 +83,9 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_download_that_broke_off_goes_on(server: Server, tmp_path: Path, ranges: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_broke_off_goes_on(
+    server: Server, tmp_path: Path, ranges: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(download, "BLOCK", 1000)
     server.files["/a.tar"], server.ranges, server.stop_after = CONTENT, ranges, 300_000
     file = tmp_path / "downloads" / "a.tar"
@@ -96,7 +102,9 @@ def test_a_download_that_broke_off_goes_on(server: Server, tmp_path: Path, range
     assert len(server.asked) == 2
 
 
-def test_a_whole_file_under_its_partial_name_is_not_downloaded_again(server: Server, tmp_path: Path) -> None:
+def test_a_whole_file_under_its_partial_name_is_not_downloaded_again(
+    server: Server, tmp_path: Path
+) -> None:
     (tmp_path / "a.tar.partial").write_bytes(CONTENT)
     fetch(f"{server.url}/a.tar", MD5, tmp_path / "a.tar")
     assert (tmp_path / "a.tar").read_bytes() == CONTENT
@@ -104,7 +112,9 @@ def test_a_whole_file_under_its_partial_name_is_not_downloaded_again(server: Ser
 
 
 @pytest.mark.parametrize("length", [len(CONTENT), len(CONTENT) + 7])
-def test_a_partial_file_of_something_longer_is_begun_anew(server: Server, tmp_path: Path, length: int) -> None:
+def test_a_partial_file_of_something_longer_is_begun_anew(
+    server: Server, tmp_path: Path, length: int
+) -> None:
     server.files["/a.tar"] = CONTENT
     (tmp_path / "a.tar.partial").write_bytes(b"x" * length)
     fetch(f"{server.url}/a.tar", MD5, tmp_path / "a.tar")
@@ -161,7 +171,11 @@ def official(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "/benchmark.tgz": pack(sbd, "benchmark_RELEASE", "w:gz"),
     }
     voc, more = (hashlib.md5(content).hexdigest() for content in server.files.values())
-    entry = {**DATASET_YEAR_DICT["2012"], "url": f"{server.url}/VOCtrainval_11-May-2012.tar", "md5": voc}
+    entry = {
+        **DATASET_YEAR_DICT["2012"],
+        "url": f"{server.url}/VOCtrainval_11-May-2012.tar",
+        "md5": voc,
+    }
     monkeypatch.setitem(DATASET_YEAR_DICT, "2012", entry)
     monkeypatch.setattr(SBDataset, "url", f"{server.url}/benchmark.tgz")
     monkeypatch.setattr(SBDataset, "md5", more)
@@ -178,13 +192,25 @@ def test_voc_is_downloaded_once_and_prepared(official: Server, tmp_path: Path) -
         prepare(settings, tmp_path, download=True)
     assert not root.exists()
     prepare(settings, tmp_path, download=True)
-    assert sorted(path.name for path in root.iterdir()) == ["ImageSets", "JPEGImages", "SegmentationClass"]
-    assert not list((tmp_path / "scratch" / "downloads").iterdir())  # neither the archive nor anything unpacked stays
+    assert sorted(path.name for path in root.iterdir()) == [
+        "ImageSets",
+        "JPEGImages",
+        "SegmentationClass",
+    ]
+    assert not list(
+        (tmp_path / "scratch" / "downloads").iterdir()
+    )  # neither the archive nor anything unpacked stays
     assert [entry.split for entry in read_manifest(tmp_path / "dataset")[0]].count("train") == 2
     asked = len(official.asked)
-    prepare(config(root, dataset="voc", split="random", ratios=[0.5, 0.25, 0.25]), tmp_path, download=True)
+    prepare(
+        config(root, dataset="voc", split="random", ratios=[0.5, 0.25, 0.25]),
+        tmp_path,
+        download=True,
+    )
     assert len(official.asked) == asked
-    prepare(config(root, dataset="voc", split="sbd"), tmp_path, download=True)  # SBD alone is missing
+    prepare(
+        config(root, dataset="voc", split="sbd"), tmp_path, download=True
+    )  # SBD alone is missing
     assert [path for path, _ in official.asked[asked:]] == ["/benchmark.tgz"]
     assert [entry.split for entry in read_manifest(tmp_path / "dataset")[0]].count("train") == 4
 
@@ -211,7 +237,9 @@ def test_a_root_that_links_to_another_disk_stays_a_link(official: Server, tmp_pa
     assert (tmp_path / "large" / "JPEGImages" / "a.jpg").is_file()
 
 
-def test_an_archive_of_something_else_is_refused(official: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_of_something_else_is_refused(
+    official: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(DATASET_YEAR_DICT["2012"], "base_dir", "VOCdevkit/VOC2011")
     with pytest.raises(DataError, match="holds no VOCdevkit/VOC2011/JPEGImages"):
         prepare(config(tmp_path / "data", dataset="voc"), tmp_path, download=True)
@@ -219,10 +247,13 @@ def test_an_archive_of_something_else_is_refused(official: Server, tmp_path: Pat
 
 
 def test_torchvision_still_has_what_is_downloaded() -> None:
-    from stages.data import voc
+    from stages.datasets import voc
 
     archives = voc.archives(Path("data"), config(Path("data"), dataset="voc", split="sbd"))
-    assert [archive.url.rsplit("/", 1)[1] for archive in archives] == ["VOCtrainval_11-May-2012.tar", "benchmark.tgz"]
+    assert [archive.url.rsplit("/", 1)[1] for archive in archives] == [
+        "VOCtrainval_11-May-2012.tar",
+        "benchmark.tgz",
+    ]
     assert [archive.inside for archive in archives] == ["VOCdevkit/VOC2012", "benchmark_RELEASE"]
     assert [len(archive.md5) for archive in archives] == [32, 32]
 

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 import featurestore
 import pipeline
 from featurestore import StoreSpec
-from stages import export, export_formats
-from stages.checkpoint import load_decoder, read_spec, save_weights
-from stages.errors import ConfigError, DataError
-from stages.export_formats import METADATA, dynamic_shapes, trace
-from stages.models.backbone import Backbone, build_backbone
+from stages.backbones.backbone import Backbone, build_backbone
+from stages.common.errors import ConfigError, DataError
 from stages.models.decoder import Decoder
-from stages.models.end_to_end import EndToEnd, _SameConv2d
+from stages.training.checkpoint import load_decoder, read_spec, save_weights
+from stages.use import export, export_formats
+from stages.use.end_to_end import EndToEnd, _SameConv2d
+from stages.use.export_formats import METADATA, dynamic_shapes, trace
 
 CLASSES, PALETTE = ("belt", "Größe", "纸"), ((0, 0, 0), (10, 20, 30), (255, 0, 7))
 
@@ -52,7 +52,14 @@ def spec_of(backbone: Backbone) -> StoreSpec:
 
 def write_decoder(folder: Path, backbone: Backbone, **changes) -> Path:
     """A folder as train-decoder leaves it, with random weights and running statistics."""
-    architecture = {"head": "deeplab", "in_channels": backbone.channels, "num_classes": 3, "width": 16, "atrous_rates": [2, 3], **changes}
+    architecture = {
+        "head": "deeplab",
+        "in_channels": backbone.channels,
+        "num_classes": 3,
+        "width": 16,
+        "atrous_rates": [2, 3],
+        **changes,
+    }
     folder.mkdir()
     for seed, name in enumerate(("decoder", "decoder-best")):
         torch.manual_seed(seed)
@@ -62,13 +69,24 @@ def write_decoder(folder: Path, backbone: Backbone, **changes) -> Path:
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2)
         save_weights(decoder.state_dict(), folder / f"{name}.safetensors")
-    described = {"architecture": architecture, "variant": "baseline", "seed": 0, "features": spec_of(backbone).to_dict()}
+    described = {
+        "architecture": architecture,
+        "variant": "baseline",
+        "seed": 0,
+        "features": spec_of(backbone).to_dict(),
+    }
     (folder / "config.json").write_text(json.dumps(described))
     return folder
 
 
 def pictures(count: int, height: int, width: int) -> Tensor:
-    return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(height))
+    return torch.randint(
+        0,
+        256,
+        (count, 3, height, width),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(height),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +108,29 @@ def lite0_decoder(lite0: Backbone, tmp_path_factory: pytest.TempPathFactory) -> 
     return write_decoder(tmp_path_factory.mktemp("lite0") / "decoder", lite0)
 
 
-@pytest.mark.parametrize(("head", "suffix"), [("deeplab", ".pth"), ("deeplab", ".safetensors"), ("fcn", ".pth")])
-def test_torchvision_loads_every_tensor_and_scores_the_same(resnet: tuple[Path, Backbone], tmp_path: Path, head: str, suffix: str) -> None:
+@pytest.mark.parametrize(
+    ("head", "suffix"), [("deeplab", ".pth"), ("deeplab", ".safetensors"), ("fcn", ".pth")]
+)
+def test_torchvision_loads_every_tensor_and_scores_the_same(
+    resnet: tuple[Path, Backbone], tmp_path: Path, head: str, suffix: str
+) -> None:
     weights, backbone = resnet
-    folder = write_decoder(tmp_path / "decoder", backbone, head=head, width=256, atrous_rates=[12, 24, 36])
+    folder = write_decoder(
+        tmp_path / "decoder", backbone, head=head, width=256, atrous_rates=[12, 24, 36]
+    )
     out = tmp_path / f"model{suffix}"
     done = export.run(folder, format="torchvision", out=out, backbone_weights=str(weights))
 
-    make = torchvision.models.segmentation.fcn_resnet50 if head == "fcn" else torchvision.models.segmentation.deeplabv3_resnet50
+    make = (
+        torchvision.models.segmentation.fcn_resnet50
+        if head == "fcn"
+        else torchvision.models.segmentation.deeplabv3_resnet50
+    )
     model = make(weights=None, weights_backbone=None, num_classes=3, aux_loss=None)
-    model.load_state_dict(load_file(out) if suffix == ".safetensors" else torch.load(out, weights_only=True), strict=True)
+    model.load_state_dict(
+        load_file(out) if suffix == ".safetensors" else torch.load(out, weights_only=True),
+        strict=True,
+    )
     images = pictures(2, 64, 64)
     mean, std = (torch.tensor(part).view(3, 1, 1) for part in (backbone.mean, backbone.std))
     with torch.no_grad():
@@ -133,7 +164,12 @@ def test_programs_take_any_number_of_pictures_of_any_size(
         model = onnx.load(out)
         onnx.checker.check_model(model)
         axes = model.graph.input[0].type.tensor_type.shape.dim
-        assert [axis.dim_param or axis.dim_value for axis in axes] == ["batch", 3, "height", "width"]
+        assert [axis.dim_param or axis.dim_value for axis in axes] == [
+            "batch",
+            3,
+            "height",
+            "width",
+        ]
         found = {part.key: part.value for part in model.metadata_props}
         found |= {key: json.loads(found[key]) for key in ("class_names", "palette", "trained_size")}
         session = onnxruntime.InferenceSession(out)
@@ -147,17 +183,23 @@ def test_programs_take_any_number_of_pictures_of_any_size(
     decoder = load_decoder(lite0_decoder, weights="decoder-best")
     for count, height, width in ((1, 96, 64), (3, 67, 90)):
         images = pictures(count, height, width)
-        torch.testing.assert_close(scores_of(images), decoder(lite0(images), size=(height, width)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            scores_of(images), decoder(lite0(images), size=(height, width)), rtol=1e-4, atol=1e-4
+        )
     assert found["class_names"] == list(CLASSES)
     assert found["palette"] == [list(colour) for colour in PALETTE]
     assert found["trained_size"] == [64, 64]
     assert found["backbone"] == "efficientnet_lite0"
     for path in (Path(export.__file__).parent.parent, Path(sys.prefix)):
-        assert str(path).encode() not in out.read_bytes(), "the file names folders of the machine it was made on"
+        assert str(path).encode() not in out.read_bytes(), (
+            "the file names folders of the machine it was made on"
+        )
 
 
 def test_a_fixed_size(lite0: Backbone, lite0_decoder: Path, tmp_path: Path) -> None:
-    done = export.run(lite0_decoder, format="torch-export", out=tmp_path / "model.pt2", size=(72, 64))
+    done = export.run(
+        lite0_decoder, format="torch-export", out=tmp_path / "model.pt2", size=(72, 64)
+    )
     assert done.sizes == ((72, 64),)
     images = pictures(3, 72, 64)
     expected = load_decoder(lite0_decoder)(lite0(images), size=(72, 64))
@@ -167,7 +209,9 @@ def test_a_fixed_size(lite0: Backbone, lite0_decoder: Path, tmp_path: Path) -> N
         program(pictures(1, 64, 64))
 
 
-@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 2, 1), (5, 2, 1), (4, 4, 1), (3, 2, 2), (7, 3, 1)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"), [(3, 2, 1), (5, 2, 1), (4, 4, 1), (3, 2, 2), (7, 3, 1)]
+)
 def test_padding_is_timms_at_every_size(kernel: int, stride: int, dilation: int) -> None:
     conv = Conv2dSame(2, 3, kernel, stride=stride, dilation=dilation)
     for size in range(20, 33):
@@ -191,7 +235,10 @@ class Fussy(nn.Module):
 
 
 def test_a_network_that_depends_on_the_size_needs_size() -> None:
-    with pytest.raises(ConfigError, match=r"--size: PyTorch cannot trace fussy for pictures of any size .*--size H W"):
+    with pytest.raises(
+        ConfigError,
+        match=r"--size: PyTorch cannot trace fussy for pictures of any size .*--size H W",
+    ):
         trace(Fussy(), dynamic_shapes(fixed=False), (64, 64), "fussy")
     program = trace(Fussy(), dynamic_shapes(fixed=True), (64, 128), "fussy")
     assert (program.module()(pictures(1, 64, 128)) == 2.0 * pictures(1, 64, 128)[:, :1]).all()
@@ -211,8 +258,13 @@ def test_a_file_that_scores_otherwise_is_not_left(
         written(backbone, changed, *rest, **options)
 
     monkeypatch.setattr(export, "write_torchvision", damaged)
-    with pytest.raises(DataError, match=r"model.pth: the exported scores differ by .* at 64 x 64; nothing was written"):
-        export.run(folder, format="torchvision", out=tmp_path / "model.pth", backbone_weights=str(weights))
+    with pytest.raises(
+        DataError,
+        match=r"model.pth: the exported scores differ by .* at 64 x 64; nothing was written",
+    ):
+        export.run(
+            folder, format="torchvision", out=tmp_path / "model.pth", backbone_weights=str(weights)
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["decoder"]
 
 
@@ -220,10 +272,21 @@ def call(*arguments: object) -> Result:
     return CliRunner().invoke(pipeline.main, [str(argument) for argument in arguments])
 
 
-def test_the_command_says_what_it_wrote_and_replaces_nothing_unasked(resnet: tuple[Path, Backbone], tmp_path: Path) -> None:
+def test_the_command_says_what_it_wrote_and_replaces_nothing_unasked(
+    resnet: tuple[Path, Backbone], tmp_path: Path
+) -> None:
     weights, backbone = resnet
     folder = write_decoder(tmp_path / "decoder", backbone, head="fcn")
-    command = ("export", folder, "--format", "torchvision", "--out", tmp_path / "new" / "model.pth", "--backbone-weights", weights)
+    command = (
+        "export",
+        folder,
+        "--format",
+        "torchvision",
+        "--out",
+        tmp_path / "new" / "model.pth",
+        "--backbone-weights",
+        weights,
+    )
     done = call(*command)
     assert done.exit_code == 0, done.output
     assert "differ from PyTorch's by" in done.output
@@ -237,14 +300,26 @@ def test_the_command_says_what_it_wrote_and_replaces_nothing_unasked(resnet: tup
 
 
 WRONG = {
-    "a suffix of another format": (("--format", "onnx", "--out", "model.pth"), 2, "--out: onnx files end in .onnx, found 'model.pth'"),
+    "a suffix of another format": (
+        ("--format", "onnx", "--out", "model.pth"),
+        2,
+        "--out: onnx files end in .onnx, found 'model.pth'",
+    ),
     "a backbone that torchvision lacks": (
         ("--format", "torchvision", "--out", "model.pth"),
         2,
         "not on efficientnet_lite0; use torch-export",
     ),
-    "a size for torchvision": (("--format", "torchvision", "--out", "m.pth", "--size", "64", "64"), 2, "--size: torchvision's models take"),
-    "a size too small": (("--format", "onnx", "--out", "m.onnx", "--size", "64", "8"), 2, "--size: must be 32 or more, found 64 8"),
+    "a size for torchvision": (
+        ("--format", "torchvision", "--out", "m.pth", "--size", "64", "64"),
+        2,
+        "--size: torchvision's models take",
+    ),
+    "a size too small": (
+        ("--format", "onnx", "--out", "m.onnx", "--size", "64", "8"),
+        2,
+        "--size: must be 32 or more, found 64 8",
+    ),
     "weights that are not there": (
         ("--format", "onnx", "--out", "m.onnx", "--backbone-weights", "none.pth"),
         1,
@@ -254,7 +329,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_fit_is_one_line(lite0_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_what_does_not_fit_is_one_line(
+    lite0_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     arguments, code, words = WRONG[case]
     result = call("export", lite0_decoder, *arguments)
@@ -264,38 +341,71 @@ def test_what_does_not_fit_is_one_line(lite0_decoder: Path, tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_other_models_and_other_weights_are_refused(resnet: tuple[Path, Backbone], lite0: Backbone, tmp_path: Path) -> None:
+def test_other_models_and_other_weights_are_refused(
+    resnet: tuple[Path, Backbone], lite0: Backbone, tmp_path: Path
+) -> None:
     _, backbone = resnet
     out = tmp_path / "model.pth"
     narrow = write_decoder(tmp_path / "narrow", backbone, width=64)
-    assert "width 256, this decoder 64" in call("export", narrow, "--format", "torchvision", "--out", out).stderr
+    assert (
+        "width 256, this decoder 64"
+        in call("export", narrow, "--format", "torchvision", "--out", out).stderr
+    )
     rates = write_decoder(tmp_path / "rates", backbone, width=256, atrous_rates=[3, 6, 9])
-    assert "atrous_rates [12, 24, 36], this decoder [3, 6, 9]" in call("export", rates, "--format", "torchvision", "--out", out).stderr
+    assert (
+        "atrous_rates [12, 24, 36], this decoder [3, 6, 9]"
+        in call("export", rates, "--format", "torchvision", "--out", out).stderr
+    )
 
     other = tmp_path / "other.pth"
     torch.manual_seed(1)
     torch.save(torchvision.models.resnet50(weights=None).state_dict(), other)
-    refused = call("export", narrow, "--format", "onnx", "--out", tmp_path / "m.onnx", "--backbone-weights", other)
+    refused = call(
+        "export",
+        narrow,
+        "--format",
+        "onnx",
+        "--out",
+        tmp_path / "m.onnx",
+        "--backbone-weights",
+        other,
+    )
     assert refused.exit_code == 1
-    assert "other.pth: these are other resnet50 weights than those that the decoder's features were made with (sha256 " in refused.stderr
+    assert (
+        "other.pth: these are other resnet50 weights than those that the decoder's features were made with (sha256 "
+        in refused.stderr
+    )
 
-    described = {"architecture": {"head": "fcn"}, "features": {**spec_of(lite0).to_dict(), "weights_digest": "ab" * 32}}
+    described = {
+        "architecture": {"head": "fcn"},
+        "features": {**spec_of(lite0).to_dict(), "weights_digest": "ab" * 32},
+    }
     (tmp_path / "lite0").mkdir()
     (tmp_path / "lite0" / "config.json").write_text(json.dumps(described))
-    with pytest.raises(ConfigError, match=r"--backbone-weights: these are other efficientnet_lite0 weights .* expected abababababab"):
+    with pytest.raises(
+        ConfigError,
+        match=r"--backbone-weights: these are other efficientnet_lite0 weights .* expected abababababab",
+    ):
         export.load_backbone(read_spec(tmp_path / "lite0"), "default")
 
     config = json.loads((narrow / "config.json").read_text())
     (narrow / "config.json").write_text(json.dumps({**config, "architecture": {"family": "gan"}}))
-    assert "no decoder; name a folder that train-decoder left" in call("export", narrow, "--format", "torchvision", "--out", out).stderr
+    assert (
+        "no decoder; name a folder that train-decoder left"
+        in call("export", narrow, "--format", "torchvision", "--out", out).stderr
+    )
     nothing = call("export", tmp_path / "nothing", "--format", "torchvision", "--out", out)
     assert nothing.exit_code == 1
     assert "there is no trained model here" in nothing.stderr
     assert not out.exists()
 
 
-def test_without_onnx_the_command_says_how_to_install_it(lite0_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_onnx_the_command_says_how_to_install_it(
+    lite0_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     result = call("export", lite0_decoder, "--format", "onnx", "--out", tmp_path / "model.onnx")
     assert result.exit_code == 2
-    assert "--format onnx: needs onnxscript; install with pip install -e '.[export]'" in result.stderr
+    assert (
+        "--format onnx: needs onnxscript; install with pip install -e '.[export]'" in result.stderr
+    )

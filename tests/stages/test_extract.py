@@ -18,9 +18,9 @@ import torch
 import featurestore
 from featurestore import ShardCorruptError, StoreBusyError, StoreReadError
 from stages import extract
+from stages.backbones.backbone import Backbone, build_backbone
+from stages.common.errors import ConfigError, DataError
 from stages.data.manifest import read_manifest
-from stages.errors import ConfigError, DataError
-from stages.models.backbone import Backbone, build_backbone
 from tests.conftest import write_photos
 from tests.imports import ROOT
 from tests.stages.test_prepare import config as prepare_config
@@ -47,12 +47,20 @@ def run(
     settings: extract.ExtractConfig, tmp_path: Path, *, workers: int = 0, out: str = "features"
 ) -> dict[str, featurestore.FeatureStore]:
     return extract.run(
-        settings, dataset=tmp_path / "dataset", out=tmp_path / out, scratch=tmp_path / "scratch", device="cpu", workers=workers
+        settings,
+        dataset=tmp_path / "dataset",
+        out=tmp_path / out,
+        scratch=tmp_path / "scratch",
+        device="cpu",
+        workers=workers,
     )
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*.*"))}
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*.*"))
+    }
 
 
 @pytest.fixture
@@ -64,7 +72,11 @@ def prepared(photos: Path, tmp_path: Path) -> Path:
 
 def test_features_are_the_backbones_own(prepared: Path) -> None:
     stores = run(config(feature_dtype="float32"), prepared)
-    assert {split: len(store) for split, store in stores.items()} == {"train": 6, "val": 3, "test": 3}
+    assert {split: len(store) for split, store in stores.items()} == {
+        "train": 6,
+        "val": 3,
+        "test": 3,
+    }
     store = stores["train"]
     assert store.spec.feature_shape == (320, 8, 8)
     assert store.spec.class_names[1] == "paper"
@@ -72,13 +84,20 @@ def test_features_are_the_backbones_own(prepared: Path) -> None:
     assert store.spec.weights_digest == backbone.digest()
     for sample in store:
         expected = backbone(torch.from_numpy(sample.image.copy()).permute(2, 0, 1)[None])[0]
-        torch.testing.assert_close(torch.from_numpy(sample.features.copy()), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            torch.from_numpy(sample.features.copy()), expected, rtol=1e-3, atol=1e-3
+        )
 
 
-def test_bytes_do_not_depend_on_workers_and_a_second_run_computes_nothing(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_do_not_depend_on_workers_and_a_second_run_computes_nothing(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(config(), prepared, out="a")
     run(config(), prepared, out="b", workers=2)
-    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32) == (False, True)  # a notebook's own settings are back
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32) == (
+        False,
+        True,
+    )  # a notebook's own settings are back
     assert digests(prepared / "a") == digests(prepared / "b")
     monkeypatch.setattr(featurestore, "create", lambda *_, **__: pytest.fail("extracted again"))
     run(config(), prepared, out="a")
@@ -92,7 +111,9 @@ def test_a_mirrored_view_is_a_sample_of_its_own_for_training_alone(prepared: Pat
     assert train.ids[:6] == train.ids[6:]
     np.testing.assert_array_equal(train.mask(6), train.mask(0)[:, ::-1])
     np.testing.assert_array_equal(train.image(6), train.image(0)[:, ::-1])
-    assert not np.array_equal(train.features(6), train.features(0)[:, :, ::-1])  # the network saw the mirrored image
+    assert not np.array_equal(
+        train.features(6), train.features(0)[:, :, ::-1]
+    )  # the network saw the mirrored image
 
 
 def test_compression_and_bf16_read_back_through_the_same_interface(prepared: Path) -> None:
@@ -126,7 +147,9 @@ def test_a_photograph_that_changed_since_prepare_is_named(prepared: Path, worker
 def spoil(monkeypatch: pytest.MonkeyPatch, prepared: Path, number: int, value: float) -> str:
     """Let the backbone give one wrong value for training photograph ``number``, whose file is returned."""
     entries, classes = read_manifest(prepared / "dataset")
-    picture = extract._read_pair((entries[number], "identity"), classes=classes, size=(64, 64), rule="stretch")[1]
+    picture = extract._read_pair(
+        (entries[number], "identity"), classes=classes, size=(64, 64), rule="stretch"
+    )[1]
     wanted, forward = torch.from_numpy(picture.copy()).permute(2, 0, 1), Backbone.forward
 
     def spoilt(self: Backbone, images: torch.Tensor) -> torch.Tensor:
@@ -140,7 +163,9 @@ def spoil(monkeypatch: pytest.MonkeyPatch, prepared: Path, number: int, value: f
     return entries[number].image
 
 
-@pytest.mark.parametrize(("value", "words"), [(float("nan"), "not finite"), (1e6, "1e\\+06 does not fit float16")])
+@pytest.mark.parametrize(
+    ("value", "words"), [(float("nan"), "not finite"), (1e6, "1e\\+06 does not fit float16")]
+)
 def test_a_feature_that_cannot_be_stored_names_its_photograph(
     prepared: Path, monkeypatch: pytest.MonkeyPatch, value: float, words: str
 ) -> None:
@@ -151,9 +176,13 @@ def test_a_feature_that_cannot_be_stored_names_its_photograph(
     assert not (prepared / "features").exists()
 
 
-def test_after_a_bad_photograph_no_shard_holds_features_of_others_under_its_ids(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_bad_photograph_no_shard_holds_features_of_others_under_its_ids(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batches that were computed already must not be appended in place of the one that failed."""
-    monkeypatch.setattr("featurestore.writer.SHARD_BYTES", 2 * 60_000)  # two samples a shard, as many as a batch
+    monkeypatch.setattr(
+        "featurestore.writer.SHARD_BYTES", 2 * 60_000
+    )  # two samples a shard, as many as a batch
     run(config(), prepared, out="undisturbed")
     with monkeypatch.context() as patch:
         spoil(patch, prepared, 1, float("nan"))
@@ -168,14 +197,24 @@ def test_weights_that_are_missing_are_named(prepared: Path) -> None:
         run(config(backbone="resnet50", weights=str(prepared / "none.pth")), prepared)
 
 
-def test_weights_that_cannot_be_downloaded_say_what_to_do(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cannot_be_downloaded_say_what_to_do(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_HOME", str(prepared / "empty"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(ConfigError, match="cannot be downloaded .*no network.*give the file as the weights"):
+    monkeypatch.setattr(
+        torch.hub,
+        "download_url_to_file",
+        lambda *_, **__: (_ for _ in ()).throw(OSError("no network")),
+    )
+    with pytest.raises(
+        ConfigError, match="cannot be downloaded .*no network.*give the file as the weights"
+    ):
         run(config(backbone="resnet50"), prepared)
 
 
-def test_a_damaged_shard_is_found_and_extracted_again(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_shard_is_found_and_extracted_again(
+    prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(config(), prepared)
     before = digests(prepared / "features")
     shard = prepared / "features" / "train" / "shard-00000.h5"
@@ -189,7 +228,9 @@ def test_a_damaged_shard_is_found_and_extracted_again(prepared: Path, capsys: py
     assert digests(prepared / "features") == before
 
 
-def test_a_store_that_cannot_be_read_here_is_not_replaced(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_cannot_be_read_here_is_not_replaced(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(config(), prepared)
     before = digests(prepared / "features")
 
@@ -202,7 +243,9 @@ def test_a_store_that_cannot_be_read_here_is_not_replaced(prepared: Path, monkey
     assert digests(prepared / "features") == before
 
 
-def test_unfinished_work_of_other_parameters_is_named(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unfinished_work_of_other_parameters_is_named(
+    prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     entry = next(entry for entry in read_manifest(prepared / "dataset")[0] if entry.split == "test")
     content = Path(entry.image).read_bytes()
     Path(entry.image).write_bytes(b"damaged")
@@ -211,7 +254,9 @@ def test_unfinished_work_of_other_parameters_is_named(prepared: Path, capsys: py
     Path(entry.image).write_bytes(content)
     run(config(), prepared)
     named = [
-        line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if "unfinished extraction with other parameters" in line
+        line.partition(":")[0]
+        for line in capsys.readouterr().out.splitlines()
+        if "unfinished extraction with other parameters" in line
     ]
     assert [Path(name).parent.name for name in named] == ["train", "val", "test"]
     assert list(Path(named[0]).glob("shard-*.h5"))
@@ -222,7 +267,9 @@ def test_unfinished_work_of_other_parameters_is_named(prepared: Path, capsys: py
 # -- kill -9 -------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_published_before_all_splits_are_extracted(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_published_before_all_splits_are_extracted(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """DVC removes a stage's outputs before it starts: what was published early would be lost with them."""
     run(config(), prepared, out="undisturbed")
     entry = next(entry for entry in read_manifest(prepared / "dataset")[0] if entry.split == "test")
@@ -233,7 +280,9 @@ def test_nothing_is_published_before_all_splits_are_extracted(prepared: Path, mo
     assert not (prepared / "features").exists()
     Path(entry.image).write_bytes(content)
     forward, calls = Backbone.forward, []
-    monkeypatch.setattr(Backbone, "forward", lambda self, images: calls.append(len(images)) or forward(self, images))
+    monkeypatch.setattr(
+        Backbone, "forward", lambda self, images: calls.append(len(images)) or forward(self, images)
+    )
     run(config(), prepared)
     assert sum(calls) == 3  # the test split's: those of train and val were taken over
     assert digests(prepared / "features") == digests(prepared / "undisturbed")
@@ -247,12 +296,17 @@ def test_a_second_extraction_into_the_same_scratch_folder_says_so_and_stops(prep
         f"run(config(), Path({str(prepared)!r}))"
     )
     first = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
     )
     try:
         while first.poll() is None and not list((prepared / "scratch").glob("train/*.lock")):
             time.sleep(0.05)
-        with pytest.raises(StoreBusyError, match=f"process {first.pid} on .* is writing this store; wait for it or stop it"):
+        with pytest.raises(
+            StoreBusyError,
+            match=f"process {first.pid} on .* is writing this store; wait for it or stop it",
+        ):
             run(config(), prepared)
     finally:
         first.kill()
@@ -261,7 +315,9 @@ def test_a_second_extraction_into_the_same_scratch_folder_says_so_and_stops(prep
 
 
 @pytest.mark.slow
-def test_two_ranks_write_the_same_bytes_as_one_and_one_that_dies_costs_its_unfinished_shard(tmp_path: Path) -> None:
+def test_two_ranks_write_the_same_bytes_as_one_and_one_that_dies_costs_its_unfinished_shard(
+    tmp_path: Path,
+) -> None:
     write_photos(tmp_path / "photos", {"train": 10, "val": 1, "test": 1})
     prepare(prepare_config(tmp_path / "photos"), tmp_path)
     code = (
@@ -278,28 +334,56 @@ def test_two_ranks_write_the_same_bytes_as_one_and_one_that_dies_costs_its_unfin
         f"run(config(), Path({str(tmp_path)!r}), out=sys.argv[2])\n"
     )
     (tmp_path / "extract_here.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
 
     def extract_with(command: list[str], how: str, out: str) -> int:
-        return subprocess.run([*command, str(tmp_path / "extract_here.py"), how, out], cwd=ROOT, env=environment, check=False).returncode
+        return subprocess.run(
+            [*command, str(tmp_path / "extract_here.py"), how, out],
+            cwd=ROOT,
+            env=environment,
+            check=False,
+        ).returncode
 
     assert extract_with([sys.executable], "living", "one") == 0
     whole = digests(tmp_path / "one")
     assert len(whole) >= 7
     assert extract_with(launcher, "dying", "two") != 0
     assert not (tmp_path / "two" / "train").exists()
-    finished = {file.name.removesuffix(".finished.json") for file in (tmp_path / "scratch").glob("train/*/*.finished.json")}
-    inodes = {file.name: file.stat().st_ino for file in (tmp_path / "scratch").glob("train/*/shard-*.h5") if file.name in finished}
+    finished = {
+        file.name.removesuffix(".finished.json")
+        for file in (tmp_path / "scratch").glob("train/*/*.finished.json")
+    }
+    inodes = {
+        file.name: file.stat().st_ino
+        for file in (tmp_path / "scratch").glob("train/*/shard-*.h5")
+        if file.name in finished
+    }
     assert "shard-00001.h5" in inodes
     assert extract_with(launcher, "living", "two") == 0
     assert digests(tmp_path / "two") == whole
     for name, inode in inodes.items():
-        assert (tmp_path / "two" / "train" / name).stat().st_ino == inode  # taken over, not written again
+        assert (
+            tmp_path / "two" / "train" / name
+        ).stat().st_ino == inode  # taken over, not written again
 
 
 @pytest.mark.slow
-def test_killed_extractions_resume_to_byte_identical_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_extractions_resume_to_byte_identical_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGKILL after one finished shard, then after another: the rest is adopted, the result equals an undisturbed run's."""
     write_photos(tmp_path / "photos", {"train": 12, "val": 1, "test": 1})
     prepare(prepare_config(tmp_path / "photos"), tmp_path)
@@ -310,7 +394,9 @@ def test_killed_extractions_resume_to_byte_identical_shards(tmp_path: Path, monk
     )
 
     def start(out: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", code, out], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        return subprocess.Popen(
+            [sys.executable, "-c", code, out], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
 
     assert start("undisturbed").wait() == 0
     whole = digests(tmp_path / "undisturbed")
@@ -328,7 +414,9 @@ def test_killed_extractions_resume_to_byte_identical_shards(tmp_path: Path, monk
         assert not (tmp_path / "features" / "train").exists()
         shards = sorted((tmp_path / "scratch").glob("train/*/shard-*.h5"))
         for shard in shards[:wanted]:
-            assert adopted.setdefault(shard.name, shard.stat().st_ino) == shard.stat().st_ino  # not written again
+            assert (
+                adopted.setdefault(shard.name, shard.stat().st_ino) == shard.stat().st_ino
+            )  # not written again
     assert start("features").wait() == 0
     assert digests(tmp_path / "features") == whole
     for name, inode in adopted.items():

@@ -75,8 +75,15 @@ def test_random_kills_cost_no_more_than_the_unfinished_shard(tmp_path: Path) -> 
     write_photos(tmp_path / "photos", {"train": 24, "val": 3, "test": 3})
     prepare(prepare_config(tmp_path / "photos"), tmp_path)
     command = [sys.executable, "-c", KILLER, str(tmp_path), str(KILLS)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     outcome = json.loads(result.stdout.splitlines()[-1])
     print(outcome)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 import featurestore
-from stages.checkpoint import load_generator
-from stages.errors import ConfigError
-from stages.flow_trainer import FlowTrainer, mean_amplitude, principal_components
-from stages.gan import Networks
+from stages.common.errors import ConfigError
+from stages.common.runtime import make_accelerator
+from stages.gan.flow_trainer import FlowTrainer, mean_amplitude, principal_components
+from stages.gan.networks import Networks
 from stages.models.flow_generator import FlowGenerator
-from stages.runtime import make_accelerator
+from stages.training.checkpoint import load_generator
 from tests.stages.test_training import (  # noqa: F401  (features is a fixture)
     VARIANTS,
     added_by_a_frozen_generator,
@@ -44,12 +44,21 @@ def flow(**changes) -> FlowGenerator:
 MASKS = torch.randint(0, 3, (2, 64, 64), dtype=torch.uint8)
 
 
-def test_components_are_those_of_the_vectors_and_all_of_them_lose_nothing(features: Path) -> None:  # noqa: F811
+def test_components_are_those_of_the_vectors_and_all_of_them_lose_nothing(features: Path) -> None:
     store = featurestore.open(features / "train")
     scale = torch.linspace(0.5, 2, 12)
     mean, basis, spread = principal_components(store, scale, 12, seed=0)
-    vectors = torch.from_numpy(np.concatenate([store.features(n).reshape(12, -1).T for n in range(len(store))]).astype(np.float32)) / scale
-    torch.testing.assert_close(mean, vectors.mean(0), rtol=1e-3, atol=1e-4)  # 640 vectors are all of them
+    vectors = (
+        torch.from_numpy(
+            np.concatenate([store.features(n).reshape(12, -1).T for n in range(len(store))]).astype(
+                np.float32
+            )
+        )
+        / scale
+    )
+    torch.testing.assert_close(
+        mean, vectors.mean(0), rtol=1e-3, atol=1e-4
+    )  # 640 vectors are all of them
     torch.testing.assert_close((vectors @ basis).var(0), spread**2, rtol=1e-3, atol=1e-5)
     assert (spread.diff() <= 0).all()
     network = flow(feature_scale=scale)
@@ -62,23 +71,31 @@ def test_components_are_those_of_the_vectors_and_all_of_them_lose_nothing(featur
     assert few.generate(MASKS).shape == (2, 12, 8, 8)
 
 
-def test_noise_has_the_spectrum_of_the_features_and_an_untrained_flow_leaves_it_alone(features: Path) -> None:  # noqa: F811
+def test_noise_has_the_spectrum_of_the_features_and_an_untrained_flow_leaves_it_alone(
+    features: Path,
+) -> None:
     store = featurestore.open(features / "train")
     network = flow(components=4)
     network.set_components(principal_components(store, network.feature_scale.flatten(), 4, seed=0))
     network.set_amplitude(mean_amplitude(store, network, seed=0))
     maps = torch.from_numpy(store.gather("features", np.arange(len(store)))).float()
     real = network.reduce(maps / network.feature_scale)
-    noise = network.start(torch.randn(4000, network.z_dim, generator=torch.Generator().manual_seed(0)))
+    noise = network.start(
+        torch.randn(4000, network.z_dim, generator=torch.Generator().manual_seed(0))
+    )
     assert noise.shape == (4000, 4, 8, 8)
 
     def power(fields: Tensor) -> Tensor:
         return torch.fft.fft2(fields).abs().square().mean(0)
 
-    torch.testing.assert_close(power(noise), power(real), rtol=0.15, atol=0.05)  # of 4000 fields: 1.6% for each wave
+    torch.testing.assert_close(
+        power(noise), power(real), rtol=0.15, atol=0.05
+    )  # of 4000 fields: 1.6% for each wave
     z = torch.randn(2, network.z_dim)
     network.steps = 64
-    torch.testing.assert_close(network(z, MASKS), network.restore(network.start(z)), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        network(z, MASKS), network.restore(network.start(z)), rtol=1e-2, atol=1e-2
+    )
 
 
 def test_the_velocity_of_a_gaussian_field_is_known() -> None:
@@ -86,7 +103,9 @@ def test_the_velocity_of_a_gaussian_field_is_known() -> None:
     generator = torch.Generator().manual_seed(0)
     network = flow()
     network.set_amplitude(torch.rand(12, 8, 5, generator=generator) + 0.2)
-    start, end = (network.start(torch.randn(500, network.z_dim, generator=generator)) for _ in range(2))
+    start, end = (
+        network.start(torch.randn(500, network.z_dim, generator=generator)) for _ in range(2)
+    )
     for time in (0.0, 0.3, 0.5, 0.9):
         now = torch.lerp(start, end, time)
         slope = float((now * (end - start)).sum() / now.square().sum())
@@ -106,7 +125,9 @@ def test_integration_follows_the_velocity(monkeypatch: pytest.MonkeyPatch) -> No
     assert errors[1] < 0.3 * errors[0] < 0.01
 
 
-def test_variations_start_from_the_real_features_in_their_share_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variations_start_from_the_real_features_in_their_share_of_noise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With dx/dt = b, what starts at time 1 - s ends s b further on; what the components do not hold stays as it was."""
     network = flow(components=4, steps=8)
     directions = torch.linalg.qr(torch.randn(12, 12))[0]
@@ -131,14 +152,20 @@ def test_variations_start_from_the_real_features_in_their_share_of_noise(monkeyp
         others = directions[:, 4:]
         rest = [torch.einsum("bchw,cr->brhw", maps / scale, others) for maps in (varied, real)]
         torch.testing.assert_close(rest[0], rest[1], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(network.vary(real, MASKS, z=z, strength=1e-6), real, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        network.vary(real, MASKS, z=z, strength=1e-6), real, rtol=1e-3, atol=1e-3
+    )
     anew = network.generate(MASKS, z=z) + real - network.restore(old) * scale
-    torch.testing.assert_close(network.vary(real, MASKS, z=z, strength=1.0), anew, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        network.vary(real, MASKS, z=z, strength=1.0), anew, rtol=1e-3, atol=1e-3
+    )
     monkeypatch.setattr(network, "nonnegative", True)
     assert network.vary(real, MASKS, z=z, strength=0.5).min() == 0
 
 
-def test_an_edit_carries_an_object_from_the_distribution_of_its_class_to_that_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edit_carries_an_object_from_the_distribution_of_its_class_to_that_of_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Between Gaussians the flow is known: of N(m, s^2) x becomes m' + s' / s (x - m).
 
     Pixels that keep their class, and what no component holds, stay.
@@ -151,7 +178,9 @@ def test_an_edit_carries_an_object_from_the_distribution_of_its_class_to_that_of
     def velocity(x: Tensor, time: Tensor, masks: Tensor) -> Tensor:
         labels = masks[:, ::8, ::8].long()[:, None]
         mean, variance, t = means[labels], spreads[labels].square(), time.view(-1, 1, 1, 1)
-        return mean + (t * variance - (1 - t)) / (t.square() * variance + (1 - t).square()) * (x - t * mean)
+        return mean + (t * variance - (1 - t)) / (t.square() * variance + (1 - t).square()) * (
+            x - t * mean
+        )
 
     monkeypatch.setattr(network, "velocity", velocity)
     real, scale = torch.randn(4, 12, 8, 8), network.feature_scale
@@ -162,7 +191,9 @@ def test_an_edit_carries_an_object_from_the_distribution_of_its_class_to_that_of
     changed = (old[:, ::8, ::8] == 1).repeat(2, 1, 1)[:, None]
     expected = torch.where(changed, -1.0 + 1.5 / 0.5 * (before - 2.0), before)
     torch.testing.assert_close(after, expected, rtol=5e-3, atol=5e-3)
-    rest = [torch.einsum("bchw,cr->brhw", maps / scale, directions[:, 4:]) for maps in (edited, real)]
+    rest = [
+        torch.einsum("bchw,cr->brhw", maps / scale, directions[:, 4:]) for maps in (edited, real)
+    ]
     torch.testing.assert_close(rest[0], rest[1], rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(network, "nonnegative", True)
     assert network.edit(real, old, new).min() == 0
@@ -170,7 +201,9 @@ def test_an_edit_carries_an_object_from_the_distribution_of_its_class_to_that_of
 
 def test_loss_is_the_regression_of_straight_lines() -> None:
     network = flow()
-    trainer = FlowTrainer(make_accelerator("cpu", "no"), Networks(network), lr=1e-3, betas=(0.9, 0.999))
+    trainer = FlowTrainer(
+        make_accelerator("cpu", "no"), Networks(network), lr=1e-3, betas=(0.9, 0.999)
+    )
     maps = torch.randn(2, 12, 8, 8)
     seen: dict[str, Tensor] = {}
 
@@ -188,8 +221,15 @@ def test_loss_is_the_regression_of_straight_lines() -> None:
     torch.testing.assert_close(step.generator_loss, (end - start).square().mean())
 
 
-def test_a_flow_learns_and_feeds_a_decoder(features: Path, tmp_path: Path) -> None:  # noqa: F811
-    settings = {"family": "flow", "flow_width": 32, "flow_components": 8, "generator_lr": 3e-3, "betas": [0.9, 0.99], "ema_decay": 0.9}
+def test_a_flow_learns_and_feeds_a_decoder(features: Path, tmp_path: Path) -> None:
+    settings = {
+        "family": "flow",
+        "flow_width": 32,
+        "flow_components": 8,
+        "generator_lr": 3e-3,
+        "betas": [0.9, 0.99],
+        "ema_decay": 0.9,
+    }
     row = run_gan(features, tmp_path, {"every": 30}, frozen_epochs=60, **settings)
     assert row["monitor/consistency"] > 0.8  # of the right class
     assert row["monitor/diversity"] > 0.3  # and z matters
@@ -201,7 +241,7 @@ def test_a_flow_learns_and_feeds_a_decoder(features: Path, tmp_path: Path) -> No
 
 
 @pytest.fixture(scope="module")
-def flows(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def flows(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a trained flow."""
     folder = tmp_path_factory.mktemp("flows")
     run_gan(features, folder, family="flow", frozen_epochs=5)
@@ -209,16 +249,22 @@ def flows(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # 
 
 
 @pytest.mark.parametrize("changes", [[], ["swap"]], ids=str)
-def test_a_decoder_gets_the_flows_variations_of_its_batch(features: Path, flows: Path, changes: list[str]) -> None:  # noqa: F811
+def test_a_decoder_gets_the_flows_variations_of_its_batch(
+    features: Path, flows: Path, changes: list[str]
+) -> None:
     parts, real, _, wanted, z = added_by_a_frozen_generator(features, flows, changes, vary=0.5)
     network = load_generator(flows / "gan")
     assert isinstance(network, FlowGenerator)
     for part, noise in zip(parts, z.chunk(2), strict=True):
-        torch.testing.assert_close(part.features, network.vary(real, wanted, z=noise, strength=0.5), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            part.features, network.vary(real, wanted, z=noise, strength=0.5), rtol=1e-4, atol=1e-4
+        )
 
 
-def test_a_decoder_gets_the_flows_edits_of_its_batch(features: Path, flows: Path) -> None:  # noqa: F811
-    parts, real, masks, wanted, _ = added_by_a_frozen_generator(features, flows, ["swap"], edit=True, ratio=1)
+def test_a_decoder_gets_the_flows_edits_of_its_batch(features: Path, flows: Path) -> None:
+    parts, real, masks, wanted, _ = added_by_a_frozen_generator(
+        features, flows, ["swap"], edit=True, ratio=1
+    )
     network = load_generator(flows / "gan")
     (part,) = parts
     edited = network.edit(real, masks, wanted)
@@ -229,7 +275,7 @@ def test_a_decoder_gets_the_flows_edits_of_its_batch(features: Path, flows: Path
 
 
 def test_a_killed_decoder_with_variations_resumes_to_the_same_bits(
-    features: Path,  # noqa: F811
+    features: Path,
     flows: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -244,14 +290,21 @@ def test_a_killed_decoder_with_variations_resumes_to_the_same_bits(
     assert files(killed / "decoders") == files(whole / "decoders")
 
 
-def test_a_gan_is_not_asked_for_variations(features: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_gan_is_not_asked_for_variations(features: Path, tmp_path: Path) -> None:
     run_gan(features, tmp_path)
-    with pytest.raises(ConfigError, match="only a flow varies features; set train_gan.family: flow"):
-        run_decoder(features, tmp_path, {"augmenter": "featuregan", "generator": "frozen", "vary": 0.5}, name="varied")
+    with pytest.raises(
+        ConfigError, match="only a flow varies features; set train_gan.family: flow"
+    ):
+        run_decoder(
+            features,
+            tmp_path,
+            {"augmenter": "featuregan", "generator": "frozen", "vary": 0.5},
+            name="varied",
+        )
 
 
 def test_a_killed_flow_training_resumes_to_the_same_bits(
-    features: Path,  # noqa: F811
+    features: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -266,6 +319,6 @@ def test_a_killed_flow_training_resumes_to_the_same_bits(
     assert {name for name in ours if ours[name] != undisturbed[name]} <= {"optimizers.pt"}
 
 
-def test_more_components_than_channels_are_refused(features: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_more_components_than_channels_are_refused(features: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="flow_components: 13 is more than the 12 channels"):
         run_gan(features, tmp_path, family="flow", flow_components=13)

@@ -19,15 +19,15 @@ from PIL import Image
 import featurestore
 import featurestore.writer
 import pipeline
-from commands.generate import CHANGES
 from featurestore import FeatureStore, SpecMismatchError
 from featurestore.files import file_sha256
-from stages import generate
 from stages.augment.new_masks import Change
-from stages.checkpoint import load_gan, load_generator, save_weights
-from stages.errors import ConfigError, DataError
-from stages.gan import build_networks
+from stages.commands.generate import CHANGES
+from stages.common.errors import ConfigError, DataError
+from stages.gan.networks import build_networks
 from stages.models.image_encoder import sample_z
+from stages.training.checkpoint import load_gan, load_generator, save_weights
+from stages.use import generate
 from tests.featurestore.test_store import SPEC
 from tests.imports import ROOT
 
@@ -69,7 +69,12 @@ def write_gan(folder: Path, seed: int = 0, **changes) -> Path:
     folder.mkdir(parents=True)
     for name, network in networks.by_name().items():
         save_weights(network.state_dict(), folder / f"{name}.safetensors")
-    described = {"architecture": architecture, "training": {}, "store": "", "features": REAL.to_dict()}
+    described = {
+        "architecture": architecture,
+        "training": {},
+        "store": "",
+        "features": REAL.to_dict(),
+    }
     (folder / "config.json").write_text(json.dumps(described))
     return folder
 
@@ -86,12 +91,21 @@ def write_masks(folder: Path, count: int = 4, first: int = 0) -> Path:
 
 
 def run(gan: Path, masks: Path, out: Path, **changes) -> FeatureStore:
-    settings = {"per_mask": 1, "seed": 0, "scratch": out.parent / "scratch", "device": "cpu", "workers": 0}
+    settings = {
+        "per_mask": 1,
+        "seed": 0,
+        "scratch": out.parent / "scratch",
+        "device": "cpu",
+        "workers": 0,
+    }
     return generate.run(gan, masks, out=out, **{**settings, **changes})
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.iterdir())
+    }
 
 
 @pytest.fixture
@@ -104,14 +118,20 @@ def masks(tmp_path: Path) -> Path:
     return write_masks(tmp_path / "masks")
 
 
-def test_the_store_reads_like_any_other_and_says_what_generated_it(gan: Path, masks: Path, tmp_path: Path) -> None:
+def test_the_store_reads_like_any_other_and_says_what_generated_it(
+    gan: Path, masks: Path, tmp_path: Path
+) -> None:
     store = run(gan, masks, tmp_path / "out", per_mask=2)
     store.verify()
     assert store.ids == [f"m{number}-{draw}" for number in range(4) for draw in range(2)]
     assert store.views == ["identity"] * 8
-    assert store.spec == dataclasses.replace(REAL, has_images=False, generator=f"gan {file_sha256(gan / 'generator.safetensors')}")
+    assert store.spec == dataclasses.replace(
+        REAL, has_images=False, generator=f"gan {file_sha256(gan / 'generator.safetensors')}"
+    )
     original = Image.open(masks / "m1.png")
-    np.testing.assert_array_equal(store.mask(2), np.asarray(original.resize((64, 64), Image.Resampling.NEAREST)))
+    np.testing.assert_array_equal(
+        store.mask(2), np.asarray(original.resize((64, 64), Image.Resampling.NEAREST))
+    )
     np.testing.assert_array_equal(store.mask(2), store.mask(3))
     assert (store.features(2) != store.features(3)).any()
     assert (store.features(2) >= 0).all()
@@ -121,20 +141,31 @@ def test_the_store_reads_like_any_other_and_says_what_generated_it(gan: Path, ma
     assert not list((tmp_path / "scratch").rglob("*.*"))
 
 
-@pytest.mark.parametrize("changes", [{}, {"noise": "spatial"}, {"z_dim": 0}, {"family": "flow"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"noise": "spatial"}, {"z_dim": 0}, {"family": "flow"}], ids=str
+)
 def test_features_are_the_generators_own(masks: Path, tmp_path: Path, changes: dict) -> None:
     gan = write_gan(tmp_path / "gan", **changes)
     store = run(gan, masks, tmp_path / "out", seed=7)
     assert store.spec.generator.startswith(changes.get("family", "gan"))
     generator = load_generator(gan)
-    z = torch.cat([generate.noise(generator.z_dim, seed=7, id=f"m{number}", view="identity", number=0) for number in range(4)])
+    z = torch.cat(
+        [
+            generate.noise(generator.z_dim, seed=7, id=f"m{number}", view="identity", number=0)
+            for number in range(4)
+        ]
+    )
     batch = torch.from_numpy(store.gather("masks", range(4)))
     expected = generator.generate(batch, z=z)
     assert expected.std() > 0.02
-    torch.testing.assert_close(torch.from_numpy(store.gather("features", range(4))).float(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        torch.from_numpy(store.gather("features", range(4))).float(), expected, rtol=2e-3, atol=2e-3
+    )
 
 
-def test_bytes_depend_on_nothing_but_mask_seed_and_number(gan: Path, masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_depend_on_nothing_but_mask_seed_and_number(
+    gan: Path, masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not on threads, nor on the other samples, nor on the shards."""
     threads = torch.get_num_threads()
     try:
@@ -177,7 +208,9 @@ run(Path("gan"), Path("masks"), Path("out"), per_mask=3)
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(gan: Path, masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    gan: Path, masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(featurestore.writer, "SHARD_BYTES", THREE_A_SHARD)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -211,24 +244,39 @@ def write_store(path: Path, **changes) -> FeatureStore:
                 writer.append(
                     id=f"photo/{number}",
                     features=rng.random(spec.feature_shape).astype(np.float16),
-                    mask=rng.integers(0, spec.num_classes, (height // 8, width // 8)).astype(np.uint8).repeat(8, 0).repeat(8, 1),
-                    image=rng.integers(0, 256, (height, width, 3)).astype(np.uint8) if spec.has_images else None,
+                    mask=rng.integers(0, spec.num_classes, (height // 8, width // 8))
+                    .astype(np.uint8)
+                    .repeat(8, 0)
+                    .repeat(8, 1),
+                    image=rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+                    if spec.has_images
+                    else None,
                     view=view,
                 )
     return featurestore.open(path)
 
 
-def test_masks_of_a_store_keep_their_views_and_take_the_generators_size(gan: Path, tmp_path: Path) -> None:
+def test_masks_of_a_store_keep_their_views_and_take_the_generators_size(
+    gan: Path, tmp_path: Path
+) -> None:
     real = write_store(tmp_path / "real")
     store = run(gan, tmp_path / "real", tmp_path / "out")
-    assert (store.ids, store.views) == (["photo/0-0", "photo/1-0"] * 2, ["identity"] * 2 + ["hflip"] * 2)
+    assert (store.ids, store.views) == (
+        ["photo/0-0", "photo/1-0"] * 2,
+        ["identity"] * 2 + ["hflip"] * 2,
+    )
     np.testing.assert_array_equal(store.gather("masks", range(4)), real.gather("masks", range(4)))
     assert not store.spec.has_images
     write_store(tmp_path / "wide", mask_shape=(128, 192), feature_shape=(12, 16, 24))
-    assert run(gan, tmp_path / "wide" / "shard-00000.h5", tmp_path / "shard").mask(0).shape == (64, 64)
+    assert run(gan, tmp_path / "wide" / "shard-00000.h5", tmp_path / "shard").mask(0).shape == (
+        64,
+        64,
+    )
 
 
-def test_an_image_encoder_takes_z_from_photographs_where_there_are_some(masks: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_image_encoder_takes_z_from_photographs_where_there_are_some(
+    masks: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     gan = write_gan(tmp_path / "gan", image_encoder=True)
     real = write_store(tmp_path / "real")
     store = run(gan, tmp_path / "real", tmp_path / "out")
@@ -239,26 +287,40 @@ def test_an_image_encoder_takes_z_from_photographs_where_there_are_some(masks: P
         mu, logvar = networks.image_encoder.eval()(image.permute(2, 0, 1)[None])
     noise = generate.noise(6, seed=0, id="photo/1", view="hflip", number=0)
     expected = load_generator(gan).generate(mask[None], z=sample_z(mu, logvar, noise))[0]
-    torch.testing.assert_close(torch.from_numpy(store.features(3).copy()).float(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        torch.from_numpy(store.features(3).copy()).float(), expected, rtol=2e-3, atol=2e-3
+    )
 
     without = run(gan, masks, tmp_path / "without")
-    assert "has no photographs for the image encoder, so z is drawn from N(0, I)" in capsys.readouterr().out
+    assert (
+        "has no photographs for the image encoder, so z is drawn from N(0, I)"
+        in capsys.readouterr().out
+    )
     expected = load_generator(gan).generate(
-        torch.from_numpy(without.mask(1).copy())[None], z=generate.noise(6, seed=0, id="m1", view="identity", number=0)
+        torch.from_numpy(without.mask(1).copy())[None],
+        z=generate.noise(6, seed=0, id="m1", view="identity", number=0),
     )[0]
-    torch.testing.assert_close(torch.from_numpy(without.features(1).copy()).float(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        torch.from_numpy(without.features(1).copy()).float(), expected, rtol=2e-3, atol=2e-3
+    )
 
 
-def test_new_masks_are_stored_with_the_features_made_for_them(gan: Path, masks: Path, tmp_path: Path) -> None:
+def test_new_masks_are_stored_with_the_features_made_for_them(
+    gan: Path, masks: Path, tmp_path: Path
+) -> None:
     plain = run(gan, masks, tmp_path / "plain", per_mask=3)
     new = run(gan, masks, tmp_path / "new", per_mask=3, new_masks=("shift", "scale", "paste"))
-    again = run(gan, masks, tmp_path / "again", per_mask=3, new_masks=("shift", "scale", "paste"), workers=2)
+    again = run(
+        gan, masks, tmp_path / "again", per_mask=3, new_masks=("shift", "scale", "paste"), workers=2
+    )
     assert digests(new.path) == digests(again.path)
     assert sum((new.mask(position) != plain.mask(position)).any() for position in range(12)) >= 11
     assert (new.mask(0) != new.mask(1)).any()
     z = generate.noise(6, seed=0, id="m0", view="identity", number=1)
     expected = load_generator(gan).generate(torch.from_numpy(new.mask(1).copy())[None], z=z)[0]
-    torch.testing.assert_close(torch.from_numpy(new.features(1).copy()).float(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        torch.from_numpy(new.features(1).copy()).float(), expected, rtol=2e-3, atol=2e-3
+    )
 
 
 def test_masks_that_do_not_fit_stop_everything_before_the_first_sample(
@@ -267,10 +329,19 @@ def test_masks_that_do_not_fit_stop_everything_before_the_first_sample(
     monkeypatch.setattr(generate, "_generate", lambda *_, **__: pytest.fail("generated"))
     out = tmp_path / "out"
     write_store(tmp_path / "others", class_names=("belt", "paper", "纸"))
-    with pytest.raises(SpecMismatchError, match=r"others: mask value 1 is 'paper' here, but 'Größe' to the generator"):
+    with pytest.raises(
+        SpecMismatchError,
+        match=r"others: mask value 1 is 'paper' here, but 'Größe' to the generator",
+    ):
         run(gan, tmp_path / "others", out)
-    write_store(tmp_path / "more", class_names=(*REAL.class_names, "tin"), palette=(*REAL.palette, (1, 2, 3)))
-    with pytest.raises(SpecMismatchError, match=r"more: mask value 3 is 'tin' here, but None to the generator"):
+    write_store(
+        tmp_path / "more",
+        class_names=(*REAL.class_names, "tin"),
+        palette=(*REAL.palette, (1, 2, 3)),
+    )
+    with pytest.raises(
+        SpecMismatchError, match=r"more: mask value 3 is 'tin' here, but None to the generator"
+    ):
         run(gan, tmp_path / "more", out)
     with pytest.raises(DataError, match=r"nowhere: there is no such folder"):
         run(gan, tmp_path / "nowhere", out)
@@ -278,7 +349,9 @@ def test_masks_that_do_not_fit_stop_everything_before_the_first_sample(
     with pytest.raises(DataError, match=r"empty: holds neither masks .* nor a feature store"):
         run(gan, tmp_path / "empty", out)
     Image.fromarray(np.full((8, 8), 3, np.uint8)).save(masks / "m9.png")
-    with pytest.raises(DataError, match=r"m9.png: mask value 3 is no class \(0 to 2\) and not void \(255\)"):
+    with pytest.raises(
+        DataError, match=r"m9.png: mask value 3 is no class \(0 to 2\) and not void \(255\)"
+    ):
         run(gan, masks, out)
     (masks / "m9.png").unlink()
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(masks / "m0.bmp")
@@ -289,14 +362,18 @@ def test_masks_that_do_not_fit_stop_everything_before_the_first_sample(
         run(tmp_path / "no gan", masks, out)
     config = json.loads((gan / "config.json").read_text())
     (gan / "config.json").write_text(json.dumps({**config, "architecture": {"head": "deeplab"}}))
-    with pytest.raises(DataError, match=r"gan: holds no generator; name a folder that train-gan left"):
+    with pytest.raises(
+        DataError, match=r"gan: holds no generator; name a folder that train-gan left"
+    ):
         run(gan, masks, out)
     with pytest.raises(ConfigError, match=r"--per-mask: this generator takes no noise"):
         run(write_gan(tmp_path / "silent", z_dim=0), masks, out, per_mask=2)
     assert not out.exists()
 
 
-def test_a_mask_that_changes_meanwhile_is_noticed(gan: Path, masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_that_changes_meanwhile_is_noticed(
+    gan: Path, masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = generate._digest
 
     def meddling(source, position: int) -> str:
@@ -315,7 +392,9 @@ def call(*arguments: object) -> Result:
     return CliRunner().invoke(pipeline.main, [str(argument) for argument in arguments])
 
 
-def test_the_command_and_inspect(gan: Path, masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_and_inspect(
+    gan: Path, masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     command = ("generate", gan, masks, "--out", "made", "--per-mask", 2, "--seed", 3)
     done = call(*command)

@@ -6,23 +6,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages import losses
+from stages.gan import losses
 
 
 def test_hinge_discriminator_by_hand() -> None:
-    real, fake = losses.hinge_discriminator(torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0]))
+    real, fake = losses.hinge_discriminator(
+        torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0])
+    )
     assert real == pytest.approx((0 + 0.5 + 2) / 3)
     assert fake == pytest.approx((0 + 1) / 2)
 
 
 def test_generator_and_wasserstein_by_hand() -> None:
     assert losses.critic_generator(torch.tensor([1.0, 3.0])) == -2
-    assert losses.wasserstein_discriminator(torch.tensor([1.0, 3.0]), torch.tensor([5.0])) == (-2, 5)
+    assert losses.wasserstein_discriminator(torch.tensor([1.0, 3.0]), torch.tensor([5.0])) == (
+        -2,
+        5,
+    )
 
 
 def test_feature_matching_sums_layer_means_and_repeats_the_real_side() -> None:
     real = [torch.zeros(1, 2, 1, 1, requires_grad=True), torch.ones(1, 1, 2, 2)]
-    fake = [torch.tensor([1.0, 3.0, 2.0, 2.0]).view(2, 2, 1, 1).requires_grad_(), torch.full((2, 1, 2, 2), 1.5)]
+    fake = [
+        torch.tensor([1.0, 3.0, 2.0, 2.0]).view(2, 2, 1, 1).requires_grad_(),
+        torch.full((2, 1, 2, 2), 1.5),
+    ]
     loss = losses.feature_matching(real, fake)
     assert loss.item() == pytest.approx(2.0 + 0.5)
     loss.backward()
@@ -39,7 +47,11 @@ def test_reconstruction_is_the_squared_distance_of_every_draw() -> None:
 def test_kl_divergence_is_torchs() -> None:
     mu, logvar = torch.randn(5, 3), torch.randn(5, 3)
     normal = torch.distributions.Normal
-    expected = torch.distributions.kl_divergence(normal(mu, (0.5 * logvar).exp()), normal(0.0, 1.0)).sum(1).mean()
+    expected = (
+        torch.distributions.kl_divergence(normal(mu, (0.5 * logvar).exp()), normal(0.0, 1.0))
+        .sum(1)
+        .mean()
+    )
     torch.testing.assert_close(losses.kl_divergence(mu, logvar), expected)
 
 
@@ -47,14 +59,19 @@ def test_cross_entropy_is_torchs_and_zero_without_labels() -> None:
     logits = torch.randn(2, 4, 3, 3)
     masks = torch.randint(0, 4, (2, 3, 3), dtype=torch.uint8)
     masks[0, 0] = 255
-    torch.testing.assert_close(losses.cross_entropy(logits, masks), F.cross_entropy(logits, masks.long(), ignore_index=255))
+    torch.testing.assert_close(
+        losses.cross_entropy(logits, masks), F.cross_entropy(logits, masks.long(), ignore_index=255)
+    )
     assert losses.cross_entropy(logits, torch.full_like(masks, 255)) == 0
 
 
 def test_gradient_penalty_of_a_linear_critic() -> None:
     weights = torch.randn(3, 4, 4)
     penalty = losses.gradient_penalty(
-        lambda x: (x * weights).sum((1, 2, 3), keepdim=True), torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.rand(2)
+        lambda x: (x * weights).sum((1, 2, 3), keepdim=True),
+        torch.randn(2, 3, 4, 4),
+        torch.randn(2, 3, 4, 4),
+        torch.rand(2),
     )
     torch.testing.assert_close(penalty, (weights.norm() - 1) ** 2)
 
@@ -72,14 +89,21 @@ def test_r1_of_a_quadratic_discriminator_by_hand() -> None:
     weights = torch.randn(3, 4, 4, requires_grad=True)
     real = torch.randn(2, 3, 4, 4)
     penalty = losses.r1_penalty(lambda x: (x**2 * weights).sum((1, 2, 3), keepdim=True), real)
-    torch.testing.assert_close(penalty, (2 * real * weights).square().sum((1, 2, 3)).mean())  # the gradient is 2 w x
+    torch.testing.assert_close(
+        penalty, (2 * real * weights).square().sum((1, 2, 3)).mean()
+    )  # the gradient is 2 w x
     (gradient,) = torch.autograd.grad(penalty, weights)
     torch.testing.assert_close(gradient, (8 * real**2 * weights).mean(0))
 
 
 def test_segmentation_losses_in_plain_code() -> None:
-    masks = torch.tensor([[[0, 0, 0, 1]], [[0, 255, 1, 1]]], dtype=torch.uint8)  # class 2 is absent; 4 pixels of 0, 3 of 1
-    real, fake = torch.randn(2, 4, 1, 4), torch.randn(4, 4, 1, 4)  # three classes and "generated"; two draws a mask
+    masks = torch.tensor(
+        [[[0, 0, 0, 1]], [[0, 255, 1, 1]]], dtype=torch.uint8
+    )  # class 2 is absent; 4 pixels of 0, 3 of 1
+    real, fake = (
+        torch.randn(2, 4, 1, 4),
+        torch.randn(4, 4, 1, 4),
+    )  # three classes and "generated"; two draws a mask
     weight = {0: 7 / 4 / 2, 1: 7 / 3 / 2}
 
     def balanced(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -96,4 +120,6 @@ def test_segmentation_losses_in_plain_code() -> None:
     torch.testing.assert_close(of_real, balanced(real, masks))
     generated = torch.full_like(masks, 3).masked_fill(masks == 255, 255).repeat(2, 1, 1).long()
     torch.testing.assert_close(of_fake, F.cross_entropy(fake, generated, ignore_index=255))
-    torch.testing.assert_close(losses.segmentation_generator(fake, masks), balanced(fake, masks.repeat(2, 1, 1)))
+    torch.testing.assert_close(
+        losses.segmentation_generator(fake, masks), balanced(fake, masks.repeat(2, 1, 1))
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.metrics import confusion_matrix, mean_iou, score
+from stages.segmentation.metrics import confusion_matrix, mean_iou, score
 
 NAMES = ("a", "b", "c", "d")
 
@@ -33,7 +33,10 @@ def test_batches_add_up_to_the_whole_split() -> None:
     generator = torch.Generator().manual_seed(0)
     truth = torch.randint(0, 4, (6, 9, 7), generator=generator, dtype=torch.uint8)
     predicted = torch.randint(0, 4, (6, 9, 7), generator=generator)
-    parts = sum(confusion_matrix(predicted[start : start + 2], truth[start : start + 2], 4) for start in (0, 2, 4))
+    parts = sum(
+        confusion_matrix(predicted[start : start + 2], truth[start : start + 2], 4)
+        for start in (0, 2, 4)
+    )
     assert torch.equal(parts, confusion_matrix(predicted, truth, 4))
 
 

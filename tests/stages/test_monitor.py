@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import featurestore
-from stages.analysis.diversity import class_variances, draw_diversity, variance_ratios
-from stages.analysis.fidelity import coverage, frechet_distance, kernel_distance, two_sample_accuracy
-from stages.checkpoint import Checkpoint
-from stages.errors import CollapseError, ConfigError
-from stages.monitor import Monitor, MonitorConfig
-from stages.runtime import make_accelerator
+from stages.common.errors import CollapseError, ConfigError
+from stages.common.runtime import make_accelerator
+from stages.gan.diversity import class_variances, draw_diversity, variance_ratios
+from stages.gan.fidelity import coverage, frechet_distance, kernel_distance, two_sample_accuracy
+from stages.gan.monitor import Monitor, MonitorConfig
+from stages.training.checkpoint import Checkpoint
 from tests.stages.test_training import MONITOR, features, run_gan  # noqa: F401  (features is a fixture)
 
 # -- measures ------------------------------------------------------------------------------------------
@@ -28,8 +28,12 @@ def gaussian(count: int, mean: float = 0.0, spread: float = 1.0, seed: int = 0) 
 
 def test_frechet_distance_of_gaussians_in_closed_form() -> None:
     # |difference of means|^2 + the sum of squared differences of deviations, in four dimensions
-    assert frechet_distance(gaussian(20_000), gaussian(20_000, mean=1, seed=1)) == pytest.approx(4, rel=0.05)
-    assert frechet_distance(gaussian(20_000), gaussian(20_000, spread=3, seed=1)) == pytest.approx(4 * 2**2, rel=0.05)
+    assert frechet_distance(gaussian(20_000), gaussian(20_000, mean=1, seed=1)) == pytest.approx(
+        4, rel=0.05
+    )
+    assert frechet_distance(gaussian(20_000), gaussian(20_000, spread=3, seed=1)) == pytest.approx(
+        4 * 2**2, rel=0.05
+    )
     same = gaussian(500)
     assert frechet_distance(same, same) == pytest.approx(0, abs=1e-3)
 
@@ -44,8 +48,12 @@ def test_coverage_by_counting() -> None:
     found = coverage(real, fake, neighbours=3)
     reach = [sorted(float((x - y).norm()) for y in real)[3] for x in real]
     fake_reach = [sorted(float((x - y).norm()) for y in fake)[3] for x in fake]
-    inside = np.array([[float((x - y).norm()) < reach[i] for y in fake] for i, x in enumerate(real)])
-    inside_fake = np.array([[float((x - y).norm()) < fake_reach[j] for j, y in enumerate(fake)] for x in real])
+    inside = np.array(
+        [[float((x - y).norm()) < reach[i] for y in fake] for i, x in enumerate(real)]
+    )
+    inside_fake = np.array(
+        [[float((x - y).norm()) < fake_reach[j] for j, y in enumerate(fake)] for x in real]
+    )
     assert found["precision"] == pytest.approx(inside.any(0).mean())
     assert found["density"] == pytest.approx(inside.sum() / 3 / 30)
     assert found["coverage"] == pytest.approx(inside.any(1).mean())
@@ -57,24 +65,34 @@ def test_a_collapsed_generator_covers_little_and_a_good_one_nearly_all() -> None
     assert coverage(real, gaussian(500, seed=1))["coverage"] > 0.9
     collapsed = coverage(real, gaussian(500, spread=0.01, seed=1))
     assert collapsed["coverage"] < 0.1
-    assert collapsed["precision"] > 0.9  # each of its vectors looks real: that is why coverage is needed
+    assert (
+        collapsed["precision"] > 0.9
+    )  # each of its vectors looks real: that is why coverage is needed
 
 
 def test_two_sample_accuracy() -> None:
-    assert two_sample_accuracy(gaussian(2000), gaussian(2000, seed=1)) == pytest.approx(0.5, abs=0.05)
+    assert two_sample_accuracy(gaussian(2000), gaussian(2000, seed=1)) == pytest.approx(
+        0.5, abs=0.05
+    )
     assert two_sample_accuracy(gaussian(2000), gaussian(2000, mean=4, seed=1)) > 0.98
 
 
 def test_variances_and_diversity_by_hand() -> None:
     labels = torch.tensor([0] * 5000 + [1] * 5000 + [2] * 5)
-    real = torch.cat([gaussian(5000), gaussian(5000, mean=9, spread=2, seed=1), gaussian(5, seed=2)])
+    real = torch.cat(
+        [gaussian(5000), gaussian(5000, mean=9, spread=2, seed=1), gaussian(5, seed=2)]
+    )
     variances = class_variances(real, labels, 4)
     assert variances[0].item() == pytest.approx(4, rel=0.05)
     assert variances[1].item() == pytest.approx(16, rel=0.05)
     assert variances[2:].isnan().all()  # too few, and none
     halved = torch.cat([0.5 * real[:5000], real[5000:]])
-    torch.testing.assert_close(variance_ratios(real, halved, labels, 4)[:2], torch.tensor([0.25, 1.0]))
-    shuffled = torch.cat([gaussian(5000, seed=3), gaussian(5000, mean=9, spread=2, seed=4), real[10_000:]])
+    torch.testing.assert_close(
+        variance_ratios(real, halved, labels, 4)[:2], torch.tensor([0.25, 1.0])
+    )
+    shuffled = torch.cat(
+        [gaussian(5000, seed=3), gaussian(5000, mean=9, spread=2, seed=4), real[10_000:]]
+    )
     assert draw_diversity(real, shuffled, labels, variances) == pytest.approx(1, rel=0.05)
     assert draw_diversity(real, real, labels, variances) == 0
 
@@ -89,7 +107,10 @@ class Recall(nn.Module):
 
     def __init__(self, store: featurestore.FeatureStore, change=lambda x, z: x) -> None:
         super().__init__()
-        self.known = {sample.mask.tobytes(): torch.from_numpy(sample.features.copy()).float() for sample in store}
+        self.known = {
+            sample.mask.tobytes(): torch.from_numpy(sample.features.copy()).float()
+            for sample in store
+        }
         self.change = change
 
     def forward(self, z: Tensor, masks: Tensor) -> Tensor:
@@ -97,8 +118,11 @@ class Recall(nn.Module):
         return self.change(found.repeat(len(z) // len(masks), 1, 1, 1), z)
 
 
-def monitor(features: Path, **changes) -> Monitor:  # noqa: F811
-    stores = {name: featurestore.open(features / split) for name, split in (("train", "train"), ("held_out", "val"))}
+def monitor(features: Path, **changes) -> Monitor:
+    stores = {
+        name: featurestore.open(features / split)
+        for name, split in (("train", "train"), ("held_out", "val"))
+    }
     config = MonitorConfig(
         **{
             **MONITOR,
@@ -110,18 +134,26 @@ def monitor(features: Path, **changes) -> Monitor:  # noqa: F811
             **changes,
         }
     )
-    return Monitor(config, make_accelerator("cpu", "no"), **stores, feature_scale=torch.ones(1, 12, 1, 1), seed=0)
+    return Monitor(
+        config,
+        make_accelerator("cpu", "no"),
+        **stores,
+        feature_scale=torch.ones(1, 12, 1, 1),
+        seed=0,
+    )
 
 
 @pytest.fixture
-def held_out(features: Path) -> featurestore.FeatureStore:  # noqa: F811
+def held_out(features: Path) -> featurestore.FeatureStore:
     return featurestore.open(features / "val")
 
 
 CALM = {"discriminator/accuracy_real": 0.7, "discriminator/accuracy_fake": 0.9}
 
 
-def test_a_perfect_generator_measures_like_real_features(features: Path, held_out: featurestore.FeatureStore) -> None:  # noqa: F811
+def test_a_perfect_generator_measures_like_real_features(
+    features: Path, held_out: featurestore.FeatureStore
+) -> None:
     watching = monitor(features)
     row = watching.measure(Recall(held_out))
     assert row["monitor/frechet"] == pytest.approx(0, abs=1e-2)
@@ -139,13 +171,17 @@ def test_a_perfect_generator_measures_like_real_features(features: Path, held_ou
     assert watching.collapse({**CALM, **row}) is None
 
 
-def test_each_fault_shows_in_its_measure(features: Path, held_out: featurestore.FeatureStore) -> None:  # noqa: F811
+def test_each_fault_shows_in_its_measure(
+    features: Path, held_out: featurestore.FeatureStore
+) -> None:
     watching = monitor(features)
     good = watching.measure(Recall(held_out))
     shifted = watching.measure(Recall(held_out, lambda x, z: x + 1))
     assert shifted["monitor/frechet"] > 10 * good["monitor/frechet"] + 1
     assert shifted["monitor/two_sample_accuracy"] > 0.95
-    swapped = watching.measure(Recall(held_out, lambda x, z: x.flip(-1)))  # right features in wrong places
+    swapped = watching.measure(
+        Recall(held_out, lambda x, z: x.flip(-1))
+    )  # right features in wrong places
     assert swapped["monitor/consistency"] < 0.5
     assert swapped["monitor/frechet"] < 0.1 * shifted["monitor/frechet"]
     noisy = watching.measure(Recall(held_out, lambda x, z: x + 0.3 * z.mean(1).view(-1, 1, 1, 1)))
@@ -153,7 +189,7 @@ def test_each_fault_shows_in_its_measure(features: Path, held_out: featurestore.
 
 
 def test_a_collapse_is_one_warning_with_its_figure(
-    features: Path,  # noqa: F811
+    features: Path,
     held_out: featurestore.FeatureStore,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -164,7 +200,10 @@ def test_a_collapse_is_one_warning_with_its_figure(
         watching.check(row, 4)
         watching.check(row, 5)
     assert len(caplog.records) == 1
-    assert "epoch 5: the GAN collapses: generated features of a class vary 0.000 times as much as real ones" in caplog.text
+    assert (
+        "epoch 5: the GAN collapses: generated features of a class vary 0.000 times as much as real ones"
+        in caplog.text
+    )
     stopping = monitor(features, on_collapse="stop").check(row, 4)
     assert "set monitor.on_collapse to warn" in str(stopping)
     assert monitor(features, on_collapse="stop", patience=5).check(row, 4) is None  # not yet
@@ -174,17 +213,23 @@ def test_a_collapse_is_one_warning_with_its_figure(
     assert watching.collapse(fine) is None
     reasons = {
         "near 1.0% of the real ones": {"monitor/coverage": 0.01},
-        "of their mask's class 0.10 times as well": {"monitor/consistency": 0.1 * fine["monitor/consistency_real"]},
-        "2.00 times as far from real ones as at the start": {"monitor/frechet": 2 * fine["monitor/frechet_start"]},
+        "of their mask's class 0.10 times as well": {
+            "monitor/consistency": 0.1 * fine["monitor/consistency_real"]
+        },
+        "2.00 times as far from real ones as at the start": {
+            "monitor/frechet": 2 * fine["monitor/frechet_start"]
+        },
     }
     for reason, fault in reasons.items():
         assert reason in (watching.collapse({**fine, **fault}) or "")
 
 
-def test_measuring_does_not_change_training(features: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_measuring_does_not_change_training(features: Path, tmp_path: Path) -> None:
     for every in (0, 1):
         run_gan(features, tmp_path / str(every), {"every": every})
-    unwatched, watched = ((tmp_path / every / "gan" / "generator.safetensors").read_bytes() for every in ("0", "1"))
+    unwatched, watched = (
+        (tmp_path / every / "gan" / "generator.safetensors").read_bytes() for every in ("0", "1")
+    )
     assert unwatched == watched
 
 
@@ -198,25 +243,39 @@ def unlabelled(store: featurestore.FeatureStore, path: Path, labelled: int, pixe
             writer.append(id=sample.id, features=sample.features, mask=mask, image=sample.image)
 
 
-def test_masks_with_few_labels_are_measured_or_refused(features: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_masks_with_few_labels_are_measured_or_refused(features: Path, tmp_path: Path) -> None:
     for split, labelled, pixels in (("train", 3, 48), ("val", 1, 64)):
         unlabelled(featurestore.open(features / split), tmp_path / "few" / split, labelled, pixels)
-    watching = monitor(tmp_path / "few", samples=1)  # the one that has labels, whichever is drawn first
+    watching = monitor(
+        tmp_path / "few", samples=1
+    )  # the one that has labels, whichever is drawn first
     row = watching.measure(Recall(featurestore.open(tmp_path / "few" / "val")))
     assert row["monitor/consistency_real"] >= 0
     for name, labelled, pixels, message in (
-        ("none", 0, 0, r"monitor\.every: .*val: the masks have no label at the features' resolution"),
-        ("dots", 2, 8, r"monitor\.samples: .*val: 2 labelled feature pixels are too few to watch the GAN by"),
+        (
+            "none",
+            0,
+            0,
+            r"monitor\.every: .*val: the masks have no label at the features' resolution",
+        ),
+        (
+            "dots",
+            2,
+            8,
+            r"monitor\.samples: .*val: 2 labelled feature pixels are too few to watch the GAN by",
+        ),
     ):
         for split in ("train", "val"):
-            unlabelled(featurestore.open(features / split), tmp_path / name / split, labelled, pixels)
+            unlabelled(
+                featurestore.open(features / split), tmp_path / name / split, labelled, pixels
+            )
         with pytest.raises(ConfigError, match=message):
             monitor(tmp_path / name)
         assert not monitor(tmp_path / name, every=0).due(0, 1)  # switched off, it asks for none
 
 
 def test_a_stopped_training_goes_on_where_it_was_when_only_warned(
-    features: Path,  # noqa: F811
+    features: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -229,11 +288,15 @@ def test_a_stopped_training_goes_on_where_it_was_when_only_warned(
     assert len(torch.load(state, weights_only=True)["history"]) == 1
     for root in ("stopped", "undisturbed"):
         run_gan(features, tmp_path / root, watching)
-    stopped, undisturbed = (tmp_path / root / "gan" / "generator.safetensors" for root in ("stopped", "undisturbed"))
+    stopped, undisturbed = (
+        tmp_path / root / "gan" / "generator.safetensors" for root in ("stopped", "undisturbed")
+    )
     assert stopped.read_bytes() == undisturbed.read_bytes()
 
 
-def test_features_that_are_no_numbers_are_a_collapse(features: Path, held_out: featurestore.FeatureStore) -> None:  # noqa: F811
+def test_features_that_are_no_numbers_are_a_collapse(
+    features: Path, held_out: featurestore.FeatureStore
+) -> None:
     watching = monitor(features)
     watching.measure(Recall(held_out))
     row = watching.measure(Recall(held_out, lambda x, z: x / 0))

@@ -12,14 +12,22 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from stages.data import voc, wastesim
+from stages.common.errors import DataError
 from stages.data.images import decode_image, decode_mask, resize_pair
-from stages.data.splits import halve, random_split
-from stages.errors import DataError
+from stages.datasets import voc, wastesim
+from stages.datasets.splits import halve, random_split
 from stages.prepare import PrepareConfig, run
 from tests.imports import ROOT
 
-SCENES = {"train": 2, "val": 1, "test": 1, "size": 64, "fewest_objects": 2, "most_objects": 4, "seed": 0}
+SCENES = {
+    "train": 2,
+    "val": 1,
+    "test": 1,
+    "size": 64,
+    "fewest_objects": 2,
+    "most_objects": 4,
+    "seed": 0,
+}
 
 
 def config(root: Path, **changes) -> PrepareConfig:
@@ -38,7 +46,13 @@ def config(root: Path, **changes) -> PrepareConfig:
 
 
 def prepare(settings: PrepareConfig, tmp_path: Path, download: bool = False) -> dict:
-    return run(settings, out=tmp_path / "dataset", scratch=tmp_path / "scratch", workers=2, download=download)
+    return run(
+        settings,
+        out=tmp_path / "dataset",
+        scratch=tmp_path / "scratch",
+        workers=2,
+        download=download,
+    )
 
 
 def manifest(tmp_path: Path) -> list[dict[str, str]]:
@@ -59,7 +73,9 @@ def test_folder_with_splits(photos: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "dataset" / "summary.json").read_text()) == summary
     assert summary["classes"] == list(wastesim.CLASSES.names)
     assert sum(summary["splits"]["train"]["pixel_share"].values()) == pytest.approx(1)
-    masks = np.stack([np.asarray(Image.open(photos / "masks" / "val" / f"{number}.png")) for number in range(3)])
+    masks = np.stack(
+        [np.asarray(Image.open(photos / "masks" / "val" / f"{number}.png")) for number in range(3)]
+    )
     assert summary["splits"]["val"]["pixel_share"]["belt"] == pytest.approx((masks == 0).mean())
 
 
@@ -77,24 +93,41 @@ def test_smaller_shares_for_training_are_parts_of_larger_ones(photos: Path, tmp_
     assert chosen[3] < chosen[2] < chosen[1] < chosen[0]
 
 
-def test_folder_without_splits_any_image_format_and_a_bare_class_list(photos: Path, tmp_path: Path) -> None:
+def test_folder_without_splits_any_image_format_and_a_bare_class_list(
+    photos: Path, tmp_path: Path
+) -> None:
     flat = tmp_path / "flat"
     for kind in ("images", "masks"):
         (flat / kind).mkdir(parents=True)
     for number in range(6):
         suffix = (".jpg", ".png", ".bmp", ".tif", ".webp", ".jpeg")[number]
-        Image.open(photos / "images" / "train" / f"{number}.jpg").save(flat / "images" / f"photo {number}{suffix}")
-        Image.open(photos / "masks" / "train" / f"{number}.png").save(flat / "masks" / f"photo {number}.png")
+        Image.open(photos / "images" / "train" / f"{number}.jpg").save(
+            flat / "images" / f"photo {number}{suffix}"
+        )
+        Image.open(photos / "masks" / "train" / f"{number}.png").save(
+            flat / "masks" / f"photo {number}.png"
+        )
     (flat / "classes.csv").write_text("name\n" + "\n".join(wastesim.CLASSES.names))
     summary = prepare(config(flat, split="random", ratios=[0.5, 0.25, 0.25]), tmp_path)
-    assert {split: part["images"] for split, part in summary["splits"].items()} == {"train": 3, "val": 2, "test": 1}
-    assert len({tuple(colour) for colour in summary["palette"]}) == 7  # colours are made up, and differ
+    assert {split: part["images"] for split, part in summary["splits"].items()} == {
+        "train": 3,
+        "val": 2,
+        "test": 1,
+    }
+    assert (
+        len({tuple(colour) for colour in summary["palette"]}) == 7
+    )  # colours are made up, and differ
 
 
 def test_classes_can_stand_in_the_parameters(photos: Path, tmp_path: Path) -> None:
     (photos / "classes.csv").unlink()
-    named = {name: list(colour) for name, colour in zip(wastesim.CLASSES.names, wastesim.CLASSES.palette, strict=True)}
-    summary = prepare(config(photos, classes=[{name: colour} for name, colour in named.items()]), tmp_path)
+    named = {
+        name: list(colour)
+        for name, colour in zip(wastesim.CLASSES.names, wastesim.CLASSES.palette, strict=True)
+    }
+    summary = prepare(
+        config(photos, classes=[{name: colour} for name, colour in named.items()]), tmp_path
+    )
     assert summary["classes"] == list(wastesim.CLASSES.names)
     assert summary["palette"][3] == list(wastesim.CLASSES.palette[3])
 
@@ -105,7 +138,9 @@ def test_voc_layout_official_and_random(photos: Path, tmp_path: Path) -> None:
         (root / folder).mkdir(parents=True)
     ids = [f"2007_{number:06d}" for number in range(6)]
     for number, id in enumerate(ids):
-        Image.open(photos / "images" / "train" / f"{number}.jpg").save(root / "JPEGImages" / f"{id}.jpg")
+        Image.open(photos / "images" / "train" / f"{number}.jpg").save(
+            root / "JPEGImages" / f"{id}.jpg"
+        )
         mask = Image.open(photos / "masks" / "train" / f"{number}.png").convert("P")
         mask.putpalette([part for colour in voc.CLASSES.palette for part in colour])
         mask.save(root / "SegmentationClass" / f"{id}.png")
@@ -117,7 +152,14 @@ def test_voc_layout_official_and_random(photos: Path, tmp_path: Path) -> None:
     assert {id for id, split in splits.items() if split == "train"} == set(ids[:3])
     assert sorted(splits[id] for id in ids[3:]) == ["test", "val", "val"]
     prepare(config(root, dataset="voc", split="random", ratios=[0.5, 0.25, 0.25]), tmp_path)
-    assert sorted(row["split"] for row in manifest(tmp_path)) == ["test", "train", "train", "train", "val", "val"]
+    assert sorted(row["split"] for row in manifest(tmp_path)) == [
+        "test",
+        "train",
+        "train",
+        "train",
+        "val",
+        "val",
+    ]
     (lists / "trainval.txt").write_text(" ".join([*ids, ids[0]]))
     with pytest.raises(DataError, match="2007_000000 is listed twice"):
         prepare(config(root, dataset="voc", split="random"), tmp_path)
@@ -142,7 +184,10 @@ def test_wastesim_is_a_function_of_its_seed(tmp_path: Path) -> None:
 
 def test_every_material_is_drawn_and_overlaps_hide_what_is_below() -> None:
     abundances = wastesim.read_abundances(ROOT / "data" / "wastesim")
-    masks = [wastesim.draw_scene(np.random.default_rng(seed), abundances, 96, (4, 8)) for seed in range(12)]
+    masks = [
+        wastesim.draw_scene(np.random.default_rng(seed), abundances, 96, (4, 8))
+        for seed in range(12)
+    ]
     assert {int(value) for image, mask in masks for value in np.unique(mask)} == set(range(7))
     assert all(image.shape == (96, 96, 3) and image.std() > 10 for image, _ in masks)
 
@@ -190,9 +235,13 @@ def test_a_camera_whose_tags_nobody_can_write_is_no_obstacle(tmp_path: Path) -> 
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
     content = (tmp_path / "a.jpg").read_bytes()
     order = "little" if b"Exif\0\0II" in content else "big"
-    entry = b"".join(number.to_bytes(size, order) for number, size in ((0x0131, 2), (2, 2), (8, 4)))  # tag, text, eight bytes
+    entry = b"".join(
+        number.to_bytes(size, order) for number, size in ((0x0131, 2), (2, 2), (8, 4))
+    )  # tag, text, eight bytes
     assert content.count(entry) == 1
-    fraction = b"".join(number.to_bytes(size, order) for number, size in ((0x0131, 2), (5, 2), (1, 4)))
+    fraction = b"".join(
+        number.to_bytes(size, order) for number, size in ((0x0131, 2), (5, 2), (1, 4))
+    )
     content = content.replace(entry, fraction)
     with pytest.raises(AttributeError):
         ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
@@ -212,7 +261,9 @@ def test_every_exif_orientation_is_turned_as_pillow_does(tmp_path: Path, orienta
 
 def test_the_files_void_value_becomes_255(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 11]], np.uint8)).save(tmp_path / "a.png")
-    mask = decode_mask((tmp_path / "a.png").read_bytes(), tmp_path / "a.png", num_classes=11, void_index=11)
+    mask = decode_mask(
+        (tmp_path / "a.png").read_bytes(), tmp_path / "a.png", num_classes=11, void_index=11
+    )
     assert mask.tolist() == [[0, 255]]
 
 
@@ -230,7 +281,11 @@ def save(path: Path, pixels: np.ndarray) -> None:
 BAD_FILES = {
     "a missing image": ("images/train/1.jpg", lambda path: path.unlink(), "photograph is missing"),
     "a missing mask": ("masks/val/2.png", lambda path: path.unlink(), "mask is missing"),
-    "sizes that differ": ("masks/train/0.png", lambda path: save(path, np.zeros((64, 63), np.uint8)), "the mask is 63 x 64 pixels"),
+    "sizes that differ": (
+        "masks/train/0.png",
+        lambda path: save(path, np.zeros((64, 63), np.uint8)),
+        "the mask is 63 x 64 pixels",
+    ),
     "an unknown value": (
         "masks/test/0.png",
         lambda path: save(path, np.full((64, 64), 7, np.uint8)),
@@ -241,13 +296,21 @@ BAD_FILES = {
         lambda path: save(path, np.zeros((64, 64, 3), np.uint8)),
         r"colour \(0, 0, 0\) in row 0, column 0 \(from 0\) is that of no class",
     ),
-    "a truncated image": ("images/train/2.jpg", truncate, "not a readable image, or a truncated one"),
+    "a truncated image": (
+        "images/train/2.jpg",
+        truncate,
+        "not a readable image, or a truncated one",
+    ),
     "a photograph of 16 bits": (
         "images/train/1.jpg",
         lambda path: Image.fromarray(np.full((64, 64), 4000, np.uint16)).save(path, format="png"),
         r"more than 8 bits a channel \(mode I;16\); convert it to 8 bits",
     ),
-    "an unreadable image": ("images/test/1.jpg", lambda path: path.write_bytes(b"no picture"), "not a readable image"),
+    "an unreadable image": (
+        "images/test/1.jpg",
+        lambda path: path.write_bytes(b"no picture"),
+        "not a readable image",
+    ),
     "a truncated mask": ("masks/train/5.png", truncate, "not a readable mask, or a truncated one"),
 }
 
@@ -274,7 +337,9 @@ def test_all_problems_are_listed_not_only_the_first(photos: Path, tmp_path: Path
 
 
 def test_duplicate_ids_and_empty_splits(photos: Path, tmp_path: Path) -> None:
-    (photos / "images" / "train" / "0.png").write_bytes((photos / "images" / "train" / "0.jpg").read_bytes())
+    (photos / "images" / "train" / "0.png").write_bytes(
+        (photos / "images" / "train" / "0.jpg").read_bytes()
+    )
     with pytest.raises(DataError, match=r"has the same id \(0\)"):
         prepare(config(photos), tmp_path)
     (photos / "images" / "train" / "0.png").unlink()
@@ -296,12 +361,15 @@ def test_masks_of_0_and_255_are_not_taken_for_one_class(photos: Path, tmp_path: 
     for file in (photos / "masks").rglob("*.png"):
         save(file, np.asarray(Image.open(file)).astype(bool) * np.uint8(255))
     with pytest.raises(
-        DataError, match=r"hold one class alone, 'background' \(255 means no label: where it is your object, write its number\)"
+        DataError,
+        match=r"hold one class alone, 'background' \(255 means no label: where it is your object, write its number\)",
     ):
         prepare(config(photos), tmp_path)
 
 
-def test_a_class_without_training_pixels_is_named(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_class_without_training_pixels_is_named(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with open(photos / "classes.csv", "a") as file:
         file.write("unicorn,1,2,3\n")
     prepare(config(photos), tmp_path)
@@ -312,7 +380,10 @@ def test_a_name_that_is_not_utf_8_is_named(photos: Path, tmp_path: Path) -> None
     for folder, suffix in ((b"images", b".jpg"), (b"masks", b".png")):
         place = os.fsencode(photos) + b"/" + folder + b"/train/"
         os.rename(place + b"0" + suffix, place + b"M\xfcll" + suffix)
-    with pytest.raises(DataError, match=r"the name 'M\\udcfcll\.\w+' is not in UTF-8, as manifests and stores are; rename the file"):
+    with pytest.raises(
+        DataError,
+        match=r"the name 'M\\udcfcll\.\w+' is not in UTF-8, as manifests and stores are; rename the file",
+    ):
         prepare(config(photos), tmp_path)
 
 

@@ -16,16 +16,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 import featurestore
-from stages import windows
-from stages.checkpoint import load_decoder, read_spec
-from stages.errors import ConfigError, DataError
-from stages.metrics import confusion_matrix, score
-from stages.segmenter import Segmenter
-from stages.windows import View, cut
+from stages.common.errors import ConfigError, DataError
+from stages.segmentation.metrics import confusion_matrix, score
+from stages.training.checkpoint import load_decoder, read_spec
+from stages.use import windows
+from stages.use.segmenter import Segmenter
+from stages.use.windows import View, cut
 from tests.featurestore.test_store import SPEC
 from tests.imports import ROOT
 
-PALETTE = ((255, 0, 0), (0, 255, 0), (0, 0, 255))  # equally far from black, so that padding is of no class
+PALETTE = (
+    (255, 0, 0),
+    (0, 255, 0),
+    (0, 0, 255),
+)  # equally far from black, so that padding is of no class
 
 
 class Colours(nn.Module):
@@ -39,21 +43,33 @@ class Nearest(nn.Module):
     """A decoder that knows the classes by their colours."""
 
     def forward(self, features: Tensor) -> Tensor:
-        centres = torch.tensor(PALETTE, dtype=torch.float32)[None, :, :, None, None]  # (1, K, 3, 1, 1)
+        centres = torch.tensor(PALETTE, dtype=torch.float32)[
+            None, :, :, None, None
+        ]  # (1, K, 3, 1, 1)
         return -((features[:, None] - centres) ** 2).sum(2) / 1e4
 
 
 def by_colour(rule: str = "stretch", size: tuple[int, int] = (64, 64)) -> Segmenter:
     """A segmenter that needs no training: every pixel is of the class whose colour it has."""
-    spec = dataclasses.replace(SPEC, feature_shape=(3, size[0] // 8, size[1] // 8), mask_shape=size, palette=PALETTE, resize=rule)
+    spec = dataclasses.replace(
+        SPEC,
+        feature_shape=(3, size[0] // 8, size[1] // 8),
+        mask_shape=size,
+        palette=PALETTE,
+        resize=rule,
+    )
     return Segmenter(Colours(), Nearest(), spec, device=torch.device("cpu"))
 
 
 def blocks(height: int, width: int, *, across: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """A photograph of three blocks of colour, and its classes: half of one, then a quarter of each other, across or from top to bottom."""
     side = width if across else height
-    line = np.repeat([0, 1, 2], [side // 2, side // 4, side - side // 2 - side // 4]).astype(np.uint8)
-    classes = np.ascontiguousarray(np.broadcast_to(line if across else line[:, None], (height, width)))
+    line = np.repeat([0, 1, 2], [side // 2, side // 4, side - side // 2 - side // 4]).astype(
+        np.uint8
+    )
+    classes = np.ascontiguousarray(
+        np.broadcast_to(line if across else line[:, None], (height, width))
+    )
     return np.array(PALETTE, np.uint8)[classes], classes
 
 
@@ -80,8 +96,12 @@ def test_blocks_come_back_at_their_very_place(rule: str, mode: str, size: tuple[
         np.testing.assert_array_equal(by_colour(rule)(image, mode=mode), classes)
 
 
-@pytest.mark.parametrize(("scale", "size"), [(0.5, (224, 320)), (2.0, (56, 80)), (0.25, (256, 256))])
-def test_slide_at_a_scale_comes_back_at_the_photographs_size(scale: float, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("scale", "size"), [(0.5, (224, 320)), (2.0, (56, 80)), (0.25, (256, 256))]
+)
+def test_slide_at_a_scale_comes_back_at_the_photographs_size(
+    scale: float, size: tuple[int, int]
+) -> None:
     for across in (True, False):
         image, classes = blocks(*size, across=across)
         np.testing.assert_array_equal(by_colour()(image, mode="slide", scale=scale), classes)
@@ -90,7 +110,9 @@ def test_slide_at_a_scale_comes_back_at_the_photographs_size(scale: float, size:
 @pytest.mark.parametrize("mode", ["resize", "slide"])
 @pytest.mark.parametrize("rule", ["stretch", "pad", "crop"])
 @pytest.mark.parametrize("size", [(61, 150), (200, 97), (64, 64), (1, 1), (300, 1), (65, 63)])
-def test_any_size_has_probabilities_of_that_size(rule: str, mode: str, size: tuple[int, int]) -> None:
+def test_any_size_has_probabilities_of_that_size(
+    rule: str, mode: str, size: tuple[int, int]
+) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     segmenter = by_colour(rule)
     found = segmenter.probabilities(image, mode=mode)
@@ -100,19 +122,35 @@ def test_any_size_has_probabilities_of_that_size(rule: str, mode: str, size: tup
     np.testing.assert_array_equal(found.argmax(0), segmenter(image, mode=mode))
 
 
-@pytest.mark.parametrize(("rule", "mode"), [("stretch", "resize"), ("crop", "resize"), ("stretch", "slide")])
+@pytest.mark.parametrize(
+    ("rule", "mode"), [("stretch", "resize"), ("crop", "resize"), ("stretch", "slide")]
+)
 def test_a_mirrored_photograph_is_segmented_mirrored(rule: str, mode: str) -> None:
     """A shift by half a pixel would show: noise has its borders everywhere."""
     image = np.random.default_rng(1).integers(0, 256, (90, 160, 3)).astype(np.uint8)
     segmenter = by_colour(rule)
-    upright, mirrored = segmenter.probabilities(image, mode=mode), segmenter.probabilities(image[::-1, ::-1].copy(), mode=mode)
-    np.testing.assert_allclose(mirrored[:, ::-1, ::-1], upright, atol=0.02)  # Pillow rounds to whole colours
+    upright, mirrored = (
+        segmenter.probabilities(image, mode=mode),
+        segmenter.probabilities(image[::-1, ::-1].copy(), mode=mode),
+    )
+    np.testing.assert_allclose(
+        mirrored[:, ::-1, ::-1], upright, atol=0.02
+    )  # Pillow rounds to whole colours
 
 
 @pytest.mark.parametrize(
-    ("coarse", "fine"), [((8, 8), (64, 64)), ((5, 7), (33, 90)), ((40, 30), (17, 11)), ((6, 6), (6, 9)), ((1, 1), (4, 5))]
+    ("coarse", "fine"),
+    [
+        ((8, 8), (64, 64)),
+        ((5, 7), (33, 90)),
+        ((40, 30), (17, 11)),
+        ((6, 6), (6, 9)),
+        ((1, 1), (4, 5)),
+    ],
 )
-def test_interpolation_in_parts_is_interpolation(coarse: tuple[int, int], fine: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpolation_in_parts_is_interpolation(
+    coarse: tuple[int, int], fine: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(windows, "CHUNK_BYTES", 4 * 3 * fine[1] * 5)  # five rows
     scores = torch.randn(3, *coarse, generator=torch.Generator().manual_seed(0))
     expected = F.interpolate(scores[None], size=fine, mode="bilinear", align_corners=False)[0]
@@ -126,7 +164,9 @@ def test_interpolation_of_a_part_leaves_the_rest_out() -> None:
     scores = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = F.interpolate(scores[None], size=(64, 64), mode="bilinear", align_corners=False)[0]
     for rows, columns in ((48, 40), (45, 64), (64, 3), (1, 1)):
-        found = torch.cat(list(windows._interpolate(iter([scores]), (rows, columns), (rows / 8, columns / 8))), 1)
+        found = torch.cat(
+            list(windows._interpolate(iter([scores]), (rows, columns), (rows / 8, columns / 8))), 1
+        )
         torch.testing.assert_close(found, expected[:, :rows, :columns])
 
 
@@ -154,13 +194,18 @@ def test_slide_averages_where_windows_overlap() -> None:
 def test_slide_is_resize_where_one_window_covers(rule: str) -> None:
     image = np.random.default_rng(3).integers(0, 256, (64, 64, 3)).astype(np.uint8)
     segmenter = by_colour(rule)
-    np.testing.assert_array_equal(segmenter.probabilities(image, mode="slide"), segmenter.probabilities(image))
+    np.testing.assert_array_equal(
+        segmenter.probabilities(image, mode="slide"), segmenter.probabilities(image)
+    )
 
 
 @pytest.mark.parametrize("mode", ["resize", "slide"])
 def test_a_batch_is_its_photographs_one_by_one(mode: str) -> None:
     rng = np.random.default_rng(4)
-    images = [rng.integers(0, 256, (*size, 3)).astype(np.uint8) for size in ((50, 80), (64, 64), (130, 70), (20, 20))]
+    images = [
+        rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+        for size in ((50, 80), (64, 64), (130, 70), (20, 20))
+    ]
     segmenter = by_colour("crop")
     for batch_size in (1, 3, 8):
         found = list(segmenter.segment(images, batch_size=batch_size, mode=mode))
@@ -189,13 +234,21 @@ def test_a_large_photograph_does_not_need_all_its_scores_at_once() -> None:
     assert int(result.stdout) < 400_000, "KB"
 
 
-def test_photographs_are_paths_pictures_and_arrays_turned_as_their_exif_tag_says(tmp_path: Path) -> None:
+def test_photographs_are_paths_pictures_and_arrays_turned_as_their_exif_tag_says(
+    tmp_path: Path,
+) -> None:
     image, classes = blocks(64, 128)
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     Image.fromarray(image[::-1, ::-1]).save(tmp_path / "a.png", exif=exif)
     segmenter = by_colour()
-    for given in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png"), image, Image.fromarray(image)):
+    for given in (
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        Image.open(tmp_path / "a.png"),
+        image,
+        Image.fromarray(image),
+    ):
         np.testing.assert_array_equal(segmenter(given), classes)
 
 
@@ -206,7 +259,11 @@ def test_what_is_no_photograph_is_refused(tmp_path: Path) -> None:
         segmenter(tmp_path / "a.jpg")
     with pytest.raises(DataError, match=r"b\.jpg: this photograph is missing"):
         segmenter(tmp_path / "b.jpg")
-    for array in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8)):
+    for array in (
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((0, 4, 3), np.uint8),
+    ):
         with pytest.raises(ValueError, match=r"an \(H, W, 3\) uint8 array"):
             segmenter(array)
 
@@ -230,7 +287,9 @@ def test_photographs_through_both_networks_score_as_in_training(trained: Path) -
     predicted = segmenter.segment([sample.image for sample in stored], batch_size=4)
     confusion = torch.zeros(7, 7, dtype=torch.int64)
     for classes, sample in zip(predicted, stored, strict=True):
-        confusion += confusion_matrix(torch.from_numpy(classes), torch.from_numpy(sample.mask.copy()), 7)
+        confusion += confusion_matrix(
+            torch.from_numpy(classes), torch.from_numpy(sample.mask.copy()), 7
+        )
     found = score(confusion, stored.spec.class_names)
     expected = json.loads((trained / "metrics" / "baseline-0" / "test.json").read_text())
     assert abs(found.pixel_accuracy - expected["pixel_accuracy"]) < 1e-3
@@ -242,7 +301,10 @@ def test_photographs_through_both_networks_score_as_in_training(trained: Path) -
 
 def test_scores_are_those_of_cached_features(trained: Path) -> None:
     folder = trained / "models" / "decoders" / "baseline-0"
-    segmenter, decoder = Segmenter.load(folder, device="cpu", weights="decoder-best"), load_decoder(folder, weights="decoder-best")
+    segmenter, decoder = (
+        Segmenter.load(folder, device="cpu", weights="decoder-best"),
+        load_decoder(folder, weights="decoder-best"),
+    )
     sample = featurestore.open(trained / "features" / "test")[0]
     features = torch.from_numpy(sample.features.astype(np.float32))[None]
     expected = decoder(features, sample.mask.shape).softmax(1)[0].numpy()
@@ -255,7 +317,10 @@ def test_a_backbone_with_other_weights_is_refused(trained: Path, tmp_path: Path)
     folder = trained / "models" / "decoders" / "baseline-0"
     torch.manual_seed(0)
     torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "other.pth")
-    with pytest.raises(DataError, match=r"other\.pth: these are other efficientnet_lite0 weights than those .*; give --backbone-weights"):
+    with pytest.raises(
+        DataError,
+        match=r"other\.pth: these are other efficientnet_lite0 weights than those .*; give --backbone-weights",
+    ):
         Segmenter.load(folder, backbone_weights=tmp_path / "other.pth", device="cpu")
     with pytest.raises(DataError, match=r"none\.pth: there is no such weights file"):
         Segmenter.load(folder, backbone_weights=tmp_path / "none.pth", device="cpu")
@@ -269,6 +334,9 @@ def test_a_photograph_is_cut_by_the_rule_of_its_training(trained: Path) -> None:
     spec = read_spec(trained / "models" / "decoders" / "baseline-0")
     assert (spec.mask_shape, spec.resize) == ((64, 64), "stretch")
     shapes = {
-        rule: cut(Image.new("RGB", (200, 100)), window=(64, 64), rule=rule, view=View()).pixels.shape for rule in ("stretch", "pad", "crop")
+        rule: cut(
+            Image.new("RGB", (200, 100)), window=(64, 64), rule=rule, view=View()
+        ).pixels.shape
+        for rule in ("stretch", "pad", "crop")
     }
     assert shapes == {"stretch": (64, 64, 3), "pad": (32, 64, 3), "crop": (64, 128, 3)}

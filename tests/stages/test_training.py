@@ -21,22 +21,28 @@ import featurestore
 from featurestore import IncompleteStoreError, ShardCorruptError, SpecMismatchError, StoreWriteError
 from featurestore.dataset import Batch, FeatureLoader
 from stages import train_decoder, train_gan
-from stages.analysis.curves import read_curves
 from stages.augment.base import Context, Part
 from stages.augment.new_masks import NewMasks
 from stages.augment.registry import Variant, build_augmenter
-from stages.checkpoint import Checkpoint, load_decoder, load_gan, load_generator, save_weights
-from stages.errors import ConfigError, DataError, DivergenceError
-from stages.gan_trainer import GanTrainer
-from stages.metrics import Scores, confusion_matrix, score
+from stages.common.errors import ConfigError, DataError, DivergenceError
+from stages.common.runtime import generator as random_generator
+from stages.common.runtime import make_accelerator, verify_stores, write_json
+from stages.gan.gan_trainer import GanTrainer
+from stages.gan.monitor import MonitorConfig
 from stages.models.decoder import Decoder
 from stages.models.generator import Generator
 from stages.models.spectral import SpectralConv2d
-from stages.monitor import MonitorConfig
-from stages.runtime import generator as random_generator
-from stages.runtime import make_accelerator, verify_stores, write_json
+from stages.reporting.curves import read_curves
+from stages.segmentation.metrics import Scores, confusion_matrix, score
 from stages.train_decoder import TrainDecoderConfig
 from stages.train_gan import TrainGanConfig
+from stages.training.checkpoint import (
+    Checkpoint,
+    load_decoder,
+    load_gan,
+    load_generator,
+    save_weights,
+)
 from tests.conftest import run
 from tests.featurestore.test_store import SPEC
 from tests.imports import ROOT
@@ -114,10 +120,14 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     centres = rng.random((3, 12)) * 3
     for split, count in (("train", 10), ("val", 4), ("test", 4)):
-        with featurestore.create(root / split, spec, fingerprint=split, samples_per_shard=4) as writer:
+        with featurestore.create(
+            root / split, spec, fingerprint=split, samples_per_shard=4
+        ) as writer:
             for number in range(count):
                 labels = rng.integers(0, 3, (8, 8))
-                values = np.maximum(centres[labels].transpose(2, 0, 1) + 0.3 * rng.standard_normal((12, 8, 8)), 0)
+                values = np.maximum(
+                    centres[labels].transpose(2, 0, 1) + 0.3 * rng.standard_normal((12, 8, 8)), 0
+                )
                 mask = labels.repeat(8, 0).repeat(8, 1).astype(np.uint8)
                 mask[:2] = 255
                 writer.append(
@@ -148,7 +158,15 @@ def run_gan(features: Path, root: Path, monitor: dict | None = None, **changes) 
 
 
 def run_decoder(
-    features: Path, root: Path, variant: dict, *, name: str, seed: int = 0, workers: int = 0, monitor: dict | None = None, **changes
+    features: Path,
+    root: Path,
+    variant: dict,
+    *,
+    name: str,
+    seed: int = 0,
+    workers: int = 0,
+    monitor: dict | None = None,
+    **changes,
 ) -> Scores:
     return train_decoder.run(
         TrainDecoderConfig(**{**DECODER, **changes}),
@@ -185,7 +203,11 @@ def with_gan(trained: Path, root: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
@@ -206,16 +228,32 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
 
 
 def test_gan_leaves_networks_config_and_curves(features: Path, trained: Path) -> None:
-    names = {"generator.safetensors", "generator-initial.safetensors", "discriminator.safetensors", "optimizers.pt", "config.json"}
+    names = {
+        "generator.safetensors",
+        "generator-initial.safetensors",
+        "discriminator.safetensors",
+        "optimizers.pt",
+        "config.json",
+    }
     assert {file.name for file in (trained / "gan").iterdir()} == names
     curves = read_curves(trained / "metrics" / "train-gan")
     watched = {name for name in curves if name.startswith("monitor/")}
     terms = {"real", "fake", "accuracy_real", "accuracy_fake"}
-    assert set(curves) - watched == {"generator/adversarial", "generator/feature_matching", *(f"discriminator/{term}" for term in terms)}
-    assert all(list(curve.index) == [0, 1, 2] for name, curve in curves.items() if name not in watched)
-    assert all(list(curves[name].index) == [1, 2] for name in watched)  # every second epoch, and the last
+    assert set(curves) - watched == {
+        "generator/adversarial",
+        "generator/feature_matching",
+        *(f"discriminator/{term}" for term in terms),
+    }
+    assert all(
+        list(curve.index) == [0, 1, 2] for name, curve in curves.items() if name not in watched
+    )
+    assert all(
+        list(curves[name].index) == [1, 2] for name in watched
+    )  # every second epoch, and the last
     assert list((trained / "logs").rglob("events.out.tfevents*"))
-    assert not (trained / "scratch" / "train-gan").exists() or not list((trained / "scratch" / "train-gan").iterdir())
+    assert not (trained / "scratch" / "train-gan").exists() or not list(
+        (trained / "scratch" / "train-gan").iterdir()
+    )
 
 
 def test_a_loaded_generator_makes_features_like_the_stores(features: Path, trained: Path) -> None:
@@ -225,25 +263,36 @@ def test_a_loaded_generator_makes_features_like_the_stores(features: Path, train
     generated = generator.generate(masks, generator=torch.Generator().manual_seed(0))
     assert generated.shape == (3, 12, 8, 8)
     assert generated.min() >= 0
-    assert torch.equal(generated, generator.generate(masks, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(
+        generated, generator.generate(masks, generator=torch.Generator().manual_seed(0))
+    )
     root_mean_square = np.sqrt(store.stats.mean**2 + store.stats.variance)
     np.testing.assert_allclose(generator.feature_scale.flatten(), root_mean_square, rtol=1e-6)
     untrained = load_generator(trained / "gan", weights="generator-initial").generate(masks)
     assert not torch.allclose(untrained, generated)
 
 
-def test_a_generator_starts_from_the_class_means_where_it_is_told_to(features: Path, tmp_path: Path) -> None:
+def test_a_generator_starts_from_the_class_means_where_it_is_told_to(
+    features: Path, tmp_path: Path
+) -> None:
     run_gan(features, tmp_path, frozen_epochs=1, prior="class-means", init_gain=1e-6)
     store = featurestore.open(features / "train")
     masks = store.gather("masks", np.arange(len(store)))
-    labels, vectors = masks[:, 4::8, 4::8], store.gather("features", np.arange(len(store))).astype(np.float64).transpose(0, 2, 3, 1)
+    labels, vectors = (
+        masks[:, 4::8, 4::8],
+        store.gather("features", np.arange(len(store))).astype(np.float64).transpose(0, 2, 3, 1),
+    )
     nearest = masks[:, ::8, ::8]  # void in the first row of cells, a quarter of each
     means = np.stack([vectors[nearest == number].mean(0) for number in range(3)])
-    untrained = load_generator(tmp_path / "gan", weights="generator-initial").generate(torch.from_numpy(masks))
+    untrained = load_generator(tmp_path / "gan", weights="generator-initial").generate(
+        torch.from_numpy(masks)
+    )
     made = untrained.permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(made[:, 1:], means[labels[:, 1:]], rtol=1e-3)
     overall = vectors[nearest != 255].mean(0)
-    np.testing.assert_allclose(made[:, 0], 0.25 * overall + 0.75 * means[labels[:, 0]], rtol=1e-3)  # mixed, as the pixel is
+    np.testing.assert_allclose(
+        made[:, 0], 0.25 * overall + 0.75 * means[labels[:, 0]], rtol=1e-3
+    )  # mixed, as the pixel is
 
 
 def test_a_gan_of_another_version_is_refused_in_one_line(trained: Path, tmp_path: Path) -> None:
@@ -253,7 +302,8 @@ def test_a_gan_of_another_version_is_refused_in_one_line(trained: Path, tmp_path
     (tmp_path / "gan" / "config.json").write_text(json.dumps(config))
     for load in (load_generator, load_gan):
         with pytest.raises(
-            DataError, match=r"config.json: does not describe networks of this version \(KeyError\('prior'\)\); run train-gan again"
+            DataError,
+            match=r"config.json: does not describe networks of this version \(KeyError\('prior'\)\); run train-gan again",
         ):
             load(tmp_path / "gan")
 
@@ -262,7 +312,9 @@ def test_a_decoder_may_see_each_photograph_mirrored_or_not_by_chance(
     features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     described = {"augmenter": "none", "view": "random"}
-    with pytest.raises(SpecMismatchError, match="there is no mirrored view of train 0; set extract.views to"):
+    with pytest.raises(
+        SpecMismatchError, match="there is no mirrored view of train 0; set extract.views to"
+    ):
         run_decoder(features, tmp_path, described, name="random")
     root = tmp_path / "features"
     for split in ("val", "test"):
@@ -271,7 +323,13 @@ def test_a_decoder_may_see_each_photograph_mirrored_or_not_by_chance(
     with featurestore.create(root / "train", store.spec, fingerprint="both") as writer:
         for view in ("identity", "hflip"):
             for sample in store:
-                writer.append(id=sample.id, view=view, features=sample.features, mask=sample.mask, image=sample.image)
+                writer.append(
+                    id=sample.id,
+                    view=view,
+                    features=sample.features,
+                    mask=sample.mask,
+                    image=sample.image,
+                )
     seen: set[int] = set()
 
     class Watched(FeatureLoader):
@@ -294,16 +352,38 @@ def added_by_a_frozen_generator(
 ) -> tuple[list[Part], Tensor, Tensor, Tensor, Tensor]:
     """What is added to a batch of three, two draws a mask by default; the real features, their masks, those asked for, and the noise."""
     store = featurestore.open(features / "train")
-    variant = {"augmenter": "featuregan", "generator": "frozen", "new_masks": changes, "ratio": 2, **described}
+    variant = {
+        "augmenter": "featuregan",
+        "generator": "frozen",
+        "new_masks": changes,
+        "ratio": 2,
+        **described,
+    }
     ratio = variant["ratio"]
     decoder = Decoder(head="deeplab", in_channels=12, num_classes=3, width=8, atrous_rates=(2, 3))
-    context = Context("mine", make_accelerator("cpu", "no"), store, np.arange(len(store)), decoder, folder / "gan", 0, 1, {})
+    context = Context(
+        "mine",
+        make_accelerator("cpu", "no"),
+        store,
+        np.arange(len(store)),
+        decoder,
+        folder / "gan",
+        0,
+        1,
+        {},
+    )
     augmenter = build_augmenter(TypeAdapter(Variant).validate_python(variant), context)
-    real, masks = (torch.from_numpy(store.gather(name, [0, 1, 2])).clone() for name in ("features", "masks"))
-    parts = augmenter.augment(Batch(torch.arange(3), real, masks, None), torch.Generator().manual_seed(3)).parts
+    real, masks = (
+        torch.from_numpy(store.gather(name, [0, 1, 2])).clone() for name in ("features", "masks")
+    )
+    parts = augmenter.augment(
+        Batch(torch.arange(3), real, masks, None), torch.Generator().manual_seed(3)
+    ).parts
     rng = torch.Generator().manual_seed(3)
     share = described.get("share", 1.0)
-    wanted = NewMasks(changes, store, np.arange(len(store)), share)(masks, rng) if changes else masks
+    wanted = (
+        NewMasks(changes, store, np.arange(len(store)), share)(masks, rng) if changes else masks
+    )
     z = torch.randn(ratio * 3, load_generator(folder / "gan").z_dim, generator=rng)
     assert len(parts) == ratio
     assert torch.equal(wanted, masks) != bool(changes)
@@ -318,7 +398,9 @@ def test_a_frozen_generator_gives_features_of_the_masks_that_the_decoder_is_to_f
     parts, _, _, wanted, z = added_by_a_frozen_generator(features, trained, changes)
     generator = load_generator(trained / "gan")
     for part, noise in zip(parts, z.chunk(2), strict=True):
-        torch.testing.assert_close(part.features, generator.generate(wanted, z=noise), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            part.features, generator.generate(wanted, z=noise), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(("change", "share"), [("paste", 1.0), ("swap", 1.0), ("swap", 0.3)])
@@ -327,8 +409,17 @@ def test_edited_features_are_real_ones_moved_as_the_generators_are(
 ) -> None:
     asked = []
     edit = Generator.edit
-    monkeypatch.setattr(Generator, "edit", lambda self, real, old, new, *, z: (asked.append(len(real)), edit(self, real, old, new, z=z))[1])
-    parts, real, masks, new, z = added_by_a_frozen_generator(features, trained, [change], edit=True, weight=0.5, share=share)
+    monkeypatch.setattr(
+        Generator,
+        "edit",
+        lambda self, real, old, new, *, z: (
+            asked.append(len(real)),
+            edit(self, real, old, new, z=z),
+        )[1],
+    )
+    parts, real, masks, new, z = added_by_a_frozen_generator(
+        features, trained, [change], edit=True, weight=0.5, share=share
+    )
     assert [part.weight for part in parts] == [0.5, 0.5]
     generator = load_generator(trained / "gan")
     same = (new == masks).flatten(1).all(1)
@@ -340,14 +431,23 @@ def test_edited_features_are_real_ones_moved_as_the_generators_are(
         assert torch.equal(part.features[same], real[same].float())
 
 
-def test_reconstruction_draws_generated_features_to_the_real_ones_of_their_masks(features: Path, tmp_path: Path) -> None:
+def test_reconstruction_draws_generated_features_to_the_real_ones_of_their_masks(
+    features: Path, tmp_path: Path
+) -> None:
     store = featurestore.open(features / "val")
-    real, masks = (torch.from_numpy(store.gather(name, np.arange(len(store)))) for name in ("features", "masks"))
+    real, masks = (
+        torch.from_numpy(store.gather(name, np.arange(len(store))))
+        for name in ("features", "masks")
+    )
     errors = {}
     for weight in (0.0, 100.0):
-        row = run_gan(features, tmp_path / str(weight), frozen_epochs=20, lambda_rec=weight, generator_lr=2e-3)
+        row = run_gan(
+            features, tmp_path / str(weight), frozen_epochs=20, lambda_rec=weight, generator_lr=2e-3
+        )
         assert ("generator/reconstruction" in row) == (weight > 0)
-        made = load_generator(tmp_path / str(weight) / "gan").generate(masks, generator=torch.Generator().manual_seed(0))
+        made = load_generator(tmp_path / str(weight) / "gan").generate(
+            masks, generator=torch.Generator().manual_seed(0)
+        )
         errors[weight] = float((made - real).square().mean())
     assert errors[100.0] < 0.85 * errors[0.0]
 
@@ -358,12 +458,16 @@ def test_longer_training_brings_generated_statistics_closer(features: Path, tmp_
     masks = torch.from_numpy(np.stack([store.mask(position) for position in range(10)]))
     distances = []
     for weights in ("generator-initial", "generator"):
-        generated = load_generator(tmp_path / "gan", weights=weights).generate(masks, generator=torch.Generator().manual_seed(0))
+        generated = load_generator(tmp_path / "gan", weights=weights).generate(
+            masks, generator=torch.Generator().manual_seed(0)
+        )
         distances.append(float(np.abs(generated.mean((0, 2, 3)).numpy() - store.stats.mean).mean()))
     assert distances[1] < 0.5 * distances[0]
 
 
-@pytest.mark.parametrize("saves", [1, 2, 5])  # in the middle of the first epoch, at its end, in the middle of the third
+@pytest.mark.parametrize(
+    "saves", [1, 2, 5]
+)  # in the middle of the first epoch, at its end, in the middle of the third
 def test_a_killed_gan_training_resumes_to_the_same_bits(
     features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
 ) -> None:
@@ -372,8 +476,13 @@ def test_a_killed_gan_training_resumes_to_the_same_bits(
         run_gan(features, tmp_path)
     run_gan(features, tmp_path)
     ours, undisturbed = files(tmp_path / "gan"), files(trained / "gan")
-    assert {name for name in ours if ours[name] != undisturbed[name]} <= {"optimizers.pt"}  # a zip file: compared by value below
-    states = [torch.load(root / "gan" / "optimizers.pt", weights_only=True) for root in (tmp_path, trained)]
+    assert {name for name in ours if ours[name] != undisturbed[name]} <= {
+        "optimizers.pt"
+    }  # a zip file: compared by value below
+    states = [
+        torch.load(root / "gan" / "optimizers.pt", weights_only=True)
+        for root in (tmp_path, trained)
+    ]
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
     curves = [read_curves(root / "metrics" / "train-gan") for root in (tmp_path, trained)]
     for name in curves[0]:
@@ -381,7 +490,9 @@ def test_a_killed_gan_training_resumes_to_the_same_bits(
 
 
 @pytest.mark.parametrize("loss", ["wasserstein-clip", "wasserstein-gp"])
-def test_ablation_losses_and_the_image_encoder_train(features: Path, tmp_path: Path, loss: str) -> None:
+def test_ablation_losses_and_the_image_encoder_train(
+    features: Path, tmp_path: Path, loss: str
+) -> None:
     losses = run_gan(features, tmp_path, frozen_epochs=1, adversarial_loss=loss, image_encoder=True)
     assert np.isfinite(list(losses.values())).all()
     assert "generator/kld" in losses
@@ -391,15 +502,28 @@ def test_ablation_losses_and_the_image_encoder_train(features: Path, tmp_path: P
         from safetensors.torch import load_file
 
         discriminator = load_file(tmp_path / "gan" / "discriminator.safetensors")
-        assert max(float(tensor.abs().max()) for name, tensor in discriminator.items() if name.endswith(("weight", "bias"))) <= 0.01
+        assert (
+            max(
+                float(tensor.abs().max())
+                for name, tensor in discriminator.items()
+                if name.endswith(("weight", "bias"))
+            )
+            <= 0.01
+        )
 
 
 def test_bf16_autocast_trains(features: Path, tmp_path: Path) -> None:
-    assert np.isfinite(list(run_gan(features, tmp_path, frozen_epochs=1, mixed_precision="bf16").values())).all()
+    assert np.isfinite(
+        list(run_gan(features, tmp_path, frozen_epochs=1, mixed_precision="bf16").values())
+    ).all()
 
 
-def test_a_training_that_diverges_stops_with_the_loss_that_did(features: Path, tmp_path: Path) -> None:
-    with pytest.raises(DivergenceError, match="the training diverges: .* is nan; lower the learning rate"):
+def test_a_training_that_diverges_stops_with_the_loss_that_did(
+    features: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        DivergenceError, match="the training diverges: .* is nan; lower the learning rate"
+    ):
         run_gan(features, tmp_path, generator_lr=1e30)
     with pytest.raises(DivergenceError, match="decoder/ce_real is (nan|inf)"):
         run_decoder(features, tmp_path, {"augmenter": "none"}, name="baseline", lr=1e30)
@@ -412,13 +536,22 @@ def test_what_the_gan_refuses(features: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="64 is more than the 10 samples"):
         run_gan(features, tmp_path, batch_size=64)
     odd = dataclasses.replace(SPEC, feature_shape=(12, 9, 8), mask_shape=(72, 64), has_images=False)
-    for name, spec in (("odd", odd), ("plain", dataclasses.replace(odd, feature_shape=(12, 8, 8), mask_shape=(64, 64)))):
+    for name, spec in (
+        ("odd", odd),
+        ("plain", dataclasses.replace(odd, feature_shape=(12, 8, 8), mask_shape=(64, 64))),
+    ):
         for split in ("train", "val"):
             with featurestore.create(tmp_path / name / split, spec) as writer:
                 for number in range(4):
                     features_of_one = np.ones(spec.feature_shape, np.float32)
-                    writer.append(id=str(number), features=features_of_one, mask=np.zeros(spec.mask_shape, np.uint8))
-    with pytest.raises(ConfigError, match=r"extract.input_size: must be a multiple of 32 from 64 on"):
+                    writer.append(
+                        id=str(number),
+                        features=features_of_one,
+                        mask=np.zeros(spec.mask_shape, np.uint8),
+                    )
+    with pytest.raises(
+        ConfigError, match=r"extract.input_size: must be a multiple of 32 from 64 on"
+    ):
         run_gan(tmp_path / "odd", tmp_path)
     with pytest.raises(SpecMismatchError, match="store_images"):
         run_gan(tmp_path / "plain", tmp_path, image_encoder=True)
@@ -427,7 +560,9 @@ def test_what_the_gan_refuses(features: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "gan").exists()
 
 
-def test_a_repository_without_a_commit_is_explained(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_without_a_commit_is_explained(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "new").mkdir()
     run("git", "init", "-q", cwd=tmp_path / "new")
     monkeypatch.chdir(tmp_path / "new")
@@ -450,7 +585,9 @@ def test_a_damaged_shard_stops_training_by_name(features: Path, tmp_path: Path) 
         run_gan(tmp_path / "features", tmp_path)
 
 
-def test_processes_of_one_machine_share_the_verification(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_one_machine_share_the_verification(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(features, tmp_path / "features")
     store = featurestore.open(tmp_path / "features" / "train")
     shard = store.folder / "shard-00001.h5"
@@ -468,7 +605,9 @@ def test_processes_of_one_machine_share_the_verification(features: Path, tmp_pat
         verify_stores(store, workers=1)
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_json(tmp_path / "test.json", {"miou": 0.5})
     save_weights({"a": torch.zeros(3)}, tmp_path / "a.safetensors")
     checkpoint = Checkpoint(tmp_path / "run", minutes=0, main=True)
@@ -483,7 +622,9 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(tmp_path: Path,
         lambda: save_weights({"a": torch.ones(3)}, tmp_path / "a.safetensors"),
         lambda: checkpoint.save(history=[], step=2),
     ):
-        with pytest.raises(StoreWriteError, match=r"cannot be written \(No space left on device\); make room"):
+        with pytest.raises(
+            StoreWriteError, match=r"cannot be written \(No space left on device\); make room"
+        ):
             save()
     monkeypatch.undo()
     assert json.loads((tmp_path / "test.json").read_text()) == {"miou": 0.5}
@@ -498,15 +639,29 @@ VARIANTS = {
     "featuregan-1x": {"augmenter": "featuregan"},
     "featuregan-2x": {"augmenter": "featuregan", "ratio": 2},
     "frozen": {"augmenter": "featuregan", "generator": "frozen"},
-    "new-masks": {"augmenter": "featuregan", "generator": "frozen", "new_masks": ["flip", "paste"], "perturb": ["flip", "cutout"]},
-    "edited": {"augmenter": "featuregan", "generator": "frozen", "new_masks": ["swap"], "edit": True},
+    "new-masks": {
+        "augmenter": "featuregan",
+        "generator": "frozen",
+        "new_masks": ["flip", "paste"],
+        "perturb": ["flip", "cutout"],
+    },
+    "edited": {
+        "augmenter": "featuregan",
+        "generator": "frozen",
+        "new_masks": ["swap"],
+        "edit": True,
+    },
     "isda": {"augmenter": "isda"},
     "cvae": {"augmenter": "cvae", "fit_steps": 5},
     "mixup": {"augmenter": "mixup", "perturb": ["translation"]},
     "upsample": {"augmenter": "upsample"},
     "combined": {
         "augmenter": "combined",
-        "of": [{"augmenter": "isda"}, {"augmenter": "featuregan", "generator": "frozen"}, {"augmenter": "noise"}],
+        "of": [
+            {"augmenter": "isda"},
+            {"augmenter": "featuregan", "generator": "frozen"},
+            {"augmenter": "noise"},
+        ],
         "perturb": ["flip"],
     },
 }
@@ -523,17 +678,26 @@ KILLED = [
 
 @pytest.mark.parametrize(("name", "saves"), KILLED)
 def test_a_killed_decoder_training_resumes_to_the_same_bits(
-    features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, saves: int
+    features: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    saves: int,
 ) -> None:
     whole, killed = with_gan(trained, tmp_path / "whole"), with_gan(trained, tmp_path / "killed")
-    expected = run_decoder(features, whole, VARIANTS[name], name=name, workers=2)  # nor does the number of workers matter
+    expected = run_decoder(
+        features, whole, VARIANTS[name], name=name, workers=2
+    )  # nor does the number of workers matter
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, saves)
         run_decoder(features, killed, VARIANTS[name], name=name)
     assert run_decoder(features, killed, VARIANTS[name], name=name) == expected
     ours, undisturbed = files(killed / "decoders"), files(whole / "decoders")
     assert ours.keys() == undisturbed.keys()
-    assert {path for path in ours if ours[path] != undisturbed[path]} <= {f"{name}-0/gan/optimizers.pt"}
+    assert {path for path in ours if ours[path] != undisturbed[path]} <= {
+        f"{name}-0/gan/optimizers.pt"
+    }
     assert files(killed / "metrics" / f"{name}-0") == files(whole / "metrics" / f"{name}-0")
 
 
@@ -564,10 +728,15 @@ def test_variants_of_a_seed_start_alike_and_take_equal_steps(
         orders[name] = seen
     for name in VARIANTS:
         assert orders[name] == orders["baseline"]
-        assert all(torch.allclose(ours, theirs, rtol=0, atol=1e-20) for ours, theirs in zip(starts[name], starts["baseline"], strict=True))
+        assert all(
+            torch.allclose(ours, theirs, rtol=0, atol=1e-20)
+            for ours, theirs in zip(starts[name], starts["baseline"], strict=True)
+        )
 
 
-def test_every_photographs_confusion_matrix_adds_up_to_the_splits(features: Path, tmp_path: Path) -> None:
+def test_every_photographs_confusion_matrix_adds_up_to_the_splits(
+    features: Path, tmp_path: Path
+) -> None:
     run_decoder(features, tmp_path, VARIANTS["baseline"], name="baseline", epochs=2)
     metrics = tmp_path / "metrics" / "baseline-0"
     by_image = json.loads((metrics / "images.json").read_text())
@@ -579,18 +748,37 @@ def test_every_photographs_confusion_matrix_adds_up_to_the_splits(features: Path
     assert total.tolist() == json.loads((metrics / "test.json").read_text())["confusion"]
 
 
-def test_passes_and_schedule_are_those_of_the_parameters(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_and_schedule_are_those_of_the_parameters(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rates = []
     step = torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: (rates.append(self.param_groups[0]["lr"]), step(self, *args))[1])
-    run_decoder(features, tmp_path, VARIANTS["baseline"], name="poly", epochs=2, passes=3, lr=1.0, lr_schedule="poly")
-    assert rates == pytest.approx([(1 - number / 14) ** 0.9 for number in range(14)])  # 30 samples an epoch in batches of 4
+    monkeypatch.setattr(
+        torch.optim.Adam,
+        "step",
+        lambda self, *args: (rates.append(self.param_groups[0]["lr"]), step(self, *args))[1],
+    )
+    run_decoder(
+        features,
+        tmp_path,
+        VARIANTS["baseline"],
+        name="poly",
+        epochs=2,
+        passes=3,
+        lr=1.0,
+        lr_schedule="poly",
+    )
+    assert rates == pytest.approx(
+        [(1 - number / 14) ** 0.9 for number in range(14)]
+    )  # 30 samples an epoch in batches of 4
     rates.clear()
     run_gan(features, tmp_path, passes=2, frozen_epochs=1)
     assert len(rates) == 2 * 5
 
 
-def test_added_features_may_be_kept_out_of_the_running_statistics(features: Path, tmp_path: Path) -> None:
+def test_added_features_may_be_kept_out_of_the_running_statistics(
+    features: Path, tmp_path: Path
+) -> None:
     def first_layer(name: str, **variant) -> tuple[torch.Tensor, torch.Tensor]:
         run_decoder(features, tmp_path, variant, name=name, epochs=1, lr=1e-30)
         norm = load_decoder(tmp_path / "decoders" / f"{name}-0").head[0].convs[0][1]
@@ -608,19 +796,38 @@ def test_added_features_may_be_kept_out_of_the_running_statistics(features: Path
 def test_from_until_on_real_batches_take_the_place_of_added_ones(
     features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of = [{"augmenter": "isda"}, {"augmenter": "featuregan", "generator": "frozen", "weight": 0.25}, {"augmenter": "noise", "weight": 0.5}]
+    of = [
+        {"augmenter": "isda"},
+        {"augmenter": "featuregan", "generator": "frozen", "weight": 0.25},
+        {"augmenter": "noise", "weight": 0.5},
+    ]
     seen = []
     perturb, decoder_loss = train_decoder.perturb, train_decoder.decoder_loss
 
     def look(names: tuple[str, ...], parts: list[Part], rng: torch.Generator) -> list[Part]:
         real, *added = parts
-        seen.append(([part.weight for part in added], [torch.equal(part.features, real.features) for part in added]))
+        seen.append(
+            (
+                [part.weight for part in added],
+                [torch.equal(part.features, real.features) for part in added],
+            )
+        )
         return perturb(names, parts, rng)
 
     adjusted = []
     monkeypatch.setattr(train_decoder, "perturb", look)
-    monkeypatch.setattr(train_decoder, "decoder_loss", lambda *args: (adjusted.extend(args[2:]), decoder_loss(*args))[1])
-    run_decoder(features, with_gan(trained, tmp_path), {"augmenter": "combined", "of": of, "until": 0.5}, name="half", epochs=2)
+    monkeypatch.setattr(
+        train_decoder,
+        "decoder_loss",
+        lambda *args: (adjusted.extend(args[2:]), decoder_loss(*args))[1],
+    )
+    run_decoder(
+        features,
+        with_gan(trained, tmp_path),
+        {"augmenter": "combined", "of": of, "until": 0.5},
+        name="half",
+        epochs=2,
+    )
     half = len(seen) // 2
     assert half > 0
     assert seen == [([0.25, 0.5], [False, False])] * half + [([0.25, 0.5], [True, True])] * half
@@ -628,31 +835,47 @@ def test_from_until_on_real_batches_take_the_place_of_added_ones(
     assert None not in adjusted
 
 
-def test_a_jointly_trained_gan_rests_from_until_on(features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jointly_trained_gan_rests_from_until_on(
+    features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = with_gan(trained, tmp_path)
     until = {**VARIANTS["featuregan-1x"], "until": 0.5}
     expected = run_decoder(features, root, until, name="half", epochs=2)
     run_decoder(features, root, VARIANTS["featuregan-1x"], name="whole", epochs=1)
-    half, whole = (load_generator(root / "decoders" / f"{name}-0" / "gan").state_dict() for name in ("half", "whole"))
+    half, whole = (
+        load_generator(root / "decoders" / f"{name}-0" / "gan").state_dict()
+        for name in ("half", "whole")
+    )
     assert all(torch.equal(half[name], whole[name]) for name in whole)
     curves = read_curves(root / "metrics" / "half-0")
-    assert (len(curves["val/miou"]), len(curves["generator/adversarial"]), len(curves["monitor/frechet"])) == (2, 1, 1)
+    assert (
+        len(curves["val/miou"]),
+        len(curves["generator/adversarial"]),
+        len(curves["monitor/frechet"]),
+    ) == (2, 1, 1)
     again = with_gan(trained, tmp_path / "again")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 4)  # while it rests
         run_decoder(features, again, until, name="half", epochs=2)
     assert run_decoder(features, again, until, name="half", epochs=2) == expected
-    resumed, undisturbed = ((folder / "decoders" / "half-0" / "decoder.safetensors").read_bytes() for folder in (again, root))
+    resumed, undisturbed = (
+        (folder / "decoders" / "half-0" / "decoder.safetensors").read_bytes()
+        for folder in (again, root)
+    )
     assert resumed == undisturbed
 
 
-def test_scores_are_those_of_the_saved_decoder_on_the_whole_test_split(features: Path, tmp_path: Path) -> None:
+def test_scores_are_those_of_the_saved_decoder_on_the_whole_test_split(
+    features: Path, tmp_path: Path
+) -> None:
     scores = run_decoder(features, tmp_path, VARIANTS["baseline"], name="baseline", epochs=40)
     assert scores.miou > 0.6  # the classes are easy to tell apart
     decoder = load_decoder(tmp_path / "decoders" / "baseline-0")
     total = torch.zeros(3, 3, dtype=torch.long)
     for batch in FeatureLoader(featurestore.open(features / "test"), 3):
-        total += confusion_matrix(decoder(batch.features.float(), (64, 64)).argmax(1), batch.masks, 3)
+        total += confusion_matrix(
+            decoder(batch.features.float(), (64, 64)).argmax(1), batch.masks, 3
+        )
     assert score(total, SPEC.class_names) == scores
     result = json.loads((tmp_path / "metrics" / "baseline-0" / "test.json").read_text())
     assert result["miou"] == scores.miou
@@ -663,13 +886,18 @@ def test_scores_are_those_of_the_saved_decoder_on_the_whole_test_split(features:
     assert result["best_on_val"]["epoch"] == int(curves["val/miou"].idxmax())
 
 
-def test_joint_training_moves_the_gan_and_frozen_does_not(features: Path, trained: Path, tmp_path: Path) -> None:
+def test_joint_training_moves_the_gan_and_frozen_does_not(
+    features: Path, trained: Path, tmp_path: Path
+) -> None:
     root = with_gan(trained, tmp_path)
     before = load_generator(root / "gan").state_dict()
     run_decoder(features, root, VARIANTS["featuregan-1x"], name="joint", epochs=1)
     after = load_generator(root / "decoders" / "joint-0" / "gan").state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    assert all(torch.equal(tensor, load_generator(root / "gan").state_dict()[name]) for name, tensor in before.items())
+    assert all(
+        torch.equal(tensor, load_generator(root / "gan").state_dict()[name])
+        for name, tensor in before.items()
+    )
     run_decoder(features, root, VARIANTS["frozen"], name="frozen", epochs=1)
     assert not (root / "decoders" / "frozen-0" / "gan").exists()
     curves = read_curves(root / "metrics" / "frozen-0")
@@ -705,7 +933,12 @@ def test_no_state_is_taken_over_after_the_code_or_the_gan_changed(
 
 
 def test_noise_streams_of_purposes_and_epochs_never_meet() -> None:
-    keys = [(seed, epoch, *purpose) for seed in (0, 1, 50) for epoch in range(60) for purpose in ((), (1,))]
+    keys = [
+        (seed, epoch, *purpose)
+        for seed in (0, 1, 50)
+        for epoch in range(60)
+        for purpose in ((), (1,))
+    ]
     draws = {random_generator(torch.device("cpu"), *key).initial_seed() for key in keys}
     assert len(draws) == len(keys)
 
@@ -733,10 +966,16 @@ def test_what_the_decoder_refuses(features: Path, trained: Path, tmp_path: Path)
 
 def test_no_pickle_is_ever_loaded() -> None:
     """torch.load without weights_only=True, and pickle itself, occur nowhere in the sources."""
-    for file in (*ROOT.glob("stages/**/*.py"), *ROOT.glob("featurestore/*.py"), ROOT / "pipeline.py"):
+    for file in (
+        *ROOT.glob("stages/**/*.py"),
+        *ROOT.glob("featurestore/*.py"),
+        ROOT / "pipeline.py",
+    ):
         text = file.read_text()
         assert "import pickle" not in text
-        for start in (position for position in range(len(text)) if text.startswith("torch.load(", position)):
+        for start in (
+            position for position in range(len(text)) if text.startswith("torch.load(", position)
+        ):
             assert "weights_only=True" in text[start : start + 120], file
 
 
@@ -748,11 +987,17 @@ def test_no_pickle_is_ever_loaded() -> None:
     [
         {"adversarial_loss": "non-saturating", "r1_gamma": 1.0},
         {"adversarial_loss": "segmentation", "noise": "spatial", "ema_decay": 0.9},
-        {"z_dim": 0, "projection_channels": 5, "diffaugment": ["flip", "translation", "cutout", "channel_dropout"]},
+        {
+            "z_dim": 0,
+            "projection_channels": 5,
+            "diffaugment": ["flip", "translation", "cutout", "channel_dropout"],
+        },
         {"gradient_accumulation": 2, "norm": "instance"},
     ],
 )
-def test_options_train_resume_and_go_on_jointly(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict) -> None:
+def test_options_train_resume_and_go_on_jointly(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     losses = run_gan(features, whole, frozen_epochs=2, **changes)
     assert np.isfinite(list(losses.values())).all()
@@ -768,26 +1013,43 @@ def test_options_train_resume_and_go_on_jointly(features: Path, tmp_path: Path, 
     run_decoder(features, whole, VARIANTS["frozen"], name="frozen", epochs=1)
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accumulated_gradients_are_those_of_the_whole_batch(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where no statistics are taken over the batch, two halves of it give the gradients of the whole."""
     gradients: dict[int, list[torch.Tensor]] = {}
     for parts in (1, 2):
         taken = gradients[parts] = []
 
         def step(self: torch.optim.Adam, taken=taken) -> None:
-            taken.extend(parameter.grad.clone() for group in self.param_groups for parameter in group["params"])
+            taken.extend(
+                parameter.grad.clone()
+                for group in self.param_groups
+                for parameter in group["params"]
+            )
 
         with monkeypatch.context() as patch:
             patch.setattr(torch.optim.Adam, "step", step)
-            patch.setattr(SpectralConv2d, "_iterate", lambda self, times: None)  # which would move once a part
-            run_gan(features, tmp_path / str(parts), frozen_epochs=1, norm="instance", z_dim=0, gradient_accumulation=parts)
+            patch.setattr(
+                SpectralConv2d, "_iterate", lambda self, times: None
+            )  # which would move once a part
+            run_gan(
+                features,
+                tmp_path / str(parts),
+                frozen_epochs=1,
+                norm="instance",
+                z_dim=0,
+                gradient_accumulation=parts,
+            )
     assert len(gradients[1]) == len(gradients[2]) > 40  # generator and discriminator, two steps
     largest = max(float(gradient.abs().max()) for gradient in gradients[1])
     for whole, halves in zip(gradients[1], gradients[2], strict=True):
         torch.testing.assert_close(halves, whole, rtol=1e-3, atol=1e-5 * largest)
 
 
-def test_the_segmentation_loss_may_be_kept_from_the_generator(features: Path, trained: Path, tmp_path: Path) -> None:
+def test_the_segmentation_loss_may_be_kept_from_the_generator(
+    features: Path, trained: Path, tmp_path: Path
+) -> None:
     root = with_gan(trained, tmp_path)
     generators = {}
     for name, changes in {
@@ -797,19 +1059,32 @@ def test_the_segmentation_loss_may_be_kept_from_the_generator(features: Path, tr
     }.items():
         run_decoder(features, root, {**VARIANTS["featuregan-1x"], **changes}, name=name, epochs=1)
         generators[name] = load_generator(root / "decoders" / f"{name}-0" / "gan").state_dict()
-    same = [torch.equal(tensor, generators["heavy"][name]) for name, tensor in generators["without"].items()]
+    same = [
+        torch.equal(tensor, generators["heavy"][name])
+        for name, tensor in generators["without"].items()
+    ]
     assert all(same)  # however heavy the loss, it does not reach the generator
-    assert not all(torch.equal(tensor, generators["with"][name]) for name, tensor in generators["without"].items())
+    assert not all(
+        torch.equal(tensor, generators["with"][name])
+        for name, tensor in generators["without"].items()
+    )
 
 
-def test_the_average_generator_is_an_exponential_moving_average(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_average_generator_is_an_exponential_moving_average(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its weights equal the closed form over the weights after each step."""
     seen: list[dict[str, torch.Tensor]] = []
     update = GanTrainer.update
 
     def watched(self: GanTrainer, *arguments, **named) -> None:
         update(self, *arguments, **named)
-        seen.append({name: parameter.detach().clone() for name, parameter in self.networks.generator.named_parameters()})
+        seen.append(
+            {
+                name: parameter.detach().clone()
+                for name, parameter in self.networks.generator.named_parameters()
+            }
+        )
 
     monkeypatch.setattr(GanTrainer, "update", watched)
     run_gan(features, tmp_path, ema_decay=0.75)
@@ -818,12 +1093,17 @@ def test_the_average_generator_is_an_exponential_moving_average(features: Path, 
     assert len(seen) == 6
     for name, tensor in average.items():
         # The first update copies; then d^5 w_1 + (1 - d) sum d^(6 - t) w_t.
-        expected = 0.75**5 * seen[0][name] + sum(0.25 * 0.75 ** (6 - step) * seen[step - 1][name] for step in range(2, 7))
+        expected = 0.75**5 * seen[0][name] + sum(
+            0.25 * 0.75 ** (6 - step) * seen[step - 1][name] for step in range(2, 7)
+        )
         torch.testing.assert_close(tensor, expected)
         assert torch.equal(raw[name], seen[-1][name])
 
 
 def test_options_that_do_not_fit_together_are_refused() -> None:
-    for changes in ({"adversarial_loss": "segmentation", "r1_gamma": 1.0}, {"image_encoder": True, "z_dim": 0}):
+    for changes in (
+        {"adversarial_loss": "segmentation", "r1_gamma": 1.0},
+        {"image_encoder": True, "z_dim": 0},
+    ):
         with pytest.raises(ValueError, match="r1_gamma and|image encoder gives"):
             TrainGanConfig(**{**GAN, **changes})

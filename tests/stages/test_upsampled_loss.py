@@ -5,19 +5,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.losses import cross_entropy
-from stages.upsampled_loss import upsampled_cross_entropy
+from stages.gan.losses import cross_entropy
+from stages.segmentation.upsampled_loss import upsampled_cross_entropy
 
 
 def in_two_steps(scores: Tensor, masks: Tensor) -> Tensor:
-    return cross_entropy(F.interpolate(scores.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False), masks)
+    return cross_entropy(
+        F.interpolate(scores.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False),
+        masks,
+    )
 
 
 @pytest.mark.parametrize("size", [(32, 24), (17, 31), (4, 5), (3, 4)])
-def test_value_and_gradient_are_those_of_interpolation_and_cross_entropy(size: tuple[int, int]) -> None:
+def test_value_and_gradient_are_those_of_interpolation_and_cross_entropy(
+    size: tuple[int, int],
+) -> None:
     torch.manual_seed(0)
     scores = 5 * torch.randn(3, 6, 4, 5)
-    scores[0, 0] += 200  # far above the others: exponentials must not overflow, nor those of the others vanish
+    scores[0, 0] += (
+        200  # far above the others: exponentials must not overflow, nor those of the others vanish
+    )
     masks = torch.randint(0, 6, (3, *size), dtype=torch.uint8)
     masks[1, 0] = 255
     masks[2] = 255
@@ -39,7 +46,12 @@ def test_without_a_label_there_is_neither_loss_nor_gradient() -> None:
 
 
 def test_scores_of_a_decoder_in_bfloat16_are_upsampled_in_float32() -> None:
-    scores = torch.randn(2, 3, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    scores = (
+        torch.randn(2, 3, 4, 4)
+        .bfloat16()
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_()
+    )
     masks = torch.randint(0, 3, (2, 16, 16), dtype=torch.uint8)
     with torch.autocast("cpu", torch.bfloat16):
         loss = upsampled_cross_entropy(scores, masks)

@@ -18,7 +18,9 @@ def test_values_and_gradients_are_the_convolutions(height: int, width: int) -> N
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     gradient = torch.randn_like(theirs)
     for one, other in zip(
-        torch.autograd.grad(ours, (x, weight), gradient), torch.autograd.grad(theirs, (x, weight), gradient), strict=True
+        torch.autograd.grad(ours, (x, weight), gradient),
+        torch.autograd.grad(theirs, (x, weight), gradient),
+        strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
 
@@ -33,13 +35,19 @@ def test_gradients_of_gradients() -> None:
 def test_float32_loses_one_digit_at_most(inputs: int) -> None:
     x, weight = torch.rand(2, inputs, 16, 16), torch.randn(256, inputs, 3, 3)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
-    ours, theirs = ((y - exact).abs().max() / exact.abs().max() for y in (winograd_conv2d(x, weight), F.conv2d(x, weight, padding=1)))
+    ours, theirs = (
+        (y - exact).abs().max() / exact.abs().max()
+        for y in (winograd_conv2d(x, weight), F.conv2d(x, weight, padding=1))
+    )
     assert ours < 3e-5
     assert ours < 30 * theirs
 
 
 def test_the_result_has_channels_last() -> None:
-    x, weight = (torch.randn(size).to(memory_format=torch.channels_last) for size in ((2, 128, 32, 32), (256, 128, 3, 3)))
+    x, weight = (
+        torch.randn(size).to(memory_format=torch.channels_last)
+        for size in ((2, 128, 32, 32), (256, 128, 3, 3))
+    )
     assert winograd_conv2d(x, weight).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -59,9 +67,14 @@ def test_wide_layers_take_it_and_add_their_bias() -> None:
         ((2, 128, 16, 16), (256, 128, 1, 1), 1, 1),
     ],
 )
-def test_other_layers_are_pytorchs_to_the_bit(shape: tuple[int, ...], filters: tuple[int, ...], stride: int, padding: int) -> None:
+def test_other_layers_are_pytorchs_to_the_bit(
+    shape: tuple[int, ...], filters: tuple[int, ...], stride: int, padding: int
+) -> None:
     x, weight = torch.randn(shape), torch.randn(filters)
-    assert torch.equal(conv2d(x, weight, None, (stride, stride), (padding, padding)), F.conv2d(x, weight, None, stride, padding))
+    assert torch.equal(
+        conv2d(x, weight, None, (stride, stride), (padding, padding)),
+        F.conv2d(x, weight, None, stride, padding),
+    )
 
 
 def test_half_precision_is_pytorchs_to_the_bit() -> None:
@@ -72,7 +85,14 @@ def test_half_precision_is_pytorchs_to_the_bit() -> None:
 
 def test_a_wide_generator_generates_what_it_would_without() -> None:
     torch.manual_seed(0)
-    generator = Generator(num_classes=3, feature_shape=(256, 16, 16), nonnegative=False, feature_scale=torch.ones(256), z_dim=4, ngf=8)
+    generator = Generator(
+        num_classes=3,
+        feature_shape=(256, 16, 16),
+        nonnegative=False,
+        feature_scale=torch.ones(256),
+        z_dim=4,
+        ngf=8,
+    )
     generator.eval()
     z, masks = torch.randn(2, 4), torch.randint(0, 3, (2, 128, 128), dtype=torch.uint8)
     with torch.no_grad():

@@ -11,10 +11,10 @@ from torch import nn
 
 from stages import train_decoder, train_gan
 from stages.augment.featuregan import FeatureGANConfig
-from stages.checkpoint import Checkpoint
-from stages.monitor import MonitorConfig
+from stages.gan.monitor import MonitorConfig
 from stages.train_decoder import TrainDecoderConfig
 from stages.train_gan import TrainGanConfig
+from stages.training.checkpoint import Checkpoint
 from tests.stages.test_training import DECODER, GAN, MONITOR
 
 GANS = {
@@ -47,14 +47,24 @@ def main(stages: str, features: Path, root: Path, gan: Path, saves: int = 0) -> 
 
     Checkpoint.save = dying  # type: ignore[method-assign]
     nn.Dropout = NoDropout  # type: ignore[assignment, misc]
-    dist.destroy_process_group = lambda group=None: None  # processes that have parted do not meet again; the next stage needs them
+    dist.destroy_process_group = lambda group=None: (
+        None
+    )  # processes that have parted do not meet again; the next stage needs them
     for stage in stages.split(","):
         train(stage, features, root, gan, checkpoint_minutes=0 if saves else 60)
 
 
 def train(stage: str, features: Path, root: Path, gan: Path, checkpoint_minutes: float) -> None:
-    apart = "APART" in os.environ and os.environ["RANK"] != "0"  # as where machines do not share a disk
-    machine = {"logs": root / "logs", "scratch": root / ("other" if apart else "scratch"), "device": "cpu", "workers": 0, "cache": "none"}
+    apart = (
+        "APART" in os.environ and os.environ["RANK"] != "0"
+    )  # as where machines do not share a disk
+    machine = {
+        "logs": root / "logs",
+        "scratch": root / ("other" if apart else "scratch"),
+        "device": "cpu",
+        "workers": 0,
+        "cache": "none",
+    }
     machine |= {
         "compile_networks": False,
         "sharded": "sharded" in root.name,
@@ -64,10 +74,17 @@ def train(stage: str, features: Path, root: Path, gan: Path, checkpoint_minutes:
     }
     monitor = MonitorConfig(**MONITOR)
     if stage in GANS:
-        train_gan.run(TrainGanConfig(**{**GAN, **GANS[stage]}), monitor, out=root / stage, **machine)
+        train_gan.run(
+            TrainGanConfig(**{**GAN, **GANS[stage]}), monitor, out=root / stage, **machine
+        )
     else:
-        config, variant = TrainDecoderConfig(**{**DECODER, "lr": 5e-4}), FeatureGANConfig(augmenter="featuregan", ratio=2)
-        train_decoder.run(config, variant, monitor, name=stage, seed=0, gan=gan, out=root / stage, **machine)
+        config, variant = (
+            TrainDecoderConfig(**{**DECODER, "lr": 5e-4}),
+            FeatureGANConfig(augmenter="featuregan", ratio=2),
+        )
+        train_decoder.run(
+            config, variant, monitor, name=stage, seed=0, gan=gan, out=root / stage, **machine
+        )
 
 
 if __name__ == "__main__":

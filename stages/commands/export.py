@@ -1,0 +1,67 @@
+"""The command that hands a trained decoder to other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from stages.commands.options import weights_option
+
+FORMATS = ("torchvision", "torch-export", "onnx")
+
+
+@click.command(short_help="Write a decoder with its backbone as one file for other programs.")
+@click.argument("decoder", type=click.Path(path_type=Path))
+@click.option("--format", type=click.Choice(FORMATS), required=True, help="What reads the file.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="The file: .pth or .safetensors, .pt2, .onnx.",
+)
+@click.option(
+    "--backbone-weights",
+    default="default",
+    show_default=True,
+    help="As extract.weights: `default`, or a state dict's file.",
+)
+@click.option(
+    "--size",
+    type=click.IntRange(1),
+    nargs=2,
+    metavar="H W",
+    help="Pictures of this size alone. Default: of any size.",
+)
+@weights_option
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+def export(
+    decoder: Path,
+    format: str,
+    out: Path,
+    backbone_weights: str,
+    size: tuple[int, int] | None,
+    weights: str,
+    force: bool,
+) -> None:
+    """Write DECODER, a folder that train-decoder left, with its backbone as one file.
+
+    Photographs go in, scores for every pixel come out. The file is compared with PyTorch's own scores before it gets its name.
+    """
+    if out.exists() and not force:
+        raise click.UsageError(f"{out} is there already; add --force to replace it")
+    from stages.use.export import run
+
+    done = run(
+        decoder,
+        format=format,
+        out=out,
+        backbone_weights=backbone_weights,
+        weights=weights,
+        size=size,
+    )
+    sizes = " and ".join(f"{height} x {width}" for height, width in done.sizes)
+    click.echo(f"{out}: {done.bytes / 1e6:.1f} MB, checked at {sizes}")
+    click.echo(
+        f"its scores, up to {done.largest:.3g}, differ from PyTorch's by {done.difference:.1e} at most"
+    )

@@ -1,0 +1,1 @@
+"""What every stage may import: configuration, errors, devices and processes, tracking."""

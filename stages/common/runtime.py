@@ -1,0 +1,238 @@
+"""What belongs to the machine: devices, processes, seeds, progress."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+from tqdm import tqdm
+
+from featurestore import FeatureStore, FeatureStoreError
+from featurestore.files import write_atomically, writing
+from stages.common.distributed import gathered, replicate, shard, synchronise_batch_norm
+from stages.common.errors import ConfigError
+
+Item = TypeVar("Item")
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # of glibc's malloc.h
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine lacks.
+
+    Raises
+    ------
+    ConfigError
+        When CUDA is asked for and PyTorch finds none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        message = "PyTorch finds no CUDA device here; use --device cpu or auto, or install a CUDA build of torch and its driver"
+        raise ConfigError("--device cuda", message, expected="cuda", found="cpu")
+
+
+def on_cpu(device: str) -> bool:
+    """Whether networks run on the CPU where this device is asked for."""
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+
+
+def check_precision(device: str, mixed_precision: str, key: str) -> None:
+    """Refuse a precision that the device cannot compute in.
+
+    Raises
+    ------
+    ConfigError
+        For fp16 on the CPU.
+    """
+    if mixed_precision == "fp16" and on_cpu(device):
+        raise ConfigError(
+            key, "fp16 needs a GPU; use bf16 or 'no' on the CPU", expected="cuda", found="cpu"
+        )
+
+
+def make_accelerator(device: str, mixed_precision: str, **options: Any) -> Accelerator:
+    """An accelerator on the device asked for; the rest (ranks, launchers) is accelerate's own environment.
+
+    Raises
+    ------
+    ConfigError
+        When the device is not there, or cannot compute in this precision.
+    """
+    check_device(device)
+    check_precision(device, mixed_precision, "mixed_precision")
+    _keep_freed_memory()
+    cpu = on_cpu(device)
+    # accelerate keeps the first accelerator's settings for the whole process; a notebook may run stages with others.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, **options)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep memory that is freed, for the next allocation, instead of giving it back to the system.
+
+    By default every large tensor is mapped anew, and each of its pages zeroed, in every step: on two CPU cores that
+    is half of EfficientNet-Lite0's forward pass at 256 x 256. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and sys.platform == "linux":
+        # Older glibc takes no threshold above 32 MB; setting the others alone would freeze it at 128 KB.
+        if mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20):
+            mallopt(
+                M_TRIM_THRESHOLD, -1
+            )  # never: 2^31 - 1, the most that fits, is less than a large network frees in a step
+            mallopt(M_TOP_PAD, 64 << 20)
+            mallopt(M_ARENA_MAX, 1)
+
+
+def distribute(accelerator: Accelerator, network: nn.Module, *, sharded: bool = False) -> nn.Module:
+    """A network on the accelerator's device, as it is to be called in training.
+
+    Where several processes train together, batch normalisation takes all their samples in and gradients are
+    averaged: each has a copy (DistributedDataParallel) or, ``sharded``, a part of the weights (FSDP). Else it is the
+    network itself.
+    """
+    if sharded:  # FSDP takes weights in PyTorch's default layout alone
+        return shard(synchronise_batch_norm(network).to(accelerator.device), accelerator.device)
+    network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return (
+        network
+        if accelerator.num_processes == 1
+        else replicate(synchronise_batch_norm(network), accelerator.device)
+    )
+
+
+def step_optimizers(accelerator: Accelerator, *optimizers: torch.optim.Optimizer) -> bool:
+    """Step all that were back-propagated together; whether they did, which an accumulated batch does with its last part only.
+
+    Together, because fp16's scale must not change between them.
+    """
+    if not accelerator.sync_gradients:
+        return False
+    for optimizer in optimizers:
+        optimizer.step() if accelerator.scaler is None else accelerator.scaler.step(optimizer)
+    if accelerator.scaler is not None:
+        accelerator.scaler.update()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    return True
+
+
+def scaler_state(accelerator: Accelerator) -> dict[str, Any]:
+    """State of fp16's loss scaling; empty for other precisions."""
+    return {} if accelerator.scaler is None else accelerator.scaler.state_dict()
+
+
+def load_scaler_state(accelerator: Accelerator, state: dict[str, Any]) -> None:
+    """The inverse of :func:`scaler_state`."""
+    if accelerator.scaler is not None and state:
+        accelerator.scaler.load_state_dict(state)
+
+
+def share(batch_size: int, processes: int, parts: int, key: str) -> None:
+    """Refuse a batch that the processes, and the parts of an accumulated gradient, cannot share evenly.
+
+    Raises
+    ------
+    ConfigError
+        When a part would not have the same whole number of samples, two at least, everywhere.
+    """
+    pieces = processes * parts
+    if batch_size % pieces or batch_size // pieces < 2:
+        message = (
+            f"{batch_size} samples cannot be divided into {processes} processes times {parts} parts of two samples"
+            f" or more; choose a multiple of {pieces} from {2 * pieces} on"
+        )
+        raise ConfigError(key, message, expected=2 * pieces, found=batch_size)
+
+
+def source_digest(*modules: ModuleType) -> str:
+    """sha256 of the source files of modules, and of all files below packages: unfinished work of other code is never taken over."""
+    sha = hashlib.sha256()
+    for module in modules:
+        file = Path(module.__file__ or "")
+        for path in sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]:
+            sha.update(path.read_bytes())
+    return sha.hexdigest()
+
+
+def seed_everything(*seeds: int) -> None:
+    """Seed the global generators, from which initial weights and dropout come; all other draws have generators of their own."""
+    torch.manual_seed(_mixed(seeds))
+
+
+def generator(device: torch.device, *seeds: int) -> torch.Generator:
+    """A random generator of its own, for a purpose named by several numbers."""
+    return torch.Generator(device).manual_seed(_mixed(seeds))
+
+
+def _mixed(seeds: tuple[int, ...]) -> int:
+    """One seed of several. NumPy pads them with zeros to four: up to there (7,) and (7, 0) are the same."""
+    return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0])
+
+
+def progress(items: Iterable[Item], what: str, total: int, unit: str) -> tqdm[Item]:
+    """A progress bar with rate and remaining time on a terminal; silent elsewhere, and in all processes but the first."""
+    return tqdm(
+        items, what, total, unit=unit, disable=None if first_process() else True, smoothing=0.1
+    )
+
+
+def verify_stores(*stores: FeatureStore, workers: int) -> None:
+    """Compare every byte of stores with their indices, which takes seconds, before a night on damaged features.
+
+    Processes of one machine share the work; what one of them finds ends all.
+
+    Raises
+    ------
+    FeatureStoreError
+        When a byte differs, or cannot be read.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    rank = int(os.environ.get("LOCAL_RANK", "0")) % processes
+    problem: FeatureStoreError | None = None
+    try:
+        for store in stores:
+            verify_store(store, workers=workers, rank=rank, ranks=processes)
+    except FeatureStoreError as error:
+        problem = error
+    for found in gathered(problem):
+        if found is not None:
+            raise found
+
+
+def verify_store(store: FeatureStore, *, workers: int, rank: int = 0, ranks: int = 1) -> None:
+    """:meth:`featurestore.FeatureStore.verify`, with a progress bar where it takes a while."""
+    size = sum(record.bytes for record in store.records[rank::ranks])
+    quiet = None if first_process() else True
+    with tqdm(
+        total=size,
+        desc=f"verify: {store.path}",
+        unit="B",
+        unit_scale=True,
+        disable=quiet,
+        delay=1,
+        leave=False,
+    ) as bar:
+        store.verify(workers=workers, progress=bar.update, rank=rank, ranks=ranks)
+
+
+def first_process() -> bool:
+    """Whether this is the process that speaks to the user; launchers number them."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def write_json(path: Path, values: Any, indent: int | None = 1) -> None:
+    """Write JSON-ready values: whole or not at all."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(values, indent=indent) + "\n").encode())

@@ -1,0 +1,113 @@
+"""The numbers of a training, one row an epoch, in DVCLive and TensorBoard through accelerate's trackers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from scmrepo.exceptions import SCMError
+from torch import Tensor
+
+from stages.common.distributed import average_over_processes
+from stages.common.errors import ConfigError, DivergenceError
+
+TRACKERS = ("dvclive", "tensorboard")
+
+
+class History:
+    """Writes rows to the trackers, and keeps them so that a resumed run can write them anew.
+
+    Parameters
+    ----------
+    accelerator
+        Made with ``log_with=TRACKERS`` and a ``project_dir`` for TensorBoard.
+    name
+        Of the run.
+    live
+        Folder of DVCLive's ``metrics.json`` and ``plots``; emptied first.
+    rows
+        Rows of the epochs that a resumed run has behind it.
+
+    Raises
+    ------
+    ConfigError
+        In a git repository without a commit.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, name: str, *, live: Path, rows: list[dict[str, float]]
+    ) -> None:
+        self.accelerator = accelerator
+        self.rows: list[dict[str, float]] = []
+        options = {
+            "dir": str(live),
+            "dvcyaml": None,
+            "report": None,
+            "save_dvc_exp": False,
+            "monitor_system": False,
+        }
+        try:
+            accelerator.init_trackers(name, init_kwargs={"dvclive": options})
+        except SCMError as error:
+            message = f"DVCLive cannot record this run ({error}); commit something first, or train outside of a git repository"
+            raise ConfigError("git", message) from error
+        for row in rows:
+            self.log(row)
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Append one epoch's numbers."""
+        self.accelerator.log(dict(row), step=len(self.rows))
+        self.rows.append(dict(row))
+
+
+class Means:
+    """Running means of scalars on their device: nothing waits for the device until the end of an epoch.
+
+    Parameters
+    ----------
+    state
+        Of an epoch that a resumed run is in the middle of.
+    """
+
+    def __init__(self, state: Mapping[str, tuple[Tensor, int]] | None = None) -> None:
+        self._sums = {name: (total, count) for name, (total, count) in (state or {}).items()}
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """Add one step's values."""
+        for name, value in terms.items():
+            total, count = self._sums.get(name, (torch.zeros(()), 0))
+            self._sums[name] = (total.to(value.device) + value.detach().float(), count + 1)
+
+    def state(self, device: torch.device) -> dict[str, tuple[Tensor, int]]:
+        """What a resumed run needs: the sums, averaged over processes, all of which must ask for it together.
+
+        ``device`` is what processes talk through; sums of a resumed run lie on the CPU until they are added to.
+        """
+        return {
+            name: (average_over_processes(total.to(device)), count)
+            for name, (total, count) in self._sums.items()
+        }
+
+    def result(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means, over the steps of all processes.
+
+        Raises
+        ------
+        DivergenceError
+            When one is no finite number.
+        """
+        names = list(self._sums)
+        if not names:
+            return {}
+        means = torch.stack(
+            [(total / count).to(accelerator.device) for total, count in self._sums.values()]
+        )
+        found = dict(zip(names, accelerator.reduce(means, "mean").tolist(), strict=True))
+        for name, value in found.items():
+            if not math.isfinite(value):
+                message = f"the training diverges: {name} is {value}; lower the learning rate, or set mixed_precision to 'no'"
+                raise DivergenceError(message)
+        return found

@@ -1,0 +1,149 @@
+"""Pascal VOC 2012 segmentation, or any folder of its layout; with SBD's masks for training by choice.
+
+SBD (the Semantic Boundaries Dataset, Hariharan et al. 2011) labels further photographs of VOC. What the literature calls
+``trainaug`` is VOC's training list and all of SBD, less VOC's val: 10,582 photographs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from stages.common.errors import DataError
+from stages.data.images import VOID, read_bytes
+from stages.data.manifest import Classes, Pair
+from stages.datasets.config import PrepareConfig
+from stages.datasets.layout import Archive, Found
+from stages.datasets.palette import bit_colour
+
+WHERE = "VOCtrainval_11-May-2012.tar of host.robots.ox.ac.uk/pascal/VOC/voc2012; `prepare --download` gets it"
+NAMES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+CLASSES = Classes(names=NAMES, palette=tuple(bit_colour(value) for value in range(len(NAMES))))
+SBD = Path("benchmark_RELEASE", "dataset")  # as its archive has it, beside JPEGImages
+
+
+def find(root: Path, config: PrepareConfig) -> Found:
+    """All pairs of ``JPEGImages/ID.jpg`` and ``SegmentationClass/ID.png``.
+
+    Parameters
+    ----------
+    root
+        The folder that holds ``JPEGImages`` (``VOCdevkit/VOC2012`` of the official archive).
+    config
+        ``split``: ``official`` takes ``train.txt`` and ``val.txt`` (VOC's test masks are not public); ``random`` all ids
+        of ``trainval.txt``, as in the thesis; ``sbd`` adds SBD's photographs and masks for training.
+
+    Raises
+    ------
+    DataError
+        When a list is missing or names an id twice.
+    """
+    lists = root / "ImageSets" / "Segmentation"
+    if config.split == "random":
+        splits = dict.fromkeys(_read_list(lists / "trainval.txt"), "train")
+    else:
+        train, held_out = _read_list(lists / "train.txt"), _read_list(lists / "val.txt")
+        both = set(train) & set(held_out)
+        if both:
+            raise DataError(
+                lists,
+                f"id {min(both)} is listed twice, in train.txt and in val.txt; remove one of them",
+                found=min(both),
+            )
+        splits = {**dict.fromkeys(train, "train"), **dict.fromkeys(held_out, "val")}
+    pairs = [
+        Pair(
+            id,
+            root / "JPEGImages" / f"{id}.jpg",
+            root / "SegmentationClass" / f"{id}.png",
+            splits[id],
+        )
+        for id in sorted(splits)
+    ]
+    if config.split != "sbd":
+        return Found(pairs, CLASSES)
+    more = _sbd_pairs(root / SBD, known=set(splits))
+    return Found(sorted(pairs + more, key=lambda pair: pair.id), CLASSES, _convert)
+
+
+def archives(root: Path, config: PrepareConfig) -> list[Archive]:
+    """What to download: VOC, and with ``split: sbd`` SBD. Addresses and checksums are torchvision's."""
+    from torchvision.datasets import SBDataset
+    from torchvision.datasets.voc import DATASET_YEAR_DICT
+
+    official = DATASET_YEAR_DICT["2012"]
+    wanted = [
+        Archive(
+            official["url"],
+            official["md5"],
+            Path(official["base_dir"]).as_posix(),
+            root,
+            has="JPEGImages",
+        )
+    ]
+    if config.split == "sbd":
+        wanted.append(
+            Archive(
+                SBDataset.url, SBDataset.md5, SBD.parts[0], root / SBD.parts[0], has=SBD.parts[1]
+            )
+        )
+    return wanted
+
+
+def _sbd_pairs(folder: Path, *, known: set[str]) -> list[Pair]:
+    """SBD's training and validation photographs that VOC does not list."""
+    if not folder.is_dir():
+        way = "unpack SBD's benchmark.tgz into prepare.root, or add --download"
+        raise DataError(folder, f"there is no such folder, which split sbd needs; {way}")
+    ids = sorted({*_read_list(folder / "train.txt"), *_read_list(folder / "val.txt")} - known)
+    return [
+        Pair(id, folder / "img" / f"{id}.jpg", folder / "cls" / f"{id}.mat", "train") for id in ids
+    ]
+
+
+def _convert(pair: Pair) -> np.ndarray | None:
+    """The mask in a ``.mat`` file of SBD; VOC's own are good as they are."""
+    if pair.mask.suffix != ".mat":
+        return None
+    import io
+
+    from scipy.io import loadmat
+
+    content = read_bytes(pair.mask, "mask")
+    try:
+        mask = np.asarray(loadmat(io.BytesIO(content))["GTcls"]["Segmentation"][0, 0])
+    except Exception as error:  # loadmat has no error of its own: damage shows as any of many
+        raise DataError(
+            pair.mask, f"not a readable mask of SBD, or a truncated one ({error}); replace it"
+        ) from error
+    strange = (mask >= len(NAMES)) & (mask != VOID)
+    if mask.ndim != 2 or strange.any():
+        found = int(mask[strange][0]) if strange.any() else mask.shape
+        raise DataError(
+            pair.mask,
+            f"holds {found}, expected a mask of class indices from 0 to {len(NAMES) - 1}",
+            found=found,
+        )
+    return mask.astype(np.uint8)
+
+
+def _read_list(path: Path) -> list[str]:
+    try:
+        ids = path.read_text(encoding="utf-8").split()
+    except OSError as error:
+        raise DataError(
+            path, f"this id list cannot be read ({error.strerror}); is prepare.root a VOC folder?"
+        ) from error
+    if len(set(ids)) < len(ids):
+        twice = next(id for id in ids if ids.count(id) > 1)
+        raise DataError(
+            path,
+            f"id {twice} is listed twice; remove one of them",
+            expected="unique ids",
+            found=twice,
+        )
+    return ids

@@ -1,0 +1,1 @@
+"""What a configuration costs before it runs: sizes and the cost of a step."""

@@ -1,0 +1,128 @@
+"""FeatureGAN's networks: built from a description, with the scale in which they see features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featurestore import FeatureStore
+from stages.models.discriminator import Discriminator
+from stages.models.flow_generator import FlowGenerator
+from stages.models.generator import Generator
+from stages.models.image_encoder import ImageEncoder
+from stages.segmentation.class_statistics import ClassStatistics
+
+AnyGenerator = Generator | FlowGenerator
+
+
+@dataclass
+class Networks:
+    """The networks of a FeatureGAN; the image encoder is optional. A flow is a generator alone."""
+
+    generator: AnyGenerator
+    discriminator: Discriminator | None = None
+    image_encoder: ImageEncoder | None = None
+
+    def by_name(self) -> dict[str, nn.Module]:
+        """Those that exist, by the names of their files."""
+        named = {
+            "generator": self.generator,
+            "discriminator": self.discriminator,
+            "image_encoder": self.image_encoder,
+        }
+        return {name: network for name, network in named.items() if network is not None}
+
+
+def build_networks(
+    architecture: Mapping[str, Any],
+    feature_scale: Tensor | None = None,
+    class_means: Tensor | None = None,
+) -> Networks:
+    """Fresh networks.
+
+    Parameters
+    ----------
+    architecture
+        As :func:`stages.train_gan.describe` gives it.
+    feature_scale
+        (C,); None where a state dict will bring it.
+    class_means
+        (K + 1, C), as :func:`class_means` gives them; None too where a state dict will bring them.
+    """
+    settings = dict(architecture)
+    shared = {"num_classes": settings["num_classes"], "init_gain": settings["init_gain"]}
+    channels = settings["feature_shape"][0]
+    scale = torch.ones(channels) if feature_scale is None else feature_scale
+    if settings["family"] == "flow":
+        flow = FlowGenerator(
+            num_classes=settings["num_classes"],
+            feature_shape=tuple(settings["feature_shape"]),
+            nonnegative=settings["nonnegative"],
+            feature_scale=scale,
+            components=settings["flow_components"],
+            width=settings["flow_width"],
+            steps=settings["flow_steps"],
+        )
+        return Networks(flow)
+    if settings["prior"] == "class-means" and class_means is None:
+        class_means = torch.zeros(settings["num_classes"] + 1, channels)
+    generator = Generator(
+        feature_shape=tuple(settings["feature_shape"]),
+        nonnegative=settings["nonnegative"],
+        feature_scale=scale,
+        z_dim=settings["z_dim"],
+        ngf=settings["ngf"],
+        noise=settings["noise"],
+        spade_hidden=settings["spade_hidden"],
+        norm=settings["norm"],
+        class_means=class_means,
+        **shared,
+    )
+    discriminator = Discriminator(
+        feature_channels=channels,
+        output_stride=settings["output_stride"],
+        ndf=settings["ndf"],
+        layers=settings["discriminator_layers"],
+        kind="segmentation" if settings["adversarial_loss"] == "segmentation" else "patch",
+        scales=settings["discriminator_scales"],
+        projection_channels=settings["projection_channels"],
+        **shared,
+    )
+    encoder = None
+    if settings["image_encoder"]:
+        encoder = ImageEncoder(
+            z_dim=settings["z_dim"], nef=settings["nef"], init_gain=settings["init_gain"]
+        )
+    return Networks(generator, discriminator, encoder)
+
+
+def class_means(store: FeatureStore, scale: Tensor) -> Tensor:
+    """(K + 1, C): the mean of each class's feature vectors in a training store, divided by ``scale`` (C,).
+
+    Void, and a class without a pixel, get the mean of all labelled pixels.
+    """
+    found = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu"))
+    overall = torch.einsum(
+        "kc,k->c", found.means.double(), found.pixels
+    ) / found.pixels.sum().clamp(min=1)
+    means = torch.where(found.pixels[:, None] > 0, found.means.double(), overall)
+    return (torch.cat([means, overall[None]]) / scale).float()
+
+
+def feature_scale(store: FeatureStore, rule: str) -> Tensor:
+    """(C,) by which features are divided before the GAN sees them.
+
+    ``channel``: each channel's root mean square, ``global``: that over all channels, ``none``: 1. A channel that is
+    always zero keeps the scale 1.
+    """
+    mean_square = torch.from_numpy(store.stats.mean**2 + store.stats.variance)
+    if rule == "none":
+        return torch.ones(len(mean_square))
+    if rule == "global":
+        mean_square = mean_square.mean().expand(len(mean_square))
+    scale = mean_square.sqrt()
+    return torch.where(scale > 0, scale, 1.0).float()

@@ -1,0 +1,1 @@
+"""Features under masks: regions, class statistics, transforms, loss, metrics, evaluation."""

@@ -1,0 +1,1 @@
+"""Many runs under one protocol: the plan, the runner, the comparison."""

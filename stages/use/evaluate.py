@@ -1,0 +1,188 @@
+"""evaluate: a trained decoder's scores on any store of features that it understands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import featurestore
+from featurestore import FeatureStore, SpecMismatchError, StoreSpec
+from featurestore.dataset import FeatureLoader
+from featurestore.files import write_atomically, writing
+from stages.common.errors import ConfigError, DataError
+from stages.common.runtime import make_accelerator, progress, verify_stores, write_json
+from stages.segmentation.evaluation import evaluate
+from stages.segmentation.metrics import Scores, mean_iou
+from stages.training.checkpoint import load_decoder, read_precision, read_spec
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a decoder on a store.
+
+    Attributes
+    ----------
+    decoder, store
+        The weights' file and the store.
+    samples
+        Photographs scored, each as it is: mirrored views are left out.
+    scores
+        Over all of them.
+    classes
+        Of the mean IoU; all of the decoder's where none were named.
+    """
+
+    decoder: Path
+    store: Path
+    samples: int
+    scores: Scores
+    classes: tuple[str, ...]
+
+    @property
+    def miou(self) -> float:
+        """Mean IoU over :attr:`classes`, 0..1; those that are absent do not count."""
+        return mean_iou(self.scores.iou, self.classes)
+
+
+def evaluate_decoder(
+    decoder: Path,
+    store: Path,
+    *,
+    weights: str,
+    classes: Sequence[str],
+    device: str,
+    batch_size: int,
+    workers: int,
+) -> Evaluation:
+    """Score a trained decoder on a store, in the precision that it was trained in.
+
+    Raises
+    ------
+    DataError, FeatureStoreError
+        When decoder or store is missing or damaged, or the store's features are not what the decoder was trained on.
+    ConfigError
+        When the decoder has no such class, or there is no such device.
+    """
+    spec = read_spec(decoder)
+    unknown = [name for name in classes if name not in spec.class_names]
+    if unknown:
+        raise ConfigError(
+            "--class", f"{unknown[0]!r} is no class of this decoder ({', '.join(spec.class_names)})"
+        )
+    network, opened = load_decoder(decoder, weights=weights), featurestore.open(store)
+    check_features(spec, opened)
+    precision = read_precision(decoder)
+    if precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
+        precision = "no"  # a CPU cannot, and float32 is no less exact
+    accelerator = make_accelerator(device, precision)
+    verify_stores(opened, workers=workers)
+    positions = opened.positions("identity")
+    loader = FeatureLoader(
+        opened, batch_size, positions=positions, workers=workers, device=accelerator.device
+    )
+    network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        scores = evaluate(
+            accelerator,
+            network,
+            progress(loader, "evaluate", len(loader), "batch"),
+            spec.class_names,
+        )
+    except ValueError as error:
+        raise DataError(store, f"{error}; name a store with labels") from error
+    return Evaluation(
+        decoder / f"{weights}.safetensors",
+        store,
+        len(positions),
+        scores,
+        tuple(classes) or spec.class_names,
+    )
+
+
+def check_features(spec: StoreSpec, store: FeatureStore) -> None:
+    """Refuse a store whose features or classes are not those that a decoder was trained on; sizes and photographs may differ.
+
+    Raises
+    ------
+    SpecMismatchError
+        The text names the first difference.
+    """
+    found = store.spec
+    compared = {
+        "backbone": (spec.backbone, found.backbone),
+        "backbone weights": (spec.weights_digest[:12], found.weights_digest[:12]),
+        "channels": (spec.feature_shape[0], found.feature_shape[0]),
+        "output stride": (spec.output_stride, found.output_stride),
+        "classes": (", ".join(spec.class_names), ", ".join(found.class_names)),
+    }
+    for what, (ours, theirs) in compared.items():
+        if ours != theirs:
+            message = f"has {what} {theirs}, but the decoder was trained on {ours}; extract this store with the decoder's {what}"
+            raise SpecMismatchError(message, path=store.path, expected=ours, found=theirs)
+
+
+def as_text(evaluation: Evaluation) -> str:
+    """A table for a terminal, in percent: a line a class, and the means below."""
+    confusion = torch.tensor(
+        evaluation.scores.confusion, dtype=torch.float64
+    )  # (K, K), row: true class
+    right, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    columns = {
+        "recall": right / true,  # not a number where there is none
+        "precision": right / predicted,
+        "of pixels": true / true.sum(),
+    }
+    width = max(len("class"), *(len(name) for name in evaluation.scores.iou))
+    lines = [f"{'class':{width}}  {'IoU':>6}" + "".join(f"  {name:>9}" for name in columns)]
+    lines.append("  ".join("-" * size for size in (width, 6, *(9 for _ in columns))))
+    for number, (name, iou) in enumerate(evaluation.scores.iou.items()):
+        cells = "".join(f"  {_percent(float(values[number])):>9}" for values in columns.values())
+        lines.append(f"{name:{width}}  {_percent(iou):>6}{cells}")
+    absent = [name for name in evaluation.scores.absent if name in evaluation.classes]
+    counted = [name for name in evaluation.classes if name not in absent]
+    over = (
+        f"{len(counted)} classes"
+        if len(evaluation.classes) == len(evaluation.scores.iou)
+        else ", ".join(counted)
+    )
+    lines += [
+        "",
+        f"PA {_percent(evaluation.scores.pixel_accuracy)}, mIoU {_percent(evaluation.miou)} over {over}",
+    ]
+    if absent:
+        lines[-1] += f" (in neither truth nor prediction: {', '.join(absent)})"
+    return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "—" if share is None or share != share else f"{100 * share:.2f}"
+
+
+def write(evaluation: Evaluation, out: Path) -> None:
+    """Write ``evaluation.json`` and ``confusion.png``.
+
+    Raises
+    ------
+    StoreWriteError
+        When the file system refuses.
+    """
+    from stages.reporting.confusion import confusion  # matplotlib takes a second to import
+
+    values = {
+        "decoder": str(evaluation.decoder),
+        "store": str(evaluation.store),
+        "samples": evaluation.samples,
+        "classes": list(evaluation.classes),
+        "miou_of_classes": evaluation.miou,
+        **evaluation.scores.to_dict(),
+    }
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(
+            out / "confusion.png",
+            confusion(evaluation.scores.confusion, list(evaluation.scores.iou)),
+        )
+        write_json(out / "evaluation.json", values)
