@@ -81,7 +81,7 @@ def main() -> None:
     The stages run in this order; `dvc repro` runs those whose inputs changed:
 
     \b
-      prepare        photographs and masks        -> dataset/
+      prepare        images and masks        -> dataset/
       extract        frozen backbone, once        -> features/{train,val,test}/
       train-gan      FeatureGAN alone             -> models/gan/
       train-decoder  one variant, one seed        -> models/decoders/VARIANT-SEED/
@@ -123,13 +123,13 @@ def init(preset: str | None, list_them: bool, force: bool, params: Path) -> None
     )
 
 
-@main.command(short_help="Find or draw photographs and masks; check them all.")
+@main.command(short_help="Find or draw images and masks; check them all.")
 @params_option
 @scratch_option
 @workers_option
 @download_option
 def prepare(params: Path, scratch: Path, workers: int, download: bool) -> None:
-    """Find or draw the photographs and masks, check every one, write dataset/manifest.csv."""
+    """Find or draw the images and masks, check every one, write dataset/manifest.csv."""
     sections = load_params(params)
     from stages.prepare import run
 
@@ -138,7 +138,7 @@ def prepare(params: Path, scratch: Path, workers: int, download: bool) -> None:
     )
     sizes = ", ".join(f"{split} {part['images']}" for split, part in summary["splits"].items())
     click.echo(
-        f"{DATASET}: {summary['images']} photographs ({sizes}), {len(summary['classes'])} classes, all checked"
+        f"{DATASET}: {summary['images']} images ({sizes}), {len(summary['classes'])} classes, all checked"
     )
     check_classes(
         sections, summary["classes"]
@@ -151,7 +151,7 @@ def prepare(params: Path, scratch: Path, workers: int, download: bool) -> None:
 @workers_option
 @device_option
 def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
-    """Run the frozen backbone once over every photograph; write features and masks to features/."""
+    """Run the frozen backbone once over every image; write features and masks to features/."""
     # Before PyTorch is loaded: its threads must not spin for work while others decode and write.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sections = load_params(params, device)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: real photographs, a line about the machine, tables."""
+"""What the benchmarks share: real images, a line about the machine, tables."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ from stages.backbones.backbone import Backbone, build_backbone
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def photographs(folder: Path, count: int, size: int) -> Iterator[np.ndarray]:
-    """``count`` photographs of a folder as (size, size, 3) uint8, over again from the first where there are fewer."""
+def read_images(folder: Path, count: int, size: int) -> Iterator[np.ndarray]:
+    """``count`` images of a folder as (size, size, 3) uint8, over again from the first where there are fewer."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
-        raise SystemExit(
-            f"{folder}: no photographs here; name a folder that holds some with --photographs"
-        )
+        raise SystemExit(f"{folder}: no images here; name a folder that holds some with --folder")
     for number in range(count):
         with Image.open(files[number % len(files)]) as image:
             yield np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))

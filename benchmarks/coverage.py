@@ -66,7 +66,7 @@ def coverage(
             wide[number] += 100 * (interval.high - interval.low)
     return [
         {
-            "photographs": group.train_images,
+            "images": group.train_images,
             "variant": variant,
             "mean": name,
             "covered": 100 * (1 - (below[number] + above[number]) / splits),
@@ -113,9 +113,7 @@ def main(
         tested = tables.tested_classes(group.runs[variant][0])
         means = {"named": [name for name in classes if name in tested]} if classes else {}
         rows += coverage(group, variant, baseline, {**means, "all": tested}, splits)
-    common.report(
-        rows, ("photographs", "variant", "mean", "covered", "below", "above", "width"), file
-    )
+    common.report(rows, ("images", "variant", "mean", "covered", "below", "above", "width"), file)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ CLASSES, STRIDE, RATES = 21, 8, (12, 24, 36)
 SHAPES = (  # batch, channels, height, width, channels of the head
     (16, 320, 32, 32, 64),  # voc2012-lite
     (16, 320, 32, 44, 64),  # camvid-lite
-    (4, 320, 64, 64, 64),  # photographs of 512 x 512
+    (4, 320, 64, 64, 64),  # images of 512 x 512
     (2, 2048, 32, 32, 256),  # the thesis's
 )
 

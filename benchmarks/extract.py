@@ -2,7 +2,7 @@
 
     python -m benchmarks.extract --dataset dataset [--backbone resnet101] [--json FILE]
 
-``--dataset`` is a folder that ``python pipeline.py prepare`` wrote. Its training photographs are extracted, as many
+``--dataset`` is a folder that ``python pipeline.py prepare`` wrote. Its training images are extracted, as many
 times over as it takes, into a scratch folder: N of them, and ten times N. The rate of extraction is the
 difference of the two runs (so starting up does not count), the rate of the backbone the median of batches run before
 and after them. Peak memory is each process's own.
@@ -215,7 +215,7 @@ def main(
 
 
 def _write_dataset(source: Path, target: Path, count: int) -> None:
-    """A manifest of ``count`` training photographs and one for val and test each, over again under new ids."""
+    """A manifest of ``count`` training images and one for val and test each, over again under new ids."""
     from stages.data.manifest import SUMMARY_NAME, read_manifest, write_manifest
 
     entries = [entry for entry in read_manifest(source)[0] if entry.split == "train"]

@@ -1,8 +1,8 @@
 """Shuffled reads of dense features: our store against the formats that people use, in one run on the same features.
 
-    python -m benchmarks.store --photographs FOLDER [--backbone resnet50] [--json FILE]
+    python -m benchmarks.store --folder FOLDER [--backbone resnet50] [--json FILE]
 
-The features are those of real photographs (a ResNet's weights are random: nothing is downloaded).
+The features are those of real images (a ResNet's weights are random: nothing is downloaded).
 Every method runs in processes of its own, in turns, and reads all samples in shuffled order, several
 times over, into the same kind of memory: one buffer that is used again. The median pass counts. Files were dropped from
 the page cache and read back into it, so that the kernel keeps all of them alike; ``--cold`` drops them before each pass.
@@ -291,10 +291,10 @@ def measure(
 
 @click.command(help=__doc__)
 @click.option(
-    "--photographs",
+    "--folder",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     required=True,
-    help="Folder of photographs.",
+    help="Folder of images.",
 )
 @click.option(
     "--backbone",
@@ -307,14 +307,14 @@ def measure(
     type=click.IntRange(64),
     default=256,
     show_default=True,
-    help="Side of the photographs in pixels.",
+    help="Side of the images in pixels.",
 )
 @click.option(
     "--samples",
     type=click.IntRange(BATCH),
     default=200,
     show_default=True,
-    help="Number of photographs.",
+    help="Number of images.",
 )
 @click.option(
     "--passes", type=click.IntRange(1), default=5, show_default=True, help="Passes a process."
@@ -337,7 +337,7 @@ def measure(
 )
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
 def main(
-    photographs: Path,
+    folder: Path,
     backbone: str,
     size: int,
     samples: int,
@@ -352,7 +352,7 @@ def main(
 
     work = Path(tempfile.mkdtemp(prefix="featurestore-", dir=scratch))
     try:
-        features = _features(photographs, backbone, size, samples, work)
+        features = _features(folder, backbone, size, samples, work)
         zeros = float((features == 0).mean())
         shape, state = " x ".join(map(str, features.shape[1:])), "cold" if cold else "in page cache"
         print(common.machine())
@@ -388,15 +388,15 @@ COLUMNS = (
 )
 
 
-def _features(photographs: Path, backbone: str, size: int, samples: int, work: Path) -> np.ndarray:
-    """(N, C, h, w) float16 features of real photographs."""
+def _features(folder: Path, backbone: str, size: int, samples: int, work: Path) -> np.ndarray:
+    """(N, C, h, w) float16 features of real images."""
     import torch
 
     from benchmarks import common
 
     network = common.backbone_for(backbone, work)
     features = None
-    for number, image in enumerate(common.photographs(photographs, samples, size)):
+    for number, image in enumerate(common.read_images(folder, samples, size)):
         computed = network(torch.tensor(image).permute(2, 0, 1)[None])[0].to(torch.float16).numpy()
         if features is None:
             features = np.empty((samples, *computed.shape), np.float16)

@@ -1,11 +1,11 @@
 """A training step against a literal implementation of the thesis, and an epoch from cached features against one with the backbone in it.
 
-    python -m benchmarks.train [--size voc2012-lite] [--size thesis] [--photographs FOLDER] [--json FILE]
+    python -m benchmarks.train [--size voc2012-lite] [--size thesis] [--folder FOLDER] [--json FILE]
 
 Steps: ours and ``benchmarks/literal.py`` have networks of the same widths and batches of the same shapes, and take turns in
 one process; the median step counts. Both compute at ``--precision``, unless ``--literal-precision`` says otherwise for the
 literal one. Epochs (with
-``--photographs``): the baseline decoder and the GAN see every photograph once, either from a feature store, or as the thesis
+``--folder``): the baseline decoder and the GAN see every image once, either from a feature store, or as the thesis
 did it: read, resized and sent through the backbone.
 """
 
@@ -189,16 +189,16 @@ def time_steps(
 
 
 def time_epochs(
-    name: str, size: Size, device: str, precision: str, photographs: Path, count: int
+    name: str, size: Size, device: str, precision: str, folder: Path, count: int
 ) -> list[dict[str, Any]]:
-    """Seconds of an epoch over ``count`` photographs, from cached features and with the backbone in the loop."""
+    """Seconds of an epoch over ``count`` images, from cached features and with the backbone in the loop."""
     import featurestore
     from featurestore.dataset import FeatureLoader
 
     pixels = STRIDE * size.side
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
         accelerator = make_accelerator(device, precision)
-        backbone = common.backbone_for(size.backbone, Path(folder)).to(accelerator.device)
+        backbone = common.backbone_for(size.backbone, Path(scratch)).to(accelerator.device)
         masks = torch.from_numpy(
             np.random.default_rng(0)
             .integers(0, CLASSES, (size.batch, pixels, pixels))
@@ -208,7 +208,7 @@ def time_epochs(
 
         @torch.no_grad()
         def online() -> Iterator[Tensor]:
-            images = common.photographs(photographs, count, pixels)
+            images = common.read_images(folder, count, pixels)
             for _ in range(count // size.batch):
                 batch = (
                     torch.from_numpy(np.stack([next(images) for _ in range(size.batch)]))
@@ -233,14 +233,14 @@ def time_epochs(
             compute="fp32",
             nonnegative=False,
         )
-        with featurestore.create(Path(folder) / "store", spec) as writer:
+        with featurestore.create(Path(scratch) / "store", spec) as writer:
             for number, features in enumerate(online()):
                 for row, sample in enumerate(features.to(torch.float16).cpu().numpy()):
                     writer.append(
                         id=f"{number}-{row}", features=sample, mask=masks[row].cpu().numpy()
                     )
         loader = FeatureLoader(
-            featurestore.open(Path(folder) / "store"),
+            featurestore.open(Path(scratch) / "store"),
             size.batch,
             seed=0,
             drop_last=True,
@@ -283,7 +283,7 @@ def time_epochs(
                 seconds[implementation] = time.perf_counter() - start
             for implementation, value in seconds.items():
                 row = {
-                    "what": f"{what}, {count // size.batch * size.batch} photographs",
+                    "what": f"{what}, {count // size.batch * size.batch} images",
                     "implementation": implementation,
                     "size": name,
                 }
@@ -331,12 +331,12 @@ def _synchronise(device: torch.device) -> None:
     "--steps", type=click.IntRange(1), default=5, show_default=True, help="Steps of each kind."
 )
 @click.option(
-    "--photographs",
+    "--folder",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Measure epochs too, on these.",
 )
 @click.option(
-    "--images", type=click.IntRange(16), default=64, show_default=True, help="Photographs an epoch."
+    "--images", type=click.IntRange(16), default=64, show_default=True, help="Images an epoch."
 )
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
@@ -347,7 +347,7 @@ def main(
     precision: str,
     literal_precision: str | None,
     steps: int,
-    photographs: Path | None,
+    folder: Path | None,
     images: int,
     device: str,
     file: Path | None,
@@ -357,11 +357,11 @@ def main(
     rows = [
         row for name in names for row in time_steps(name, SIZES[name], device, precisions, steps)
     ]
-    if photographs is not None:
+    if folder is not None:
         rows += [
             row
             for name in names
-            for row in time_epochs(name, SIZES[name], device, precision, photographs, images)
+            for row in time_epochs(name, SIZES[name], device, precision, folder, images)
         ]
     common.report(rows, COLUMNS, file)
 

@@ -317,7 +317,7 @@ class FeatureLoader:
             free = psutil.virtual_memory().available // processes
         if needed > 0.9 * free:
             message = f"{needed / 1e9:.1f} GB do not fit into {where} ({free / 1e9:.1f} GB are free); use --cache none"
-            raise StoreMemoryError(message, path=self.store.path, expected=needed, found=free)
+            raise StoreMemoryError(message, path=self.store.path, expected=needed, actual=free)
         whole = {
             name: torch.empty((count, *shape), dtype=getattr(torch, dtype), device=device)
             for name, (shape, dtype) in rows.items()

@@ -13,17 +13,17 @@ class FeatureStoreError(Exception):
     ----------
     path
         The file or folder that is wrong.
-    expected, found
+    expected, actual
         What was wanted there and what was met, where that can be said.
     """
 
     def __init__(
-        self, message: str, *, path: str | Path, expected: Any = None, found: Any = None
+        self, message: str, *, path: str | Path, expected: Any = None, actual: Any = None
     ) -> None:
         super().__init__(f"{path}: {message}")
         self.path = Path(path)
         self.expected = expected
-        self.found = found
+        self.actual = actual
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel between processes whole."""

@@ -36,7 +36,7 @@ def not_written(path: Path | str, error: OSError | RuntimeError) -> StoreWriteEr
         "make room or choose another folder" if number in (None, *FULL) else "choose another folder"
     )
     return StoreWriteError(
-        f"cannot be written ({reason}); {remedy}, and start again", path=path, found=reason
+        f"cannot be written ({reason}); {remedy}, and start again", path=path, actual=reason
     )
 
 

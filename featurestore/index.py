@@ -89,7 +89,7 @@ def read_index(folder: Path) -> Index:
                 f"format version {version!r}, but this library reads version {FORMAT_VERSION}; write the store again",
                 path=path,
                 expected=FORMAT_VERSION,
-                found=version,
+                actual=version,
             )
         index = _parse(body)
         intact = index.to_text().encode() == raw

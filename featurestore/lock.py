@@ -49,13 +49,13 @@ class WriterLock:
                 message = (
                     f"{holder} is writing this store; wait for it or stop it, then start again"
                 )
-                raise StoreBusyError(message, path=path, found=holder) from None
+                raise StoreBusyError(message, path=path, actual=holder) from None
             except OSError as error:
                 os.close(descriptor)
                 if error.errno not in UNSUPPORTED:
                     raise
                 message = f"this file system has no locks ({error.strerror}); mount it with flock, or choose another folder"
-                raise StoreWriteError(message, path=path.parent, found=error.strerror) from error
+                raise StoreWriteError(message, path=path.parent, actual=error.strerror) from error
             except BaseException:
                 os.close(descriptor)
                 raise

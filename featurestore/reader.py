@@ -113,7 +113,7 @@ class FeatureStore:
                 message = (
                     f"{size} bytes long, but the index says {record.bytes}; write the store again"
                 )
-                raise IncompleteStoreError(message, path=file, expected=record.bytes, found=size)
+                raise IncompleteStoreError(message, path=file, expected=record.bytes, actual=size)
 
     # -- samples ---------------------------------------------------------------------------------
 
@@ -313,7 +313,7 @@ class FeatureStore:
                 raise refused(file, error) from error
             if found != record.sha256:
                 message = f"damaged: sha256 {found[:12]}..., but the index says {record.sha256[:12]}...; write the store again"
-                raise ShardCorruptError(message, path=file, expected=record.sha256, found=found)
+                raise ShardCorruptError(message, path=file, expected=record.sha256, actual=found)
 
         for _ in prefetch(check, self.records[rank::ranks], workers=workers):
             pass
@@ -343,7 +343,7 @@ class FeatureStore:
             if (shard.spec, len(shard)) != (self.spec, record.samples):
                 message = "the shard's own description is not the index's; write the store again"
                 raise ShardCorruptError(
-                    message, path=shard.path, expected=self.spec, found=shard.spec
+                    message, path=shard.path, expected=self.spec, actual=shard.spec
                 )
             self._shards[number] = shard
         return self._shards[number]

@@ -44,4 +44,4 @@ def check_room(writers: Iterable[Writer]) -> None:
         free = shutil.disk_usage(folder).free
         if needed[disk] > free:
             message = f"{needed[disk] / 1e9:.1f} GB are to be written, but {free / 1e9:.1f} GB are free; make room or choose another --scratch"
-            raise StoreWriteError(message, path=folder, expected=needed[disk], found=free)
+            raise StoreWriteError(message, path=folder, expected=needed[disk], actual=free)

@@ -46,7 +46,7 @@ class StoreSpec:
     normalization_mean, normalization_std
         Per colour channel, for images scaled to 0..1, as they entered the backbone.
     resize
-        How photographs of other sizes were brought to (H, W).
+        How images of other sizes were brought to (H, W).
     compute
         Number format of the backbone's forward pass: ``fp32`` or ``bf16``.
     nonnegative

@@ -84,7 +84,7 @@ class Shard:
                     f"format version {version}, but this library reads version {FORMAT_VERSION}; write the store again",
                     path=path,
                     expected=FORMAT_VERSION,
-                    found=version,
+                    actual=version,
                 )
             self.spec = spec = StoreSpec.from_attributes(file.attrs)
             chunked = spec.compression in ("lz4", "zstd")
@@ -147,7 +147,7 @@ class Shard:
 
     def _refuse(self, name: str, found: object, expected: object) -> None:
         message = f"dataset {name!r} is {found}, but the shard's attributes say {expected}; write the store again"
-        raise ShardCorruptError(message, path=self.path, expected=expected, found=found)
+        raise ShardCorruptError(message, path=self.path, expected=expected, actual=found)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -30,7 +30,7 @@ def checked_features(
     """
 
     def wrong(message: str, expected: object, found: object) -> SampleError:
-        return SampleError(f"sample {id!r}: {message}", path=path, expected=expected, found=found)
+        return SampleError(f"sample {id!r}: {message}", path=path, expected=expected, actual=found)
 
     if view not in VIEW_NAMES:
         raise wrong(f"view {view!r} is none of {VIEW_NAMES}", VIEW_NAMES, view)

@@ -157,7 +157,7 @@ class StoreWriter:
         foreign = [file.name for file in files if not OUR_FILES.fullmatch(file.name)]
         if foreign:
             message = f"holds {foreign[0]!r}, which no writer left; choose another scratch folder"
-            raise StoreExistsError(message, path=self.scratch, found=foreign[0])
+            raise StoreExistsError(message, path=self.scratch, actual=foreign[0])
         if not self.fingerprint:  # nothing that lies there can be told to be ours
             shutil.rmtree(self.scratch)
         elif self.rank == 0:  # before the other ranks begin theirs
@@ -370,7 +370,7 @@ class StoreWriter:
             )
             message = f"{missing} of the {self._announced} samples that resume() announced were not appended"
             raise IncompleteStoreError(
-                message, path=self.path, expected=self._announced, found=samples
+                message, path=self.path, expected=self._announced, actual=samples
             )
         if not numbers:
             raise IncompleteStoreError(

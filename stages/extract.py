@@ -1,4 +1,4 @@
-"""extract: run the frozen backbone once over every photograph and write features and masks to a feature store."""
+"""extract: run the frozen backbone once over every image and write features and masks to a feature store."""
 
 from __future__ import annotations
 
@@ -83,9 +83,7 @@ class ExtractConfig(Config):
     @classmethod
     def _with_identity(cls, views: tuple[str, ...]) -> tuple[str, ...]:
         if "identity" not in views:
-            raise ValueError(
-                "must have identity: everything is trained on the photographs as they are"
-            )
+            raise ValueError("must have identity: everything is trained on the images as they are")
         return views
 
 
@@ -107,7 +105,7 @@ def run(
     device
         ``auto``, ``cpu`` or ``cuda``.
     workers
-        Threads that decode photographs; the bytes written do not depend on it, nor on how many processes a
+        Threads that decode images; the bytes written do not depend on it, nor on how many processes a
         launcher (torchrun) starts: shard i is made by rank i modulo their number.
 
     Returns
@@ -118,7 +116,7 @@ def run(
     Raises
     ------
     ConfigError, DataError, FeatureStoreError
-        Bad parameters; a photograph that changed since ``prepare`` or whose features do not fit; a bad store.
+        Bad parameters; a image that changed since ``prepare`` or whose features do not fit; a bad store.
     """
     # The network, on its device.
     patience = InitProcessGroupKwargs(
@@ -214,7 +212,7 @@ def _fill(
     accelerator: Accelerator,
     workers: int,
 ) -> None:
-    """Append the missing samples. Three things at once: threads decode photographs, the backbone computes, a thread writes.
+    """Append the missing samples. Three things at once: threads decode images, the backbone computes, a thread writes.
 
     On the CPU two batches are computed at once, each by half of PyTorch's threads: while one waits for its slowest
     thread, which decoding may hold up, the other goes on. A GPU has a queue of its own.
@@ -291,7 +289,7 @@ def check_spec(config: ExtractConfig, path: Path) -> StoreSpec:
     for key, (found, expected) in wanted.items():
         if found != expected:
             message = f"was extracted with {key} {found}, but the parameters say {expected}; run the extract stage again"
-            raise SpecMismatchError(message, path=path, expected=expected, found=found)
+            raise SpecMismatchError(message, path=path, expected=expected, actual=found)
     return spec
 
 
@@ -359,7 +357,7 @@ def _forward(
     backbone: Backbone,
     dtype: torch.dtype,
 ) -> _Computed:
-    """Photographs and masks through the backbone; on a GPU nothing here waits for it."""
+    """Images and masks through the backbone; on a GPU nothing here waits for it."""
     cuda = accelerator.device.type == "cuda"
     # (B, H, W, 3) -> (B, 3, H, W), channels last in memory
     images = torch.from_numpy(np.stack([image for _, image, _ in batch])).permute(0, 3, 1, 2)
@@ -403,7 +401,7 @@ def _append(batch: _Computed, *, writer: featurestore.StoreWriter) -> int:
             )
         except SampleError as error:
             raise DataError(
-                entry.image, f"{error}; is this photograph sound, and extract.weights right?"
+                entry.image, f"{error}; is this image sound, and extract.weights right?"
             ) from error
     return len(batch.masks)
 
@@ -411,10 +409,10 @@ def _append(batch: _Computed, *, writer: featurestore.StoreWriter) -> int:
 def _read_pair(
     sample: tuple[Entry, str], *, classes: Classes, size: tuple[int, int], rule: str
 ) -> tuple[tuple[Entry, str], np.ndarray, np.ndarray]:
-    """The sample, its photograph (H, W, 3) uint8 and its mask (H, W) uint8: read, checked against the manifest, resized, flipped."""
+    """The sample, its image (H, W, 3) uint8 and its mask (H, W) uint8: read, checked against the manifest, resized, flipped."""
     entry, view = sample
     image_path, mask_path = Path(entry.image), Path(entry.mask)
-    image_bytes, mask_bytes = read_bytes(image_path, "photograph"), read_bytes(mask_path, "mask")
+    image_bytes, mask_bytes = read_bytes(image_path, "image"), read_bytes(mask_path, "mask")
     for path, content, sha256 in (
         (image_path, image_bytes, entry.image_sha256),
         (mask_path, mask_bytes, entry.mask_sha256),

@@ -1,4 +1,4 @@
-"""prepare: find or draw the photographs and masks, check every one of them, write the manifest."""
+"""prepare: find or draw the images and masks, check every one of them, write the manifest."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def run(
     ConfigError
         When the data set is to be downloaded and cannot be; the text says where to get it.
     DataError
-        When any photograph or mask is missing, damaged or does not fit; nothing is written then.
+        When any image or mask is missing, damaged or does not fit; nothing is written then.
     """
     root = Path(config.root)
     if download:
@@ -135,15 +135,15 @@ def _check_labels(root: Path, summary: dict[str, Any]) -> None:
                 root,
                 f"the masks of split {split!r} hold not one labelled pixel; check prepare.void_index and the split",
             )
-    photographs = summary["splits"]["train"]["images_with_class"]
-    absent = [name for name, count in photographs.items() if not count]
-    if len(absent) == len(photographs) - 1:
-        only = next(name for name, count in photographs.items() if count)
+    images = summary["splits"]["train"]["images_with_class"]
+    absent = [name for name, count in images.items() if not count]
+    if len(absent) == len(images) - 1:
+        only = next(name for name, count in images.items() if count)
         message = (
             f"the training masks hold one class alone, {only!r} ({summary['void_index']} means no label: "
             "where it is your object, write its number); check the masks"
         )
-        raise DataError(root, message, expected="two classes", found=only)
+        raise DataError(root, message, expected="two classes", actual=only)
     if absent:
         tqdm.write(f"prepare: no training mask has a pixel of {', '.join(absent)}")
 
@@ -195,7 +195,9 @@ def _download(config: PrepareConfig, root: Path, scratch: Path) -> None:
             else "it is drawn; prepare.root holds its objects.csv"
         )
         raise ConfigError(
-            "prepare.dataset", f"{config.dataset} cannot be downloaded: {way}", found=config.dataset
+            "prepare.dataset",
+            f"{config.dataset} cannot be downloaded: {way}",
+            actual=config.dataset,
         )
 
 
@@ -216,7 +218,7 @@ def _converted(pair: Pair, found: Found, building: Path) -> Pair:
 
 def _check_ids(root: Path, pairs: list[Pair]) -> None:
     if not pairs:
-        raise DataError(root, "holds no photographs with masks")
+        raise DataError(root, "holds no images with masks")
     for path in (path for pair in pairs for path in (pair.image, pair.mask)):
         try:
             str(path).encode()
@@ -231,20 +233,20 @@ def _check_ids(root: Path, pairs: list[Pair]) -> None:
             root,
             f"id {twice[0]} occurs twice; ids must be unique",
             expected="unique ids",
-            found=twice[0],
+            actual=twice[0],
         )
     sizes = Counter(pair.split for pair in pairs)
     for split in SPLITS:
         if not sizes[split]:
-            message = f"no photographs for the split {split!r} ({len(pairs)} in all); check prepare.split and prepare.ratios"
-            raise DataError(root, message, expected="at least 1", found=0)
+            message = f"no images for the split {split!r} ({len(pairs)} in all); check prepare.split and prepare.ratios"
+            raise DataError(root, message, expected="at least 1", actual=0)
 
 
 def _check_pair(
     pair: Pair, owners_mask: Path, classes: Classes, out: Path, building: Path
 ) -> tuple[Entry, np.ndarray]:
     """The pair's manifest entry, and its mask's pixels by value (256,); errors name the file that the mask was made of."""
-    image_bytes, mask_bytes = read_bytes(pair.image, "photograph"), read_bytes(pair.mask, "mask")
+    image_bytes, mask_bytes = read_bytes(pair.image, "image"), read_bytes(pair.mask, "mask")
     image = decode_image(image_bytes, pair.image)
     mask = decode_mask(
         mask_bytes, pair.mask, num_classes=len(classes.names), void_index=classes.void_index
@@ -253,9 +255,9 @@ def _check_pair(
         sizes = [
             f"{width} x {height}" for height, width in (mask.shape, (image.height, image.width))
         ]
-        message = f"the mask is {sizes[0]} pixels, its photograph {pair.image} is {sizes[1]}; they must be of one size"
+        message = f"the mask is {sizes[0]} pixels, its image {pair.image} is {sizes[1]}; they must be of one size"
         raise DataError(
-            owners_mask, message, expected=(image.height, image.width), found=mask.shape
+            owners_mask, message, expected=(image.height, image.width), actual=mask.shape
         )
     image_path, mask_path = (
         out / path.relative_to(building) if path.is_relative_to(building) else path
@@ -282,7 +284,7 @@ def _all_problems(problems: list[DataError], report: Path) -> DataError:
     report.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8")
     message = str(first).removeprefix(f"{first.path}: ")
     rest = f"{message} [and {len(problems) - 1} more problems, all listed in {report}]"
-    return DataError(first.path, rest, expected=first.expected, found=first.found)
+    return DataError(first.path, rest, expected=first.expected, actual=first.actual)
 
 
 def _summary(

@@ -104,7 +104,7 @@ def run(
         Folder of ``decoder.safetensors`` (last epoch), ``decoder-best.safetensors`` (best mIoU on val), ``config.json``,
         and ``gan/`` of a jointly trained GAN.
     metrics
-        Folder of DVCLive's files, of ``test.json`` and of ``images.json``, the confusion matrix of each test photograph.
+        Folder of DVCLive's files, of ``test.json`` and of ``images.json``, the confusion matrix of each test image.
     logs, scratch, device, workers, cache, compile_networks, sharded, checkpoint_minutes
         As for ``train-gan``.
 
@@ -420,7 +420,9 @@ def check_stores(config: TrainDecoderConfig, stores: dict[str, FeatureStore]) ->
     for store in stores.values():
         if store.spec != train.spec:
             message = f"its spec differs from that of {train.path}; run the extract stage again"
-            raise SpecMismatchError(message, path=store.path, expected=train.spec, found=store.spec)
+            raise SpecMismatchError(
+                message, path=store.path, expected=train.spec, actual=store.spec
+            )
         if not store.stats.class_pixels.any():
             raise SpecMismatchError(
                 "not one labelled pixel in its masks, so nothing to learn or to score",
@@ -430,5 +432,5 @@ def check_stores(config: TrainDecoderConfig, stores: dict[str, FeatureStore]) ->
     if seen < config.batch_size:
         message = f"{config.batch_size} is more than the {seen} samples that an epoch takes from {train.path}; lower it, or raise passes"
         raise ConfigError(
-            "train_decoder.batch_size", message, expected=seen, found=config.batch_size
+            "train_decoder.batch_size", message, expected=seen, actual=config.batch_size
         )

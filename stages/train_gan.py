@@ -323,16 +323,18 @@ def check_store(config: TrainGanConfig, store: FeatureStore) -> None:
     smallest, found = 2 * config.discriminator_scales * UPSAMPLING, store.spec.feature_shape[1:]
     if min(found) < smallest:
         message = f"{config.discriminator_scales} scales need features of {smallest} x {smallest} or more, found {found}"
-        raise ConfigError("train_gan.discriminator_scales", message, expected=smallest, found=found)
+        raise ConfigError(
+            "train_gan.discriminator_scales", message, expected=smallest, actual=found
+        )
     seen = config.passes * len(store.positions("identity"))
     if seen < config.batch_size:
         message = f"{config.batch_size} is more than the {seen} samples that an epoch takes from {store.path}; lower it, or raise passes"
-        raise ConfigError("train_gan.batch_size", message, expected=seen, found=config.batch_size)
+        raise ConfigError("train_gan.batch_size", message, expected=seen, actual=config.batch_size)
     channels = store.spec.feature_shape[0]
     if config.family == "flow" and config.flow_components > channels:
         message = f"{config.flow_components} is more than the {channels} channels of {store.path}; lower it"
         raise ConfigError(
-            "train_gan.flow_components", message, expected=channels, found=config.flow_components
+            "train_gan.flow_components", message, expected=channels, actual=config.flow_components
         )
     if config.projection_channels > channels:
         message = f"{config.projection_channels} is more than the {channels} channels of {store.path}; lower it, or 0 to see all"
@@ -340,7 +342,7 @@ def check_store(config: TrainGanConfig, store: FeatureStore) -> None:
             "train_gan.projection_channels",
             message,
             expected=channels,
-            found=config.projection_channels,
+            actual=config.projection_channels,
         )
     if config.image_encoder and not store.spec.has_images:
         raise SpecMismatchError(
@@ -350,7 +352,7 @@ def check_store(config: TrainGanConfig, store: FeatureStore) -> None:
 
 
 def check_input_size(size: tuple[int, int], output_stride: int) -> None:
-    """Refuse photographs (H, W) whose features the generator cannot make.
+    """Refuse images (H, W) whose features the generator cannot make.
 
     Raises
     ------
@@ -362,7 +364,7 @@ def check_input_size(size: tuple[int, int], output_stride: int) -> None:
         size[0] % step or size[1] % step or min(size) < 2 * step
     ):  # smaller maps leave the discriminator a single pixel
         message = f"must be a multiple of {step} from {2 * step} on (backbone stride times the generator's up-sampling), found {size}"
-        raise ConfigError("extract.input_size", message, expected=step, found=size)
+        raise ConfigError("extract.input_size", message, expected=step, actual=size)
 
 
 def describe(config: TrainGanConfig, store: FeatureStore) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A small data set of drawn photographs, and one whole project that DVC has run on it."""
+"""A small data set of drawn images, and one whole project that DVC has run on it."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def run(
 
 
 def copy_project(target: Path) -> None:
-    """A git repository with the project's files, the tiny parameters and drawn photographs; nothing has run in it yet."""
+    """A git repository with the project's files, the tiny parameters and drawn images; nothing has run in it yet."""
     target.mkdir(parents=True)
     for name in (
         "featurestore",
@@ -181,7 +181,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder of real photographs (``voc2012-partial``, ``camvid``); skips where FEATUREGAN_TEST_DATA is unset."""
+    """Folder of real images (``voc2012-partial``, ``camvid``); skips where FEATUREGAN_TEST_DATA is unset."""
     root = os.environ.get("FEATUREGAN_TEST_DATA")
     if not root:
         pytest.skip("FEATUREGAN_TEST_DATA is not set")

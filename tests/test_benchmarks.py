@@ -17,7 +17,7 @@ def test_store_benchmark_writes_a_row_a_method_and_read(photos: Path, tmp_path: 
     names = ["featurestore", "np.memmap", "featurestore zeros"]
     only = [word for name in names for word in ("--only", name)]
     options = [
-        "--photographs",
+        "--images",
         str(photos),
         "--size",
         "64",
@@ -67,7 +67,7 @@ def test_coverage_benchmark_counts_the_splits_whose_interval_holds_the_truth(
     ]
     run(sys.executable, "-m", "benchmarks.coverage", str(study), *options, cwd=ROOT)
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [(row["photographs"], row["mean"]) for row in rows] == [(41, "named"), (41, "all")]
+    assert [(row["images"], row["mean"]) for row in rows] == [(41, "named"), (41, "all")]
     for row in rows:
         assert row["covered"] + row["below"] + row["above"] == pytest.approx(100)
         assert row["covered"] >= 50
@@ -108,7 +108,7 @@ def test_training_benchmark_compares_with_a_literal_implementation(
         "no",
         "--steps",
         "1",
-        "--photographs",
+        "--images",
         str(photos),
         "--images",
         "16",
@@ -129,7 +129,7 @@ def test_training_benchmark_compares_with_a_literal_implementation(
     for what in ("gan step", "joint step 1:1", "joint step 2:1"):
         assert steps[what, "ours"] > 0
         assert steps[what, "literal"] > 0
-    for what in ("decoder epoch, 16 photographs", "gan epoch, 16 photographs"):
+    for what in ("decoder epoch, 16 images", "gan epoch, 16 images"):
         assert (
             steps[what, "cached"] < steps[what, "online"]
         )  # the backbone alone takes longer than the rest

@@ -184,12 +184,12 @@ BAD_PARAMETERS = {
         "[baseline, featuregan-3x",
         "compare.variants: 'featuregan-3x' is not described",
     ),
-    "mirrored photographs that nobody extracts": (
+    "mirrored images that nobody extracts": (
         "[baseline, featuregan-1x",
         "[mirrored-perturbed, featuregan-1x",
-        "extract.views: variant 'mirrored-perturbed' reads mirrored photographs; set it to [identity, hflip]",
+        "extract.views: variant 'mirrored-perturbed' reads mirrored images; set it to [identity, hflip]",
     ),
-    "mirrored photographs alone": (
+    "mirrored images alone": (
         "views: [identity]",
         "views: [hflip]",
         "extract.views: must have identity",

@@ -1,4 +1,4 @@
-"""DVC as a team uses it: shards shared over a remote, trained from without the photographs; experiments run, shown and compared."""
+"""DVC as a team uses it: shards shared over a remote, trained from without the images; experiments run, shown and compared."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EPOCHS = 3  # of the experiment; the committed run has 2
 
 @pytest.fixture(scope="module")
 def team(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository whose results are committed and pushed to a folder. The photographs are in neither: they stay on one machine."""
+    """A repository whose results are committed and pushed to a folder. The images are in neither: they stay on one machine."""
     folder = tmp_path_factory.mktemp("team")
     origin = folder / "origin"
     shutil.copytree(project, origin, symlinks=True)
@@ -34,7 +34,7 @@ def team(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def clone(team: Path, target: Path) -> Path:
-    """A colleague's machine: no photographs, and no package with the backbone's weights."""
+    """A colleague's machine: no images, and no package with the backbone's weights."""
     run("git", "clone", "-q", str(team), str(target), cwd=team)
     run("git", "config", "user.email", "test@example.org", cwd=target)
     run("git", "config", "user.name", "test", cwd=target)
@@ -72,8 +72,8 @@ def test_pulled_shards_are_the_pushed_ones_and_train_a_gan(team: Path, tmp_path:
     assert (mine / weights).read_bytes() == (team / weights).read_bytes()
 
 
-def test_without_photographs_repro_needs_to_be_told(team: Path, tmp_path: Path) -> None:
-    """Plain ``dvc repro`` wants to look at the photographs; ``--allow-missing`` takes prepare and extract as they are in dvc.lock."""
+def test_without_images_repro_needs_to_be_told(team: Path, tmp_path: Path) -> None:
+    """Plain ``dvc repro`` wants to look at the images; ``--allow-missing`` takes prepare and extract as they are in dvc.lock."""
     mine = clone(team, tmp_path / "clone")
     refused = run("dvc", "repro", "--dry", cwd=mine, check=False)
     assert refused.returncode != 0

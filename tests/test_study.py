@@ -132,7 +132,7 @@ def test_a_study_runs_once_and_goes_on_from_its_results(
     (results / "half" / "plain-0.json").write_bytes(files["half/plain-0.json"])
 
     table = here.invoke(pipeline.main, ["compare", "results"]).output
-    assert "all: 8 training photographs" in table
+    assert "all: 8 training images" in table
     assert "featuregan-frozen" in table
 
     mask = tmp_path / "photos" / "masks" / "train" / "0.png"
@@ -140,16 +140,13 @@ def test_a_study_runs_once_and_goes_on_from_its_results(
     (results / "half" / "plain-0.json").unlink()
     (results / "all" / "featuregan-frozen-0.json").unlink()
     refused = here.invoke(pipeline.main, arguments)
-    assert "are of other photographs or masks than" in refused.stderr
+    assert "are of other images or masks than" in refused.stderr
     assert "has now (train/0); remove" in refused.stderr
     assert not (results / "half" / "plain-0.json").exists()
     refused = here.invoke(
         pipeline.main, [*arguments, "--experiment", "all", "--scratch", "another"]
     )
-    assert (
-        "baseline-0.json: was made of other photographs or masks than there are now"
-        in refused.output
-    )
+    assert "baseline-0.json: was made of other images or masks than there are now" in refused.output
     assert "1 of 1 runs failed" in refused.output
 
     (tmp_path / "photos" / "images" / "train" / "0.jpg").write_bytes(b"")

@@ -68,7 +68,7 @@ class VariantConfig(Config):
 
     @property
     def needs_mirrored(self) -> bool:
-        """Whether it reads features of mirrored photographs."""
+        """Whether it reads features of mirrored images."""
         return self.view == "random"
 
     @property
@@ -199,7 +199,7 @@ class Augmenter:
     Attributes
     ----------
     needs_images
-        Whether :meth:`augment` wants the photographs.
+        Whether :meth:`augment` wants the images.
     same_draws
         Whether the processes of a training are to give it the same random numbers, because it shares them out itself.
     modules

@@ -20,9 +20,7 @@ class CalibrationConfig(SourceConfig):
     """Variant ``calibration``."""
 
     augmenter: Literal["calibration"]
-    rare: float = Field(
-        default=0.1, gt=0, lt=1
-    )  # share of the photographs, below which a class is rare
+    rare: float = Field(default=0.1, gt=0, lt=1)  # share of the images, below which a class is rare
     neighbours: int = Field(default=2, ge=1)  # k
     spread: float = Field(default=0.0, ge=0)  # alpha, added to every element of the covariance
 
@@ -44,7 +42,7 @@ class Calibration(Augmenter):
         statistics = ClassStatistics.of(
             context.store, context.positions, context.accelerator.device
         )
-        frequent = statistics.photographs >= max(2.0, config.rare * len(context.positions))
+        frequent = statistics.images >= max(2.0, config.rare * len(context.positions))
         self.is_rare = ~frequent
         if int(frequent.sum()) < config.neighbours:
             message = f"{config.neighbours} is more than the {int(frequent.sum())} frequent classes; lower it, or rare"
@@ -74,7 +72,7 @@ class Calibration(Augmenter):
         return sample
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """One copy with the regions of rare classes moved; photographs without one are left out of its loss."""
+        """One copy with the regions of rare classes moved; images without one are left out of its loss."""
         regions = Regions.of(batch.features, batch.masks, self.num_classes)
         rare = (regions.present & self.is_rare).nonzero().tolist()
         found = torch.tensor(len(rare), device=batch.features.device)

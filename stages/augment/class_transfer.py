@@ -49,7 +49,7 @@ class ClassTransfer(Augmenter):
         self.new_masks = NewMasks(["swap"], context.store, context.positions, config.share, known)
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """One copy with an object of each photograph moved to another class."""
+        """One copy with an object of each image moved to another class."""
         masks = self.new_masks(batch.masks, rng)
         size = (batch.features.shape[2], batch.features.shape[3])
         change = (

@@ -91,9 +91,7 @@ class CVAEAugmenter(Augmenter):
         statistics = ClassStatistics.of(context.store, context.positions, device)
         self.scale = torch.from_numpy(context.store.stats.std).float().clamp(min=1e-6).to(device)
         centres = torch.cat(statistics.centres) / self.scale
-        classes = torch.arange(self.num_classes, device=device).repeat_interleave(
-            statistics.photographs
-        )
+        classes = torch.arange(self.num_classes, device=device).repeat_interleave(statistics.images)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
             sizes = {"latent": config.latent, "hidden": config.hidden}

@@ -3,7 +3,7 @@
 ``JointFeatureGAN`` is Algorithm 1's second branch: generator and discriminator are trained on while the decoder learns, and
 the segmentation loss reaches the generator. ``FrozenFeatureGAN`` only samples from a finished generator (the thesis's first
 approach, section 5.1), or starts from real features. It edits them, as the generator says that the change of the mask changes them,
-and all that no mask says of a photograph stays real. Or it varies them, where the generator is a flow.
+and all that no mask says of a image stays real. Or it varies them, where the generator is a flow.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def featuregan(config: FeatureGANConfig, context: Context) -> Augmenter:
     if trained["store"] != context.store.fingerprint:
         message = "this GAN was trained on other features than those of the training store; run train-gan again"
         raise SpecMismatchError(
-            message, path=context.gan, expected=context.store.fingerprint, found=trained["store"]
+            message, path=context.gan, expected=context.store.fingerprint, actual=trained["store"]
         )
     if config.vary and networks.discriminator is not None:
         raise ConfigError(

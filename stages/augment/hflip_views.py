@@ -1,4 +1,4 @@
-"""Real features of mirrored photographs, extracted beside the others: the cheap real alternative to generated ones."""
+"""Real features of mirrored images, extracted beside the others: the cheap real alternative to generated ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class HflipViewsConfig(SourceConfig):
 
 
 class HflipViews(Augmenter):
-    """The mirrored view of each photograph of the batch."""
+    """The mirrored view of each image of the batch."""
 
     def __init__(self, config: HflipViewsConfig, context: Context) -> None:
         super().__init__(config, context)
@@ -45,7 +45,7 @@ class HflipViews(Augmenter):
 
 
 def mirrored(store: FeatureStore, positions: np.ndarray) -> np.ndarray:
-    """(S,) positions of the mirrored views of the photographs at ``positions`` (S,).
+    """(S,) positions of the mirrored views of the images at ``positions`` (S,).
 
     Raises
     ------

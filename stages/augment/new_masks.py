@@ -63,7 +63,7 @@ class NewMasks:
     ----------
     changes
         ``flip`` half of them; ``shift`` and ``scale`` the whole scene; ``paste`` an object of another mask over it, of a
-        class chosen with a chance that falls with how many photographs have it, itself moved and scaled; ``swap`` gives a
+        class chosen with a chance that falls with how many images have it, itself moved and scaled; ``swap`` gives a
         thing of the mask another class, any with the same chance.
     store, positions
         Where objects come from.
@@ -118,8 +118,8 @@ class NewMasks:
             )
             if len(self.things) < needed:
                 found = len(self.things)
-                message = f"{doing} needs {needed} classes beside the one that most photographs have, found {found}; leave it out"
-                raise ConfigError("new_masks", message, expected=needed, found=found)
+                message = f"{doing} needs {needed} classes beside the one that most images have, found {found}; leave it out"
+                raise ConfigError("new_masks", message, expected=needed, actual=found)
 
     def __call__(self, masks: Tensor, rng: torch.Generator) -> Tensor:
         """(B, H, W) uint8 -> (B, H, W) uint8."""

@@ -37,7 +37,7 @@ class Noise(Augmenter):
         self.deviations = overall.repeat(VOID + 1, 1)  # (256, C): a row a mask value
         if config.deviation == "class":
             by_class = ClassStatistics.of(store, context.positions, device)
-            there = by_class.photographs > 0
+            there = by_class.images > 0
             self.deviations[: len(there)][there] = by_class.deviations[there]
         self.nonnegative = store.spec.nonnegative
 

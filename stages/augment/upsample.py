@@ -1,4 +1,4 @@
-"""Upsample: photographs of rare classes more often (Kumar et al. 2019; thesis section 2.2.1)."""
+"""Upsample: images of rare classes more often (Kumar et al. 2019; thesis section 2.2.1)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class UpsampleConfig(SourceConfig):
     augmenter: Literal["upsample"]
     threshold: float = Field(
         default=1.0, gt=0, le=1
-    )  # share of the photographs, below which a class is rare; 1: the rarer the more
+    )  # share of the images, below which a class is rare; 1: the rarer the more
 
 
 def repeat_factors(store: FeatureStore, positions: np.ndarray, threshold: float) -> np.ndarray:
     """(n,) how much more often than the others each sample is drawn: ``max over its classes of sqrt(threshold / share)``, 1 at least.
 
-    ``share`` is the share of the photographs that have the class (Gupta et al. 2019, LVIS).
+    ``share`` is the share of the images that have the class (Gupta et al. 2019, LVIS).
     """
     masks = (store.mask(int(position)) for position in positions)
     there = np.stack(
@@ -37,7 +37,7 @@ def repeat_factors(store: FeatureStore, positions: np.ndarray, threshold: float)
 
 
 class Upsample(Augmenter):
-    """A second batch of real features, in which photographs of rare classes are more frequent."""
+    """A second batch of real features, in which images of rare classes are more frequent."""
 
     def __init__(self, config: UpsampleConfig, context: Context) -> None:
         super().__init__(config, context)

@@ -1,4 +1,4 @@
-"""Frozen backbones: photographs in, dense features at 1/output_stride of their size out."""
+"""Frozen backbones: images in, dense features at 1/output_stride of their size out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BackboneError(Exception):
 
 
 class Backbone(nn.Module):
-    """A frozen network from normalised photographs to one feature map; made by :func:`build_backbone`.
+    """A frozen network from normalised images to one feature map; made by :func:`build_backbone`.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class Backbone(nn.Module):
     channels
         C, the number of feature channels.
     mean, std
-        (3,) normalisation of photographs scaled to 0..1.
+        (3,) normalisation of images scaled to 0..1.
     nonnegative
         Whether every feature is >= 0 because the network ends in a ReLU.
     """
@@ -80,7 +80,7 @@ class Backbone(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
-        """Features of photographs.
+        """Features of images.
 
         Parameters
         ----------

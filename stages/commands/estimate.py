@@ -201,7 +201,7 @@ def _as_text(result: dict[str, Any], sections: dict[str, Any], hours: str | None
     lines = [
         f"images: {images}; {result['classes']} classes",
         f"features: {' x '.join(map(str, result['features']))} {extract.feature_dtype}, views {', '.join(extract.views)},"
-        f" {'with' if extract.store_images else 'without'} photographs, compression {extract.compression} ({exact})\n",
+        f" {'with' if extract.store_images else 'without'} images, compression {extract.compression} ({exact})\n",
         _table(
             ("store", "samples", "size"),
             [

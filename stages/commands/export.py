@@ -46,7 +46,7 @@ def export(
 ) -> None:
     """Write DECODER, a folder that train-decoder left, with its backbone as one file.
 
-    Photographs go in, scores for every pixel come out. The file is compared with PyTorch's own scores before it gets its name.
+    Images go in, scores for every pixel come out. The file is compared with PyTorch's own scores before it gets its name.
     """
     if out.exists() and not force:
         raise click.UsageError(f"{out} is there already; add --force to replace it")

@@ -174,7 +174,7 @@ def check_classes(sections: Mapping[str, Any], classes: Sequence[str]) -> None:
         needed = sections["variants"][name].needs_classes
         if len(classes) < needed:
             message = f"variant {name!r} needs {needed} classes, the background among them, found {len(classes)}; leave it out"
-            raise ConfigError("compare.variants", message, expected=needed, found=len(classes))
+            raise ConfigError("compare.variants", message, expected=needed, actual=len(classes))
 
 
 def check_params(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def check_params(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ConfigError("train_decoder.mixed_precision", f"{message}; use bf16 or 'no'")
     if gan.image_encoder and not sections["extract"].store_images:
         raise ConfigError(
-            "extract.store_images", "train_gan.image_encoder reads the photographs; set it to true"
+            "extract.store_images", "train_gan.image_encoder reads the images; set it to true"
         )
     mirrored = [
         name for name in sections["compare"].variants if sections["variants"][name].needs_mirrored
@@ -235,7 +235,7 @@ def check_params(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     if mirrored and "hflip" not in sections["extract"].views:
         raise ConfigError(
             "extract.views",
-            f"variant {mirrored[0]!r} reads mirrored photographs; set it to [identity, hflip]",
+            f"variant {mirrored[0]!r} reads mirrored images; set it to [identity, hflip]",
         )
     from stages.backbones.backbone import OUTPUT_STRIDE
     from stages.common.runtime import share

@@ -174,7 +174,7 @@ def compare(
     95% interval by a paired bootstrap over the test images, for the decoders of these seeds. Where images resemble their
     neighbours, as frames of a video do, --block-length keeps such intervals from being too narrow.
     Means are over the classes that the test images have. Runs on different data, or with decoders trained in other
-    ways, are compared apart from each other. Where there are several numbers of training photographs, and one test
+    ways, are compared apart from each other. Where there are several numbers of training images, and one test
     split, --out also gets curve.png, the gain by their number.
     """
     from stages.studies import compare as comparison

@@ -92,7 +92,7 @@ def _first_error(section: str, kind: Any, value: Any, error: ValidationError) ->
         known = sorted(_fields_at(kind, first["loc"][:-1]))
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
-        return ConfigError(key, f"unknown key; {hint}{more}", expected=known, found=found)
+        return ConfigError(key, f"unknown key; {hint}{more}", expected=known, actual=found)
     if first["type"] == "missing":
         return ConfigError(key, f"this key is missing{more}")
     if first["type"].startswith("union_tag"):
@@ -103,11 +103,13 @@ def _first_error(section: str, kind: Any, value: Any, error: ValidationError) ->
         return ConfigError(
             key,
             f"should be {context['expected_tags']}, found {context['tag']!r}{more}",
-            found=context["tag"],
+            actual=context["tag"],
         )
     text = first["msg"].removeprefix("Value error, ")
     message = text[0].lower() + text[1:]
-    return ConfigError(key, f"{message}, found {found!r}{more}", expected=first["msg"], found=found)
+    return ConfigError(
+        key, f"{message}, found {found!r}{more}", expected=first["msg"], actual=found
+    )
 
 
 def _place(value: Any, location: tuple[int | str, ...]) -> list[int | str]:

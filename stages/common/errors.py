@@ -13,15 +13,15 @@ class ConfigError(Exception):
     ----------
     key
         The parameter, such as ``train_gan.batch_size``.
-    expected, found
+    expected, actual
         What was wanted there and what was met, where that can be said.
     """
 
-    def __init__(self, key: str, message: str, *, expected: Any = None, found: Any = None) -> None:
+    def __init__(self, key: str, message: str, *, expected: Any = None, actual: Any = None) -> None:
         super().__init__(f"{key}: {message}")
         self.key = key
         self.expected = expected
-        self.found = found
+        self.actual = actual
 
 
 class DataError(Exception):
@@ -31,17 +31,17 @@ class DataError(Exception):
     ----------
     path
         The file or folder.
-    expected, found
+    expected, actual
         What was wanted there and what was met, where that can be said.
     """
 
     def __init__(
-        self, path: str | Path, message: str, *, expected: Any = None, found: Any = None
+        self, path: str | Path, message: str, *, expected: Any = None, actual: Any = None
     ) -> None:
         super().__init__(f"{path}: {message}")
         self.path = Path(path)
         self.expected = expected
-        self.found = found
+        self.actual = actual
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel between processes whole."""

@@ -38,7 +38,7 @@ def check_device(device: str) -> None:
     """
     if device == "cuda" and not torch.cuda.is_available():
         message = "PyTorch finds no CUDA device here; use --device cpu or auto, or install a CUDA build of torch and its driver"
-        raise ConfigError("--device cuda", message, expected="cuda", found="cpu")
+        raise ConfigError("--device cuda", message, expected="cuda", actual="cpu")
 
 
 def on_cpu(device: str) -> bool:
@@ -56,7 +56,7 @@ def check_precision(device: str, mixed_precision: str, key: str) -> None:
     """
     if mixed_precision == "fp16" and on_cpu(device):
         raise ConfigError(
-            key, "fp16 needs a GPU; use bf16 or 'no' on the CPU", expected="cuda", found="cpu"
+            key, "fp16 needs a GPU; use bf16 or 'no' on the CPU", expected="cuda", actual="cpu"
         )
 
 
@@ -152,7 +152,7 @@ def share(batch_size: int, processes: int, parts: int, key: str) -> None:
             f"{batch_size} samples cannot be divided into {processes} processes times {parts} parts of two samples"
             f" or more; choose a multiple of {pieces} from {2 * pieces} on"
         )
-        raise ConfigError(key, message, expected=2 * pieces, found=batch_size)
+        raise ConfigError(key, message, expected=2 * pieces, actual=batch_size)
 
 
 def source_digest(*modules: ModuleType) -> str:

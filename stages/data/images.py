@@ -1,4 +1,4 @@
-"""Photographs and masks: decoding with exact errors, and the resize rules."""
+"""Images and masks: decoding with exact errors, and the resize rules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from featurestore import VOID
 from stages.common.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-UPRIGHT = {  # what turns a photograph of this EXIF orientation; 1 is upright
+UPRIGHT = {  # what turns a image of this EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -43,7 +43,7 @@ def read_bytes(path: Path, what: str) -> bytes:
 
 
 def decode_image(content: bytes, path: Path) -> Image.Image:
-    """A photograph in RGB, turned as its EXIF tag says.
+    """A image in RGB, turned as its EXIF tag says.
 
     Raises
     ------
@@ -54,9 +54,7 @@ def decode_image(content: bytes, path: Path) -> Image.Image:
         with Image.open(io.BytesIO(content)) as file:
             file.load()
             if depth := too_deep(file):
-                raise DataError(
-                    path, f"this photograph {depth}", expected="RGB or L", found=file.mode
-                )
+                raise DataError(path, f"this image {depth}", expected="RGB or L", actual=file.mode)
             return upright(file)
     except DataError:
         raise
@@ -77,7 +75,7 @@ def too_deep(image: Image.Image) -> str:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An opened photograph in RGB, turned as its EXIF tag says.
+    """An opened image in RGB, turned as its EXIF tag says.
 
     Not by Pillow's ``exif_transpose``: it writes all tags anew, and fails at those of some cameras.
     """
@@ -104,7 +102,7 @@ def decode_mask(content: bytes, path: Path, *, num_classes: int, void_index: int
         ) from error
     if mode not in ("P", "L", "1", "I;16", "I") or mask.ndim != 2:
         message = f"the mask has mode {mode} (colours), expected one channel of class indices (mode P or L); convert it"
-        raise DataError(path, message, expected="P or L", found=mode)
+        raise DataError(path, message, expected="P or L", actual=mode)
     values = (
         np.bincount(mask.reshape(-1)).nonzero()[0] if mask.dtype == np.uint8 else np.unique(mask)
     )  # counting beats sorting
@@ -114,7 +112,7 @@ def decode_mask(content: bytes, path: Path, *, num_classes: int, void_index: int
             f"mask value {int(unknown[0])} is no class (0 to {num_classes - 1}) and not void ({void_index}); "
             "correct the mask or the class list"
         )
-        raise DataError(path, message, expected=num_classes, found=int(unknown[0]))
+        raise DataError(path, message, expected=num_classes, actual=int(unknown[0]))
     return (
         mask
         if mask.dtype == np.uint8 and void_index == VOID
@@ -122,25 +120,21 @@ def decode_mask(content: bytes, path: Path, *, num_classes: int, void_index: int
     )
 
 
-def scaled_size(
-    photograph: tuple[int, int], *, size: tuple[int, int], rule: str
-) -> tuple[int, int]:
-    """Height and width to which a rule scales a photograph of (height, width), before it pads or crops it to (H, W) = ``size``."""
+def scaled_size(image: tuple[int, int], *, size: tuple[int, int], rule: str) -> tuple[int, int]:
+    """Height and width to which a rule scales a image of (height, width), before it pads or crops it to (H, W) = ``size``."""
     height, width = size
     if rule == "stretch":
         return height, width
-    ratios = (height / photograph[0], width / photograph[1])
+    ratios = (height / image[0], width / image[1])
     ratio = min(ratios) if rule == "pad" else max(ratios)
     fit = min if rule == "pad" else max  # rounding must not leave the frame, or a gap in it
-    return max(1, fit(height, round(photograph[0] * ratio))), max(
-        1, fit(width, round(photograph[1] * ratio))
-    )
+    return max(1, fit(height, round(image[0] * ratio))), max(1, fit(width, round(image[1] * ratio)))
 
 
 def resize_pair(
     image: Image.Image, mask: np.ndarray, *, size: tuple[int, int], rule: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bring a photograph and its mask to (H, W) = ``size``: bilinear with antialiasing, nearest for the mask.
+    """Bring a image and its mask to (H, W) = ``size``: bilinear with antialiasing, nearest for the mask.
 
     ``stretch`` ignores the aspect ratio; ``pad`` keeps it and fills up with black and void, right and below;
     ``crop`` keeps it, covers (H, W) and cuts the centre out.

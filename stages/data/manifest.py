@@ -1,4 +1,4 @@
-"""The manifest: which photographs and masks there are, which split each is in, and what is in them."""
+"""The manifest: which images and masks there are, which split each is in, and what is in them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Classes:
 
 @dataclass(frozen=True)
 class Pair:
-    """One photograph with its mask, before anything was checked."""
+    """One image with its mask, before anything was checked."""
 
     id: str
     image: Path
@@ -69,9 +69,9 @@ def read_manifest(folder: Path) -> tuple[list[Entry], Classes]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             entries = [
-                Entry(**{**row, "width": int(row["width"]), "height": int(row["height"])})
+                Entry(**{**row, "width": int(row["width"]), "height": int(row["height"])})  # type: ignore[arg-type]
                 for row in csv.DictReader(file)
-            ]  # type: ignore[arg-type]
+            ]
         summary = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))
         classes = Classes(
             names=tuple(summary["classes"]),

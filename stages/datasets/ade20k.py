@@ -30,7 +30,7 @@ def find(root: Path, config: PrepareConfig) -> Found:
     """
     pairs = []
     for folder, split in (("training", "train"), ("validation", "val")):
-        images = first_folder(root, (f"images/{folder}",), "photographs", WHERE)
+        images = first_folder(root, (f"images/{folder}",), "images", WHERE)
         masks = first_folder(root, (f"annotations/{folder}",), "masks", WHERE)
         ids = sorted(
             {file.stem for file in images.glob("*.jpg")}
@@ -69,7 +69,7 @@ def read_names(path: Path) -> tuple[str, ...]:
             path,
             f"must list {NUM_CLASSES} classes of different names, numbered from 1",
             expected=NUM_CLASSES,
-            found=len(rows),
+            actual=len(rows),
         )
     return names
 

@@ -81,7 +81,7 @@ def _check(archive: Path, members: list[tarfile.TarInfo]) -> None:
         else:
             continue
         raise DataError(
-            archive, f"is not unpacked: its member {member.name!r} {problem}", found=member.name
+            archive, f"is not unpacked: its member {member.name!r} {problem}", actual=member.name
         )
 
 

@@ -56,7 +56,7 @@ TABLE = {
 
 
 def find(root: Path, config: PrepareConfig) -> Found:
-    """All pairs, in the splits that everyone uses (367, 101 and 233 photographs), whichever layout lies in ``root``.
+    """All pairs, in the splits that everyone uses (367, 101 and 233 images), whichever layout lies in ``root``.
 
     Raises
     ------
@@ -109,7 +109,7 @@ def _owners_pairs(root: Path) -> list[Pair]:
             raise DataError(
                 images / f"{id}.png",
                 "is no frame of CamVid's four drives; remove it, or use dataset folder",
-                found=id,
+                actual=id,
             )
         pairs.append(Pair(id, images / f"{id}.png", masks / f"{id}_L.png", split))
     return pairs

@@ -62,9 +62,9 @@ def find(root: Path, config: PrepareConfig) -> Found:
     """
     pairs = []
     for split in ("train", "val"):
-        images = first_folder(root, (f"leftImg8bit/{split}",), "photographs", WHERE)
+        images = first_folder(root, (f"leftImg8bit/{split}",), "images", WHERE)
         masks = first_folder(root, (f"gtFine/{split}",), "masks", WHERE)
-        # A photograph without a mask, or the other way round, is reported as missing when the pair is checked.
+        # A image without a mask, or the other way round, is reported as missing when the pair is checked.
         ids = {
             file.relative_to(images).as_posix().removesuffix(IMAGE_END)
             for file in images.glob(f"*/*{IMAGE_END}")

@@ -1,4 +1,4 @@
-"""What the three kinds of COCO masks (Lin et al. 2014) have in common: where photographs lie, and the annotations' JSON."""
+"""What the three kinds of COCO masks (Lin et al. 2014) have in common: where images lie, and the annotations' JSON."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from stages.common.errors import DataError
 from stages.data.images import read_bytes
 from stages.datasets.layout import first_folder
 
-PHOTOGRAPHS = "train2017.zip and val2017.zip"
+IMAGES = "train2017.zip and val2017.zip"
 SITE = "of cocodataset.org, whose terms you accept there"
 SPLITS = (("train2017", "train"), ("val2017", "val"))  # the labels of test are not public
 
 
 def image_folder(root: Path, name: str, where: str) -> Path:
-    """The folder of photographs ``train2017`` or ``val2017``, in the root itself or in ``images``."""
-    return first_folder(root, (name, f"images/{name}"), "photographs", where)
+    """The folder of images ``train2017`` or ``val2017``, in the root itself or in ``images``."""
+    return first_folder(root, (name, f"images/{name}"), "images", where)
 
 
 def read_annotations(path: Path, where: str) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from stages.datasets.config import PrepareConfig
 from stages.datasets.layout import Found
 from stages.datasets.palette import bit_colour
 
-WHERE = f"{coco.PHOTOGRAPHS} and annotations_trainval2017.zip {coco.SITE}"
+WHERE = f"{coco.IMAGES} and annotations_trainval2017.zip {coco.SITE}"
 BACKGROUND = 0
 
 
 def find(root: Path, config: PrepareConfig) -> Found:
-    """All photographs of ``annotations/instances_{train,val}2017.json``; those without an object are all background.
+    """All images of ``annotations/instances_{train,val}2017.json``; those without an object are all background.
 
     Raises
     ------
@@ -101,10 +101,10 @@ def draw(objects: list[dict[str, Any]], size: tuple[int, int], pair: Pair) -> np
                 region = shape
             inside = rasteriser.decode(region).astype(bool)
             if inside.shape != size:
-                raise ValueError(f"of {inside.shape} pixels, in a photograph of {size}")
+                raise ValueError(f"of {inside.shape} pixels, in a image of {size}")
         except Exception as error:  # pycocotools raises bare Exception among others
             message = f"the shape of annotation {annotation.get('id')} of {pair.id} cannot be drawn ({error}); replace the file"
-            raise DataError(pair.mask, message, found=annotation.get("id")) from error
+            raise DataError(pair.mask, message, actual=annotation.get("id")) from error
         regions.append(
             (not annotation.get("iscrowd"), -int(inside.sum()), annotation["index"], inside)
         )

@@ -19,14 +19,14 @@ from stages.datasets.palette import bit_colour
 from stages.datasets.relabel import read_colours, relabel
 
 WHERE = (
-    f"{coco.PHOTOGRAPHS} and panoptic_annotations_trainval2017.zip {coco.SITE}; "
+    f"{coco.IMAGES} and panoptic_annotations_trainval2017.zip {coco.SITE}; "
     "unpack annotations/panoptic_train2017.zip and panoptic_val2017.zip, which lie inside it, too"
 )
 UNLABELLED = 0
 
 
 def find(root: Path, config: PrepareConfig) -> Found:
-    """All pairs of the photographs and ``annotations/panoptic_{train,val}2017``.
+    """All pairs of the images and ``annotations/panoptic_{train,val}2017``.
 
     Crowds are of their category: what kind of thing a pixel shows is known, only not which one of them.
 

@@ -1,4 +1,4 @@
-"""COCO-Stuff 164k (Caesar et al. 2018): pixel maps of 91 things and 91 stuff for COCO's photographs.
+"""COCO-Stuff 164k (Caesar et al. 2018): pixel maps of 91 things and 91 stuff for COCO's images.
 
 Eleven of the things have no pixel in any mask (COCO never annotated them); their values are kept, so that masks are
 used as they are, and the classes' indices are the owners'.
@@ -14,7 +14,7 @@ from stages.datasets.config import PrepareConfig
 from stages.datasets.layout import Found, first_folder
 from stages.datasets.palette import bit_colour
 
-WHERE = f"{coco.PHOTOGRAPHS} {coco.SITE}, and stuffthingmaps_trainval2017.zip of github.com/nightrome/cocostuff"
+WHERE = f"{coco.IMAGES} {coco.SITE}, and stuffthingmaps_trainval2017.zip of github.com/nightrome/cocostuff"
 
 # The owners' labels.txt from 1 on: a mask's value is the number there less one.
 NAMES = (
@@ -40,10 +40,10 @@ CLASSES = Classes(NAMES, tuple(bit_colour(value + 1) for value in range(len(NAME
 
 
 def find(root: Path, config: PrepareConfig) -> Found:
-    """All pairs of the photographs and the pixel maps ``{train,val}2017/ID.png``.
+    """All pairs of the images and the pixel maps ``{train,val}2017/ID.png``.
 
     The maps' archive has no folder of its own, so people unpack it into one of several; ``train2017`` itself, among the
-    photographs, is looked at last.
+    images, is looked at last.
 
     Raises
     ------

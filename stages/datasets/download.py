@@ -120,7 +120,9 @@ def _receive(url: str, partial: Path) -> None:
             partial.write_bytes(b"")
             return _receive(url, partial)
         raise DataError(
-            partial, f"{url} answers {error.code} {error.reason}; try again later", found=error.code
+            partial,
+            f"{url} answers {error.code} {error.reason}; try again later",
+            actual=error.code,
         ) from error
     except (OSError, http.client.HTTPException) as error:
         raise DataError(
@@ -132,7 +134,7 @@ def _receive(url: str, partial: Path) -> None:
             partial,
             f"{url} gave up after {size} of {total} bytes; start again to go on",
             expected=total,
-            found=size,
+            actual=size,
         )
     return None
 

@@ -20,7 +20,7 @@ class Found:
     Attributes
     ----------
     pairs
-        All photographs with their masks, each in the split that the owners gave it.
+        All images with their masks, each in the split that the owners gave it.
     classes
         Names and colours by class index, and the void value of masks that are used as they are.
     convert
@@ -87,7 +87,7 @@ def pairs_of(images: Path, masks: Path, split: str, prefix: str = "") -> list[Pa
     """
     by_name: dict[str, Path] = {}
     for folder, suffixes, what in (
-        (images, IMAGE_SUFFIXES, "photographs"),
+        (images, IMAGE_SUFFIXES, "images"),
         (masks, MASK_SUFFIXES, "masks"),
     ):
         if not folder.is_dir():
@@ -106,7 +106,7 @@ def pairs_of(images: Path, masks: Path, split: str, prefix: str = "") -> list[Pa
     return [
         Pair(
             prefix + name,
-            by_name.get(f"photographs/{name}", images / f"{name}.jpg"),
+            by_name.get(f"images/{name}", images / f"{name}.jpg"),
             by_name.get(f"masks/{name}", masks / f"{name}.png"),
             split,
         )

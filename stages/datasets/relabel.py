@@ -58,7 +58,7 @@ def read_values(path: Path) -> np.ndarray:
     values = np.asarray(image)
     if values.ndim != 2 or image.mode not in ONE_CHANNEL:
         message = f"the mask has mode {image.mode} (colours), expected one channel of label numbers; take the file as its owners ship it"
-        raise DataError(path, message, expected="P or L", found=image.mode)
+        raise DataError(path, message, expected="P or L", actual=image.mode)
     return values
 
 
@@ -73,7 +73,7 @@ def read_colours(path: Path) -> np.ndarray:
     image = open_mask(path)
     if image.mode not in ("RGB", "RGBA"):
         message = f"the mask has mode {image.mode}, expected colours (mode RGB)"
-        raise DataError(path, message, expected="RGB", found=image.mode)
+        raise DataError(path, message, expected="RGB", actual=image.mode)
     pixels = np.asarray(image)
     if image.mode == "RGBA" and (pixels[..., 3] < 255).any():
         row, column = _first(pixels[..., 3] < 255)
@@ -130,7 +130,7 @@ def relabel(
         row, column = _first(strange)
         found = int(values[row, column])
         message = f"{name(found)} in row {row}, column {column} (from 0) {remedy}"
-        raise DataError(path, message, expected=f"one of {len(known)} known ones", found=found)
+        raise DataError(path, message, expected=f"one of {len(known)} known ones", actual=found)
     return indices[place]
 
 

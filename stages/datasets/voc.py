@@ -1,7 +1,7 @@
 """Pascal VOC 2012 segmentation, or any folder of its layout; with SBD's masks for training by choice.
 
-SBD (the Semantic Boundaries Dataset, Hariharan et al. 2011) labels further photographs of VOC. What the literature calls
-``trainaug`` is VOC's training list and all of SBD, less VOC's val: 10,582 photographs.
+SBD (the Semantic Boundaries Dataset, Hariharan et al. 2011) labels further images of VOC. What the literature calls
+``trainaug`` is VOC's training list and all of SBD, less VOC's val: 10,582 images.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def find(root: Path, config: PrepareConfig) -> Found:
         The folder that holds ``JPEGImages`` (``VOCdevkit/VOC2012`` of the official archive).
     config
         ``split``: ``official`` takes ``train.txt`` and ``val.txt`` (VOC's test masks are not public); ``random`` all ids
-        of ``trainval.txt``, as in the thesis; ``sbd`` adds SBD's photographs and masks for training.
+        of ``trainval.txt``, as in the thesis; ``sbd`` adds SBD's images and masks for training.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def find(root: Path, config: PrepareConfig) -> Found:
             raise DataError(
                 lists,
                 f"id {min(both)} is listed twice, in train.txt and in val.txt; remove one of them",
-                found=min(both),
+                actual=min(both),
             )
         splits = {**dict.fromkeys(train, "train"), **dict.fromkeys(held_out, "val")}
     pairs = [
@@ -95,7 +95,7 @@ def archives(root: Path, config: PrepareConfig) -> list[Archive]:
 
 
 def _sbd_pairs(folder: Path, *, known: set[str]) -> list[Pair]:
-    """SBD's training and validation photographs that VOC does not list."""
+    """SBD's training and validation images that VOC does not list."""
     if not folder.is_dir():
         way = "unpack SBD's benchmark.tgz into prepare.root, or add --download"
         raise DataError(folder, f"there is no such folder, which split sbd needs; {way}")
@@ -126,7 +126,7 @@ def _convert(pair: Pair) -> np.ndarray | None:
         raise DataError(
             pair.mask,
             f"holds {found}, expected a mask of class indices from 0 to {len(NAMES) - 1}",
-            found=found,
+            actual=found,
         )
     return mask.astype(np.uint8)
 
@@ -144,6 +144,6 @@ def _read_list(path: Path) -> list[str]:
             path,
             f"id {twice} is listed twice; remove one of them",
             expected="unique ids",
-            found=twice,
+            actual=twice,
         )
     return ids

@@ -1,4 +1,4 @@
-"""wastesim: drawn photographs of a waste-sorting belt, with exact masks; the data set that comes with the project.
+"""wastesim: drawn images of a waste-sorting belt, with exact masks; the data set that comes with the project.
 
 Every object is a height map with a material: a silhouette in its own coordinates,
 bent by smooth noise, shaded by one lamp, laid over what is below it with a soft

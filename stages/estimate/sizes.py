@@ -61,7 +61,7 @@ def store_rows(spec: StoreSpec, extract: Any, images: Mapping[str, int]) -> list
 def cache_bytes(
     spec: StoreSpec, images: Mapping[str, int], gan: Any, variants: Mapping[str, Any]
 ) -> int:
-    """What ``--cache`` holds of the training and validation splits: decoded, and photographs only where an image encoder reads them."""
+    """What ``--cache`` holds of the training and validation splits: decoded, and images only where an image encoder reads them."""
     names = names_of(gan.image_encoder)
     sample = sum(
         math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in map(spec.row, names)
@@ -128,7 +128,7 @@ def work_rows(
     tflops
         Assumed rate, in 1e12 operations a second, where hours are to be operations over it.
     samples, train_images
-        Samples of each split's store, and photographs that are trained with (mirrored views are not).
+        Samples of each split's store, and images that are trained with (mirrored views are not).
     variants
         Those compared, by name.
     """

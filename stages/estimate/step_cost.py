@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,11 +129,8 @@ class Workload:
             "generator": (self.generate_step, [], theirs),
         }
         for ratio in self.ratios:
-            kinds[f"joint {ratio}:1"] = (
-                lambda ratio=ratio: self.joint_step(ratio),
-                [*gans, decoder],
-                theirs,
-            )  # type: ignore[misc]
+            joint = partial(self.joint_step, ratio)
+            kinds[f"joint {ratio}:1"] = (joint, [*gans, decoder], theirs)
         return kinds
 
     def _features(self) -> Tensor:

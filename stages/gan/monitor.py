@@ -1,6 +1,6 @@
 """Watching a GAN in training: is what it generates near the real features, as varied, and of the right class?
 
-Every measure compares the features of held-out photographs with features generated from their masks, at the same random
+Every measure compares the features of held-out images with features generated from their masks, at the same random
 labelled pixels, in the scale that the GAN sees. Masks, pixels and noise are drawn once a run, so
 that one epoch's figures can be compared with the next one's.
 """
@@ -134,7 +134,7 @@ def _vectors(features: Tensor, chosen: list[Tensor]) -> Tensor:
 
 
 class Monitor:
-    """Measures a generator against held-out photographs.
+    """Measures a generator against held-out images.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ class Monitor:
                     "monitor.samples",
                     f"{store.path}: {message}",
                     expected=FEWEST_VECTORS,
-                    found=count,
+                    actual=count,
                 )
 
         def read(store: FeatureStore, some: _Pixels) -> Tensor:

@@ -54,7 +54,7 @@ def _normalised(convolution: nn.Conv2d) -> nn.Sequential:
 class AtrousConv(nn.Conv2d):
     """A 3 x 3 convolution without bias, padded by its dilation, that leaves products with padding out.
 
-    On 32 x 32 features, of 256 x 256 photographs, ASPP's rates 12, 24 and 36 find a pixel in 56%, 25% and 11% of their products; at
+    On 32 x 32 features, of 256 x 256 images, ASPP's rates 12, 24 and 36 find a pixel in 56%, 25% and 11% of their products; at
     rate 36 all taps but the middle one lie outside, always. Parameters and results (to rounding) are those of ``nn.Conv2d``.
     """
 

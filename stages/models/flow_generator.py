@@ -214,7 +214,7 @@ class FlowGenerator(nn.Module):
     def vary(self, features: Tensor, masks: Tensor, *, z: Tensor, strength: float) -> Tensor:
         """Variations of features: taken part of the way back to noise, and carried forwards again under the masks.
 
-        The source is SDEdit (Meng et al. 2022, section 3), of photographs; DA-Fusion (Trabucco et al. 2024) augments with it.
+        The source is SDEdit (Meng et al. 2022, section 3), of images; DA-Fusion (Trabucco et al. 2024) augments with it.
         What the principal components do not hold of the features stays as it is.
 
         Parameters
@@ -243,7 +243,7 @@ class FlowGenerator(nn.Module):
     ) -> Tensor:
         """Features carried back to the noise that the flow makes them of under the old mask, and forwards under the new one.
 
-        The source is Su et al. 2023 (dual diffusion implicit bridges), of photographs. An object becomes what the flow makes of
+        The source is Su et al. 2023 (dual diffusion implicit bridges), of images. An object becomes what the flow makes of
         the same noise for another class: as like to the objects of that class as it was to those of its own. Either way takes half as many
         steps as generating, two at least, so an edit costs as much; there and back under one mask, two steps lose 0.1% of the
         features' variance (docs/results.md). What the principal components do not hold stays as it is.

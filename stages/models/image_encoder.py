@@ -1,4 +1,4 @@
-"""SPADE's image encoder: the style of a photograph as a distribution over z (thesis figure 3.4)."""
+"""SPADE's image encoder: the style of a image as a distribution over z (thesis figure 3.4)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stages.models.blocks import xavier_
 from stages.models.spectral import SpectralConv2d
 
-SIDE = 256  # photographs are brought to this size first, as SPADE does
+SIDE = 256  # images are brought to this size first, as SPADE does
 
 
 class ImageEncoder(nn.Module):
@@ -39,7 +39,7 @@ class ImageEncoder(nn.Module):
         self.mu, self.logvar = (xavier_(nn.Linear(flat, z_dim), init_gain) for _ in range(2))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) uint8 photographs -> mean and log-variance, (B, z_dim) each."""
+        """(B, 3, H, W) uint8 images -> mean and log-variance, (B, z_dim) each."""
         x = images.float() / 127.5 - 1  # 0..255 -> -1..1
         if x.shape[-2:] != (SIDE, SIDE):
             x = F.interpolate(x, size=(SIDE, SIDE), mode="bilinear", align_corners=False)

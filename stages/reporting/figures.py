@@ -109,7 +109,7 @@ def differences(groups: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> by
 
 @rc_context(STYLE)
 def low_data_curve(groups: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) -> bytes:
-    """mIoU in percent by number of training photographs; in points its difference to the baseline, with the 95% interval."""
+    """mIoU in percent by number of training images; in points its difference to the baseline, with the 95% interval."""
     figure = Figure(figsize=(10, 4.2))
     scores, gains = figure.subplots(1, 2)
     variants = list(dict.fromkeys(row["variant"] for _, rows in groups for row in rows))
@@ -144,7 +144,7 @@ def low_data_curve(groups: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) ->
         (scores, "mIoU (± over seeds)"),
         (gains, "Δ mIoU to the baseline (95% interval over images)"),
     ):
-        axes.set(xscale="log", xlabel="training photographs", title=title)
+        axes.set(xscale="log", xlabel="training images", title=title)
         axes.set_xticks([size for size, _ in groups], [str(size) for size, _ in groups])
         axes.minorticks_off()
     _legend_below(figure)

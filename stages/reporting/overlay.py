@@ -1,4 +1,4 @@
-"""Predicted classes in colour over the photograph that they were predicted from."""
+"""Predicted classes in colour over the image that they were predicted from."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ BLACK = (0, 0, 0)
 def overlay(
     image: np.ndarray, classes: np.ndarray, palette: Sequence[tuple[int, int, int]]
 ) -> np.ndarray:
-    """The photograph (H, W, 3) uint8 with its classes (H, W) uint8 in colour and thin white lines between them.
+    """The image (H, W, 3) uint8 with its classes (H, W) uint8 in colour and thin white lines between them.
 
     A class whose colour is black, as the background's is by custom, is left as photographed.
     """
     colours = np.zeros((256, 3), np.float32)
     colours[: len(palette)] = palette
-    kept = np.ones((256, 1), np.float32)  # share of the photograph
+    kept = np.ones((256, 1), np.float32)  # share of the image
     kept[[value for value, colour in enumerate(palette) if tuple(colour) != BLACK]] = 1 - OPACITY
     # Both are looked up by class, so that nothing of (H, W, 3) float32 is made but the blend itself.
     blend = image * kept[classes]
@@ -30,7 +30,7 @@ def overlay(
 
 
 def borders(classes: np.ndarray) -> np.ndarray:
-    """(H, W) bool: pixels next to one of another class, in lines that grow with the photograph from one pixel on."""
+    """(H, W) bool: pixels next to one of another class, in lines that grow with the image from one pixel on."""
     edge = np.zeros(classes.shape, bool)
     edge[:-1] |= classes[:-1] != classes[1:]
     edge[:, :-1] |= classes[:, :-1] != classes[:, 1:]

@@ -22,16 +22,16 @@ class ClassStatistics:
         (K, C) of the class's pixels; 0 for a class without one.
     pixels
         (K,) how many it has.
-    photographs
+    images
         (K,) how many have the class.
     centres
-        For each class (n, C): the mean features of its regions, one a photograph.
+        For each class (n, C): the mean features of its regions, one a image.
     """
 
     means: Tensor
     deviations: Tensor
     pixels: Tensor
-    photographs: Tensor
+    images: Tensor
     centres: list[Tensor]
 
     @classmethod
@@ -58,7 +58,5 @@ class ClassStatistics:
         means = sums / counts.clamp(min=1)[:, None]
         variances = squares / counts.clamp(min=1)[:, None] - means.square()
         joined = [torch.cat(parts) for parts in centres]
-        photographs = torch.tensor([len(rows) for rows in joined], device=device)
-        return cls(
-            means.float(), variances.clamp(min=0).sqrt().float(), counts, photographs, joined
-        )
+        images = torch.tensor([len(rows) for rows in joined], device=device)
+        return cls(means.float(), variances.clamp(min=0).sqrt().float(), counts, images, joined)

@@ -1,4 +1,4 @@
-"""Regions: the pixels of one class in one photograph, and their mean feature.
+"""Regions: the pixels of one class in one image, and their mean feature.
 
 The feature-space methods of chapter 2.2.1 were written for one vector a sample. A dense feature map has thousands of
 vectors whose differences are mostly position; what differs from one cow to the next is in the mean of each cow. So
@@ -35,7 +35,7 @@ class Regions:
     shares
         (B, K, h*w) float, 1 where the pixel is of the class.
     present
-        (B, K) bool: which photograph has which class.
+        (B, K) bool: which image has which class.
     centres
         (B, K, C) mean features, 0 where there is no pixel.
     features
@@ -71,7 +71,7 @@ class Regions:
         return moved.clamp(min=0) if nonnegative else moved
 
     def others(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """For each region ``count`` different photographs of the batch, chosen at random, that have its class too.
+        """For each region ``count`` different images of the batch, chosen at random, that have its class too.
 
         Returns
         -------

@@ -1,6 +1,6 @@
 """Random transformations in front of the discriminator (DiffAugment, Zhao et al. 2020), carried over to features.
 
-With few photographs the discriminator learns them by heart. It then sees real and generated features through the same
+With few images the discriminator learns them by heart. It then sees real and generated features through the same
 differentiable transformation, so it learns less by heart and the generator does not learn the transformation.
 A transformation is drawn for each mask; its real and its generated features, and the mask itself, undergo the same one.
 """
@@ -114,7 +114,7 @@ def cutout(groups: Groups, masks: Tensor, rng: torch.Generator) -> tuple[Groups,
 
 
 def channel_dropout(groups: Groups, masks: Tensor, rng: torch.Generator) -> tuple[Groups, Tensor]:
-    """Empty a tenth of the channels of each sample, others for each: what colour jitter is to photographs."""
+    """Empty a tenth of the channels of each sample, others for each: what colour jitter is to images."""
     kept = torch.rand(len(masks), groups[0].shape[1], generator=rng, device=masks.device) >= DROPPED
     return _each(groups, masks, lambda x: x * kept[:, :, None, None]), masks
 

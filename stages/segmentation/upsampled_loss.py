@@ -1,4 +1,4 @@
-"""Cross-entropy of scores at the features' resolution against masks at the photographs', without keeping the scores in between."""
+"""Cross-entropy of scores at the features' resolution against masks at the images', without keeping the scores in between."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def upsampled_cross_entropy(scores: Tensor, masks: Tensor) -> Tensor:
 
     What ``cross_entropy(F.interpolate(scores, size=masks.shape[-2:], mode="bilinear"), masks)`` gives, to float32 rounding, and its
     gradient. Those two keep several arrays of (B, K, H, W) for the way back, which costs more time than the decoder
-    itself; here the gradient is made on the way there, on a CPU a photograph at a time, so that everything stays in the cache.
+    itself; here the gradient is made on the way there, on a CPU a image at a time, so that everything stays in the cache.
 
     Parameters
     ----------

@@ -26,7 +26,7 @@ class Group:
     name
         Of the experiments that its runs belong to; the study's before it, where two groups would have the same.
     train_images
-        How many photographs they learnt from.
+        How many images they learnt from.
     runs
         By variant, in the order of the seeds.
     """
@@ -37,7 +37,7 @@ class Group:
 
 
 def read_groups(paths: Iterable[Path], seeds: Sequence[int] = ()) -> list[Group]:
-    """Result files, and those in folders, by what may be compared; the most training photographs first.
+    """Result files, and those in folders, by what may be compared; the most training images first.
 
     ``seeds`` names those whose runs are read (none: all).
 
@@ -155,7 +155,7 @@ def compare(
                 "name": group.name,
                 "train_images": group.train_images,
                 "classes": list(classes),
-                "title": f"{group.name}: {group.train_images} training photographs{made_by}{over}",
+                "title": f"{group.name}: {group.train_images} training images{made_by}{over}",
                 "rows": rows,
                 "tested_on": (
                     sorted(group.runs[baseline][0]["iou"]),

@@ -12,14 +12,14 @@ OVER_ALL = "over all classes of the test images"
 
 
 def as_markdown(compared: Sequence[dict[str, Any]]) -> str:
-    """One table for each of :func:`stages.studies.compare.compare`'s entries, and before them the gains by number of photographs.
+    """One table for each of :func:`stages.studies.compare.compare`'s entries, and before them the gains by number of images.
 
     Where classes are named, figures over all classes stand beside those over the named ones.
     """
     classes = compared[0]["classes"]
     parts = []
     if has_curve(compared):
-        about = "The baseline's mIoU, and differences to it, by number of training photographs"
+        about = "The baseline's mIoU, and differences to it, by number of training images"
         sized = [(entry["train_images"], entry["rows"]) for entry in compared]
         parts.append(
             f"## {about}, over {', '.join(classes) if classes else 'all classes'}\n\n{_curve(sized)}"

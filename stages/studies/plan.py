@@ -171,7 +171,7 @@ def plan(
         weights = params["extract"]["weights"]
         if weights != "default":
             if not Path(weights).is_file():
-                raise ConfigError("extract.weights", f"there is no file {weights}", found=weights)
+                raise ConfigError("extract.weights", f"there is no file {weights}", actual=weights)
             params["extract"]["weights"] = str(Path(weights).resolve())
         params["compare"] = {
             "variants": sorted(set(settings.variants.values())),

@@ -52,7 +52,7 @@ class Workshop:
     lock
         Descriptor of the lock on ``root``, which stages keep open: one that outlives a killed study still holds it.
     done
-        Runs of the study that have their result; others are to learn from the same photographs.
+        Runs of the study that have their result; others are to learn from the same images.
     """
 
     root: Path
@@ -62,7 +62,7 @@ class Workshop:
     done: Sequence[Run] = ()
     _current: set[str] = field(
         default_factory=set
-    )  # shared folders of features whose photographs were looked at
+    )  # shared folders of features whose images were looked at
     _locks: dict[str, threading.Lock] = field(default_factory=dict)
     _guard: threading.Lock = field(default_factory=threading.Lock)
 
@@ -120,7 +120,7 @@ class Workshop:
         Raises
         ------
         DataError
-            When a stage fails; its output is in the working folder's ``log.txt``. When the photographs or masks are not
+            When a stage fails; its output is in the working folder's ``log.txt``. When the images or masks are not
             those that features, or results of the study, were made of.
         """
         data = self._data(run)
@@ -179,12 +179,12 @@ class Workshop:
         return [name for name in self.shared(run) if not (self.root / name / "done").exists()]
 
     def _check_done(self, run: Run, protocol: str) -> None:
-        """Refuse to add a result to others with the same settings that were made of other photographs or masks."""
+        """Refuse to add a result to others with the same settings that were made of other images or masks."""
         for other in self.done:
             if other.protocol == run.protocol:
                 path = other.result(self.results)
                 if json.loads(path.read_text(encoding="utf-8"))["protocol"] != protocol:
-                    message = "was made of other photographs or masks than there are now; remove it, or name another --results"
+                    message = "was made of other images or masks than there are now; remove it, or name another --results"
                     raise DataError(path, message)
 
     def _once(self, name: str, make: Any, run: Run) -> Path:
@@ -202,17 +202,17 @@ class Workshop:
             return self._locks.setdefault(name, threading.Lock())
 
     def _data(self, run: Run) -> Path:
-        """Features, of the photographs at the run's root as they are now."""
+        """Features, of the images at the run's root as they are now."""
         name = self.shared(run)[0]
         folder = self._once(name, self._extract, run)
         with self._making(name):
             if name not in self._current:
-                self._check_photographs(folder, run)
+                self._check_images(folder, run)
                 self._current.add(name)
         return folder
 
-    def _check_photographs(self, folder: Path, run: Run) -> None:
-        """Prepare the photographs once more, and refuse features of an earlier study that were made of others."""
+    def _check_images(self, folder: Path, run: Run) -> None:
+        """Prepare the images once more, and refuse features of an earlier study that were made of others."""
         again = self._folder(f"{folder.name}/again", run, {})
         self._stage(again, "prepare")
         (before, classes), (now, classes_now) = (
@@ -228,7 +228,7 @@ class Workshop:
         other += ["the classes"] if classes != classes_now else []
         if other:
             message = (
-                f"these features are of other photographs or masks than {run.params['prepare']['root']} has now ({other[0]}"
+                f"these features are of other images or masks than {run.params['prepare']['root']} has now ({other[0]}"
                 f"{f' and {len(other) - 1} more' if len(other) > 1 else ''}); remove {self.root} to extract them anew"
             )
             raise DataError(folder, message)
@@ -337,16 +337,16 @@ def _made_by(shared: Path) -> str:
 
 
 def data_content(dataset: Path, stores: Mapping[str, FeatureStore]) -> list[Any]:
-    """What a decoder learns from and is tested on: photographs, masks, classes; not the code or the files that they came by.
+    """What a decoder learns from and is tested on: images, masks, classes; not the code or the files that they came by.
 
-    Photographs count by their bytes, masks by their pixels: the same pixels become other PNG bytes with another library.
+    Images count by their bytes, masks by their pixels: the same pixels become other PNG bytes with another library.
     """
-    photographs = {entry.id: entry.image_sha256 for entry in read_manifest(dataset)[0]}
+    images = {entry.id: entry.image_sha256 for entry in read_manifest(dataset)[0]}
     content: list[Any] = [list(stores["train"].spec.class_names)]
     for split, store in stores.items():
         for position, (id, view) in enumerate(zip(store.ids, store.views, strict=True)):
             mask = hashlib.sha256(store.gather("masks", [position]).tobytes()).hexdigest()
-            content.append([split, id, view, photographs[id], mask])
+            content.append([split, id, view, images[id], mask])
     return content
 
 

@@ -154,7 +154,7 @@ def _read_tensors(path: Path, network: nn.Module) -> dict[str, Tensor]:
             path,
             f"does not fit its {CONFIG_NAME}: tensor {differing[0]!r} differs",
             expected=expected,
-            found=found,
+            actual=found,
         )
     return tensors
 

@@ -1,4 +1,4 @@
-"""Backbone and decoder as one network, from photographs to scores, in a form that tracers take."""
+"""Backbone and decoder as one network, from images to scores, in a form that tracers take."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class EndToEnd(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 photographs, red green blue -> (B, K, H, W) unnormalised scores."""
+        """(B, 3, H, W) uint8 images, red green blue -> (B, K, H, W) unnormalised scores."""
         return self.decoder(self.backbone(images), size=(images.shape[-2], images.shape[-1]))
 
 

@@ -28,7 +28,7 @@ class Evaluation:
     decoder, store
         The weights' file and the store.
     samples
-        Photographs scored, each as it is: mirrored views are left out.
+        Images scored, each as it is: mirrored views are left out.
     scores
         Over all of them.
     classes
@@ -103,7 +103,7 @@ def evaluate_decoder(
 
 
 def check_features(spec: StoreSpec, store: FeatureStore) -> None:
-    """Refuse a store whose features or classes are not those that a decoder was trained on; sizes and photographs may differ.
+    """Refuse a store whose features or classes are not those that a decoder was trained on; sizes and images may differ.
 
     Raises
     ------
@@ -121,7 +121,7 @@ def check_features(spec: StoreSpec, store: FeatureStore) -> None:
     for what, (ours, theirs) in compared.items():
         if ours != theirs:
             message = f"has {what} {theirs}, but the decoder was trained on {ours}; extract this store with the decoder's {what}"
-            raise SpecMismatchError(message, path=store.path, expected=ours, found=theirs)
+            raise SpecMismatchError(message, path=store.path, expected=ours, actual=theirs)
 
 
 def as_text(evaluation: Evaluation) -> str:

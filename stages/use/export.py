@@ -159,13 +159,13 @@ def check_options(format: str, out: Path, size: Size | None) -> None:
     """
     if out.suffix not in SUFFIXES[format]:
         message = f"{format} files end in {' or '.join(SUFFIXES[format])}, found {out.name!r}"
-        raise ConfigError("--out", message, expected=SUFFIXES[format], found=out.suffix)
+        raise ConfigError("--out", message, expected=SUFFIXES[format], actual=out.suffix)
     missing = [name for name in NEEDED.get(format, ()) if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"--format {format}",
             f"needs {', '.join(missing)}; install with pip install -e '.[export]'",
-            found=missing,
+            actual=missing,
         )
     if size is not None and format == "torchvision":
         raise ConfigError("--size", "torchvision's models take pictures of any size; leave it out")
@@ -174,7 +174,7 @@ def check_options(format: str, out: Path, size: Size | None) -> None:
             "--size",
             f"must be {SMALLEST} or more, found {size[0]} {size[1]}",
             expected=SMALLEST,
-            found=size,
+            actual=size,
         )
 
 
@@ -189,13 +189,13 @@ def torchvision_model(spec: StoreSpec, architecture: dict[str, Any]) -> str:
     key = "--format torchvision"
     if spec.backbone not in RESNETS:
         message = f"torchvision has models on {' and '.join(RESNETS)}, not on {spec.backbone}; use torch-export or onnx"
-        raise ConfigError(key, message, expected=RESNETS, found=spec.backbone)
+        raise ConfigError(key, message, expected=RESNETS, actual=spec.backbone)
     if architecture["head"] == "fcn":
         return f"fcn_{spec.backbone}"
     for name, expected in TORCHVISION.items():
         if (found := architecture[name]) != expected:
             message = f"torchvision's deeplabv3 has {name} {expected}, this decoder {found}; use torch-export or onnx"
-            raise ConfigError(key, message, expected=expected, found=found)
+            raise ConfigError(key, message, expected=expected, actual=found)
     return f"deeplabv3_{spec.backbone}"
 
 
@@ -251,7 +251,7 @@ def compare(
                 out,
                 f"{message}; nothing was written: try another --format",
                 expected=TOLERANCE * top,
-                found=difference,
+                actual=difference,
             )
         worst, largest = max(worst, difference), max(largest, top)
     return worst, largest

@@ -1,4 +1,4 @@
-"""generate: a feature store of generated features, from masks that need no photograph."""
+"""generate: a feature store of generated features, from masks that need no image."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(
     gan
         Folder that ``train-gan`` wrote, or the ``gan`` folder of a jointly trained decoder.
     masks
-        Folder of mask files, or a feature store. Where the GAN has an image encoder and the store has photographs, z comes
+        Folder of mask files, or a feature store. Where the GAN has an image encoder and the store has images, z comes
         from them as in training; else it is drawn from N(0, I).
     out
         The store; it appears whole or not at all.
@@ -107,7 +107,7 @@ def run(
     if encoder is not None:
         encoder.to(accelerator.device).eval()
     elif encodes:
-        tqdm.write(f"{masks}: has no photographs for the image encoder, so z is drawn from N(0, I)")
+        tqdm.write(f"{masks}: has no images for the image encoder, so z is drawn from N(0, I)")
     checked = prefetch(partial(_digest, source), range(len(source)), workers=workers, ahead=8)
     digests = list(progress(checked, "generate: checking", len(source), "mask"))
     changes = NewMasks(new_masks, source, np.arange(len(source))) if new_masks else None

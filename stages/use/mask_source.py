@@ -29,7 +29,7 @@ class Masks(ABC):
     names
         (id, view) of each.
     has_images
-        Whether the photographs come along.
+        Whether the images come along.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Masks(ABC):
         return self.read(position)[1]
 
     def read(self, position: int) -> tuple[np.ndarray | None, np.ndarray]:
-        """Photograph (H, W, 3) uint8, or None, and mask (H, W) uint8.
+        """Image (H, W, 3) uint8, or None, and mask (H, W) uint8.
 
         Raises
         ------
@@ -56,14 +56,14 @@ class Masks(ABC):
             When the mask cannot be read, or holds a value that is no class.
         """
         image, mask = self._original(position)
-        # One rule brings both to their size, so that a photograph stays on its mask; where there is none, a black one does.
+        # One rule brings both to their size, so that a image stays on its mask; where there is none, a black one does.
         picture = Image.new("RGB", mask.shape[::-1]) if image is None else Image.fromarray(image)
         resized, mask = resize_pair(picture, mask, size=self.spec.mask_shape, rule=self.spec.resize)
         return None if image is None else resized, mask
 
     @abstractmethod
     def _original(self, position: int) -> tuple[np.ndarray | None, np.ndarray]:
-        """Photograph, or None, and mask at their own size."""
+        """Image, or None, and mask at their own size."""
 
 
 class FolderMasks(Masks):
@@ -119,7 +119,7 @@ class StoreMasks(Masks):
                     message,
                     path=store.path,
                     expected=spec.class_names,
-                    found=store.spec.class_names,
+                    actual=store.spec.class_names,
                 )
         names = list(zip(store.ids, store.views, strict=True))
         super().__init__(store.path, spec, names, has_images=images and store.spec.has_images)

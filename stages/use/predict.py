@@ -310,7 +310,7 @@ def _check(manifest: Path, settings: dict[str, object], force: bool) -> bool:
         message = (
             f"holds predictions of {what}; add --force to replace them, or name another folder"
         )
-        raise DataError(manifest.parent, message, expected=settings, found=found)
+        raise DataError(manifest.parent, message, expected=settings, actual=found)
     return not other
 
 

@@ -115,7 +115,7 @@ class Segmenter:
                 "weights",
                 f"should be {' or '.join(WEIGHTS)}, found {weights!r}",
                 expected=WEIGHTS,
-                found=weights,
+                actual=weights,
             )
         folder = Path(path)
         where = make_accelerator(device, "no").device

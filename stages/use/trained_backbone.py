@@ -28,9 +28,9 @@ def load_backbone(spec: StoreSpec, weights: str) -> Backbone:
                 "--backbone-weights",
                 f"{reason}; {remedy}",
                 expected=spec.weights_digest,
-                found=found,
+                actual=found,
             )
-        return DataError(weights, f"{reason}; {remedy}", expected=spec.weights_digest, found=found)
+        return DataError(weights, f"{reason}; {remedy}", expected=spec.weights_digest, actual=found)
 
     try:
         backbone = build_backbone(name=spec.backbone, weights=weights)

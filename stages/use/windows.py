@@ -50,23 +50,23 @@ class View:
                 "mode",
                 f"should be {' or '.join(MODES)}, found {self.mode!r}",
                 expected=MODES,
-                found=self.mode,
+                actual=self.mode,
             )
         if not 0 <= self.overlap <= MOST_OVERLAP:
             message = (
                 f"should be a share of the window of 0 to {MOST_OVERLAP}, found {self.overlap}"
             )
-            raise ConfigError("overlap", message, expected=MOST_OVERLAP, found=self.overlap)
+            raise ConfigError("overlap", message, expected=MOST_OVERLAP, actual=self.overlap)
         if not 0 < self.scale < float("inf"):
             raise ConfigError(
-                "scale", f"should be a number above 0, found {self.scale}", found=self.scale
+                "scale", f"should be a number above 0, found {self.scale}", actual=self.scale
             )
         if self.scale != 1 and self.mode != "slide":
             raise ConfigError(
                 "scale",
                 "is of mode slide; mode resize scales as in training",
                 expected=1.0,
-                found=self.scale,
+                actual=self.scale,
             )
 
 

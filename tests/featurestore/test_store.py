@@ -320,9 +320,9 @@ def test_several_ranks_share_a_store(tmp_path: Path) -> None:
 
 
 def test_errors_travel_between_processes() -> None:
-    error = ShardCorruptError("damaged", path="a/b", expected=1, found=2)
+    error = ShardCorruptError("damaged", path="a/b", expected=1, actual=2)
     copy = pickle.loads(pickle.dumps(error))
-    assert (type(copy), str(copy), copy.path, copy.expected, copy.found) == (
+    assert (type(copy), str(copy), copy.path, copy.expected, copy.actual) == (
         type(error),
         "a/b: damaged",
         Path("a/b"),
@@ -424,7 +424,7 @@ def test_another_format_version_is_refused(tmp_path: Path) -> None:
     index.write_text(json.dumps({**body, "format_version": 99}))
     with pytest.raises(FormatVersionError, match="format version 99") as caught:
         featurestore.open(tmp_path / "store")
-    assert (caught.value.expected, caught.value.found) == (featurestore.FORMAT_VERSION, 99)
+    assert (caught.value.expected, caught.value.actual) == (featurestore.FORMAT_VERSION, 99)
     shard = tmp_path / "store" / "shard-00000.h5"
     with h5py.File(shard, "r+") as file:
         file.attrs["format_version"] = 99

@@ -36,7 +36,7 @@ VOID = 255
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> featurestore.FeatureStore:
-    """Eight photographs and their mirrored views: 0 everywhere, 1 in all but two, 2 in two."""
+    """Eight images and their mirrored views: 0 everywhere, 1 in all but two, 2 in two."""
     shapes = {"feature_shape": (CHANNELS, SIDE, SIDE), "mask_shape": (SIDE * STRIDE, SIDE * STRIDE)}
     spec = dataclasses.replace(SPEC, **shapes, feature_dtype="float32", nonnegative=False)
     rng = np.random.default_rng(0)
@@ -186,7 +186,7 @@ def test_class_statistics_equal_numpy(store) -> None:
         np.testing.assert_allclose(found.deviations[number], vectors.std(0), rtol=1e-3, atol=1e-4)
         assert found.pixels[number] == (labels == number).sum()
         assert (
-            found.photographs[number]
+            found.images[number]
             == (labels == number).any((1, 2)).sum()
             == len(found.centres[number])
         )
@@ -205,7 +205,7 @@ def test_linear_delta_moves_a_region_by_the_difference_of_two_others(
     assert torch.allclose(
         deltas[1], deltas[1][:, :1].expand_as(deltas[1]), atol=1e-6
     )  # all its pixels alike
-    assert not deltas[2].any()  # class 2 is in one other photograph of the batch only
+    assert not deltas[2].any()  # class 2 is in one other image of the batch only
     assert not moved_by[:, :, 0, 0].any()  # void
 
 
@@ -279,7 +279,7 @@ def test_mixups_share_is_from_a_beta_distribution(store, batch, tmp_path) -> Non
     )  # of Beta(a, a); a uniform share's is less than half of it
 
 
-def test_upsample_draws_photographs_of_rare_classes_more_often(store, batch, tmp_path) -> None:
+def test_upsample_draws_images_of_rare_classes_more_often(store, batch, tmp_path) -> None:
     positions = store.positions("identity")
     factors = repeat_factors(store, positions, 1.0)
     np.testing.assert_allclose(
@@ -302,7 +302,7 @@ def test_hflip_views_reads_the_mirrored_views_of_the_batch(store, batch, tmp_pat
     assert torch.equal(part.targets[0][0], batch.masks.flip(2))
 
 
-def test_the_mirrored_views_of_photographs_are_found(store) -> None:
+def test_the_mirrored_views_of_images_are_found(store) -> None:
     positions = np.array([6, 2])
     found = mirrored(store, positions)
     assert [store.ids[position] for position in found] == ["photo 6", "photo 2"]

@@ -296,7 +296,7 @@ def test_groups_by_protocol_are_written_with_tables_and_pictures(
     assert [row["variant"] for row in compared[0]["rows"]] == ["baseline", "noise"]
     assert all(row["delta_interval"]["low"] > 0 for entry in compared for row in entry["rows"][1:])
     text = comparison.as_text(compared)
-    assert "full: 80 training photographs" in text
+    assert "full: 80 training images" in text
     written = comparison.write(compared, tmp_path / "out")
     assert sorted(written) == sorted(path.name for path in (tmp_path / "out").iterdir())
     table = pd.read_csv(tmp_path / "out" / "comparison.csv")
@@ -362,7 +362,7 @@ def test_named_classes_stand_beside_all_and_sizes_have_a_table_of_gains(
         assert entry["rows"][1]["delta_miou"] != entry["rows"][1]["delta_miou_all"]
     full, eighth = (entry["rows"][1] for entry in compared)
     of_two, of_all, *_ = comparison.as_text(compared).split("\n\n")
-    assert "full: 80 training photographs; mIoU over sky, road" in of_two
+    assert "full: 80 training images; mIoU over sky, road" in of_two
     assert "{delta_miou:+.2f}".format(**full) in of_two
     assert "full: mIoU over all classes of the test images" in of_all
     assert "{delta_miou_all:+.2f}".format(**full) in of_all
@@ -370,7 +370,7 @@ def test_named_classes_stand_beside_all_and_sizes_have_a_table_of_gains(
     csv = pd.read_csv(tmp_path / "out" / "comparison.csv")
     assert csv["delta_miou_all"][1] == pytest.approx(full["delta_miou_all"], abs=1e-4)
     lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
-    assert lines[0].endswith("by number of training photographs, over sky, road")
+    assert lines[0].endswith("by number of training images, over sky, road")
 
     def gain(row: dict) -> str:
         return "{:+.1f} ({low:+.1f} to {high:+.1f}".format(
@@ -416,7 +416,7 @@ def test_other_data_are_another_table_and_no_part_of_a_curve(results: Path, tmp_
     assert (
         (tmp_path / "out" / "comparison.md")
         .read_text()
-        .startswith("## one/full: 80 training photographs")
+        .startswith("## one/full: 80 training images")
     )
 
 

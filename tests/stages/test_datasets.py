@@ -33,7 +33,7 @@ def save(path: Path, pixels: np.ndarray) -> None:
 
 
 def photo(path: Path) -> None:
-    """A photograph of its own for every name."""
+    """A image of its own for every name."""
     save(
         path,
         np.random.default_rng(list(path.name.encode()))
@@ -92,7 +92,7 @@ def test_every_name_has_its_module() -> None:
 
 
 def make_voc(root: Path) -> None:
-    """Two photographs for training and two for validation in VOC, the four and two more in SBD."""
+    """Two images for training and two for validation in VOC, the four and two more in SBD."""
     lists = root / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
     for name, ids in (
@@ -131,7 +131,7 @@ def test_voc_with_sbd(tmp_path: Path) -> None:
         "b",
         "e",
         "f",
-    }  # no photograph of VOC's val
+    }  # no image of VOC's val
     assert sorted(masks[id][0] for id in "cd") == ["test", "val"]
     np.testing.assert_array_equal(masks["e"][1], stripes(0, 20, 7))
     np.testing.assert_array_equal(masks["a"][1], stripes(0, 1, 255))  # VOC's own mask, not SBD's
@@ -307,7 +307,7 @@ def test_bad_files_of_ade20k_are_named(tmp_path: Path) -> None:
 
 
 def make_coco(root: Path, images: str = "") -> dict[str, list[dict]]:
-    """The photographs; and what both annotation files say of them."""
+    """The images; and what both annotation files say of them."""
     entries = {}
     for folder, start, count in (("train2017", 1, 3), ("val2017", 11, 2)):
         entries[folder] = [
@@ -487,7 +487,7 @@ def runs(mask: np.ndarray) -> dict:
 
 
 def make_instances(root: Path) -> np.ndarray:
-    """Returns the mask of every photograph that has objects; the first of each split has none."""
+    """Returns the mask of every image that has objects; the first of each split has none."""
     crowd = np.zeros((SIDE, SIDE), np.uint8)
     crowd[:, 40:] = 1
     objects = [
@@ -529,7 +529,7 @@ def test_coco_instances(tmp_path: Path) -> None:
     summary, masks = prepared(tmp_path / "coco", tmp_path, "coco-instances")
     assert splits(masks) == ["test", "train", "train", "train", "val"]
     np.testing.assert_array_equal(masks["000000000002"][1], expected)
-    assert not masks["000000000001"][1].any()  # a photograph without an object is all background
+    assert not masks["000000000001"][1].any()  # a image without an object is all background
     assert summary["classes"] == ["background", "person", "car", "toothbrush"]
     assert summary["palette"] == [list(bit_colour(value)) for value in range(4)]
 
@@ -558,7 +558,7 @@ def test_bad_files_of_coco_instances_are_named(
             lambda content: content["annotations"][0].update(
                 segmentation=runs(np.ones((8, 8), np.uint8))
             ),
-            "in a photograph of",
+            "in a image of",
         ),
     ):
         content = json.loads(json.dumps(good))
@@ -572,7 +572,7 @@ def test_bad_files_of_coco_instances_are_named(
     save(photo_path, np.zeros((SIDE, SIDE - 1, 3), np.uint8))
     with pytest.raises(
         DataError,
-        match=r"instances_train2017\.json: the mask is 64 x 64 pixels, its photograph .*2\.jpg is 63 x 64",
+        match=r"instances_train2017\.json: the mask is 64 x 64 pixels, its image .*2\.jpg is 63 x 64",
     ):
         prepare(config(root, dataset="coco-instances"), tmp_path)
     monkeypatch.setitem(sys.modules, "pycocotools", None)

@@ -1,4 +1,4 @@
-"""extract caches what the backbone gives, survives kills, and names the photograph that is wrong."""
+"""extract caches what the backbone gives, survives kills, and names the image that is wrong."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def prepared(photos: Path, tmp_path: Path) -> Path:
-    """``tmp_path`` with a prepared data set of 6 + 3 + 3 photographs."""
+    """``tmp_path`` with a prepared data set of 6 + 3 + 3 images."""
     prepare(prepare_config(photos), tmp_path)
     return tmp_path
 
@@ -136,7 +136,7 @@ def test_a_non_square_size(prepared: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_photograph_that_changed_since_prepare_is_named(prepared: Path, workers: int) -> None:
+def test_a_image_that_changed_since_prepare_is_named(prepared: Path, workers: int) -> None:
     entry = read_manifest(prepared / "dataset")[0][2]
     Path(entry.image).write_bytes(Path(entry.image).read_bytes() + b" ")
     with pytest.raises(DataError, match="changed since the prepare stage") as caught:
@@ -145,7 +145,7 @@ def test_a_photograph_that_changed_since_prepare_is_named(prepared: Path, worker
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, prepared: Path, number: int, value: float) -> str:
-    """Let the backbone give one wrong value for training photograph ``number``, whose file is returned."""
+    """Let the backbone give one wrong value for training image ``number``, whose file is returned."""
     entries, classes = read_manifest(prepared / "dataset")
     picture = extract._read_pair(
         (entries[number], "identity"), classes=classes, size=(64, 64), rule="stretch"
@@ -166,17 +166,17 @@ def spoil(monkeypatch: pytest.MonkeyPatch, prepared: Path, number: int, value: f
 @pytest.mark.parametrize(
     ("value", "words"), [(float("nan"), "not finite"), (1e6, "1e\\+06 does not fit float16")]
 )
-def test_a_feature_that_cannot_be_stored_names_its_photograph(
+def test_a_feature_that_cannot_be_stored_names_its_image(
     prepared: Path, monkeypatch: pytest.MonkeyPatch, value: float, words: str
 ) -> None:
-    photograph = spoil(monkeypatch, prepared, 2, value)
+    image = spoil(monkeypatch, prepared, 2, value)
     with pytest.raises(DataError, match=words) as caught:
         run(config(), prepared)
-    assert str(caught.value).startswith(photograph)
+    assert str(caught.value).startswith(image)
     assert not (prepared / "features").exists()
 
 
-def test_after_a_bad_photograph_no_shard_holds_features_of_others_under_its_ids(
+def test_after_a_bad_image_no_shard_holds_features_of_others_under_its_ids(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches that were computed already must not be appended in place of the one that failed."""

@@ -234,7 +234,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
 
 def write_store(path: Path, **changes) -> FeatureStore:
-    """A store of real features with photographs and a mirrored view."""
+    """A store of real features with images and a mirrored view."""
     spec = dataclasses.replace(REAL, **changes)
     rng = np.random.default_rng(0)
     with featurestore.create(path, spec) as writer:
@@ -274,7 +274,7 @@ def test_masks_of_a_store_keep_their_views_and_take_the_generators_size(
     )
 
 
-def test_an_image_encoder_takes_z_from_photographs_where_there_are_some(
+def test_an_image_encoder_takes_z_from_images_where_there_are_some(
     masks: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     gan = write_gan(tmp_path / "gan", image_encoder=True)
@@ -293,8 +293,7 @@ def test_an_image_encoder_takes_z_from_photographs_where_there_are_some(
 
     without = run(gan, masks, tmp_path / "without")
     assert (
-        "has no photographs for the image encoder, so z is drawn from N(0, I)"
-        in capsys.readouterr().out
+        "has no images for the image encoder, so z is drawn from N(0, I)" in capsys.readouterr().out
     )
     expected = load_generator(gan).generate(
         torch.from_numpy(without.mask(1).copy())[None],

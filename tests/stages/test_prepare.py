@@ -220,7 +220,7 @@ def test_resize_rules(rule: str) -> None:
     assert small[inside & (labels == 1)].mean() > 150 > 50 > small[inside & (labels == 0)].mean()
 
 
-def test_photographs_are_turned_as_their_exif_tag_says(tmp_path: Path) -> None:
+def test_images_are_turned_as_their_exif_tag_says(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
@@ -279,7 +279,7 @@ def save(path: Path, pixels: np.ndarray) -> None:
 
 
 BAD_FILES = {
-    "a missing image": ("images/train/1.jpg", lambda path: path.unlink(), "photograph is missing"),
+    "a missing image": ("images/train/1.jpg", lambda path: path.unlink(), "image is missing"),
     "a missing mask": ("masks/val/2.png", lambda path: path.unlink(), "mask is missing"),
     "sizes that differ": (
         "masks/train/0.png",
@@ -301,7 +301,7 @@ BAD_FILES = {
         truncate,
         "not a readable image, or a truncated one",
     ),
-    "a photograph of 16 bits": (
+    "a image of 16 bits": (
         "images/train/1.jpg",
         lambda path: Image.fromarray(np.full((64, 64), 4000, np.uint16)).save(path, format="png"),
         r"more than 8 bits a channel \(mode I;16\); convert it to 8 bits",
@@ -345,7 +345,7 @@ def test_duplicate_ids_and_empty_splits(photos: Path, tmp_path: Path) -> None:
     (photos / "images" / "train" / "0.png").unlink()
     for file in (*(photos / "images" / "val").iterdir(), *(photos / "masks" / "val").iterdir()):
         file.unlink()
-    with pytest.raises(DataError, match="no photographs for the split 'val'"):
+    with pytest.raises(DataError, match="no images for the split 'val'"):
         prepare(config(photos), tmp_path)
 
 

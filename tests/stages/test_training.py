@@ -308,7 +308,7 @@ def test_a_gan_of_another_version_is_refused_in_one_line(trained: Path, tmp_path
             load(tmp_path / "gan")
 
 
-def test_a_decoder_may_see_each_photograph_mirrored_or_not_by_chance(
+def test_a_decoder_may_see_each_image_mirrored_or_not_by_chance(
     features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     described = {"augmenter": "none", "view": "random"}
@@ -734,7 +734,7 @@ def test_variants_of_a_seed_start_alike_and_take_equal_steps(
         )
 
 
-def test_every_photographs_confusion_matrix_adds_up_to_the_splits(
+def test_every_images_confusion_matrix_adds_up_to_the_splits(
     features: Path, tmp_path: Path
 ) -> None:
     run_decoder(features, tmp_path, VARIANTS["baseline"], name="baseline", epochs=2)

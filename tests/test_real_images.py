@@ -1,4 +1,4 @@
-"""Real photographs go through: Pascal VOC 2012 and CamVid, with the real pretrained backbone."""
+"""Real images go through: Pascal VOC 2012 and CamVid, with the real pretrained backbone."""
 
 from __future__ import annotations
 
