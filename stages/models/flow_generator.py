@@ -214,7 +214,9 @@ class FlowGenerator(FeatureGenerator):
 
     @override
     @torch.no_grad()
-    def edit(self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor) -> Tensor:
+    def edit(
+        self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor | None = None
+    ) -> Tensor:
         # Back to the noise that the flow makes of the features under the old mask, and forwards
         # under the new one (Su et al. 2023, dual diffusion implicit bridges). Features have their
         # own noise: z is not read, and there is one edit of them. Either way takes half as many
