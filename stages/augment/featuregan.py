@@ -249,9 +249,11 @@ def featuregan(config: FeatureGANConfig, context: Context) -> Augmenter:
         )
     family, needed = trained["training"]["family"], config.needs_family
     if needed not in (None, family):
-        message = f"variant {context.variant!r} works only with a {needed}, and {context.gan} holds"
-        remedy = f"a {family}; set it to {needed} and run train-gan again"
-        raise ConfigError("train_gan.family", f"{message} {remedy}")
+        message = (
+            f"variant {context.variant!r} works only with a {needed}, and {context.gan} holds a"
+            f" {family}; set it to {needed} and run train-gan again"
+        )
+        raise ConfigError("train_gan.family", message)
     if config.generator == "frozen":
         return FrozenFeatureGAN(config, context, networks)
     trainer = build_trainer(context.accelerator, networks, trained["training"], context.machine)
