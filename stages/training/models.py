@@ -67,9 +67,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
     DataError
         When the file is missing, damaged, or of another network.
     """
-    with _reading(
-        path, "cannot be read as safetensors", missing="there is no such weights file"
-    ):
+    with _reading(path, "cannot be read as safetensors", missing="there is no such weights file"):
         tensors = load_file(path)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -115,7 +113,7 @@ def read_precision(path: str | Path) -> str:
     Raises
     ------
     DataError
-        When there is no trained decoder at ``path``, or its config is damaged or of an older version.
+        When there is no trained decoder at ``path``, or its config is damaged or too old.
     """
     folder = Path(path)
     with _reading(folder / CONFIG_NAME, "does not name the precision of its training"):

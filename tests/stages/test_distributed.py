@@ -93,7 +93,7 @@ def test_killed_processes_resume_to_the_same_bits(
     refused = run(*command, cwd=ROOT, check=False, OMP_NUM_THREADS="1", APART="")
     assert refused.returncode != 0
     assert (
-        "checkpoint.pt: not all processes find the same state here; put --scratch on a disk that all machines see"
+        "checkpoint.pt: processes find different states here; set --scratch to a disk that all see"
         in refused.stderr
     )
     run(*command, cwd=ROOT, OMP_NUM_THREADS="1")
