@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from tests.conftest import copy_project, run
+from tests.factories import copy_project, run
 from tests.imports import ROOT, import_closure
 
 DVC = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]

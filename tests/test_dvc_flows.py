@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import run
+from tests.factories import run
 
 pytestmark = pytest.mark.slow
 

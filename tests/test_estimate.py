@@ -27,7 +27,7 @@ from stages.estimate.sizes import (
     store_spec,
     work_rows,
 )
-from tests.conftest import tiny_params
+from tests.factories import tiny_params
 from tests.imports import ROOT
 
 

@@ -16,10 +16,9 @@ from stages.gan.flow_trainer import FlowTrainer, mean_amplitude, principal_compo
 from stages.gan.networks import Networks
 from stages.models.flow_generator import FlowGenerator
 from stages.training.checkpoint import load_generator
-from tests.stages.test_training import (  # noqa: F401  (features is a fixture)
+from tests.factories import (
     VARIANTS,
     added_by_a_frozen_generator,
-    features,
     files,
     run_decoder,
     run_gan,

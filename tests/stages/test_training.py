@@ -6,35 +6,27 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from pydantic import TypeAdapter
 from safetensors.torch import load_file
-from torch import Tensor
 
 import featurestore
 from featurestore import IncompleteStoreError, ShardCorruptError, SpecMismatchError, StoreWriteError
-from featurestore.dataset import Batch, FeatureLoader
-from stages import train_decoder, train_gan
-from stages.augment.base import Context, Part
-from stages.augment.new_masks import NewMasks
-from stages.augment.registry import Variant, build_augmenter
+from featurestore.dataset import FeatureLoader
+from stages import train_decoder
+from stages.augment.base import Part
 from stages.common.errors import ConfigError, DataError, DivergenceError
 from stages.common.runtime import generator as random_generator
-from stages.common.runtime import make_accelerator, verify_stores, write_json
+from stages.common.runtime import verify_stores, write_json
 from stages.gan.gan_trainer import GanTrainer
-from stages.gan.monitor import MonitorConfig
-from stages.models.decoder import Decoder
 from stages.models.generator import Generator
 from stages.models.spectral import SpectralConv2d
 from stages.reporting.curves import read_curves
-from stages.segmentation.metrics import Scores, confusion_matrix, score
-from stages.train_decoder import TrainDecoderConfig
+from stages.segmentation.metrics import confusion_matrix, score
 from stages.train_gan import TrainGanConfig
 from stages.training.checkpoint import (
     Checkpoint,
@@ -43,150 +35,19 @@ from stages.training.checkpoint import (
     load_generator,
     save_weights,
 )
-from tests.conftest import run
-from tests.featurestore.test_store import SPEC
+from tests.factories import (
+    GAN,
+    SPEC,
+    VARIANTS,
+    added_by_a_frozen_generator,
+    files,
+    run,
+    run_decoder,
+    run_gan,
+    stop_after,
+    with_gan,
+)
 from tests.imports import ROOT
-
-GAN = {
-    "family": "gan",
-    "flow_components": 6,
-    "flow_width": 8,
-    "flow_steps": 4,
-    "frozen_epochs": 3,
-    "passes": 1,
-    "batch_size": 4,
-    "gradient_accumulation": 1,
-    "z_dim": 6,
-    "noise": "vector",
-    "prior": "none",
-    "ngf": 1,
-    "spade_hidden": 8,
-    "norm": "batch",
-    "ndf": 4,
-    "discriminator_layers": 3,
-    "discriminator_scales": 1,
-    "projection_channels": 0,
-    "image_encoder": False,
-    "nef": 2,
-    "init_gain": 0.02,
-    "feature_scale": "channel",
-    "adversarial_loss": "hinge",
-    "lambda_feat": 7.0,
-    "lambda_kld": 0.05,
-    "lambda_rec": 0.0,
-    "r1_gamma": 0.0,
-    "diffaugment": [],
-    "ema_decay": 0.0,
-    "generator_lr": 2e-4,
-    "discriminator_lr": 8e-4,
-    "betas": [0.0, 0.9],
-    "mixed_precision": "no",
-    "seed": 0,
-}
-DECODER = {
-    "epochs": 3,
-    "passes": 1,
-    "batch_size": 4,
-    "gradient_accumulation": 1,
-    "decoder": "deeplab",
-    "width": 8,
-    "atrous_rates": [2, 3],
-    "lr": 5e-3,
-    "lr_schedule": "constant",
-    "betas": [0.9, 0.999],
-    "mixed_precision": "no",
-}
-MONITOR = {
-    "every": 2,
-    "samples": 4,
-    "vectors": 200,
-    "patience": 0,
-    "on_collapse": "warn",
-    "least_variance_ratio": 0.0,
-    "least_coverage": 0.0,
-    "least_consistency": 0.0,
-    "most_frechet": 1e9,
-    "most_accuracy": 1.0,
-}
-
-
-@pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stores whose features tell the classes apart, with noise: 10 training, 4 validation and 4 test samples of 12 x 8 x 8."""
-    import dataclasses
-
-    root = tmp_path_factory.mktemp("features")
-    spec = dataclasses.replace(SPEC, feature_shape=(12, 8, 8), mask_shape=(64, 64))
-    rng = np.random.default_rng(0)
-    centres = rng.random((3, 12)) * 3
-    for split, count in (("train", 10), ("val", 4), ("test", 4)):
-        with featurestore.create(
-            root / split, spec, fingerprint=split, samples_per_shard=4
-        ) as writer:
-            for number in range(count):
-                labels = rng.integers(0, 3, (8, 8))
-                values = np.maximum(
-                    centres[labels].transpose(2, 0, 1) + 0.3 * rng.standard_normal((12, 8, 8)), 0
-                )
-                mask = labels.repeat(8, 0).repeat(8, 1).astype(np.uint8)
-                mask[:2] = 255
-                writer.append(
-                    id=f"{split} {number}",
-                    features=values.astype(np.float32),
-                    mask=mask,
-                    image=rng.integers(0, 256, (64, 64, 3)).astype(np.uint8),
-                )
-    return root
-
-
-def run_gan(features: Path, root: Path, monitor: dict | None = None, **changes) -> dict[str, float]:
-    return train_gan.run(
-        TrainGanConfig(**{**GAN, **changes}),
-        MonitorConfig(**{**MONITOR, **(monitor or {})}),
-        features=features,
-        out=root / "gan",
-        metrics=root / "metrics" / "train-gan",
-        logs=root / "logs",
-        scratch=root / "scratch",
-        device="cpu",
-        workers=0,
-        cache="none",
-        compile_networks=False,
-        sharded=False,
-        checkpoint_minutes=0,
-    )
-
-
-def run_decoder(
-    features: Path,
-    root: Path,
-    variant: dict,
-    *,
-    name: str,
-    seed: int = 0,
-    workers: int = 0,
-    monitor: dict | None = None,
-    **changes,
-) -> Scores:
-    return train_decoder.run(
-        TrainDecoderConfig(**{**DECODER, **changes}),
-        TypeAdapter(Variant).validate_python(variant),
-        MonitorConfig(**{**MONITOR, **(monitor or {})}),
-        name=name,
-        seed=seed,
-        features=features,
-        gan=root / "gan",
-        out=root / "decoders" / f"{name}-{seed}",
-        metrics=root / "metrics" / f"{name}-{seed}",
-        logs=root / "logs",
-        scratch=root / "scratch",
-        device="cpu",
-        workers=workers,
-        cache="none",
-        compile_networks=False,
-        sharded=False,
-        checkpoint_minutes=0,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -195,33 +56,6 @@ def trained(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("trained")
     run_gan(features, root)
     return root
-
-
-def with_gan(trained: Path, root: Path) -> Path:
-    shutil.copytree(trained / "gan", root / "gan")
-    return root
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        file.relative_to(folder).as_posix(): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
-    """Make the process die (as far as the stage can tell) right after so many saved states, one a step."""
-    saved = []
-    save = Checkpoint.save
-
-    def dying(self: Checkpoint, **state) -> None:
-        save(self, **state)
-        saved.append(1)
-        if len(saved) == saves:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoint, "save", dying)
 
 
 # -- train-gan -----------------------------------------------------------------------------------------
@@ -345,50 +179,6 @@ def test_a_decoder_may_see_each_image_mirrored_or_not_by_chance(
     seen.clear()
     run_decoder(root, tmp_path, {"augmenter": "none"}, name="baseline", epochs=12)
     assert seen == set(range(10))
-
-
-def added_by_a_frozen_generator(
-    features: Path, folder: Path, changes: Sequence[str], **described
-) -> tuple[list[Part], Tensor, Tensor, Tensor, Tensor]:
-    """What is added to a batch of three, two draws a mask by default; the real features, their masks, those asked for, and the noise."""
-    store = featurestore.open(features / "train")
-    variant = {
-        "augmenter": "featuregan",
-        "generator": "frozen",
-        "new_masks": changes,
-        "ratio": 2,
-        **described,
-    }
-    ratio = variant["ratio"]
-    decoder = Decoder(head="deeplab", in_channels=12, num_classes=3, width=8, atrous_rates=(2, 3))
-    context = Context(
-        "mine",
-        make_accelerator("cpu", "no"),
-        store,
-        np.arange(len(store)),
-        decoder,
-        folder / "gan",
-        0,
-        1,
-        {},
-    )
-    augmenter = build_augmenter(TypeAdapter(Variant).validate_python(variant), context)
-    real, masks = (
-        torch.from_numpy(store.gather(name, [0, 1, 2])).clone() for name in ("features", "masks")
-    )
-    parts = augmenter.augment(
-        Batch(torch.arange(3), real, masks, None), torch.Generator().manual_seed(3)
-    ).parts
-    rng = torch.Generator().manual_seed(3)
-    share = described.get("share", 1.0)
-    wanted = (
-        NewMasks(changes, store, np.arange(len(store)), share)(masks, rng) if changes else masks
-    )
-    z = torch.randn(ratio * 3, load_generator(folder / "gan").z_dim, generator=rng)
-    assert len(parts) == ratio
-    assert torch.equal(wanted, masks) != bool(changes)
-    assert all(torch.equal(part.targets[0][0], wanted) for part in parts)
-    return parts, real, masks, wanted, z
 
 
 @pytest.mark.parametrize("changes", [[], ["flip", "paste"]], ids=str)
@@ -634,37 +424,6 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(
 
 # -- train-decoder -------------------------------------------------------------------------------------
 
-VARIANTS = {
-    "baseline": {"augmenter": "none"},
-    "featuregan-1x": {"augmenter": "featuregan"},
-    "featuregan-2x": {"augmenter": "featuregan", "ratio": 2},
-    "frozen": {"augmenter": "featuregan", "generator": "frozen"},
-    "new-masks": {
-        "augmenter": "featuregan",
-        "generator": "frozen",
-        "new_masks": ["flip", "paste"],
-        "perturb": ["flip", "cutout"],
-    },
-    "edited": {
-        "augmenter": "featuregan",
-        "generator": "frozen",
-        "new_masks": ["swap"],
-        "edit": True,
-    },
-    "isda": {"augmenter": "isda"},
-    "cvae": {"augmenter": "cvae", "fit_steps": 5},
-    "mixup": {"augmenter": "mixup", "perturb": ["translation"]},
-    "upsample": {"augmenter": "upsample"},
-    "combined": {
-        "augmenter": "combined",
-        "of": [
-            {"augmenter": "isda"},
-            {"augmenter": "featuregan", "generator": "frozen"},
-            {"augmenter": "noise"},
-        ],
-        "perturb": ["flip"],
-    },
-}
 KILLED = [
     ("baseline", 3),
     ("featuregan-1x", 1),
