@@ -33,8 +33,14 @@ WEIGHTS = {"before": "generator-initial", "after": "generator"}  # of the GAN's 
 class CompareConfig(Config):
     """Section ``compare`` of params.yaml: which variants are trained, each with which seeds."""
 
-    variants: Annotated[tuple[str, ...], Field(strict=False, min_length=1), Once]
+    variants: Annotated[tuple[str, ...], Field(strict=False), Once]
+    gan_variants: Annotated[tuple[str, ...], Field(strict=False), Once]
     seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1), Once]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all variants: those that read features only first."""
+        return self.variants + self.gan_variants
 
 
 class ReportConfig(Config):
@@ -72,7 +78,7 @@ def run(
         What the other stages left.
     out
         Folder of ``index.html``, ``comparison.json``, ``comparison.csv``, ``comparison.txt``, ``metrics.json``,
-        ``per_class.csv`` and ``val_miou.csv``.
+        ``per_class.csv``, ``val_miou.csv`` and ``val_miou_gan.csv``.
     device
         Where features are generated and masks predicted.
 
@@ -87,7 +93,7 @@ def run(
         A class that does not exist; a missing or damaged result.
     """
     # The tables.
-    results = tables.read_results(metrics, compared.variants, compared.seeds)
+    results = tables.read_results(metrics, compared.names, compared.seeds)
     rows = tables.compare(results, config.headline_classes, block_length=config.block_length)
     by_class = tables.per_class(results)
     out.mkdir(parents=True, exist_ok=True)
@@ -104,9 +110,14 @@ def run(
     gan_run = read_curves(metrics / "train-gan")
     runs = {
         name: [read_curves(metrics / f"{name}-{seed}") for seed in compared.seeds]
-        for name in compared.variants
+        for name in compared.names
     }
-    charts.mean_over_seeds(runs, "val/miou").to_csv(out / "val_miou.csv", float_format="%.4f")
+    curves = charts.mean_over_seeds(runs, "val/miou")
+    for file, names in (
+        ("val_miou.csv", compared.variants),
+        ("val_miou_gan.csv", compared.gan_variants),
+    ):
+        curves[list(names)].to_csv(out / file, float_format="%.4f")
     palette = list(
         zip(test.spec.class_names, map(charts.css_colour, test.spec.palette), strict=True)
     )
@@ -253,7 +264,7 @@ def _predictions(
     features = torch.from_numpy(
         np.stack([store.features(position) for position in positions]).astype(np.float32)
     ).to(device)
-    for variant in compared.variants:
+    for variant in compared.names:
         decoder = load_decoder(decoders / f"{variant}-{compared.seeds[0]}").to(device)
         predicted = decoder(features, store.spec.mask_shape).argmax(1).to(torch.uint8).cpu().numpy()
         for row, mask in zip(rows, pictures.colour_masks(predicted, palette), strict=True):

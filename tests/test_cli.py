@@ -10,12 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from PIL import Image
 
-import pipeline
 from stages.commands.options import load_params
-from tests.conftest import tiny_params
+from tests.factories import call, one_line, tiny_params
 from tests.imports import ROOT
 
 COMMANDS = (
@@ -33,22 +31,6 @@ COMMANDS = (
     "verify",
     "estimate",
 )
-
-
-def call(*arguments: str) -> Result:
-    return CliRunner().invoke(pipeline.main, arguments)
-
-
-def one_line(result: Result) -> str:
-    """The single line that a failed command printed."""
-    assert not isinstance(result.exception, Exception), result.exception
-    lines = [
-        line
-        for line in result.stderr.splitlines()
-        if line and not line.startswith(("Usage:", "Try "))
-    ]
-    assert len(lines) == 1, result.stderr
-    return lines[0]
 
 
 @pytest.fixture

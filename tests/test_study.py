@@ -23,8 +23,7 @@ from stages.common.errors import ConfigError, DataError
 from stages.data.manifest import SPLITS, Entry, write_manifest
 from stages.studies.plan import StudyConfig, plan, with_settings
 from stages.studies.runner import Workshop, data_content
-from tests.conftest import run, write_photos
-from tests.featurestore.test_store import SPEC
+from tests.factories import SPEC, run, write_photos
 from tests.imports import ROOT
 
 STUDY = """

@@ -26,8 +26,8 @@ from stages.reporting.overlay import legend, overlay
 from stages.use import evaluate as scoring
 from stages.use import predict as predictions
 from stages.use.segmenter import Segmenter
+from tests.factories import call, one_line
 from tests.imports import ROOT
-from tests.test_cli import call, one_line
 
 BASELINE = "models/decoders/baseline-0"
 

@@ -72,7 +72,7 @@ def estimate(
     from stages.estimate.sizes import joint_ratios
 
     networks = [sections[name] for name in ("extract", "train_gan", "train_decoder")]
-    variants = {name: sections["variants"][name] for name in sections["compare"].variants}
+    variants = {name: sections["variants"][name] for name in sections["compare"].names}
     kinds: dict[str, Any] = {"num_classes": cases[0]["classes"], "ratios": joint_ratios(variants)}
     costs, shape = step_cost.count(*networks, **kinds)
     seconds = step_cost.measure(*networks, **kinds, device=_device(device)) if measure else None

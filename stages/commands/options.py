@@ -170,7 +170,7 @@ def check_classes(sections: Mapping[str, Any], classes: Sequence[str]) -> None:
                 "report.headline_classes",
                 f"{name!r} is no class of this data set ({', '.join(classes)})",
             )
-    for name in sections["compare"].variants:
+    for name in sections["compare"].names:
         needed = sections["variants"][name].needs_classes
         if len(classes) < needed:
             message = f"variant {name!r} needs {needed} classes, the background among them, found {len(classes)}; leave it out"
@@ -199,14 +199,14 @@ def check_params(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         sections[name] = parse_section(
             values, name, dict[str, section] if name == "variants" else section
         )
-    unknown = [name for name in sections["compare"].variants if name not in sections["variants"]]
+    unknown = [name for name in sections["compare"].names if name not in sections["variants"]]
     if unknown:
         raise ConfigError(
             "compare.variants",
             f"{unknown[0]!r} is not described in variants ({', '.join(sections['variants'])})",
         )
     gan = sections["train_gan"]
-    for name in sections["compare"].variants:
+    for name in sections["compare"].names:
         family = sections["variants"][name].needs_family
         if family not in (None, gan.family):
             raise ConfigError(
@@ -218,7 +218,7 @@ def check_params(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise ConfigError(f"variants.{name}.ratio", message)
     joint = [
         name
-        for name in sections["compare"].variants
+        for name in sections["compare"].names
         if getattr(sections["variants"][name], "generator", None) == "joint"
     ]
     penalised = gan.r1_gamma or gan.adversarial_loss == "wasserstein-gp"
@@ -230,7 +230,7 @@ def check_params(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             "extract.store_images", "train_gan.image_encoder reads the images; set it to true"
         )
     mirrored = [
-        name for name in sections["compare"].variants if sections["variants"][name].needs_mirrored
+        name for name in sections["compare"].names if sections["variants"][name].needs_mirrored
     ]
     if mirrored and "hflip" not in sections["extract"].views:
         raise ConfigError(

@@ -175,6 +175,7 @@ def plan(
             params["extract"]["weights"] = str(Path(weights).resolve())
         params["compare"] = {
             "variants": sorted(set(settings.variants.values())),
+            "gan_variants": [],
             "seeds": list(settings.seeds or config.seeds),
         }
         sections = check(params, f"experiment {experiment}")

@@ -13,9 +13,8 @@ from torch import nn
 from stages.common.distributed import SynchronisedBatchNorm2d, synchronise_batch_norm
 from stages.reporting.curves import read_curves
 from stages.training.models import load_decoder, load_generator
-from tests.conftest import run
+from tests.factories import run
 from tests.imports import ROOT
-from tests.stages.test_training import features  # noqa: F401  (a fixture)
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
