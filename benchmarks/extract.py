@@ -52,7 +52,7 @@ def bare(config: dict[str, Any], batches: int, device: str) -> dict[str, float]:
     """Images a second of the backbone alone, the median of some batches; runs in a process of its own."""
     import torch
 
-    from stages.backbones.backbone import build_backbone
+    from stages.backbones.build import build_backbone
     from stages.common.runtime import make_accelerator
 
     accelerator = make_accelerator(device, "bf16" if config["compute"] == "bf16" else "no")

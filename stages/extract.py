@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field, field_validator
 from tqdm import tqdm
 
 import featurestore
-import stages.backbones.backbone
+import stages.backbones
 import stages.data.images
 from featurestore import (
     FeatureStore,
@@ -34,13 +34,8 @@ from featurestore.codec import all_finite
 from featurestore.prefetch import prefetch
 from featurestore.room import check_room
 from featurestore.writer import clear_after_publication
-from stages.backbones.backbone import (
-    OUTPUT_STRIDE,
-    Backbone,
-    BackboneError,
-    build_backbone,
-    known_backbone,
-)
+from stages.backbones.backbone import OUTPUT_STRIDE, Backbone, BackboneError
+from stages.backbones.build import build_backbone, known_backbone
 from stages.common.config import Config, Once
 from stages.common.distributed import agree
 from stages.common.errors import ConfigError, DataError
@@ -136,7 +131,7 @@ def run(
     digest = backbone.digest()
     spec = _spec(config, backbone, digest, classes)
 
-    code = source_digest(sys.modules[__name__], stages.data.images, stages.backbones.backbone)
+    code = source_digest(sys.modules[__name__], stages.data.images, stages.backbones)
 
     # All splits are extracted before the first is published: an interrupted run finds every finished shard again,
     # and not one of them where DVC removes a stage's outputs before it starts.

@@ -18,7 +18,8 @@ import torch
 import featurestore
 from featurestore import ShardCorruptError, StoreBusyError, StoreReadError
 from stages import extract
-from stages.backbones.backbone import Backbone, build_backbone
+from stages.backbones.backbone import Backbone
+from stages.backbones.build import build_backbone
 from stages.common.errors import ConfigError, DataError
 from stages.data.manifest import read_manifest
 from tests.conftest import write_photos
