@@ -14,7 +14,7 @@ OUTPUT_STRIDE = 8  # image pixels a feature pixel, along each side
 
 
 class BackboneError(Exception):
-    """Refuse an unknown backbone, or weights that cannot be read or do not fit; the text says which."""
+    """An unknown backbone, or weights that cannot be read or do not fit; the text says which."""
 
 
 class Backbone(nn.Module):

@@ -1,4 +1,4 @@
-"""torchvision's ResNet-50 and ResNet-101, the last two stages dilated: 2048 channels at stride 8."""
+"""torchvision's ResNet-50 and ResNet-101, dilated: 2048 channels at stride 8."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import os
+import posixpath
 import shutil
 import tarfile
 import zlib
@@ -21,20 +22,22 @@ DAMAGE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFErr
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a tar archive (of any compression) into a new folder.
 
-    Everything is written beside ``folder`` first; it gets its name once all is there.
+    Files are written beside ``folder`` first; the folder gets its name once all are there.
 
     Raises
     ------
     DataError
-        When the archive is damaged, or a member would leave the folder, link out of it, lie below a link, or be a device.
+        When the archive is damaged, or a member would leave the folder, links out of it, is below
+        a link, or is a device.
     FeatureStoreError
         When the disk is full, or the folder cannot be written.
     """
     if not hasattr(tarfile, "data_filter"):
-        raise DataError(
-            archive,
-            "cannot be unpacked safely by this Python; use 3.10.12, 3.11.4 or later, or unpack it by hand",
+        message = (
+            "cannot be unpacked safely by this Python; "
+            "use 3.10.12, 3.11.4 or later, or unpack it by hand"
         )
+        raise DataError(archive, message)
     unpacking = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(unpacking, ignore_errors=True)
     unpacking.parent.mkdir(parents=True, exist_ok=True)
@@ -50,34 +53,26 @@ def unpack(archive: Path, folder: Path) -> None:
     except tarfile.FilterError as error:
         raise DataError(archive, f"is not unpacked: {error}") from error
     except DAMAGE as error:
-        reason = " ".join(str(error).split())  # tarfile's are of several lines
-        raise DataError(
-            archive, f"is no archive, or a damaged one ({reason}); get it again"
-        ) from error
+        reason = " ".join(str(error).split())  # tarfile's reasons have several lines
+        message = f"is no archive, or a damaged one ({reason}); get it again"
+        raise DataError(archive, message) from error
     finally:
         shutil.rmtree(unpacking, ignore_errors=True)
 
 
-def _link(member: tarfile.TarInfo) -> str | None:
-    """Where a link points, as a path from the archive's root; None for a file or a folder."""
-    if member.issym() and not member.linkname.startswith("/"):
-        return f"{PurePosixPath(member.name).parent}/{member.linkname}"
-    return member.linkname if member.issym() or member.islnk() else None
-
-
 def _check(archive: Path, members: list[tarfile.TarInfo]) -> None:
-    """Refuse names by their text alone, before the first file is written, so that it does not matter what lies on this disk."""
-    links = {_inside(member.name) for member in members if _link(member) is not None}
+    """Refuse bad names by their text, before a file is written and whatever is on this disk."""
+    links = {_inside(member.name) for member in members if member.issym() or member.islnk()}
     for member in members:
-        parts, link = _inside(member.name), _link(member)
+        path, target = _inside(member.name), _link_target(member)
         if not (member.isreg() or member.isdir() or member.issym() or member.islnk()):
             problem = "is neither file nor folder"
-        elif parts is None:
+        elif path is None:
             problem = "would leave the folder"
-        elif link is not None and _inside(link) is None:
-            problem = f"links out of the folder, to {link}"
-        elif any(parts[:depth] in links for depth in range(1, len(parts))):
-            problem = "lies below a link"
+        elif _inside(target) is None:
+            problem = f"links out of the folder, to {target}"
+        elif links.intersection(path.parents):
+            problem = "is below a link"
         else:
             continue
         raise DataError(
@@ -85,16 +80,15 @@ def _check(archive: Path, members: list[tarfile.TarInfo]) -> None:
         )
 
 
-def _inside(name: str) -> tuple[str, ...] | None:
-    """A path's parts below the archive's root; None where it leads out of it, on any operating system."""
-    if name.startswith("/") or "\\" in name or "\0" in name or ":" in name.split("/")[0]:
-        return None
-    parts: list[str] = []
-    for part in PurePosixPath(name).parts:
-        if part == "..":
-            if not parts:
-                return None
-            parts.pop()
-        else:
-            parts.append(part)
-    return tuple(parts)
+def _link_target(member: tarfile.TarInfo) -> str:
+    """Return where a link points, as a path from the archive's root; for others, the root."""
+    if member.issym() and not member.linkname.startswith("/"):
+        return f"{PurePosixPath(member.name).parent}/{member.linkname}"
+    return member.linkname if member.issym() or member.islnk() else "."
+
+
+def _inside(name: str) -> PurePosixPath | None:
+    """Return the path below the archive's root, or None where a system would read it as outside."""
+    path = PurePosixPath(posixpath.normpath(name))
+    elsewhere = "\\" in name or "\0" in name or ":" in name.split("/")[0]
+    return None if elsewhere or path.is_absolute() or path.parts[:1] == ("..",) else path

@@ -1,4 +1,4 @@
-"""Downloading a data set that its owners let everyone have: checked, resumable, unpacked."""
+"""Downloading a data set whose owners allow it: checked, resumable, unpacked."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ def download_data(archive: Archive, downloads: Path) -> None:
     Parameters
     ----------
     archive
-        What to get, and where it goes: a folder that is not there or is empty.
+        What to get, and its destination: a folder that does not exist or is empty.
     downloads
-        Where the archive arrives and is unpacked; it is removed once its content is in place.
+        Folder in which the archive arrives and is unpacked; both are removed at the end.
 
     Raises
     ------
     DataError
-        When the folder holds something else, the server gives up, or the file has another checksum.
+        When the folder holds something else, the download fails, or the checksum differs.
     FeatureStoreError
         When the disk is full, or a folder cannot be written.
     """
-    target = archive.target.resolve()  # a link to a larger disk stays one
+    target = archive.target.resolve()  # a link to a larger disk stays a link
     if (target / archive.has).is_dir():
         return
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        message = f"has no {archive.has}, but holds something else; set prepare.root to a new or an empty folder"
+        message = (
+            f"has no {archive.has}, but holds something else; "
+            "set prepare.root to a new or an empty folder"
+        )
         raise DataError(target, message, expected=archive.has)
-    file = downloads / PurePosixPath(urlsplit(archive.url).path).name
+    file = downloads / _file_name(archive.url)
     fetch(archive.url, archive.md5, file)
     unpacked = file.with_name(f"{file.name}.unpacked")
     shutil.rmtree(unpacked, ignore_errors=True)
     unpack(file, unpacked)
     if not (unpacked / archive.inside / archive.has).is_dir():
-        raise DataError(
-            file,
-            f"holds no {archive.inside}/{archive.has}; is this the right archive?",
-            expected=archive.inside,
-        )
+        message = f"holds no {archive.inside}/{archive.has}; is this the right archive?"
+        raise DataError(file, message, expected=archive.inside)
     with writing(target):
         move_into_place(unpacked / archive.inside, target)
         shutil.rmtree(unpacked)
@@ -62,12 +62,12 @@ def download_data(archive: Archive, downloads: Path) -> None:
 
 
 def fetch(url: str, md5: str, file: Path) -> None:
-    """Download a file; what an interrupted call left in ``NAME.partial`` is continued where the server can.
+    """Download a file; resume from an interrupted call's ``NAME.partial`` where the server can.
 
     Raises
     ------
     DataError
-        When the server cannot be reached, stops early, or sends a file of another checksum.
+        When the server cannot be reached or stops early, or the checksum differs.
     FeatureStoreError
         When the disk is full, or the folder cannot be written.
     """
@@ -79,73 +79,56 @@ def fetch(url: str, md5: str, file: Path) -> None:
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
-    if not check_integrity(partial, md5):  # else it is whole: only its name was missing
+    if not check_integrity(partial, md5):  # else only the rename is missing
         _receive(url, partial)
     if not check_integrity(partial, md5):
         partial.unlink()
-        raise DataError(
-            partial,
-            f"what {url} sent has not the checksum {md5}, and is removed; start again",
-            expected=md5,
-        )
+        message = f"what {url} sent has not the checksum {md5}, and is removed; start again"
+        raise DataError(partial, message, expected=md5)
     os.replace(partial, file)
 
 
 def _receive(url: str, partial: Path) -> None:
-    """Append what is missing to the partial file, or write it anew where the server sends all of it."""
-    start = partial.stat().st_size
-    request = urllib.request.Request(
-        url, headers={"User-Agent": "featuregan", **({"Range": f"bytes={start}-"} if start else {})}
-    )
-    total = None
+    """Append what is missing to the partial file, or write it anew where the server sends all."""
+    start, total = partial.stat().st_size, None
+    headers = {"User-Agent": "featuregan", **({"Range": f"bytes={start}-"} if start else {})}
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            if answer.status != 206 or not (answer.headers["Content-Range"] or "").startswith(
-                f"bytes {start}-"
-            ):
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=TIMEOUT
+        ) as response:
+            sent = response.headers["Content-Range"] or ""
+            if response.status != 206 or not sent.startswith(f"bytes {start}-"):
                 start = 0  # the server knows no ranges
-            length = answer.headers["Content-Length"]
+            length = response.headers["Content-Length"]
             total = start + int(length) if length else None
-            with open(partial, "ab" if start else "wb") as file, _bar(url, start, total) as bar:
-                while block := answer.read(BLOCK):
-                    with writing(
-                        partial
-                    ):  # a connection that breaks is no disk that is full, though both are OSErrors
+            bar = tqdm(
+                desc=f"downloading {_file_name(url)}",
+                initial=start,
+                total=total,
+                unit="B",
+                unit_scale=True,
+                disable=None,
+            )
+            with open(partial, "ab" if start else "wb") as file, bar:
+                while block := response.read(BLOCK):
+                    with writing(partial):  # tells a full disk from a broken connection
                         file.write(block)
                     bar.update(len(block))
     except urllib.error.HTTPError as error:
-        if (
-            error.code == 416 and start
-        ):  # the partial file is longer than the whole one: it is of another
+        if error.code == 416 and start:  # the partial file is longer than the whole file
             partial.write_bytes(b"")
             return _receive(url, partial)
-        raise DataError(
-            partial,
-            f"{url} answers {error.code} {error.reason}; try again later",
-            actual=error.code,
-        ) from error
+        message = f"{url} answers {error.code} {error.reason}; try again later"
+        raise DataError(partial, message, actual=error.code) from error
     except (OSError, http.client.HTTPException) as error:
-        raise DataError(
-            partial, f"{url} gave up ({getattr(error, 'reason', error)}); start again to go on"
-        ) from error
+        message = f"{url} gave up ({getattr(error, 'reason', error)}); start again to go on"
+        raise DataError(partial, message) from error
     size = partial.stat().st_size
     if total is not None and size < total:
-        raise DataError(
-            partial,
-            f"{url} gave up after {size} of {total} bytes; start again to go on",
-            expected=total,
-            actual=size,
-        )
+        message = f"{url} gave up after {size} of {total} bytes; start again to go on"
+        raise DataError(partial, message, expected=total, actual=size)
     return None
 
 
-def _bar(url: str, start: int, total: int | None) -> tqdm:
-    name = PurePosixPath(urlsplit(url).path).name
-    return tqdm(
-        desc=f"downloading {name}",
-        initial=start,
-        total=total,
-        unit="B",
-        unit_scale=True,
-        disable=None,
-    )
+def _file_name(url: str) -> str:
+    return PurePosixPath(urlsplit(url).path).name

@@ -92,11 +92,11 @@ BAD_TARS = {
     ),
     "a file below a link": (
         [tar_member("link", tarfile.SYMTYPE, "data"), tar_member("link/outside")],
-        "'link/outside' lies below a link",
+        "'link/outside' is below a link",
     ),
     "a file below a link of another spelling": (
         [tar_member("./data/../link", tarfile.SYMTYPE, "data"), tar_member("link/deep/outside")],
-        "lies below a link",
+        "is below a link",
     ),
     "a device": ([tar_member("null", tarfile.CHRTYPE)], "is neither file nor folder"),
     "a pipe": ([tar_member("pipe", tarfile.FIFOTYPE)], "is neither file nor folder"),

@@ -558,7 +558,7 @@ def test_bad_files_of_coco_instances_are_named(
             lambda content: content["annotations"][0].update(
                 segmentation=runs(np.ones((8, 8), np.uint8))
             ),
-            "in a image of",
+            "in an image of",
         ),
     ):
         content = json.loads(json.dumps(good))
