@@ -9,6 +9,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,13 @@ from stages.datasets import (
 )
 from stages.datasets.config import PrepareConfig
 from stages.datasets.download import download_data
-from stages.datasets.layout import Dataset, DatasetLayout
+from stages.datasets.layout import DatasetLayout
 from stages.datasets.relabel import write_indices
 from stages.datasets.splits import assign
 
-# A module with ``archives(root, config)`` can be downloaded.
-DATASETS: dict[str, Dataset] = {
+# Each has ``find(root, config)`` and ``WHERE`` (where to get it); ``archives(root, config)`` only
+# where the owners allow a download.
+DATASETS: dict[str, ModuleType] = {
     "voc": voc,
     "cityscapes": cityscapes,
     "ade20k": ade20k,
@@ -160,7 +162,7 @@ def _find(config: PrepareConfig, root: Path, building: Path, workers: int) -> Da
             workers=workers,
         )
         return DatasetLayout(pairs, wastesim.CLASSES)
-    layout = DATASETS[config.dataset].find(root, config)
+    layout: DatasetLayout = DATASETS[config.dataset].find(root, config)
     pairs = assign(layout.pairs, split=config.split, ratios=config.ratios, seed=config.split_seed)
     return replace(layout, pairs=pairs)
 
@@ -292,7 +294,7 @@ def _summary(
 
 
 def _check_labels(root: Path, summary: Summary) -> None:
-    """Refuse splits without a label and training masks of one class; name classes without pixels."""
+    """Refuse splits without labels and training masks of one class; name absent classes."""
     for split, content in summary["splits"].items():
         if content["void_share"] == 1:
             raise DataError(

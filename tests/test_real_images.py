@@ -53,7 +53,7 @@ def test_camvid_whole(real_data: Path, tmp_path: Path) -> None:
     assert shares["road"] == pytest.approx(0.317 / (1 - 0.039), abs=2e-3)
     assert shares["bicyclist"] == pytest.approx(0.003 / (1 - 0.039), abs=1e-3)
     entries, _ = read_manifest(tmp_path / "dataset")
-    assert all(camvid.split_of(entry.id) == entry.split for entry in entries)
+    assert all(camvid.split_of(Path(entry.image)) == entry.split for entry in entries)
 
 
 def test_camvid_extracts_and_a_linear_probe_sees_its_classes(

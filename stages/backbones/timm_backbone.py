@@ -18,7 +18,7 @@ from stages.backbones.backbone import (
 from stages.backbones.weights import State, download, fit, read_state
 
 if TYPE_CHECKING:
-    from timm.models import FeatureInfo
+    from timm.models import FeatureListNet
 
 PREFIX = "timm/"
 HEAD = ("fc.", "classifier.", "head.", "conv_head.", "bn2.", "norm_head.", "norm.")
@@ -31,7 +31,7 @@ def known(name: str) -> bool:
     return timm.is_model(name.removeprefix(PREFIX))
 
 
-def create(name: str) -> nn.Module:
+def create(name: str) -> FeatureListNet:
     """Make the network with random weights.
 
     Raises
@@ -47,7 +47,7 @@ def create(name: str) -> nn.Module:
             f"{name} cannot give dense features at stride {OUTPUT_STRIDE} ({reason}); "
             "choose another"
         ) from error
-    stride = _feature_info(network).reduction()[-1]
+    stride = network.feature_info.reduction()[-1]
     if stride != OUTPUT_STRIDE:
         raise BackboneError(f"{name} has stride {stride}, not {OUTPUT_STRIDE}; choose another")
     return network
@@ -66,7 +66,7 @@ def build(name: str, weights: str) -> Backbone:
     backbone = Backbone(
         name=name,
         network=network,
-        channels=_feature_info(network).channels()[-1],
+        channels=network.feature_info.channels()[-1],
         nonnegative=False,
         mean=cast("Triple", settings.get("mean", IMAGENET_MEAN)),
         std=cast("Triple", settings.get("std", IMAGENET_STD)),
@@ -78,20 +78,16 @@ def build(name: str, weights: str) -> Backbone:
     return backbone
 
 
-def _create(name: str, *, pretrained: bool) -> nn.Module:
+def _create(name: str, *, pretrained: bool) -> FeatureListNet:
     import timm
 
-    network: nn.Module = timm.create_model(
+    network = timm.create_model(
         name.removeprefix(PREFIX),
         pretrained=pretrained,
         features_only=True,
         output_stride=OUTPUT_STRIDE,
     )
-    return network
-
-
-def _feature_info(network: nn.Module) -> FeatureInfo:
-    return cast("FeatureInfo", network.feature_info)
+    return cast("FeatureListNet", network)
 
 
 def _flattened(state: State, network: nn.Module) -> State:

@@ -45,8 +45,10 @@ def read_bytes(path: Path, what: str) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        message = f"this {what} is missing; add it, or take its id off the list"
-        raise DataError(path, message) from None
+        raise DataError(
+            path,
+            f"this {what} is missing; add it, or take its id off the list",
+        ) from None
     except OSError as error:
         raise DataError(path, f"this {what} cannot be read ({error.strerror})") from error
 
@@ -59,8 +61,10 @@ def readable(path: Path, what: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # decoders raise errors of many kinds
-        message = f"not a readable {what}, or a truncated one ({error}); replace it"
-        raise DataError(path, message) from error
+        raise DataError(
+            path,
+            f"not a readable {what}, or a truncated one ({error}); replace it",
+        ) from error
 
 
 def decode_image(content: bytes, path: Path) -> Image.Image:
@@ -108,6 +112,28 @@ def upright(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def index_values(content: bytes, path: Path) -> np.ndarray:
+    """Decode a mask of one channel as (H, W) integers, whatever its values.
+
+    Raises
+    ------
+    DataError
+        When the bytes are not a whole image, or hold colours.
+    """
+    with readable(path, "mask"), Image.open(io.BytesIO(content)) as image:
+        image.load()
+        mode, values = image.mode, np.asarray(image)
+    if mode not in ONE_CHANNEL or values.ndim != 2:
+        raise DataError(
+            path,
+            f"the mask has mode {mode} (colours), expected one channel of class indices "
+            "(mode P or L); convert it",
+            expected="P or L",
+            actual=mode,
+        )
+    return values
+
+
 def decode_mask(content: bytes, path: Path, *, num_classes: int, void_index: int) -> np.ndarray:
     """Decode a mask of class indices.
 
@@ -132,25 +158,19 @@ def decode_mask(content: bytes, path: Path, *, num_classes: int, void_index: int
         When the bytes are not a whole image, hold colours instead of indices, or a value that is
         neither a class nor void.
     """
-    with readable(path, "mask"), Image.open(io.BytesIO(content)) as image:
-        image.load()
-        mode, mask = image.mode, np.asarray(image)
-    if mode not in ONE_CHANNEL or mask.ndim != 2:
-        message = (
-            f"the mask has mode {mode} (colours), expected one channel of class indices "
-            "(mode P or L); convert it"
-        )
-        raise DataError(path, message, expected="P or L", actual=mode)
+    mask = index_values(content, path)
     eight_bits = mask.dtype == np.uint8
     # Counting is faster than sorting.
     values = np.bincount(mask.reshape(-1)).nonzero()[0] if eight_bits else np.unique(mask)
     unknown = values[((values < 0) | (values >= num_classes)) & (values != void_index)]
     if unknown.size:
-        message = (
+        raise DataError(
+            path,
             f"mask value {int(unknown[0])} is no class (0 to {num_classes - 1}) and not void "
-            f"({void_index}); correct the mask or the class list"
+            f"({void_index}); correct the mask or the class list",
+            expected=num_classes,
+            actual=int(unknown[0]),
         )
-        raise DataError(path, message, expected=num_classes, actual=int(unknown[0]))
     if eight_bits and void_index == VOID:
         return mask
     return np.where(mask == void_index, VOID, mask).astype(np.uint8)

@@ -79,9 +79,13 @@ def read_manifest(folder: Path) -> tuple[list[Entry], Classes]:
             void_index=summary["void_index"],
         )
     except FileNotFoundError as error:
-        message = "there is no manifest here; run the prepare stage first"
-        raise DataError(error.filename, message) from error
+        raise DataError(
+            error.filename,
+            "there is no manifest here; run the prepare stage first",
+        ) from error
     except (KeyError, TypeError, ValueError) as error:
-        message = f"is not a manifest that prepare wrote ({error}); run the prepare stage again"
-        raise DataError(path, message) from error
+        raise DataError(
+            path,
+            f"is not a manifest that prepare wrote ({error}); run the prepare stage again",
+        ) from error
     return entries, classes

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stages.common.errors import DataError
 from stages.data.images import VOID
-from stages.data.manifest import SPLITS, Classes, Pair
+from stages.data.manifest import SPLITS, Classes
 from stages.datasets.config import PrepareConfig
 from stages.datasets.layout import DatasetLayout, pairs_by_stem, pairs_by_suffix
 from stages.datasets.relabel import Relabel, colour_number, name_colour, read_colours
@@ -82,7 +82,7 @@ def find(root: Path, config: PrepareConfig) -> DatasetLayout:
         pairs = pairs_by_suffix(
             root / STILLS, root / LABELS, "", image_suffix=".png", mask_suffix="_L.png"
         )
-        pairs = [replace(pair, split=_split(pair)) for pair in pairs]
+        pairs = [replace(pair, split=split_of(pair.image)) for pair in pairs]
         return DatasetLayout(pairs, Classes(NAMES, PALETTE), convert)
     for images, masks in (("{}", "{}annot"), ("images/{}", "masks/{}")):
         if (root / images.format("train")).is_dir() and (root / masks.format("train")).is_dir():
@@ -101,24 +101,25 @@ def find(root: Path, config: PrepareConfig) -> DatasetLayout:
     )
 
 
-def split_of(id: str) -> str | None:
-    """Return the usual split of a frame, by its drive; None for a name that is not CamVid's.
+def split_of(image: Path) -> str:
+    """Return the usual split of a frame, by its drive.
 
     The first half of drive 0001TP is for training, the second for testing. Val is the stretch of
     drive 0016E5 that was labelled 15 times a second.
+
+    Raises
+    ------
+    DataError
+        When the name is not that of a frame of CamVid.
     """
-    match = re.fullmatch(r"(0001TP|0006R0|0016E5|Seq05VD)_f?(\d+)", id)
+    match = re.fullmatch(r"(0001TP|0006R0|0016E5|Seq05VD)_f?(\d+)", image.stem)
     if match is None:
-        return None
+        raise DataError(
+            image,
+            "is no frame of CamVid's four drives; remove it, or use dataset folder",
+            actual=image.stem,
+        )
     drive, frame = match[1], int(match[2])
     if drive == "Seq05VD" or (drive == "0001TP" and frame > LAST_TRAINING_FRAME):
         return "test"
     return "val" if drive == "0016E5" and frame in DENSE_FRAMES else "train"
-
-
-def _split(pair: Pair) -> str:
-    split = split_of(pair.id)
-    if split is None:
-        message = "is no frame of CamVid's four drives; remove it, or use dataset folder"
-        raise DataError(pair.image, message, actual=pair.id)
-    return split

@@ -42,7 +42,9 @@ LABELS = {
     33: ("bicycle", (119, 11, 32)),
 }
 LAST_LABEL = 33
-CLASSES = Classes(*(tuple(column) for column in zip(*LABELS.values(), strict=True)))
+CLASSES = Classes(
+    tuple(name for name, _ in LABELS.values()), tuple(colour for _, colour in LABELS.values())
+)
 convert = Relabel(
     {
         **dict.fromkeys(range(LAST_LABEL + 1), VOID),

@@ -82,18 +82,18 @@ def _read(path: Path, folder: str, split: str, where: str) -> Annotations:
         raise DataError(path, f"these annotations are missing ({where})")
     try:
         content = json.loads(read_bytes(path, "annotation file"))
-        lists = [content[key] for key in ("images", "annotations", "categories")]
-        categories = sorted(lists.pop(), key=lambda category: int(category["id"]))
+        images, annotations = content["images"], content["annotations"]
+        categories = sorted(content["categories"], key=lambda category: int(category["id"]))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             path,
             f"is not COCO's JSON, or a truncated one ({type(error).__name__}: {error}); replace it",
         ) from error
-    if not all(isinstance(entries, list) for entries in lists):
+    if not (isinstance(images, list) and isinstance(annotations, list)):
         raise DataError(
             path, "is not COCO's JSON; it must hold lists named images, annotations and categories"
         )
-    return Annotations(path, folder, split, *lists, categories)
+    return Annotations(path, folder, split, images, annotations, categories)
 
 
 @contextmanager

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from stages.common.errors import DataError
 from stages.data.images import IMAGE_SUFFIXES, MASK_SUFFIXES
 from stages.data.manifest import Classes, Pair
-from stages.datasets.config import PrepareConfig
 
 
 @dataclass(frozen=True)
@@ -59,17 +57,6 @@ class Archive:
     has: str
 
 
-class Dataset(Protocol):
-    """A module of this package; one whose data may be downloaded also has ``archives``."""
-
-    @property
-    def WHERE(self) -> str:
-        """Where to get the data set."""
-
-    def find(self, root: Path, config: PrepareConfig) -> DatasetLayout:
-        """Find the data set in its folder."""
-
-
 def first_folder(root: Path, names: tuple[str, ...], what: str, where: str) -> Path:
     """Return the first existing folder below ``root``; tools unpack one archive differently.
 
@@ -89,8 +76,10 @@ def first_folder(root: Path, names: tuple[str, ...], what: str, where: str) -> P
         if (root / name).is_dir():
             return root / name
     others = f", and no {' or '.join(names[1:])} either" if names[1:] else ""
-    message = f"there is no such folder{others}; the {what} belong there ({where})"
-    raise DataError(root / names[0], message)
+    raise DataError(
+        root / names[0],
+        f"there is no such folder{others}; the {what} belong there ({where})",
+    )
 
 
 def pairs_by_suffix(
@@ -161,6 +150,8 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...], what: str) -> dict[str, Pa
         if file.suffix.lower() in suffixes and not file.name.startswith("."):
             other = files.setdefault(file.stem, file)
             if other != file:
-                message = f"has the same id ({file.stem}) as {other.name}; rename one of them"
-                raise DataError(file, message)
+                raise DataError(
+                    file,
+                    f"has the same id ({file.stem}) as {other.name}; rename one of them",
+                )
     return files

@@ -12,7 +12,7 @@ from PIL import Image
 
 from featurestore import VOID
 from stages.common.errors import DataError
-from stages.data.images import ONE_CHANNEL, read_bytes, readable
+from stages.data.images import ONE_CHANNEL, index_values, read_bytes, readable
 from stages.data.manifest import Classes, Pair
 
 VOID_COLOUR = (224, 224, 192)  # as in Pascal VOC's masks
@@ -35,15 +35,7 @@ def read_values(path: Path) -> np.ndarray:
     DataError
         When it cannot be read, or holds colours.
     """
-    image = _open(path)
-    values = np.asarray(image)
-    if values.ndim != 2 or image.mode not in ONE_CHANNEL:
-        message = (
-            f"the mask has mode {image.mode} (colours), expected one channel of label numbers; "
-            "take the file as its owners ship it"
-        )
-        raise DataError(path, message, expected="P or L", actual=image.mode)
-    return values
+    return index_values(read_bytes(path, "mask"), path)
 
 
 def read_colours(path: Path) -> np.ndarray:
@@ -54,18 +46,24 @@ def read_colours(path: Path) -> np.ndarray:
     DataError
         When it cannot be read, holds one channel, or has a transparent pixel.
     """
-    image = _open(path)
-    if image.mode not in ("RGB", "RGBA"):
-        message = f"the mask has mode {image.mode}, expected colours (mode RGB)"
-        raise DataError(path, message, expected="RGB", actual=image.mode)
-    pixels = np.asarray(image)
-    if image.mode == "RGBA" and (pixels[..., 3] < 255).any():
-        row, column = _first(pixels[..., 3] < 255)
-        message = (
-            f"the pixel in row {row}, column {column} (from 0) is transparent, which is no class; "
-            "save the mask without transparency"
+    content = read_bytes(path, "mask")
+    with readable(path, "mask"), Image.open(io.BytesIO(content)) as image:
+        image.load()
+        mode, pixels = image.mode, np.asarray(image)
+    if mode not in ("RGB", "RGBA"):
+        raise DataError(
+            path,
+            f"the mask has mode {mode}, expected colours (mode RGB)",
+            expected="RGB",
+            actual=mode,
         )
-        raise DataError(path, message)
+    if mode == "RGBA" and (pixels[..., 3] < 255).any():
+        row, column = _first(pixels[..., 3] < 255)
+        raise DataError(
+            path,
+            f"the pixel in row {row}, column {column} (from 0) is transparent, which is no class; "
+            "save the mask without transparency",
+        )
     # (H, W, 3) -> (H, W)
     return pixels[..., :3].astype(np.int32) @ np.array([1, 256, 65536], np.int32)
 
@@ -146,14 +144,6 @@ def write_indices(path: Path, mask: np.ndarray, classes: Classes) -> None:
     image.putpalette(palette.tobytes())
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, format="PNG")
-
-
-def _open(path: Path) -> Image.Image:
-    content = read_bytes(path, "mask")
-    with readable(path, "mask"):
-        image: Image.Image = Image.open(io.BytesIO(content))
-        image.load()
-    return image
 
 
 def _first(where: np.ndarray) -> tuple[int, int]:

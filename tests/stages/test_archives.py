@@ -12,7 +12,7 @@ import pytest
 
 from featurestore.errors import FeatureStoreError
 from stages.common.errors import DataError
-from stages.datasets.archives import unpack
+from stages.datasets.download import unpack
 
 FILES = {"data/a.txt": b"first", "data/deep/b.bin": bytes(100_000), "empty.txt": b""}
 
