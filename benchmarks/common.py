@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stages.backbones.backbone import Backbone, build_backbone
+from stages.backbones.backbone import Backbone
+from stages.backbones.build import build_backbone
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 

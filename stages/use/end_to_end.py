@@ -7,7 +7,8 @@ import copy
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.backbones.backbone import RESNETS, Backbone
+from stages.backbones.backbone import Backbone
+from stages.backbones.resnet import RESNETS
 from stages.models.decoder import Decoder
 
 

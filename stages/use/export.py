@@ -12,7 +12,8 @@ import torch
 
 from featurestore import StoreSpec
 from featurestore.files import sync_folder
-from stages.backbones.backbone import RESNETS, Backbone
+from stages.backbones.backbone import Backbone
+from stages.backbones.resnet import RESNETS
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import progress
 from stages.models.decoder import Decoder

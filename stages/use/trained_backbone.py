@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from featurestore import StoreSpec
-from stages.backbones.backbone import Backbone, BackboneError, build_backbone
+from stages.backbones.backbone import Backbone, BackboneError
+from stages.backbones.build import build_backbone
 from stages.common.errors import ConfigError, DataError
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import featurestore
 import pipeline
 from featurestore import StoreSpec
-from stages.backbones.backbone import Backbone, build_backbone
+from stages.backbones.backbone import Backbone
+from stages.backbones.build import build_backbone
 from stages.common.errors import ConfigError, DataError
 from stages.models.decoder import Decoder
 from stages.training.models import load_decoder, read_spec, save_weights

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from stages.backbones.backbone import BackboneError, build_backbone, known_backbone
+from stages.backbones.backbone import BackboneError
+from stages.backbones.build import build_backbone, known_backbone
 from stages.models.blocks import one_hot
 from stages.models.decoder import Decoder
 from stages.models.discriminator import Discriminator
