@@ -184,7 +184,7 @@ def run(
         seed=seed,
         drop_last=True,
         positions=views,
-        passes=config.passes,
+        repeats=config.passes,
         images=augmenter.needs_images,
     )
     monitor = build_monitor(monitoring, augmenter, stores, seed)

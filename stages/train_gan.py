@@ -195,7 +195,7 @@ def run(
         seed=config.seed,
         drop_last=True,
         positions=store.positions("identity"),
-        passes=config.passes,
+        repeats=config.passes,
         images=config.image_encoder,
         workers=workers,
         device=accelerator.device,

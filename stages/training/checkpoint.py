@@ -6,7 +6,6 @@ Nothing is unpickled: tensors are read with ``weights_only=True`` or from safete
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from featurestore import StoreSpec
-from featurestore.files import sync_folder, write_atomically, writing
+from featurestore.files import atomic_file, write_atomically, writing
 from stages.common.distributed import agree, alike, several_processes
 from stages.common.errors import DataError
 from stages.common.runtime import write_json
@@ -103,13 +102,8 @@ class Checkpoint:
 
 def save_atomically(state: Any, path: Path) -> None:
     """``torch.save`` under a temporary name, then rename."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with atomic_file(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
 
 
 # -- networks -----------------------------------------------------------------------------------------

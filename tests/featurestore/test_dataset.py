@@ -56,17 +56,17 @@ def test_the_order_depends_on_seed_and_epoch_alone(tmp_path: Path, workers: int)
 
 def test_an_epoch_may_go_over_some_samples_several_times(tmp_path: Path) -> None:
     store = write(tmp_path / "store")
-    loader = FeatureLoader(store, 2, seed=1, positions=[1, 4, 6], passes=4, drop_last=True)
+    loader = FeatureLoader(store, 2, seed=1, positions=[1, 4, 6], repeats=4, drop_last=True)
     batches = [batch.positions.tolist() for batch in loader.epoch(0)]
     assert len(batches) == len(loader) == 6
     assert sorted(position for batch in batches for position in batch) == sorted([1, 4, 6] * 4)
     resident = FeatureLoader(
-        store, 2, seed=1, positions=[1, 4, 6], passes=4, drop_last=True, cache="host"
+        store, 2, seed=1, positions=[1, 4, 6], repeats=4, drop_last=True, cache="host"
     )
     for ours, theirs in zip(resident.epoch(0), loader.epoch(0), strict=True):
         assert torch.equal(ours.features, theirs.features)
     assert len(resident._resident["features"]) == 3
-    once = FeatureLoader(store, 3, seed=1, positions=[1, 4, 6], passes=4).epoch(0)
+    once = FeatureLoader(store, 3, seed=1, positions=[1, 4, 6], repeats=4).epoch(0)
     assert all(
         sorted(batch.positions.tolist()) == [1, 4, 6] for batch in once
     )  # every pass over all of them

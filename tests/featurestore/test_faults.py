@@ -31,12 +31,13 @@ from featurestore import (
     StoreNotFoundError,
     StoreWriteError,
 )
-from featurestore.schema import COMPRESSIONS, FEATURE_DTYPES
+from featurestore.layouts import LAYOUTS
+from featurestore.schema import FEATURE_DTYPES
 from tests.featurestore.test_store import SPEC, sample, shard_bytes, write
 from tests.imports import ROOT
 
 TIMES = int(os.environ.get("FEATUREGAN_FAULTS", "1"))
-LOSSLESS = tuple(name for name in COMPRESSIONS if name != "int8")
+LOSSLESS = tuple(name for name in LAYOUTS if name != "int8")
 
 
 # -- round trips ---------------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ def test_any_store_comes_back_to_the_bit(
 
 
 def test_the_end_of_an_unannounced_store_has_the_bytes_of_an_announced_one(tmp_path: Path) -> None:
-    for compression in COMPRESSIONS:
+    for compression in LAYOUTS:
         spec = dataclasses.replace(SPEC, compression=compression)
         write(tmp_path / compression, spec=spec)
         with featurestore.create(

@@ -23,7 +23,7 @@ from featurestore import (
     StoreReadError,
     StoreWriteError,
 )
-from featurestore.room import check_room
+from featurestore.disk_space import check_disk_space
 from featurestore.writer import clear_after_publication
 from tests.featurestore.test_store import SPEC, interrupted, sample, write
 from tests.imports import ROOT
@@ -194,7 +194,7 @@ def test_room_is_looked_at_for_all_ranks_and_all_stores_together(
         writer.resume(samples)
         return writer
 
-    check_room([resumed("a", 3), resumed("b", 3)])
+    check_disk_space([resumed("a", 3), resumed("b", 3)])
     resumed("c", 6, rank=0, ranks=2)
     with pytest.raises(
         StoreWriteError,
@@ -202,7 +202,7 @@ def test_room_is_looked_at_for_all_ranks_and_all_stores_together(
     ):
         resumed("d", 7, rank=0, ranks=2)
     with pytest.raises(StoreWriteError, match="are to be written"):
-        check_room([resumed("e", 4), resumed("f", 3)])
+        check_disk_space([resumed("e", 4), resumed("f", 3)])
 
 
 # -- reading -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore.dataset import Batch, FeatureLoader, moved
+from featurestore.dataset import Batch, FeatureLoader, copied_ahead
 from tests.featurestore.test_store import sample, write
 
 
@@ -77,7 +77,7 @@ def diary(monkeypatch: pytest.MonkeyPatch) -> Diary:
 def test_the_next_batch_is_copied_beside_the_computation_which_waits_for_its_own(
     diary: Diary,
 ) -> None:
-    for batch in moved((Numbered(diary, number) for number in range(3)), torch.device("cuda")):
+    for batch in copied_ahead((Numbered(diary, number) for number in range(3)), torch.device("cuda")):
         diary.append(f"step {batch.number}")
     assert diary == [
         "copy 0 on copies",
@@ -100,7 +100,7 @@ def test_the_next_batch_is_copied_beside_the_computation_which_waits_for_its_own
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_few_batches_arrive(diary: Diary, count: int) -> None:
-    batches = moved([Numbered(diary, number) for number in range(count)], torch.device("cuda"))
+    batches = copied_ahead([Numbered(diary, number) for number in range(count)], torch.device("cuda"))
     assert [batch.number for batch in batches] == list(range(count))
 
 
