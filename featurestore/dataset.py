@@ -151,8 +151,7 @@ class BatchOrder:
     def __post_init__(self) -> None:
         if self.batch_size % self.ranks:
             raise ValueError(
-                f"a batch of {self.batch_size} cannot be divided evenly"
-                f" over {self.ranks} processes"
+                f"a batch of {self.batch_size} cannot be divided evenly over {self.ranks} processes"
             )
         if self.views > 1 and self.seed is None:
             raise ValueError("one of several views is drawn at random; give a seed")
@@ -346,7 +345,7 @@ def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Bat
     The copies have a stream of their own. On the stream that computes, a copy would wait for
     earlier computations, and later computations for the copy.
     """
-    copying = torch.cuda.Stream(device)
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     waiting: tuple[Batch, torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(copying):

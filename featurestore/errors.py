@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 from pathlib import Path
 
 
@@ -24,7 +23,7 @@ class OneLineError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle text and attributes; unpickling must not call ``__init__``, which needs others."""
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
+        return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
 class FeatureStoreError(OneLineError):
@@ -68,7 +67,7 @@ class ShardCorruptError(FeatureStoreError):
 
 
 class StoreReadError(FeatureStoreError):
-    """A shard cannot be read on this machine, whatever its content: an OS error, a missing filter."""
+    """This machine cannot read a shard, whatever its content: an OS error, a missing filter."""
 
 
 class SpecMismatchError(FeatureStoreError):

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import h5py
 import numpy as np
@@ -146,10 +146,10 @@ class PackedZeros(Layout):
             raise ValueError("the number of values is not the number of set bits")
 
 
-class Bitshuffled(Layout):
-    """``lz4`` and ``zstd``: every dataset in compressed chunks of one sample. Lossless."""
+class Lz4(Layout):
+    """``lz4``: every dataset in bit-shuffled, compressed chunks of one sample. Lossless."""
 
-    codec: ClassVar[str]
+    codec: ClassVar[Literal["lz4", "zstd"]] = "lz4"
     in_place = ()
     mapped = False
     exact_size = False
@@ -168,14 +168,8 @@ class Bitshuffled(Layout):
         return super().expected_datasets(file, count)
 
 
-class Lz4(Bitshuffled):
-    """``lz4``: fast compression."""
-
-    codec = "lz4"
-
-
-class Zstd(Bitshuffled):
-    """``zstd``: smaller files than ``lz4``, slower to write."""
+class Zstd(Lz4):
+    """``zstd``: like ``lz4``, with another codec: smaller files, slower to read."""
 
     codec = "zstd"
 

@@ -96,23 +96,9 @@ class Shard:
             self._arrays: dict[str, h5py.Dataset] = {name: file[name] for name in expected}
             if self._layout.mapped:
                 content = np.asarray(np.memmap(self.path, np.uint8, "r"))
-                self._arrays = {
-                    name: self._map(content, dataset) for name, dataset in self._arrays.items()
-                }
+                self._arrays = {name: _map(content, file[name]) for name in expected}
             else:
                 stack.pop_all()  # h5py reads the datasets while the file is open
-
-    def _map(self, content: np.ndarray, dataset: h5py.Dataset) -> np.ndarray:
-        """Find a contiguous dataset's bytes in the memory map of the file."""
-        if dataset.size == 0:  # without bytes a dataset has no place in the file
-            return np.empty(dataset.shape, dataset.dtype)
-        offset = dataset.id.get_offset()
-        if offset is None or offset + dataset.nbytes > len(content):
-            raise ShardCorruptError(
-                f"dataset {dataset.name!r} reaches past the end of the file", path=self.path
-            )
-        values = content[offset : offset + dataset.nbytes].view(dataset.dtype)
-        return values.reshape(dataset.shape)
 
     def _differs(self, name: str, actual: object, expected: object) -> ShardCorruptError:
         return ShardCorruptError(
@@ -140,8 +126,7 @@ class Shard:
             When the row cannot be decoded.
         """
         if name in self._layout.in_place:
-            view: np.ndarray = self._arrays[name][row]
-            return view
+            return np.asarray(self._arrays[name][row])
         out = np.empty(*self.spec.row(name))
         self._decode(name, row, out)
         return out
@@ -181,6 +166,18 @@ class Shard:
                 f"row {row} of {name!r} cannot be decoded ({error}); write the store again",
                 path=self.path,
             ) from error
+
+
+def _map(content: np.ndarray, dataset: h5py.Dataset) -> np.ndarray:
+    """Find a contiguous dataset's values in the memory map of the file.
+
+    Raises
+    ------
+    TypeError
+        When the dataset has no place in the file, or reaches past its end.
+    """
+    offset = dataset.id.get_offset() if dataset.size else 0
+    return np.ndarray(dataset.shape, dataset.dtype, content, offset)
 
 
 def read_error(path: Path, error: OSError) -> StoreReadError:

@@ -143,6 +143,7 @@ class StoreWriter:
             range(first, first + samples_per_shard)
             for first in itertools.count(step=samples_per_shard)
         )
+        self._shard: ShardWriter | None = None
         self._next_shard()
 
     def _clear_scratch(self) -> None:
@@ -274,7 +275,7 @@ class StoreWriter:
     def _next_shard(self) -> None:
         """Turn to the next missing shard; the first sample creates its file."""
         self._span = next(self._missing, None)
-        self._shard: ShardWriter | None = None
+        self._shard = None
 
     def _finish_shard(self, span: range, shard: ShardWriter) -> None:
         with writing(shard.path):
