@@ -48,8 +48,7 @@ def take_rows(source: np.ndarray, rows: np.ndarray, out: np.ndarray, *, past_cac
 
 
 def _row_bytes(array: np.ndarray) -> np.ndarray:
-    """View a contiguous (N, ...) array as (N, bytes of a row) uint8."""
-    return array.reshape(len(array), -1).view(np.uint8)
+    return array.reshape(len(array), -1).view(np.uint8)  # (N, ...) -> (N, bytes of a row)
 
 
 @functools.cache
@@ -78,8 +77,6 @@ def _kernel() -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
 
     @intrinsic
     def fence(_: object) -> tuple[object, object]:
-        """Make other threads see the non-temporal stores."""
-
         def generate(_: object, builder: ir.IRBuilder, *__: object) -> ir.Value:
             builder.fence("seq_cst")
             return nothing
@@ -98,6 +95,6 @@ def _kernel() -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
             for position in range(head, tail, LINE):
                 move_line(to + position, start + position)  # type: ignore[call-arg]
             target[tail:] = row[tail:]
-        fence()  # type: ignore[call-arg]
+        fence()  # type: ignore[call-arg]  # now other threads see the non-temporal stores
 
     return copy

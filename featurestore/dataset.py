@@ -256,7 +256,6 @@ class FeatureLoader:
             self._read_all(self.device if cache == "device" else torch.device("cpu"))
 
     def __len__(self) -> int:
-        """Batches an epoch."""
         return len(self.order)
 
     def __iter__(self) -> Iterator[Batch]:

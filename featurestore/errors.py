@@ -67,7 +67,7 @@ class ShardCorruptError(FeatureStoreError):
 
 
 class StoreReadError(FeatureStoreError):
-    """This machine cannot read a shard, whatever its content: an OS error, a missing filter."""
+    """A shard cannot be read for a reason outside it: an error of the OS, a missing filter."""
 
 
 class SpecMismatchError(FeatureStoreError):

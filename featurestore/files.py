@@ -139,7 +139,6 @@ def _can_be_renamed(source: Path, target: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, a file or a link, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

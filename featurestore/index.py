@@ -36,10 +36,6 @@ class ShardRecord:
     bytes: int
     sha256: str
 
-    def is_plausible(self) -> bool:
-        """Tell whether the file is in the store's folder, and the numbers are positive."""
-        return os.path.basename(self.file) == self.file and min(self.samples, self.bytes) > 0
-
 
 @dataclass(frozen=True)
 class Index:
@@ -93,7 +89,10 @@ def read_index(folder: Path) -> Index:
             shards=tuple(ShardRecord(**record) for record in body["shards"]),
             statistics=Statistics.from_dict(body["statistics"]),
         )
-        if not all(shard.is_plausible() for shard in index.shards):
+        if any(
+            os.path.basename(shard.file) != shard.file or min(shard.samples, shard.bytes) < 1
+            for shard in index.shards
+        ):
             raise ValueError("a shard record is out of range")
         intact = index.to_text().encode() == raw
     except OSError as error:

@@ -228,7 +228,6 @@ class ShardWriter:
             self._file.create_dataset(name, (capacity, *shape), dtype, **options)
 
     def __len__(self) -> int:
-        """Rows written."""
         return len(self._ids)
 
     def append(

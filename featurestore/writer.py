@@ -273,9 +273,8 @@ class StoreWriter:
         return file.with_name(file.name + RECEIPT_SUFFIX)
 
     def _next_shard(self) -> None:
-        """Turn to the next missing shard; the first sample creates its file."""
         self._span = next(self._missing, None)
-        self._shard = None
+        self._shard = None  # the first sample creates its file
 
     def _finish_shard(self, span: range, shard: ShardWriter) -> None:
         with writing(shard.path):

@@ -145,6 +145,4 @@ def test_shards_have_the_bytes_that_version_0_1_0_wrote(tmp_path: Path) -> None:
                 view="hflip" if number == 1 else "identity",
             )
     shards = sorted((tmp_path / "store").glob("*.h5"))
-    assert {
-        path.name: sha256(path.read_bytes()).hexdigest() for path in shards
-    } == SHARDS_OF_0_1_0
+    assert {path.name: sha256(path.read_bytes()).hexdigest() for path in shards} == SHARDS_OF_0_1_0
