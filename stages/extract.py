@@ -30,9 +30,9 @@ from featurestore import (
     StoreReadError,
     StoreSpec,
 )
-from featurestore.codec import all_finite
+from featurestore.disk_space import check_disk_space
+from featurestore.float16 import all_finite
 from featurestore.prefetch import prefetch
-from featurestore.room import check_room
 from featurestore.writer import clear_after_publication
 from stages.backbones.backbone import OUTPUT_STRIDE, Backbone, BackboneError
 from stages.backbones.build import build_backbone, known_backbone
@@ -154,7 +154,7 @@ def run(
             unpublished.enter_context(writer)
             unfinished.append((writer, samples, writer.resume(len(samples))))
         if accelerator.is_main_process:
-            check_room(writer for writer, _, _ in unfinished)
+            check_disk_space(writer for writer, _, _ in unfinished)
         for writer, samples, missing in unfinished:
             _fill(
                 writer,

@@ -120,7 +120,7 @@ def run(
         seed=seed,
         drop_last=True,
         positions=training_views(train, variant.view),
-        passes=config.passes,
+        repeats=config.passes,
         images=augmenter.needs_images,
     )
     validation = session.loader(stores["val"], config.batch_size)

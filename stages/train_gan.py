@@ -161,7 +161,7 @@ def run(
         seed=config.seed,
         drop_last=True,
         positions=store.positions("identity"),
-        passes=config.passes,
+        repeats=config.passes,
         images=config.image_encoder,
     )
 

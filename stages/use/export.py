@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from featurestore import StoreSpec
-from featurestore.files import sync_folder
+from featurestore.files import sync
 from stages.backbones.backbone import Backbone
 from stages.backbones.resnet import RESNETS
 from stages.common.errors import ConfigError, DataError
@@ -144,7 +144,7 @@ def run(
             difference, largest = compare(runner, backbone, head, sizes, out)
             bar.update()
         os.replace(partial, out)
-        sync_folder(out.parent)
+        sync(out.parent)
     finally:
         partial.unlink(missing_ok=True)
     return Exported(out, out.stat().st_size, tuple(dict.fromkeys(sizes)), difference, largest)
