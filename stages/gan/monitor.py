@@ -33,7 +33,7 @@ from stages.gan.fidelity import (
     two_sample_accuracy,
 )
 from stages.gan.networks import AnyGenerator
-from stages.models.projection import RandomProjection
+from stages.models.blocks import RandomProjection
 from stages.segmentation.metrics import confusion_matrix, score
 from stages.segmentation.regions import labels_at
 

@@ -16,7 +16,7 @@ from stages.models.decoder import Decoder
 from stages.models.discriminator import Discriminator
 from stages.models.generator import Generator
 from stages.models.image_encoder import ImageEncoder
-from stages.models.projection import RandomProjection
+from stages.models.blocks import RandomProjection
 from stages.models.spade import SPADE
 from stages.models.spectral import SpectralConv2d
 
