@@ -11,12 +11,11 @@ import torchvision
 from torch import nn
 
 from stages.backbones.backbone import BackboneError, build_backbone, known_backbone
-from stages.models.blocks import one_hot
+from stages.models.blocks import RandomProjection, one_hot
 from stages.models.decoder import Decoder
 from stages.models.discriminator import Discriminator
 from stages.models.generator import Generator
 from stages.models.image_encoder import ImageEncoder
-from stages.models.blocks import RandomProjection
 from stages.models.spade import SPADE
 from stages.models.spectral import SpectralConv2d
 
