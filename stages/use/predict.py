@@ -112,7 +112,7 @@ def run(
         segmenter = Segmenter.load(
             decoder, weights=weights, backbone_weights=backbone_weights, device=device
         )
-        failed = segment(
+        failed = _segment(
             unfinished, predictions, segmenter, view=view, batch_size=batch_size, workers=workers
         )
     return Summary(len(jobs), len(jobs) - len(unfinished), failed)
@@ -170,7 +170,12 @@ def _images_of(text: str, out: Path) -> list[Job]:
     if path.is_file():
         return [Job(path, Path(path.stem))]
     if path.is_dir():
-        root, files = path, [file for file in path.rglob("*") if not _is_hidden(file, path)]
+        root = path
+        files = [
+            file
+            for file in path.rglob("*")
+            if not any(name.startswith(".") for name in file.relative_to(path).parts)
+        ]
     else:  # patterns do not match hidden files
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
         files = [Path(name) for name in glob.glob(text, recursive=True)]
@@ -181,10 +186,6 @@ def _images_of(text: str, out: Path) -> list[Job]:
         and not file.is_dir()
         and not file.resolve().is_relative_to(out.resolve())
     ]
-
-
-def _is_hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 # -- predictions -----------------------------------------------------------------------------------
@@ -395,7 +396,7 @@ class _Decoded:
     windows: WindowedImage
 
 
-def segment(
+def _segment(
     jobs: Sequence[Job],
     predictions: Predictions,
     segmenter: Segmenter,
@@ -404,20 +405,10 @@ def segment(
     batch_size: int,
     workers: int,
 ) -> list[DataError]:
-    """Segment images and write the wanted files.
+    """Segment images and write the wanted files; return the errors of unreadable images.
 
     Three steps run at once: threads decode and resize, the networks compute, threads encode and
     write.
-
-    Returns
-    -------
-    list
-        The errors of images that cannot be read; all other images are finished.
-
-    Raises
-    ------
-    StoreWriteError
-        When the file system refuses.
     """
     failed: list[DataError] = []
     waiting: deque[_Decoded] = deque()
