@@ -17,7 +17,7 @@ def test_store_benchmark_writes_a_row_a_method_and_read(photos: Path, tmp_path: 
     names = ["featurestore", "np.memmap", "featurestore zeros"]
     only = [word for name in names for word in ("--only", name)]
     options = [
-        "--images",
+        "--folder",
         str(photos),
         "--size",
         "64",
@@ -108,7 +108,7 @@ def test_training_benchmark_compares_with_a_literal_implementation(
         "no",
         "--steps",
         "1",
-        "--images",
+        "--folder",
         str(photos),
         "--images",
         "16",

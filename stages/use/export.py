@@ -13,7 +13,7 @@ from featurestore import StoreSpec
 from featurestore.files import sync_folder
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import progress
-from stages.training.checkpoint import load_decoder, read_config, read_spec
+from stages.training.models import load_decoder, read_config, read_spec
 from stages.use.export_formats import (
     FORMATS,
     MIN_SIDE,

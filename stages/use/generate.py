@@ -30,7 +30,7 @@ from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import generator as random_generator
 from stages.common.runtime import make_accelerator, progress, source_digest
 from stages.models.image_encoder import sample_z
-from stages.training.checkpoint import load_gan, load_generator, read_config, read_spec
+from stages.training.models import load_gan, load_generator, read_config, read_spec
 from stages.use.mask_source import Masks, open_masks
 
 NOISE, CHANGES = 0, 1  # purposes of random numbers

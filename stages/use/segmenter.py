@@ -20,7 +20,7 @@ from stages.backbones.backbone import Backbone, BackboneError, build_backbone
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import make_accelerator
 from stages.data.images import decode_image, read_bytes, too_deep, upright
-from stages.training.checkpoint import load_decoder, read_precision, read_spec
+from stages.training.models import load_decoder, read_precision, read_spec
 from stages.use.windows import View, WindowedImage, cut, join
 
 Input: TypeAlias = Image.Image | np.ndarray | str | Path

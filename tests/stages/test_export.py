@@ -25,7 +25,7 @@ from featurestore import StoreSpec
 from stages.backbones.backbone import Backbone, build_backbone
 from stages.common.errors import ConfigError, DataError
 from stages.models.decoder import Decoder
-from stages.training.checkpoint import load_decoder, read_spec, save_weights
+from stages.training.models import load_decoder, read_spec, save_weights
 from stages.use import export, export_formats
 from stages.use.export_formats import METADATA, EndToEnd, Metadata, Model, _SameConv2d, trace
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.training.checkpoint import load_decoder, load_gan, load_generator
+from stages.training.models import load_decoder, load_gan, load_generator
 from stages.use import Segmenter
 from tests.imports import ROOT
 
