@@ -33,7 +33,7 @@ BASELINE = "models/decoders/baseline-0"
 
 @pytest.fixture
 def project_copy(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the trained decoder and three images of different sizes, as the working directory."""
+    """Make a working directory with the trained decoder and three images of different sizes."""
     shutil.copytree(trained / BASELINE, tmp_path / BASELINE)
     rng = np.random.default_rng(0)
     source = sorted((trained / "photos" / "images" / "test").glob("*.jpg"))
@@ -55,7 +55,7 @@ def call_predict(*arguments: str) -> Result:
 
 
 def files(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Contents and times of change by path."""
+    """Read contents and times of change by path."""
     found = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {
         path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
@@ -63,7 +63,7 @@ def files(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-# -- predict ------------------------------------------------------------------------------------------
+# -- predict ---------------------------------------------------------------------------------------
 
 
 def test_a_folder_of_images(project_copy: Path) -> None:
@@ -285,7 +285,8 @@ def test_mistakes_are_one_line_before_any_work(
         ),
         (
             "models/gan",
-            "models/gan: holds a trained model, but no decoder; name a folder that train-decoder wrote",
+            "models/gan: holds a trained model, but no decoder; "
+            "name a folder that train-decoder wrote",
         ),
     ):
         result = call("evaluate", folder, str(trained / "features/test"))
@@ -310,7 +311,7 @@ def test_a_full_disk_is_one_line(project_copy: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_kill_9_and_the_same_command_again(project_copy: Path) -> None:
-    """What was finished is whole and is not made again; in the end everything is as if nothing had happened."""
+    """Finished masks are whole and are skipped; the results equal those of one run."""
     for number in range(40):
         shutil.copy("photos/a/1.jpg", f"photos/{number:03}.jpg")
     assert call_predict("photos", "--out", "undisturbed", "--batch-size", "1").exit_code == 0
@@ -363,7 +364,7 @@ def test_real_images(real_data: Path, project_copy: Path) -> None:
             assert Image.open(f"{mode}/masks/{file.stem}.png").size == Image.open(file).size
 
 
-# -- what is drawn ------------------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------------------
 
 
 def test_overlays_colour_classes_and_leave_black_ones_as_photographed() -> None:
@@ -391,7 +392,7 @@ def test_confusion_and_legend_are_drawn_for_few_and_many_classes(
     )
 
 
-# -- evaluate -----------------------------------------------------------------------------------------
+# -- evaluate --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -438,7 +439,7 @@ def test_the_mean_over_some_classes(in_trained: Path) -> None:
 
 
 def copy_store(source: Path, target: Path, repeat: int = 1, **changes: object) -> None:
-    """A store with another spec; with ``repeat``, its maps are that many times as wide."""
+    """Write a store with another spec; ``repeat`` multiplies the width of its maps."""
     store = featurestore.open(source)
     spec = dataclasses.replace(store.spec, has_images=False, **changes)
     with featurestore.create(target, spec, fingerprint="other") as writer:

@@ -51,7 +51,7 @@ def spec_of(backbone: Backbone) -> StoreSpec:
 
 
 def write_decoder(folder: Path, backbone: Backbone, **changes) -> Path:
-    """A folder as train-decoder leaves it, with random weights and running statistics."""
+    """Write a folder as train-decoder does, with random weights and running statistics."""
     architecture = {
         "head": "deeplab",
         "in_channels": backbone.channels,
@@ -324,7 +324,8 @@ WRONG = {
     "weights that are not there": (
         ("--format", "onnx", "--out", "m.onnx", "--backbone-weights", "none.pth"),
         1,
-        "none.pth: there is no such weights file; give --backbone-weights the file that extract.weights named",
+        "none.pth: there is no such weights file; "
+        "give --backbone-weights the file that extract.weights named",
     ),
 }
 
@@ -373,8 +374,8 @@ def test_other_models_and_other_weights_are_refused(
     )
     assert refused.exit_code == 1
     assert (
-        "other.pth: these are other resnet50 weights than those that the decoder's features were made with (sha256 "
-        in refused.stderr
+        "other.pth: these are other resnet50 weights than those that the decoder's features were "
+        "made with (sha256 " in refused.stderr
     )
 
     described = {
@@ -385,7 +386,7 @@ def test_other_models_and_other_weights_are_refused(
     (tmp_path / "lite0" / "config.json").write_text(json.dumps(described))
     with pytest.raises(
         ConfigError,
-        match=r"--backbone-weights: these are other efficientnet_lite0 weights .* expected abababababab",
+        match=r"--backbone-weights: these are other efficientnet_lite0 .* expected abababababab",
     ):
         export.load_backbone(read_spec(tmp_path / "lite0"), "default")
 

@@ -219,13 +219,17 @@ def test_a_large_image_does_not_need_all_its_logits_at_once() -> None:
         "import resource, numpy as np, torch\n"
         "from tests.stages.test_segmenter import Segmenter, Colours, SPEC, nn, dataclasses\n"
         "class Many(nn.Module):\n"
-        "    def forward(self, features): return features[:, :1].repeat(1, 40, 1, 1) * torch.linspace(0, 1, 40)[None, :, None, None]\n"
+        "    def forward(self, features):\n"
+        "        return features[:, :1] * torch.linspace(0, 1, 40)[None, :, None, None]\n"
         "names = tuple(map(str, range(40)))\n"
-        "spec = dataclasses.replace(SPEC, class_names=names, palette=((0, 0, 0),) * 40, mask_shape=(256, 256), feature_shape=(3, 32, 32))\n"
+        "spec = dataclasses.replace(\n"
+        "    SPEC, class_names=names, palette=((0, 0, 0),) * 40,\n"
+        "    mask_shape=(256, 256), feature_shape=(3, 32, 32))\n"
         "segmenter = Segmenter(Colours(), Many(), spec, device=torch.device('cpu'))\n"
         "image = np.full((2000, 2000, 3), 200, np.uint8)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "assert (segmenter(image) == 39).all() and (segmenter(image, mode='slide', overlap=0) == 39).all()\n"
+        "assert (segmenter(image) == 39).all()\n"
+        "assert (segmenter(image, mode='slide', overlap=0) == 39).all()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
@@ -318,7 +322,7 @@ def test_a_backbone_with_other_weights_is_refused(trained: Path, tmp_path: Path)
     torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "other.pth")
     with pytest.raises(
         DataError,
-        match=r"other\.pth: these are other efficientnet_lite0 weights than those .*; give --backbone-weights",
+        match=r"other\.pth: these are other efficientnet_lite0 weights .*; give --backbone-weights",
     ):
         Segmenter.load(folder, backbone_weights=tmp_path / "other.pth", device="cpu")
     with pytest.raises(DataError, match=r"none\.pth: there is no such weights file"):
