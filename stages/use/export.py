@@ -184,7 +184,7 @@ def compare(runner: Runner, model: Model, out: Path) -> tuple[float, float]:
         if not difference <= TOLERANCE * largest:  # true for NaN, too
             raise DataError(
                 out,
-                f"the exported scores differ by {difference:.3g} from PyTorch's (up to"
+                f"the exported logits differ by {difference:.3g} from PyTorch's (up to"
                 f" {largest:.3g}) at {height} x {width}; nothing was written: try another --format",
                 expected=TOLERANCE * largest,
                 actual=difference,

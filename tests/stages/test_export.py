@@ -261,7 +261,7 @@ def test_a_file_with_other_logits_is_removed(
     monkeypatch.setitem(export_formats.FORMATS, "torchvision", changed)
     with pytest.raises(
         DataError,
-        match=r"model.pth: the exported scores differ by .* at 64 x 64; nothing was written",
+        match=r"model.pth: the exported logits differ by .* at 64 x 64; nothing was written",
     ):
         export.run(
             folder, format="torchvision", out=tmp_path / "model.pth", backbone_weights=str(weights)

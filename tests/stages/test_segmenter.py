@@ -343,3 +343,14 @@ def test_an_image_is_cut_by_the_rule_of_its_training(trained: Path) -> None:
         for rule in ("stretch", "pad", "crop")
     }
     assert shapes == {"stretch": (64, 64, 3), "pad": (32, 64, 3), "crop": (64, 128, 3)}
+
+
+def test_importing_the_package_does_not_import_pytorch() -> None:
+    """The command line imports it for --help."""
+    code = (
+        "import sys, stages.use\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert stages.use.Segmenter.__name__ == 'Segmenter'\n"
+        "assert not hasattr(stages.use, 'Segmenters')"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
