@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 import featurestore.writer
 from pathlib import Path
 from stages import extract
-from stages.backbones.backbone import build_backbone
+from stages.backbones.build import build_backbone
 from tests import factories
 folder, kills = Path(sys.argv[1]), int(sys.argv[2])
 featurestore.writer.SHARD_BYTES = 3 * 60_000  # three samples a shard
