@@ -19,7 +19,7 @@ from stages.reporting import charts, pictures, tables
 from stages.reporting.feature_grid import feature_grid, normalised_pair, subsample_channels
 from stages.reporting.projection import project as umap_project
 from stages.reporting.projection import sample_vectors
-from stages.reporting.verdict import answer
+from stages.reporting.verdict import verdict
 
 
 def result(variant: str, seed: int, iou: dict[str, float | None], pa: float) -> dict:
@@ -146,7 +146,7 @@ BASELINE_ROW = row("baseline", [], None)
 
 
 @pytest.mark.parametrize(
-    ("others", "verdict", "words"),
+    ("others", "outcome", "words"),
     [
         ([], "open", "Nothing to compare with"),
         ([row("a", [1.0, 2.0], (0.5, 2.5))], "helps", "Yes: a is 1.50 points of mIoU above"),
@@ -185,16 +185,16 @@ BASELINE_ROW = row("baseline", [], None)
         ([row("a", [1.0], None)], "open", "Not known: a is 1.00"),
     ],
 )
-def test_the_answer_says_what_interval_and_seeds_say(
-    others: list[dict], verdict: str, words: str
+def test_the_verdict_follows_from_interval_and_seeds(
+    others: list[dict], outcome: str, words: str
 ) -> None:
-    found = answer([BASELINE_ROW, *others], 100)
-    assert found.verdict == verdict
+    found = verdict([BASELINE_ROW, *others], 100)
+    assert found.outcome == outcome
     assert words in found.headline
 
 
-def test_the_answer_says_what_it_rests_on() -> None:
-    one = answer([BASELINE_ROW, row("a", [1.0], (0.5, 2.5)), row("b", [0.0], (-1.0, 1.0))], 100)
+def test_the_verdict_names_images_seeds_and_variants() -> None:
+    one = verdict([BASELINE_ROW, row("a", [1.0], (0.5, 2.5)), row("b", [0.0], (-1.0, 1.0))], 100)
     assert dict(one.figures) == {
         "baseline, mIoU": "40.00 %",
         "a, mIoU": "41.00 %",
@@ -203,12 +203,12 @@ def test_the_answer_says_what_it_rests_on() -> None:
     }
     assert "100 test images, for one seed" in one.certainty
     assert "picked" not in one.certainty
-    alike = answer(
+    alike = verdict(
         [BASELINE_ROW, row("a", [1.0, 2.0], (0.5, 2.5)), row("b", [0.0, 1.0], (-1.0, 1.0))], 100, 20
     )
     assert "over the 100 test images in blocks of 20, for these 2 seeds" in alike.certainty
     assert "picked from 2 variants" in alike.certainty
-    two = answer([BASELINE_ROW, row("a", [-1.0, -3.0], (-4.0, -1.0))], 100)
+    two = verdict([BASELINE_ROW, row("a", [-1.0, -3.0], (-4.0, -1.0))], 100)
     assert "for these 2 seeds; by seed the difference is −1.00, −3.00" in two.certainty
     assert "picked" not in two.certainty
 
@@ -245,7 +245,7 @@ def test_pictures_hold_the_pixels() -> None:
     )
     decoded = Image.open(
         io.BytesIO(
-            base64.b64decode(pictures.drawing("m", mask).uri.removeprefix("data:image/png;base64,"))
+            base64.b64decode(pictures.as_png("m", mask).uri.removeprefix("data:image/png;base64,"))
         )
     )
     np.testing.assert_array_equal(np.asarray(decoded), mask)

@@ -9,7 +9,7 @@ import pytest
 
 from stages.commands.studies import compare as command
 from stages.studies import compare as comparison
-from stages.studies.markdown import as_markdown
+from stages.studies.tables import as_markdown
 from tests.imports import ROOT
 
 SECTION = re.compile(

@@ -22,7 +22,7 @@ from stages.common.config import parse_section, read_params
 from stages.common.errors import ConfigError, DataError
 from stages.data.manifest import SPLITS, Entry, write_manifest
 from stages.studies.plan import StudyConfig, plan, with_settings
-from stages.studies.runner import Workshop, data_content
+from stages.studies.runner import Runner, data_content
 from tests.conftest import run, write_photos
 from tests.featurestore.test_store import SPEC
 from tests.imports import ROOT
@@ -318,12 +318,12 @@ def test_results_are_paired_by_their_data_not_by_the_code_that_extracted_them(
 def test_a_run_that_waits_for_a_gan_lets_the_others_go_first(tmp_path: Path) -> None:
     rows = "variants: {a: featuregan-frozen, b: featuregan-1x, c: baseline}"
     runs = planned(STUDY.replace("variants: [baseline, featuregan-frozen]", rows), tmp_path)
-    gan, started, others = Workshop.shared(runs[0])[1], [], threading.Semaphore(0)
-    for folder in {Workshop.shared(each)[0] for each in runs}:  # features are there
+    gan, started, others = Runner.shared_folders(runs[0])[1], [], threading.Semaphore(0)
+    for folder in {Runner.shared_folders(each)[0] for each in runs}:  # features are there
         (tmp_path / "work" / folder).mkdir(parents=True)
         (tmp_path / "work" / folder / "done").touch()
 
-    class Recording(Workshop):
+    class Recording(Runner):
         def run(self, run):
             started.append(run.label)
             if run.label == "a":  # its GAN takes as long as two runs without one
@@ -334,8 +334,8 @@ def test_a_run_that_waits_for_a_gan_lets_the_others_go_first(tmp_path: Path) -> 
                 others.release()
             return self.root
 
-    with Recording.open(tmp_path / "work", tmp_path / "results", 1) as workshop:
-        assert [future.result() for future in workshop.work(runs, 2)] == [workshop.root] * 4
+    with Recording.open(tmp_path / "work", tmp_path / "results", 1) as runner:
+        assert [future.result() for future in runner.run_all(runs, 2)] == [runner.root] * 4
     assert started == ["a", "c", "plain", "b"]
 
 
@@ -356,11 +356,11 @@ def test_runs_at_a_time_share_the_threads_that_the_study_may_use(
     ]
     found: list[int] = []
 
-    def opened(work: Path, results: Path, threads: int, done: list) -> Workshop:
+    def opened(work: Path, results: Path, threads: int, done: list) -> Runner:
         found.append(threads)
         raise DataError(work, "enough")
 
-    monkeypatch.setattr(Workshop, "open", opened)
+    monkeypatch.setattr(Runner, "open", opened)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     for jobs in ("1", "2", "8"):
         assert CliRunner().invoke(pipeline.main, [*command, "--jobs", jobs]).exit_code == 1
@@ -369,12 +369,12 @@ def test_runs_at_a_time_share_the_threads_that_the_study_may_use(
 
 def test_two_studies_do_not_work_in_one_folder(tmp_path: Path) -> None:
     with (
-        Workshop.open(tmp_path, tmp_path / "results", 1),
+        Runner.open(tmp_path, tmp_path / "results", 1),
         pytest.raises(DataError, match="another study works here"),
-        Workshop.open(tmp_path, tmp_path / "results", 1),
+        Runner.open(tmp_path, tmp_path / "results", 1),
     ):
         pass
-    with Workshop.open(tmp_path, tmp_path / "results", 1):
+    with Runner.open(tmp_path, tmp_path / "results", 1):
         pass
 
 

@@ -10,7 +10,7 @@ import numpy as np
 def sample_vectors(
     features: np.ndarray, masks: np.ndarray, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Feature vectors at random positions, each with its mask's class.
+    """Sample feature vectors at random positions, each with its mask's class.
 
     Parameters
     ----------
@@ -19,16 +19,16 @@ def sample_vectors(
     masks
         (B, H, W) uint8.
     count
-        Vectors wanted; fewer come where there are fewer positions.
+        Number of vectors; fewer where there are fewer positions.
+    rng
+        Draws the positions.
 
     Returns
     -------
     vectors (n, C) float32, classes (n,) uint8
     """
     _, channels, height, width = features.shape
-    rows = (
-        np.arange(height) * masks.shape[1]
-    ) // height  # as nearest-neighbour resizing picks them
+    rows = (np.arange(height) * masks.shape[1]) // height  # nearest neighbours
     columns = (np.arange(width) * masks.shape[2]) // width
     classes = masks[:, rows][:, :, columns].reshape(-1)  # (B, h, w) -> (B*h*w)
     vectors = features.transpose(0, 2, 3, 1).reshape(-1, channels)  # (B, C, h, w) -> (B*h*w, C)
@@ -39,13 +39,12 @@ def sample_vectors(
 def project(
     groups: list[np.ndarray], *, neighbors: int, min_dist: float, seed: int
 ) -> list[np.ndarray]:
-    """One UMAP embedding of all groups of vectors together, (n_i, C) -> (n_i, 2) each, so that all share their axes."""
-    import umap  # numba compiles on import; only the report pays for it
+    """Embed all groups of vectors (n_i, C) together as (n_i, 2), so that they share axes."""
+    import umap  # numba compiles on import; only the report needs it
 
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="n_jobs value"
-        )  # a fixed seed means one thread; we know
+        # A fixed seed means one thread.
+        warnings.filterwarnings("ignore", message="n_jobs value")
         reducer = umap.UMAP(n_neighbors=neighbors, min_dist=min_dist, random_state=seed)
         points = reducer.fit_transform(np.concatenate(groups))
     return np.split(points, np.cumsum([len(group) for group in groups])[:-1])

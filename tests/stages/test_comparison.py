@@ -12,10 +12,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from stages.common.errors import ConfigError, DataError
-from stages.reporting import figures, tables
+from stages.reporting import tables
 from stages.reporting.bootstrap import Counts, paired_intervals
 from stages.studies import compare as comparison
-from stages.studies.markdown import as_markdown
+from stages.studies import figures
+from stages.studies import tables as output
 
 NAMES = ["sky", "road", "car"]
 
@@ -223,7 +224,7 @@ def test_means_are_over_the_classes_of_the_truth_whoever_predicts_others() -> No
     entries = comparison.compare(
         [comparison.Group("one", 2, {"baseline": base})], ["road", "car"], "baseline"
     )
-    assert entries[0]["title"].endswith("; mIoU over road (the test images have no car)")
+    assert entries[0].title.endswith("; mIoU over road (the test images have no car)")
     with pytest.raises(
         ConfigError, match="the test images have none of these classes; they have sky, road"
     ):
@@ -289,15 +290,15 @@ def test_groups_by_protocol_are_written_with_tables_and_pictures(
     results: Path, tmp_path: Path
 ) -> None:
     compared = comparison.compare(comparison.read_groups([results]), [], "baseline")
-    assert [(entry["name"], entry["train_images"]) for entry in compared] == [
+    assert [(entry.group.name, entry.group.train_images) for entry in compared] == [
         ("full", 80),
         ("eighth", 10),
     ]
-    assert [row["variant"] for row in compared[0]["rows"]] == ["baseline", "noise"]
-    assert all(row["delta_interval"]["low"] > 0 for entry in compared for row in entry["rows"][1:])
-    text = comparison.as_text(compared)
+    assert [row["variant"] for row in compared[0].rows] == ["baseline", "noise"]
+    assert all(row["delta_interval"]["low"] > 0 for entry in compared for row in entry.rows[1:])
+    text = output.as_text(compared)
     assert "full: 80 training images" in text
-    written = comparison.write(compared, tmp_path / "out")
+    written = output.write(compared, tmp_path / "out")
     assert sorted(written) == sorted(path.name for path in (tmp_path / "out").iterdir())
     table = pd.read_csv(tmp_path / "out" / "comparison.csv")
     assert list(table["experiment"]) == ["full", "full", "eighth", "eighth"]
@@ -324,7 +325,7 @@ def test_figures_draw_every_gan_once_and_their_legends_hide_nothing(
     drawn: list[Figure] = []
     monkeypatch.setattr(figures, "png", lambda figure: drawn.append(figure) or b"")
     compared = comparison.compare(comparison.read_groups([results]), [], "baseline")
-    comparison.write(compared, tmp_path / "out")
+    output.write(compared, tmp_path / "out")
     for figure in drawn:
         FigureCanvasAgg(figure).draw()
     _, gans, curve = drawn
@@ -354,19 +355,19 @@ def test_named_classes_stand_beside_all_and_sizes_have_a_table_of_gains(
     compared = comparison.compare(comparison.read_groups([results]), ["sky", "road"], "baseline")
     for entry in compared:
         of_all = comparison.compare(
-            comparison.read_groups([results / entry["name"]]), [], "baseline"
+            comparison.read_groups([results / entry.group.name]), [], "baseline"
         )
-        for row, row_all in zip(entry["rows"], of_all[0]["rows"], strict=True):
+        for row, row_all in zip(entry.rows, of_all[0].rows, strict=True):
             shown = ("miou", "delta_miou", "delta_interval", "miou_best_on_val")
             assert [tables.over_all(row)[key] for key in shown] == [row_all[key] for key in shown]
-        assert entry["rows"][1]["delta_miou"] != entry["rows"][1]["delta_miou_all"]
-    full, eighth = (entry["rows"][1] for entry in compared)
-    of_two, of_all, *_ = comparison.as_text(compared).split("\n\n")
+        assert entry.rows[1]["delta_miou"] != entry.rows[1]["delta_miou_all"]
+    full, eighth = (entry.rows[1] for entry in compared)
+    of_two, of_all, *_ = output.as_text(compared).split("\n\n")
     assert "full: 80 training images; mIoU over sky, road" in of_two
     assert "{delta_miou:+.2f}".format(**full) in of_two
     assert "full: mIoU over all classes of the test images" in of_all
     assert "{delta_miou_all:+.2f}".format(**full) in of_all
-    comparison.write(compared, tmp_path / "out")
+    output.write(compared, tmp_path / "out")
     csv = pd.read_csv(tmp_path / "out" / "comparison.csv")
     assert csv["delta_miou_all"][1] == pytest.approx(full["delta_miou_all"], abs=1e-4)
     lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
@@ -384,12 +385,12 @@ def test_named_classes_stand_beside_all_and_sizes_have_a_table_of_gains(
     ]
     for head, of in zip(heads, (lambda row: row, tables.over_all), strict=True):
         baseline, noise = lines[head + 2 : head + 4]
-        values = [of(entry["rows"][0])["miou"]["mean"] for entry in compared[::-1]]
+        values = [of(entry.rows[0])["miou"]["mean"] for entry in compared[::-1]]
         assert baseline == "| baseline | {:.1f} (2 seeds) | {:.1f} |".format(*values)
         assert noise == f"| noise | {gain(of(eighth))}) | {gain(of(full))}) |"
     wide = next(
         line
-        for line in lines[lines.index("## " + compared[0]["title"]) :]
+        for line in lines[lines.index("## " + compared[0].title) :]
         if line.startswith("| noise")
     )
     cells = wide.strip("| ").split(" | ")
@@ -411,8 +412,8 @@ def test_other_data_are_another_table_and_no_part_of_a_curve(results: Path, tmp_
         images = {f"other {name}": counts for name, counts in values["images"].items()}
         file.write_text(json.dumps({**values, "experiment": "full", "images": images}))
     compared = comparison.compare(comparison.read_groups([results]), [], "baseline")
-    assert [entry["name"] for entry in compared] == ["one/full", "two/full"]
-    assert "curve.png" not in comparison.write(compared, tmp_path / "out")
+    assert [entry.group.name for entry in compared] == ["one/full", "two/full"]
+    assert "curve.png" not in output.write(compared, tmp_path / "out")
     assert (
         (tmp_path / "out" / "comparison.md")
         .read_text()
@@ -422,11 +423,9 @@ def test_other_data_are_another_table_and_no_part_of_a_curve(results: Path, tmp_
 
 def test_one_seeds_runs_alone_are_compared_when_asked_for(results: Path, tmp_path: Path) -> None:
     compared = comparison.compare(comparison.read_groups([results], [1]), [], "baseline")
-    assert {tuple(row["seeds"]) for entry in compared for row in entry["rows"]} == {(1,)}
+    assert {tuple(row["seeds"]) for entry in compared for row in entry.rows} == {(1,)}
     both = comparison.compare(comparison.read_groups([results]), [], "baseline")
-    assert (
-        compared[0]["rows"][1]["delta_miou_values"] == both[0]["rows"][1]["delta_miou_values"][1:]
-    )
+    assert compared[0].rows[1]["delta_miou_values"] == both[0].rows[1]["delta_miou_values"][1:]
     with pytest.raises(
         ConfigError, match="--seed: there is no run of seed 7; the results have 0, 1"
     ):
@@ -450,25 +449,25 @@ def test_gains_of_as_many_seeds_are_in_order_those_of_fewer_and_the_unpaired_las
     ]
     groups[0].runs["best"].append(run_of("best", 5, {"a": image({0: 3}, {(0, 1): 17})}))
     compared = comparison.compare(groups, [], "baseline")
-    assert [row["variant"] for row in compared[0]["rows"]] == [
+    assert [row["variant"] for row in compared[0].rows] == [
         "baseline",
         "best",
         "better",
         "worse",
         "alone",
     ]
-    assert [tables.cells(row)[-1] for row in compared[0]["rows"]] == ["1", "1 of 2", "1", "1", "1"]
-    assert "| alone | — | — |" in as_markdown(compared)
+    assert [tables.cells(row)[-1] for row in compared[0].rows] == ["1", "1 of 2", "1", "1", "1"]
+    assert "| alone | — | — |" in output.as_markdown(compared)
     groups[0].runs["baseline"].append(run_of("baseline", 5, {"a": image({0: 2}, {(0, 1): 18})}))
     compared = comparison.compare(groups, [], "baseline")
-    assert [row["variant"] for row in compared[0]["rows"]] == [
+    assert [row["variant"] for row in compared[0].rows] == [
         "baseline",
         "best",
         "alone",
         "better",
         "worse",
     ]
-    comparison.write(comparison.compare([group("alone", 1, baseline=5)], [], "baseline"), tmp_path)
+    output.write(comparison.compare([group("alone", 1, baseline=5)], [], "baseline"), tmp_path)
     assert not (tmp_path / "comparison.png").exists()
 
 
