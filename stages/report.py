@@ -21,8 +21,12 @@ from stages.common.runtime import make_accelerator, write_json
 from stages.gan.fidelity import DIMENSIONS
 from stages.reporting import charts, pictures, tables
 from stages.reporting.curves import read_curves
-from stages.reporting.feature_grid import normalised_pair, subsample_channels
-from stages.reporting.projection import project, sample_vectors
+from stages.reporting.features import (
+    normalised_pair,
+    project,
+    sample_vectors,
+    subsample_channels,
+)
 from stages.reporting.verdict import verdict
 from stages.training.checkpoint import load_decoder, load_generator
 

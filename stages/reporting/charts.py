@@ -17,17 +17,21 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
 
-from stages.reporting.style import OPEN_AXES, SERIES, draw_differences, line_style
 from stages.reporting.tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Curves = Mapping[str, pd.Series]  # of one training, by name
 Seeds = Sequence[Curves]  # of one variant
 
 INK, SOFT, LINE = "#1c2430", "#566070", "#dfe4ea"
 # fmt: off
+SERIES = (
+    "#2563eb", "#ea580c", "#059669", "#9333ea", "#ca8a04",
+    "#0891b2", "#db2777", "#65a30d", "#78716c", "#dc2626",
+)
 DARK = (  # the series' colours on a dark ground
     "#60a5fa", "#fb923c", "#34d399", "#c084fc", "#facc15",
     "#22d3ee", "#f472b6", "#a3e635", "#a8a29e", "#f87171",
@@ -40,7 +44,10 @@ VARIABLES = {
     LINE: "var(--line)",
     **{hue: f"var(--series-{n})" for n, hue in enumerate(SERIES)},
 }
-STYLE = OPEN_AXES | {
+DASHES = ("solid", "dashed", "dotted")  # of the first ten lines, the next ten, the rest
+OPEN_AXES: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False}
+PNG_STYLE = OPEN_AXES | {"font.size": 9, "figure.dpi": 110}
+SVG_STYLE = OPEN_AXES | {
     "font.size": 10,
     "axes.edgecolor": SOFT,
     "axes.labelcolor": SOFT,
@@ -174,22 +181,32 @@ def differences(rows: Sequence[Row]) -> Chart | None:
     if not shown:
         return None
     axes = _axes(height=0.7 + 0.42 * len(shown))
-    axes.grid(axis="y", visible=False)
-    names = {"transform": axes.get_yaxis_transform(), "va": "center", "color": INK, "size": 10}
-    for place, row in enumerate(shown):
-        # The name is above the line, as names may be long; the line of 0 leaves it free.
-        axes.plot([0, 0], [place - 0.1, place + 0.5], color=SOFT, linewidth=1)
-        axes.text(0.01, place - 0.28, row["variant"], **names)
-    draw_differences(axes, shown, 6, marker="|", color=SOFT, markersize=8)
-    axes.set(xlabel="points of mIoU against the baseline", yticks=[])
-    axes.set_ylim(len(shown) - 0.65, -0.6)
-    axes.spines["left"].set_visible(False)
+    draw_differences(axes, shown)
+    axes.set_xlabel("points of mIoU against the baseline")
     legend = (
         Key("mean over seeds", VARIABLES[SERIES[0]], "mark"),
         Key("95% interval", VARIABLES[SERIES[0]]),
         Key("a seed", VARIABLES[SOFT], "tick"),
     )
     return Chart((Panel("", _svg(axes, "Difference in mIoU to the baseline by variant")),), legend)
+
+
+def draw_differences(axes: Axes, rows: Sequence[Row]) -> None:
+    """Draw each row's difference to the baseline: 95% interval, seeds, and mean over seeds."""
+    for place, row in enumerate(rows):
+        # The name is above the line, as names may be long; the line of 0 leaves it free.
+        axes.plot([0, 0], [place - 0.1, place + 0.5], color=SOFT, linewidth=1)
+        across = axes.get_yaxis_transform()  # 0..1 from the left to the right edge
+        axes.text(0.01, place - 0.28, row["variant"], transform=across, va="center", color=INK)
+        if bounds := row["delta_interval"]:
+            ends = [bounds["low"], bounds["high"]]
+            axes.plot(ends, [place, place], color=SERIES[0], linewidth=2)
+        by_seed = row["delta_miou_values"]
+        axes.plot(by_seed, [place] * len(by_seed), "|", color=SOFT, markersize=8)
+        axes.plot(row["delta_miou"], place, "o", color=SERIES[0], markersize=6)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.set(yticks=[], ylim=(len(rows) - 0.65, -0.6))
 
 
 def projections(real: np.ndarray, before: np.ndarray, after: np.ndarray) -> Chart:
@@ -239,6 +256,19 @@ def projections_by_class(
     return Chart(tuple(panels), tuple(legend))
 
 
+def line_style(number: int) -> dict[str, Any]:
+    """Choose colour and dashes of the n-th line of a chart; thirty lines differ."""
+    dashes = DASHES[min(number // len(SERIES), len(DASHES) - 1)]
+    return {"color": SERIES[number % len(SERIES)], "linestyle": dashes}
+
+
+def png(figure: Figure) -> bytes:
+    """Convert a figure to PNG on white ground."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", facecolor="white")
+    return buffer.getvalue()
+
+
 # Functions import matplotlib themselves: it takes a second, and only the report draws charts.
 
 
@@ -247,7 +277,7 @@ def _axes(width: float = 3.6, height: float = 2.5) -> Axes:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(SVG_STYLE):
         return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
@@ -307,13 +337,10 @@ def _keys(names: Iterable[str]) -> tuple[Key, ...]:
 def _svg(axes: Axes, label: str) -> Markup:
     """Convert a figure to an SVG element, named for screen readers, in the page's colours."""
     import matplotlib as mpl
-    from matplotlib.figure import Figure
 
-    buffer, figure = io.StringIO(), axes.figure
-    assert isinstance(figure, Figure)
-    with mpl.rc_context(STYLE):
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", dpi=200, transparent=True, metadata=nothing)
+    buffer, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with mpl.rc_context(SVG_STYLE):
+        axes.figure.savefig(buffer, format="svg", dpi=200, transparent=True, metadata=nothing)
     text = buffer.getvalue()
     head = rf'<svg \1 role="img" aria-label="{escape(label)}">'
     for pattern, replacement in (

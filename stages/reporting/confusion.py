@@ -9,8 +9,9 @@ from matplotlib import rc_context
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from stages.reporting.style import PNG_STYLE, png
+from stages.reporting.charts import PNG_STYLE, png
 
+TICKS = (0, 1, 5, 10, 25, 50, 75, 100)  # percent
 MOST_WITH_NUMBERS = 40  # classes; the numbers of more would be too small to read
 
 
@@ -49,6 +50,5 @@ def confusion(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> by
     for row, column in np.argwhere(percent >= 0.5) if count <= MOST_WITH_NUMBERS else ():
         value = percent[row, column]
         axes.text(column, row, f"{value:.0f}", color="white" if value > 36 else "#333", **style)
-    ticks = (0, 1, 5, 10, 25, 50, 75, 100)
-    figure.colorbar(picture, fraction=0.04, pad=0.02, aspect=30, ticks=ticks)
+    figure.colorbar(picture, fraction=0.04, pad=0.02, aspect=30, ticks=TICKS)
     return png(figure)

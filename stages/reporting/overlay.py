@@ -40,7 +40,7 @@ def overlay(image: np.ndarray, classes: np.ndarray, palette: Palette) -> np.ndar
 
 
 def _borders(classes: np.ndarray) -> np.ndarray:
-    """Mark pixels (H, W) next to another class; lines are wider in images of 1000 pixels or more."""
+    """Mark pixels (H, W) next to another class; lines are wider in images above 1000 pixels."""
     edge = np.zeros(classes.shape, bool)
     edge[:-1] |= classes[:-1] != classes[1:]
     edge[:, :-1] |= classes[:, :-1] != classes[:, 1:]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from stages.reporting.feature_grid import feature_grid
+from stages.reporting.features import feature_grid
 
 JPEG_QUALITY = 88
 

@@ -34,14 +34,19 @@ def read_results(metrics: Path, variants: Sequence[str], seeds: Sequence[int]) -
     DataError
         When a result is missing or damaged.
     """
+    command = "python pipeline.py train-decoder"
     return {
-        variant: [_read_result(metrics, variant, seed) for seed in seeds] for variant in variants
+        variant: [
+            _read_result(
+                metrics / f"{variant}-{seed}", f"run `{command} --variant {variant} --seed {seed}`"
+            )
+            for seed in seeds
+        ]
+        for variant in variants
     }
 
 
-def _read_result(metrics: Path, variant: str, seed: int) -> Result:
-    folder = metrics / f"{variant}-{seed}"
-    remedy = f"run `python pipeline.py train-decoder --variant {variant} --seed {seed}`"
+def _read_result(folder: Path, remedy: str) -> Result:
     images = read_json(folder / IMAGES_NAME, remedy)
     return {**read_json(folder / "test.json", remedy), "images": images}
 
@@ -151,7 +156,7 @@ def _row(
     def delta(classes: Sequence[str]) -> list[float]:
         return [run - base for run, base in (miou(pair, classes) for pair in pairs)]
 
-    best = [run["best_on_val"] for run in runs]
+    best, names, counts = [run["best_on_val"] for run in runs], [*runs[0]["iou"]], counts_of(runs)
     difference, difference_all = spread(delta(classes)), spread(delta(tested))
     return {
         "seeds": [run["seed"] for run in runs],
@@ -162,14 +167,14 @@ def _row(
         "delta_miou_values": difference["values"],
         "delta_interval": interval,
         "delta_intervals_by_class": by_class,
-        "iou_intervals_by_class": _intervals_by_class(runs, block_length),
+        "iou_intervals_by_class": _by_name(names, intervals(counts, block_length=block_length)),
         "miou_best_on_val": spread(miou(best)),
         "miou_all": spread(miou(runs, tested)),
         "delta_miou_all": difference_all["mean"],
         "delta_std_all": difference_all["std"],
         "delta_interval_all": interval_all,
         "miou_best_on_val_all": spread(miou(best, tested)),
-        "absent_classes": [name for name in runs[0]["iou"] if name not in tested],
+        "absent_classes": [name for name in names if name not in tested],
     }
 
 
@@ -183,11 +188,6 @@ def counts_of(runs: Sequence[Result]) -> list[Counts]:
     """Count the pixels of each run's test images, all in the order of the first run's ids."""
     ids = sorted(runs[0]["images"])
     return [Counts.of(run["images"], ids, len(run["iou"])) for run in runs]
-
-
-def _intervals_by_class(runs: Sequence[Result], block_length: int) -> dict[str, Bounds | None]:
-    found = intervals(counts_of(runs), block_length=block_length)
-    return {name: _in_percent(found[number]) for number, name in enumerate(runs[0]["iou"])}
 
 
 def _differences(
@@ -206,15 +206,16 @@ def _differences(
         *([names.index(name) for name in classes] for classes in means),
         block_length=block_length,
     )
-    return [*map(_in_percent, of_means)], {
-        name: _in_percent(by_class[number]) for number, name in enumerate(names)
-    }
+    return [*map(_in_percent, of_means)], _by_name(names, by_class)
 
 
 def _in_percent(interval: Interval) -> Bounds | None:
-    if math.isnan(interval.low):
-        return None
-    return {name: 100 * value for name, value in vars(interval).items()}
+    percent = {name: 100 * value for name, value in vars(interval).items()}
+    return None if math.isnan(interval.low) else percent
+
+
+def _by_name(names: Sequence[str], by_class: Mapping[int, Interval]) -> dict[str, Bounds | None]:
+    return {name: _in_percent(by_class[number]) for number, name in enumerate(names)}
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -307,30 +308,27 @@ def cells(row: Row) -> list[str]:
     """Format a row for a table with :data:`HEADINGS`."""
     return [
         row["variant"],
-        _mean_and_std(row["pa"]),
+        _with_std(**row["pa"]),
         *miou_cells(row),
-        _mean_and_std(row["miou_best_on_val"]),
+        _with_std(**row["miou_best_on_val"]),
         _seeds(row),
     ]
 
 
 def miou_cells(row: Row) -> list[str]:
     """Format mIoU, its difference to the baseline (± over seeds), and the difference's interval."""
-    if row["delta_miou"] is None:
-        return [_mean_and_std(row["miou"]), "—", "—"]
-    delta = f"{row['delta_miou']:+.2f}{_plus_minus(row['delta_std'])}"
     bounds = row["delta_interval"]
-    interval = "{low:+.2f} to {high:+.2f}".format(**bounds) if bounds else "—"
-    return [_mean_and_std(row["miou"]), delta, interval]
+    return [
+        _with_std(**row["miou"]),
+        _with_std(row["delta_miou"], row["delta_std"], sign="+"),
+        "{low:+.2f} to {high:+.2f}".format(**bounds) if bounds else "—",
+    ]
 
 
-def _mean_and_std(value: dict[str, Any]) -> str:
+def _with_std(mean: float | None, std: float | None, sign: str = "-", **_: object) -> str:
     """Format ``61.79 ± 0.31``; without ± for a single value."""
-    return f"{value['mean']:.2f}{_plus_minus(value['std'])}"
-
-
-def _plus_minus(deviation: float | None) -> str:
-    return "" if deviation is None else f" ± {deviation:.2f}"
+    spread = "" if std is None else f" ± {std:.2f}"
+    return "—" if mean is None else f"{mean:{sign}.2f}{spread}"
 
 
 def _seeds(row: Row) -> str:

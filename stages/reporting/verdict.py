@@ -104,19 +104,18 @@ def _certainty(best: Row, variants: int, images: int, block_length: int) -> str:
 
     ``variants`` is the number of variants from which this one was picked for its gain.
     """
-    by_seed, blocks, picked = best["delta_miou_values"], "", ""
-    seeds = "for one seed: how far another seed would move the difference is not known."
-    if len(by_seed) > 1:
-        signs = ", ".join(map(signed, by_seed))
-        seeds = f"for these {len(by_seed)} seeds; by seed the difference is {signs}."
-    if block_length > 1:
-        blocks = f" in blocks of {block_length}"
+    by_seed = best["delta_miou_values"]
+    blocks = f" in blocks of {block_length}" if block_length > 1 else ""
+    seeds = f"for these {len(by_seed)} seeds; by seed the difference is "
+    seeds += f"{', '.join(map(signed, by_seed))}."
+    if len(by_seed) == 1:
+        seeds = "for one seed: how far another seed would move the difference is not known."
     if variants > 1:
-        picked = (
+        seeds += (
             f" It is picked from {variants} variants: of twenty that change nothing,"
             " one interval is expected to miss 0 by chance."
         )
-    return f"The interval is over the {images} test images{blocks}, {seeds}{picked}"
+    return f"The interval is over the {images} test images{blocks}, {seeds}"
 
 
 def signed(value: float) -> str:

@@ -52,15 +52,12 @@ class Comparison:
     rows
         From :func:`stages.reporting.tables.compare`: the baseline, then by number of seeds, then
         by gain.
-    tested_on
-        Classes of the data set and test images.
     """
 
     group: Group
     classes: Sequence[str]
     title: str
     rows: list[Row]
-    tested_on: tuple[list[str], list[str]]
 
 
 def read_groups(paths: Iterable[Path], seeds: Sequence[int] = ()) -> list[Group]:
@@ -180,27 +177,25 @@ def compare(
                 -(row["delta_miou"] or 0.0),
             )
         )
-        first = group.runs[baseline][0]
         title = _title(group, classes, rows[0]["absent_classes"], block_length)
-        tested_on = sorted(first["iou"]), sorted(first["images"])
-        compared.append(Comparison(group, classes, title, rows, tested_on))
+        compared.append(Comparison(group, classes, title, rows))
     return compared
 
 
 def _title(group: Group, classes: Sequence[str], absent: Sequence[str], block_length: int) -> str:
     runs = [run for of_variant in group.runs.values() for run in of_variant]
     versions = len({run.get("made_with", {}).get("sources") for run in runs})
+    tested = ", ".join(name for name in classes if name not in absent)
     missing = ", ".join(name for name in classes if name in absent)
-    title = f"{group.name}: {group.train_images} training images"
-    if versions > 1:
-        title += f", made by {versions} versions of the sources"
-    if classes:
-        title += f"; mIoU over {', '.join(name for name in classes if name not in absent)}"
-    if missing:
-        title += f" (the test images have no {missing})"
-    if block_length > 1:
-        title += f"; intervals over blocks of {block_length} test images"
-    return title
+    return "".join(
+        [
+            f"{group.name}: {group.train_images} training images",
+            f", made by {versions} versions of the sources" if versions > 1 else "",
+            f"; mIoU over {tested}" if classes else "",
+            f" (the test images have no {missing})" if missing else "",
+            f"; intervals over blocks of {block_length} test images" if block_length > 1 else "",
+        ]
+    )
 
 
 def left_out(groups: Sequence[Group], baseline: str) -> list[str]:

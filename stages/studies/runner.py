@@ -288,15 +288,11 @@ def _sources() -> str:
 
 def _commit() -> str:
     """Describe this code's commit, with ``-dirty`` after changes; empty outside a checkout."""
-    if not (CODE / ".git").exists():  # installed: a repository around it is another project's
+    # An installed copy has no .git: a repository around it is another project's.
+    if not (CODE / ".git").exists() or shutil.which("git") is None:
         return ""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.check_output(
-            command, cwd=CODE, text=True, stderr=subprocess.DEVNULL
-        ).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    return subprocess.run(command, cwd=CODE, capture_output=True, text=True).stdout.strip()
 
 
 def _made_by(shared: Path) -> str:

@@ -53,11 +53,10 @@ def has_curve(compared: Sequence[Comparison]) -> bool:
 
     Two groups of one size have decoders that were trained in two ways.
     """
-    sizes = [entry.group.train_images for entry in compared]
-    tested_on = compared[0].tested_on
-    return 1 < len(sizes) == len(set(sizes)) and all(
-        entry.tested_on == tested_on for entry in compared
-    )
+    sizes = {entry.group.train_images for entry in compared}
+    runs = [next(iter(entry.group.runs.values()))[0] for entry in compared]
+    tested_on = {(frozenset(run["iou"]), frozenset(run["images"])) for run in runs}
+    return 1 < len(sizes) == len(compared) and len(tested_on) == 1
 
 
 def _comparison(entry: Comparison) -> str:
