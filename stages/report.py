@@ -15,6 +15,7 @@ from pydantic import Field
 
 import featurestore
 from featurestore import FeatureStore
+from featurestore.files import write_atomically
 from stages.common.config import Config, Once, Seed
 from stages.common.runtime import generator as random_generator
 from stages.common.runtime import make_accelerator, write_json
@@ -113,8 +114,7 @@ def run(
         **_curves(compared, metrics, out),
         **_generated(config, train, gan, accelerator.device),
     )
-    (out / "index.html").unlink(missing_ok=True)  # it may be a hard link into DVC's cache
-    (out / "index.html").write_text(page, encoding="utf-8")
+    write_atomically(out / "index.html", page.encode())  # a new file: DVC may link the old one
     return text
 
 
@@ -160,29 +160,26 @@ def _generated(
     chosen = np.random.default_rng(config.seed).choice(
         len(store), size=min(wanted, len(store)), replace=False
     )
-    vectors, classes, grids = _sample(config, store, gan, device, chosen)
-    projected = project(
-        list(vectors.values()),
+    vectors, classes, maps = _sample(config, store, gan, device, chosen)
+    real, before, after = project(
+        [vectors[name] for name in ("real", *WEIGHTS)],
         neighbors=config.umap_neighbors,
         min_dist=config.umap_min_dist,
         seed=config.seed,
     )
-    points = dict(zip(vectors, projected, strict=True))
     spec, shown = store.spec, chosen[: config.grid_samples]
     channels = subsample_channels(spec.feature_shape[0], config.grid_channels)
-    real, generated = normalised_pair(
-        *(grids[name][: len(shown), channels] for name in ("real", "after"))
-    )
+    grids = normalised_pair(*(maps[name][: len(shown), channels] for name in ("real", "after")))
     masks = pictures.colour_masks(store.gather("masks", shown), spec.palette)
     images = store.gather("images", shown) if spec.has_images else None
     return {
-        "umap": charts.projections(points["real"], points["before"], points["after"]),
+        "umap": charts.projections(real, before, after),
         "umap_classes": charts.projections_by_class(
-            (points["real"], classes), (points["after"], classes), spec.class_names, spec.palette
+            (real, classes), (after, classes), spec.class_names, spec.palette
         ),
         "strips": [
-            pictures.feature_strip("Real", real, masks, images),
-            pictures.feature_strip("Generated", generated, masks, images),
+            pictures.feature_strip(name, grid, masks, images)
+            for name, grid in zip(("Real", "Generated"), grids, strict=True)
         ],
     }
 
@@ -203,7 +200,8 @@ def _sample(
     }
     draws = {name: random_generator(device, config.seed) for name in generators}
     scale = generators["after"].feature_scale.cpu().numpy()
-    sampled, shown = [], []
+    sampled: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
+    shown: list[dict[str, np.ndarray]] = []
     for batch in np.array_split(chosen, -(-len(chosen) // BATCH_SIZE)):
         masks = store.gather("masks", batch)
         features = {"real": store.gather("features", batch).astype(np.float32)}
@@ -248,14 +246,14 @@ def _predictions(
         decoder = load_decoder(decoders / f"{variant}-{compared.seeds[0]}").to(device)
         logits = decoder(features, store.spec.mask_shape)
         masks[variant] = logits.argmax(1).to(torch.uint8).cpu().numpy()
-    rows = []
-    for number, position in enumerate(positions):
-        coloured = {
-            name: pictures.colour_masks(values[number], store.spec.palette)
-            for name, values in masks.items()
-        }
-        row = [pictures.as_png(name, pixels) for name, pixels in coloured.items()]
-        if store.spec.has_images:
-            row.insert(0, pictures.as_jpeg("image", store.image(position)))
-        rows.append((store.ids[position], row))
-    return rows
+    coloured = {
+        name: pictures.colour_masks(values, store.spec.palette) for name, values in masks.items()
+    }
+    rows = [
+        [pictures.as_png(name, pixels[number]) for name, pixels in coloured.items()]
+        for number in range(len(positions))
+    ]
+    if store.spec.has_images:
+        for image, row in zip(store.gather("images", positions), rows, strict=True):
+            row.insert(0, pictures.as_jpeg("image", image))
+    return [(store.ids[position], row) for position, row in zip(positions, rows, strict=True)]

@@ -340,7 +340,9 @@ def _svg(axes: Axes, label: str) -> Markup:
 
     buffer, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with mpl.rc_context(SVG_STYLE):
-        axes.figure.savefig(buffer, format="svg", dpi=200, transparent=True, metadata=nothing)
+        axes.figure.savefig(  # type: ignore[union-attr]
+            buffer, format="svg", dpi=200, transparent=True, metadata=nothing
+        )
     text = buffer.getvalue()
     head = rf'<svg \1 role="img" aria-label="{escape(label)}">'
     for pattern, replacement in (

@@ -40,15 +40,17 @@ def confusion(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> by
     axes = figure.add_subplot()
     axes.set_facecolor("#eee")
     picture = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, 0, 100))  # 1% is visible
-    names = [class_names[number] for number in shown]
+    names = [class_names[number] for number in shown.tolist()]
     axes.set_xticks(range(count), names, rotation=90, fontsize=size)
     axes.set_yticks(range(count), names, fontsize=size)
     axes.set(xlabel="predicted", ylabel="true", title="Pixels of each true class, in %")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    style = {"ha": "center", "va": "center", "fontsize": size * 0.85}
     for row, column in np.argwhere(percent >= 0.5) if count <= MOST_WITH_NUMBERS else ():
         value = percent[row, column]
-        axes.text(column, row, f"{value:.0f}", color="white" if value > 36 else "#333", **style)
+        text = axes.text(
+            column, row, f"{value:.0f}", ha="center", va="center", fontsize=0.85 * size
+        )
+        text.set_color("white" if value > 36 else "#333")
     figure.colorbar(picture, fraction=0.04, pad=0.02, aspect=30, ticks=TICKS)
     return png(figure)

@@ -76,7 +76,7 @@ def feature_strip(
     """
     import matplotlib as mpl
 
-    tops = [] if images is None else [as_jpeg("images", np.hstack(images))]
-    tops.append(as_png("masks", np.hstack(masks)))  # (B, H, W, 3) -> (H, B*W, 3)
+    tops = [] if images is None else [as_jpeg("images", np.hstack(list(images)))]
+    tops.append(as_png("masks", np.hstack(list(masks))))  # (B, H, W, 3) -> (H, B*W, 3)
     hues = mpl.colormaps["viridis"](feature_grid(features), bytes=True)[..., :3]  # (C*h, B*w, 3)
     return FeatureStrip(name, tuple(tops), as_png(f"{name} features", hues))

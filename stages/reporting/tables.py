@@ -201,8 +201,10 @@ def _differences(
                 f"{run['variant']} {run['seed']}",
                 "was tested on other images or classes; compare runs of one data set",
             )
+    runs, baselines = (counts_of(side) for side in zip(*pairs, strict=True))
     of_means, by_class = paired_intervals(
-        *(counts_of(side) for side in zip(*pairs, strict=True)),
+        runs,
+        baselines,
         *([names.index(name) for name in classes] for classes in means),
         block_length=block_length,
     )

@@ -78,7 +78,6 @@ def _miou(row: Row) -> tuple[str, str]:
 
 
 def _outcome(best: Row, certain: bool, variants: int) -> tuple[str, str]:
-    """Name the outcome, and say it in a sentence."""
     name, interval, by_seed = best["variant"], best["delta_interval"], best["delta_miou_values"]
     size = f"{abs(best['delta_miou']):.2f} points of mIoU"
     against = f"{size} {'above' if best['delta_miou'] >= 0 else 'below'} the baseline"

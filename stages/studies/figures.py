@@ -98,7 +98,6 @@ def low_data_curve(groups: Mapping[int, Sequence[Row]]) -> bytes:
 
 
 def _with_legend_below(figure: Figure) -> bytes:
-    """Name all lines, each once, under the panels."""
     figure.tight_layout()
     lines = {
         name: line
@@ -106,6 +105,6 @@ def _with_legend_below(figure: Figure) -> bytes:
         for line, name in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     columns = 3 if max(map(len, lines)) <= 45 else 1
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": columns}
-    figure.legend(lines.values(), lines.keys(), frameon=False, fontsize=8, **place)
+    place = {"bbox_to_anchor": (0.5, 0), "ncols": columns, "frameon": False, "fontsize": 8}
+    figure.legend(lines.values(), lines.keys(), loc="upper center", **place)
     return png(figure)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,8 +30,9 @@ import featurestore
 import stages
 from featurestore import FeatureStore
 from stages.common.errors import DataError
-from stages.common.runtime import source_digest, write_json
+from stages.common.runtime import on_cpu, source_digest, write_json
 from stages.data.manifest import SPLITS, read_manifest
+from stages.reporting.curves import read_curves
 from stages.segmentation.metrics import IMAGES_NAME
 from stages.studies.plan import Run, digest
 
@@ -62,7 +63,7 @@ class Runner:
     threads: int
     lock: int
     done: Sequence[Run] = ()
-    _checked: set[str] = field(default_factory=set)  # folders of features with current images
+    _checked: set[str] = field(default_factory=set)  # shared folders made of the current images
     _locks: dict[str, threading.Lock] = field(default_factory=dict)  # by name of shared folder
 
     @classmethod
@@ -127,22 +128,24 @@ class Runner:
             When a stage fails (its output is in the working folder's ``log.txt``), or features or
             other results of the study were made of other images or masks.
         """
-        data = self._features(run)
+        names = self.shared_folders(run)
+        data = self._make_once(names[0], run, {}, "prepare", "extract")
         stores = {split: featurestore.open(data / "features" / split) for split in SPLITS}
         protocol = digest(run.protocol, data_content(data / "dataset", stores))
         self._check_done(run, protocol)
         inputs = {"dataset": data / "dataset", "features": data / "features"}
         sources, curves = {"features_sources": _made_by(data)}, {}
         if run.needs_gan:
-            gan = self._once(self.shared_folders(run)[-1], self._train_gan, run)
-            inputs["models/gan"] = gan / "models" / "gan"
+            gan = self._make_once(names[-1], run, inputs, "train-gan")
+            inputs = {**inputs, "models/gan": gan / "models" / "gan"}
             sources["gan_sources"] = _made_by(gan)
             curves = {"gan": _gan_curves(gan / "metrics" / "train-gan")}
-        folder = self._working_folder(f"run-{run.digests['run']}", run, inputs)
+        folder = self._prepare_folder(f"run-{run.digests['run']}", run, inputs)
         start, sources["sources"] = time.perf_counter(), _sources()
         self._run_stage(folder, "train-decoder", "--variant", run.variant, "--seed", str(run.seed))
         seconds = time.perf_counter() - start
         metrics = folder / "metrics" / f"{run.variant}-{run.seed}"
+        device = os.environ.get("FEATUREGAN_DEVICE", "auto")  # as stages read it
         result = {
             "experiment": run.experiment,
             **json.loads((metrics / "test.json").read_text(encoding="utf-8")),
@@ -155,7 +158,7 @@ class Runner:
                 **sources,
                 "commit": _commit(),
                 "torch": torch.__version__,
-                "device": _device_name(),
+                "device": "cpu" if on_cpu(device) else torch.cuda.get_device_name(),
                 "threads": self.threads,
                 "seconds": round(seconds, 1),
             },
@@ -190,29 +193,27 @@ class Runner:
                     " another --results",
                 )
 
-    def _once(self, name: str, make: Callable[[str, Run], None], run: Run) -> Path:
-        """Make a shared folder if it is missing; other runs that need it wait."""
-        done = self.root / name / "done"
-        with self._locks[name]:
-            if not done.exists():
-                sources = _sources()
-                make(name, run)
-                done.write_text(sources, encoding="utf-8")
-        return done.parent.resolve()
+    def _make_once(self, name: str, run: Run, inputs: Mapping[str, Path], *commands: str) -> Path:
+        """Run stages in a shared folder, if they have not run; other runs that need it wait.
 
-    def _features(self, run: Run) -> Path:
-        """Extract features of the images that are now at the run's root."""
-        name = self.shared_folders(run)[0]
-        folder = self._once(name, self._extract, run)
+        Features of an earlier study are refused if the images have changed since.
+        """
+        folder = (self.root / name).resolve()
         with self._locks[name]:
-            if name not in self._checked:
+            if not (folder / "done").exists():
+                sources = _sources()
+                self._prepare_folder(name, run, inputs)
+                for command in commands:
+                    self._run_stage(folder, command)
+                (folder / "done").write_text(sources, encoding="utf-8")
+            elif "prepare" in commands and name not in self._checked:
                 self._check_images(folder, run)
-                self._checked.add(name)
+            self._checked.add(name)
         return folder
 
     def _check_images(self, folder: Path, run: Run) -> None:
-        """Prepare the images again, and refuse features of an earlier study of other images."""
-        again = self._working_folder(f"{folder.name}/again", run, {})
+        """Prepare the images again, and refuse features of other images."""
+        again = self._prepare_folder(f"{folder.name}/again", run, {})
         self._run_stage(again, "prepare")
         before, now = (
             {"the classes": classes, **{entry.id: entry for entry in entries}}
@@ -228,18 +229,7 @@ class Runner:
                 f" has now ({other[0]}{more}); remove {self.root} to extract them anew",
             )
 
-    def _extract(self, name: str, run: Run) -> None:
-        folder = self._working_folder(name, run, {})
-        self._run_stage(folder, "prepare")
-        self._run_stage(folder, "extract")
-        self._checked.add(name)
-
-    def _train_gan(self, name: str, run: Run) -> None:
-        data = self._features(run)
-        inputs = {"dataset": data / "dataset", "features": data / "features"}
-        self._run_stage(self._working_folder(name, run, inputs), "train-gan")
-
-    def _working_folder(self, name: str, run: Run, inputs: Mapping[str, Path]) -> Path:
+    def _prepare_folder(self, name: str, run: Run, inputs: Mapping[str, Path]) -> Path:
         """Make a folder with the run's parameters and links to its inputs, by path inside it."""
         folder = self.root / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -274,11 +264,6 @@ class Runner:
                 folder / "log.txt",
                 f"{arguments[0]} failed with exit code {process.returncode}: {reason}",
             )
-
-
-def _device_name() -> str:
-    on_gpu = torch.cuda.is_available() and os.environ.get("FEATUREGAN_DEVICE", "auto") != "cpu"
-    return torch.cuda.get_device_name() if on_gpu else "cpu"
 
 
 def _sources() -> str:
@@ -317,17 +302,15 @@ def data_content(dataset: Path, stores: Mapping[str, FeatureStore]) -> list[obje
 
 def _gan_curves(live: Path) -> dict[str, list[float | None]]:
     """Read the GAN's losses and measures by epoch, except those of single classes."""
-    from stages.reporting.curves import read_curves
-
     curves = read_curves(live).items()
     table = pd.DataFrame({name: curve for name, curve in curves if "class_consistency" not in name})
-    rounded = table.round(4).astype(object)
-    return rounded.where(table.notna(), None).to_dict("list")
+    rounded = table.round(4).astype(object).where(table.notna(), None)
+    return {str(name): column.tolist() for name, column in rounded.items()}
 
 
 def _settings(run: Run) -> dict[str, object]:
     """Select the parameters that a result depends on."""
     names = ("prepare", "extract", "train_decoder", *(("train_gan",) if run.needs_gan else ()))
-    settings = {name: dict(run.params[name]) for name in names}
+    settings = {name: {**run.params[name]} for name in names}
     settings["prepare"].pop("root")
     return {**settings, "variant": run.params["variants"][run.variant]}

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from stages.common.runtime import write_json
 from stages.common.text_table import markdown
 from stages.reporting import tables
 from stages.reporting.tables import Result, Row
@@ -121,50 +120,51 @@ def write(compared: Sequence[Comparison], out: Path) -> list[str]:
     list of str
         Names of the files.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "comparison.md").write_text(as_markdown(compared), encoding="utf-8")
-    keys = [(entry.group.name, entry.group.train_images) for entry in compared]
-    entries = [
-        {"name": name, "train_images": size, "classes": list(entry.classes), "rows": entry.rows}
-        for (name, size), entry in zip(keys, compared, strict=True)
-    ]
-    write_json(out / "comparison.json", entries)
+    entries = [(entry.group.name, entry.group.train_images, entry) for entry in compared]
     flat = [
         tables.flat(entry.rows).assign(experiment=name, train_images=size)
-        for (name, size), entry in zip(keys, compared, strict=True)
+        for name, size, entry in entries
     ]
-    pd.concat(flat).to_csv(out / "comparison.csv", index=False, float_format="%.4f")
     by_class = [
-        tables.per_class_with_intervals(entry.rows).assign(experiment=entry.group.name)
-        for entry in compared
+        tables.per_class_with_intervals(entry.rows).assign(experiment=name)
+        for name, _, entry in entries
     ]
-    pd.concat(by_class).to_csv(out / "per_class.csv", index=False, float_format="%.4f")
-    pictures = _figures(compared)
-    for name, content in pictures.items():
+    rows = [
+        {"name": name, "train_images": size, "classes": list(entry.classes), "rows": entry.rows}
+        for name, size, entry in entries
+    ]
+    files = {
+        "comparison.md": as_markdown(compared).encode(),
+        "comparison.json": f"{json.dumps(rows, indent=1)}\n".encode(),
+        "comparison.csv": pd.concat(flat).to_csv(index=False, float_format="%.4f").encode(),
+        "per_class.csv": pd.concat(by_class).to_csv(index=False, float_format="%.4f").encode(),
+        **_figures(compared),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
         (out / name).write_bytes(content)
-    return ["comparison.md", "comparison.json", "comparison.csv", "per_class.csv", *pictures]
+    return list(files)
 
 
 def _figures(compared: Sequence[Comparison]) -> dict[str, bytes]:
     """Draw what there is, by file name."""
-    drawn = {}
     paired = [
         (entry.group.name, [row for row in entry.rows if row["delta_miou"] is not None])
         for entry in compared
     ]
-    if with_rows := [(name, rows) for name, rows in paired if rows]:
-        drawn["comparison.png"] = figures.differences(with_rows)
+    shown = [(name, rows) for name, rows in paired if rows]
     gans = {
         f"{entry.group.name}: {name}" if len(compared) > 1 else name: curves
         for entry in compared
         for name, curves in _gans(entry.group.runs).items()
     }
-    if any(loss in curves for curves in gans.values() for loss in figures.GAN_PANELS):
-        drawn["gans.png"] = figures.gans(gans)
-    if has_curve(compared):
-        sized = {entry.group.train_images: entry.rows for entry in compared}
-        drawn["curve.png"] = figures.low_data_curve(sized)
-    return drawn
+    has_losses = any(loss in curves for curves in gans.values() for loss in figures.GAN_PANELS)
+    sized = {entry.group.train_images: entry.rows for entry in compared}
+    return {
+        **({"comparison.png": figures.differences(shown)} if shown else {}),
+        **({"gans.png": figures.gans(gans)} if has_losses else {}),
+        **({"curve.png": figures.low_data_curve(sized)} if has_curve(compared) else {}),
+    }
 
 
 def _gans(runs: Mapping[str, Sequence[Result]]) -> dict[str, figures.GanCurves]:
