@@ -1,4 +1,4 @@
-"""The report: right figures, an answer in words that they bear out, pictures that show something."""
+"""The report: its numbers, the verdict that follows from them, its charts and pictures."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def metrics(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_comparison_by_hand(metrics: Path) -> None:
+def test_comparison_equals_hand_computed_values(metrics: Path) -> None:
     rows = tables.compare(
         tables.read_results(metrics, ["baseline", "featuregan-1x"], [0, 1]), ["a", "b"]
     )
@@ -83,13 +83,13 @@ def test_a_missing_result_or_class_is_named(metrics: Path) -> None:
         tables.compare(tables.read_results(metrics, ["baseline"], [0]), ["dragon"])
 
 
-def test_per_class_means_leave_absent_ones_empty(metrics: Path) -> None:
+def test_per_class_means_are_empty_for_absent_classes(metrics: Path) -> None:
     frame = tables.per_class(tables.read_results(metrics, ["baseline", "featuregan-1x"], [0, 1]))
     assert frame.loc["a", "baseline"] == pytest.approx(55)
     assert np.isnan(frame.loc["c", "baseline"])
 
 
-def test_feature_grid_stacks_channels_and_lines_samples_up() -> None:
+def test_feature_grid_has_channels_down_and_samples_across() -> None:
     features = np.arange(2 * 3 * 2 * 2).reshape(2, 3, 2, 2)
     grid = feature_grid(features)
     assert grid.shape == (6, 4)
@@ -105,7 +105,7 @@ def test_feature_grid_stacks_channels_and_lines_samples_up() -> None:
     assert generated.max() <= 1
 
 
-def test_sampled_vectors_carry_their_positions_class() -> None:
+def test_sampled_vectors_have_the_class_of_their_position() -> None:
     masks = (
         np.random.default_rng(0)
         .integers(0, 3, (2, 2, 3))
@@ -122,7 +122,7 @@ def test_sampled_vectors_carry_their_positions_class() -> None:
 
 
 @pytest.mark.slow
-def test_umap_separates_what_differs_and_repeats_itself() -> None:
+def test_umap_separates_groups_and_is_deterministic() -> None:
     rng = np.random.default_rng(0)
     groups = [rng.standard_normal((40, 10)), rng.standard_normal((40, 10)) + 20]
     first, second = project(groups, neighbors=10, min_dist=0.1, seed=0)
@@ -166,7 +166,8 @@ BASELINE_ROW = row("baseline", [], None)
         (
             [row("a", [2.0], (0.5, 2.5))],
             "unclear",
-            "Not clear: a is 2.00 points of mIoU above the baseline, with one seed, which may be chance",
+            "Not clear: a is 2.00 points of mIoU above the baseline, with one seed, which may be"
+            " chance",
         ),
         ([row("a", [1.0], (-0.5, 2.5))], "unclear", "Not clear: a is 1.00 points of mIoU above"),
         (
@@ -216,7 +217,7 @@ def test_the_verdict_names_images_seeds_and_variants() -> None:
     assert "picked" not in two.certainty
 
 
-def test_charts_take_the_colours_of_the_page_and_repeat_their_bytes() -> None:
+def test_charts_use_the_pages_colours_and_are_deterministic() -> None:
     curve = pd.Series([0.3, 0.2, 0.1])
     runs = {
         f"variant $_{number}": [{"decoder/ce_real": curve, "val/miou": 1 - curve}]
@@ -241,7 +242,7 @@ def test_charts_take_the_colours_of_the_page_and_repeat_their_bytes() -> None:
     assert "a &amp; &lt;b&gt;</text>" in shown.panels[0].svg
 
 
-def test_pictures_hold_the_pixels() -> None:
+def test_pictures_keep_every_pixel() -> None:
     mask = pictures.colour_masks(
         np.array([[0, 1], [255, 1]], np.uint8).repeat(4, 0).repeat(4, 1),
         [(1, 2, 3), (200, 100, 50)],
@@ -262,7 +263,7 @@ def test_pictures_hold_the_pixels() -> None:
 
 
 @pytest.mark.slow
-def test_the_page_holds_the_figures(project: Path) -> None:
+def test_the_page_shows_the_numbers_of_the_result_files(project: Path) -> None:
     page = (project / "reports" / "index.html").read_text()
     rows = json.loads((project / "reports" / "comparison.json").read_text())
     assert [row["variant"] for row in rows] == ["baseline", "featuregan-1x", "featuregan-2x"]
@@ -273,7 +274,7 @@ def test_the_page_holds_the_figures(project: Path) -> None:
         assert row["miou"]["values"] == [pytest.approx(100 * stored["miou"])]
     found = re.findall(r"data:image/(?:png|jpeg);base64,([^\"]+)", page)
     images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
-    # Four rows of photograph, truth and three variants; two strips of three; four charts of points.
+    # Four rows of image, truth and three variants; two strips of three; four charts of points.
     assert len(images) == 4 * 5 + 2 * 3 + 4
     assert all(image[..., :3].std() > 5 for image in images if image.shape[-1] == 3)
     assert all(

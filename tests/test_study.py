@@ -1,4 +1,4 @@
-"""A study makes one result file a run, goes on from those that are there, and shares what runs have in common."""
+"""A study writes one result file a run, resumes, and shares features and GANs between runs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def planned(text: str, tmp_path: Path, **overrides):
 
 
 @pytest.mark.slow
-def test_a_study_runs_once_and_goes_on_from_its_results(
+def test_a_study_resumes_from_its_result_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -79,7 +79,7 @@ def test_a_study_runs_once_and_goes_on_from_its_results(
     (tmp_path / "other.yaml").write_text("")
     run(
         *command, cwd=tmp_path, PYTHONPATH=str(ROOT), FEATUREGAN_PARAMS=str(tmp_path / "other.yaml")
-    )  # runs have parameters of their own
+    )  # is not read by runs
     results = tmp_path / "results" / "tiny"
     files = {
         path.relative_to(results).as_posix(): path.read_bytes() for path in results.rglob("*.json")
@@ -160,7 +160,7 @@ def test_a_study_runs_once_and_goes_on_from_its_results(
     assert "prepare failed with exit code 1" in failed.stderr
 
 
-def test_stages_run_the_code_of_the_study_whatever_is_installed(tmp_path: Path) -> None:
+def test_stages_run_the_code_of_the_study_not_the_installed_one(tmp_path: Path) -> None:
     for name in ("featurestore", "stages"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pipeline.py", tmp_path)
@@ -184,7 +184,7 @@ def test_stages_run_the_code_of_the_study_whatever_is_installed(tmp_path: Path) 
     assert "this is the copy" in failed.stderr
 
 
-def test_runs_come_seed_by_seed_and_share_what_they_have_in_common(tmp_path: Path) -> None:
+def test_runs_are_ordered_by_seed_and_share_digests(tmp_path: Path) -> None:
     text = STUDY.replace("    seeds: [0]\n", "")
     runs = planned(text, tmp_path)
     assert [run.seed for run in runs] == [0, 0, 0, 1, 1, 1]
@@ -199,10 +199,10 @@ def test_runs_come_seed_by_seed_and_share_what_they_have_in_common(tmp_path: Pat
     each = planned(text.replace("gan: once", "gan: per-seed"), tmp_path)
     assert len({run.digests["gan"] for run in each if run.needs_gan}) == 2
     assert {run.params["train_gan"]["seed"] for run in each} == {0, 1}
-    # Where the data lie changes no digest; what the GAN is trained with changes those of runs with it.
+    # The folder of the data changes no digest; GAN settings change those of runs with a GAN.
     elsewhere = planned(text, tmp_path, **{"prepare.root": "elsewhere"})
     assert [run.digests for run in elsewhere] == [run.digests for run in runs]
-    # The order of the classes is what mask values mean.
+    # Mask values are positions in the list of classes.
     names = [{"belt": [0, 0, 0]}, {"can": [9, 9, 9]}]
     orders = [
         planned(text, tmp_path, **{"prepare.classes": classes}) for classes in (names, names[::-1])
@@ -221,7 +221,7 @@ def test_runs_come_seed_by_seed_and_share_what_they_have_in_common(tmp_path: Pat
     assert changed == {"featuregan-frozen"}
 
 
-def test_a_result_of_other_settings_counts_as_missing_and_a_damaged_one_is_named(
+def test_results_of_other_settings_are_missing_and_damaged_ones_are_errors(
     tmp_path: Path,
 ) -> None:
     first = planned(STUDY, tmp_path)[0]
@@ -263,7 +263,7 @@ def test_a_result_of_other_settings_counts_as_missing_and_a_damaged_one_is_named
         ("gan: once", "gan: once\nruns: 3", "study.runs: unknown key"),
     ],
 )
-def test_mistakes_are_named_before_anything_runs(
+def test_mistakes_in_a_study_are_found_before_it_runs(
     tmp_path: Path, before: str, after: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
@@ -285,7 +285,7 @@ def store_of(path: Path, seed: int, label: int) -> featurestore.FeatureStore:
     return featurestore.open(path)
 
 
-def test_results_are_paired_by_their_data_not_by_the_code_that_extracted_them(
+def test_the_protocol_depends_on_images_and_masks_not_on_features(
     tmp_path: Path,
 ) -> None:
     entries = [
@@ -315,7 +315,7 @@ def test_results_are_paired_by_their_data_not_by_the_code_that_extracted_them(
     assert data_content(tmp_path, stores) != before
 
 
-def test_a_run_that_waits_for_a_gan_lets_the_others_go_first(tmp_path: Path) -> None:
+def test_runs_that_need_no_gan_go_before_those_that_wait_for_one(tmp_path: Path) -> None:
     rows = "variants: {a: featuregan-frozen, b: featuregan-1x, c: baseline}"
     runs = planned(STUDY.replace("variants: [baseline, featuregan-frozen]", rows), tmp_path)
     gan, started, others = Runner.shared_folders(runs[0])[1], [], threading.Semaphore(0)
@@ -339,9 +339,7 @@ def test_a_run_that_waits_for_a_gan_lets_the_others_go_first(tmp_path: Path) -> 
     assert started == ["a", "c", "plain", "b"]
 
 
-def test_runs_at_a_time_share_the_threads_that_the_study_may_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parallel_runs_divide_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a SLURM job or a container, not the machine's."""
     (tmp_path / "study.yaml").write_text(STUDY)
     command = [
@@ -367,7 +365,7 @@ def test_runs_at_a_time_share_the_threads_that_the_study_may_use(
     assert found == [6, 3, 1]
 
 
-def test_two_studies_do_not_work_in_one_folder(tmp_path: Path) -> None:
+def test_two_studies_cannot_share_a_scratch_folder(tmp_path: Path) -> None:
     with (
         Runner.open(tmp_path, tmp_path / "results", 1),
         pytest.raises(DataError, match="another study works here"),
@@ -378,7 +376,7 @@ def test_two_studies_do_not_work_in_one_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_settings_change_one_key_of_a_copy() -> None:
+def test_with_settings_changes_a_copy() -> None:
     params = {"a": {"b": 1, "c": 2}, "variants": {}}
     changed = with_settings(params, {"a.b": 5, "variants.new": {"augmenter": "none"}})
     assert changed == {"a": {"b": 5, "c": 2}, "variants": {"new": {"augmenter": "none"}}}

@@ -181,7 +181,15 @@ def differences(rows: Sequence[Row]) -> Chart | None:
     if not shown:
         return None
     axes = _axes(height=0.7 + 0.42 * len(shown))
+    across = axes.get_yaxis_transform()  # x is 0..1 from the left to the right edge
+    for place, row in enumerate(shown):
+        # The name is above the line, as names may be long; the line of 0 leaves it free.
+        axes.plot([0, 0], [place - 0.1, place + 0.5], color=SOFT, linewidth=1)
+        axes.text(0.01, place - 0.28, row["variant"], transform=across, va="center", color=INK)
     draw_differences(axes, shown)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.set(yticks=[], ylim=(len(shown) - 0.65, -0.6))
     axes.set_xlabel("points of mIoU against the baseline")
     legend = (
         Key("mean over seeds", VARIABLES[SERIES[0]], "mark"),
@@ -194,19 +202,12 @@ def differences(rows: Sequence[Row]) -> Chart | None:
 def draw_differences(axes: Axes, rows: Sequence[Row]) -> None:
     """Draw each row's difference to the baseline: 95% interval, seeds, and mean over seeds."""
     for place, row in enumerate(rows):
-        # The name is above the line, as names may be long; the line of 0 leaves it free.
-        axes.plot([0, 0], [place - 0.1, place + 0.5], color=SOFT, linewidth=1)
-        across = axes.get_yaxis_transform()  # 0..1 from the left to the right edge
-        axes.text(0.01, place - 0.28, row["variant"], transform=across, va="center", color=INK)
-        if bounds := row["delta_interval"]:
+        bounds, by_seed = row["delta_interval"], row["delta_miou_values"]
+        if bounds is not None:
             ends = [bounds["low"], bounds["high"]]
             axes.plot(ends, [place, place], color=SERIES[0], linewidth=2)
-        by_seed = row["delta_miou_values"]
         axes.plot(by_seed, [place] * len(by_seed), "|", color=SOFT, markersize=8)
         axes.plot(row["delta_miou"], place, "o", color=SERIES[0], markersize=6)
-    axes.grid(axis="y", visible=False)
-    axes.spines["left"].set_visible(False)
-    axes.set(yticks=[], ylim=(len(rows) - 0.65, -0.6))
 
 
 def projections(real: np.ndarray, before: np.ndarray, after: np.ndarray) -> Chart:

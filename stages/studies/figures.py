@@ -45,12 +45,14 @@ def gans(curves: Mapping[str, GanCurves]) -> bytes:
 @rc_context(PNG_STYLE)
 def differences(groups: Sequence[tuple[str, Sequence[Row]]]) -> bytes:
     """Draw the differences in mIoU to the baseline, in points: one panel a group of rows."""
-    heights = [0.7 + 0.42 * len(rows) for _, rows in groups]
+    heights = [0.9 + 0.26 * len(rows) for _, rows in groups]
     figure = Figure(figsize=(7.5, sum(heights)), layout="constrained")
     panels = figure.subplots(len(groups), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (name, rows) in zip(panels, groups, strict=True):
-        axes.set_title(name)
+        axes.axvline(0, color=GREY, linewidth=0.8)
         draw_differences(axes, rows)
+        axes.set(title=name, yticks=range(len(rows)), yticklabels=[row["variant"] for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
     panels[-1].set_xlabel("Δ mIoU to the baseline (95% interval over images; seeds as ticks)")
     return png(figure)
 

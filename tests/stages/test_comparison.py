@@ -1,4 +1,4 @@
-"""The bootstrap's intervals cover, differences are paired, and groups are kept apart."""
+"""Coverage of bootstrap intervals, pairing by seed, grouping by protocol, tables and figures."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_counts_and_iou_equal_hand_computed_values() -> None:
 
 
 def test_intervals_cover_the_true_difference() -> None:
-    """Of 200 test splits of 60 images drawn from a population, 95% of the intervals should hold the population's difference."""
+    """95% of the intervals of 200 test splits should contain the population's difference."""
     rng = np.random.default_rng(0)
     size = 20_000
     truth = rng.integers(50, 150, (size, 3)).astype(float)
@@ -101,8 +101,11 @@ def test_intervals_cover_the_true_difference() -> None:
     assert np.mean(wide) < 0.6 * unpaired  # what pairing is for
 
 
-def test_blocks_cover_where_images_resemble_their_neighbours() -> None:
-    """Frames of a video, 24 scenes of ten: what one side gains is the scene's. Each frame apart gives intervals that are too narrow."""
+def test_block_intervals_cover_for_video() -> None:
+    """A video of 24 scenes with ten frames: the gain depends on the scene.
+
+    Intervals over single frames are too narrow.
+    """
     rng = np.random.default_rng(2)
     frames, of_a_scene = 240, 10
 
@@ -134,15 +137,13 @@ def test_too_few_blocks_are_refused() -> None:
     images = {str(number): image({0: 5, 1: 5, 2: 5}, {}) for number in range(30)}
     base, ours = ([run_of(name, 0, images)] for name in ("baseline", "better"))
     assert len(tables.compare({"baseline": base, "better": ours}, [], block_length=3)) == 2
-    with pytest.raises(
-        ConfigError,
-        match=r"report\.block_length: 30 test images are fewer than 10 blocks of 4; take shorter ones",
-    ):
+    message = "block_length: 30 test images are fewer than 10 blocks of 4; take shorter ones"
+    with pytest.raises(ConfigError, match=rf"report\.{message}"):
         tables.compare({"baseline": base, "better": ours}, [], block_length=4)
 
 
-def test_intervals_of_several_seeds_cover_with_a_class_that_few_images_have() -> None:
-    """Three decoders on each side, and a class in one of eight images, which some resamples lack nearly."""
+def test_intervals_cover_with_several_seeds_and_a_rare_class() -> None:
+    """Three seeds a side; one class is in one of eight images, so some resamples have few of it."""
     rng = np.random.default_rng(1)
     size, seeds, drawn = 10_000, 3, 120
     truth = rng.integers(50, 150, (size, 3)).astype(float)
@@ -175,7 +176,7 @@ def test_intervals_of_several_seeds_cover_with_a_class_that_few_images_have() ->
     assert 0.90 <= covered / 200 <= 0.99
 
 
-def test_differences_are_paired_by_seed_and_known_by_hand() -> None:
+def test_differences_are_paired_by_seed() -> None:
     base = [
         run_of("baseline", seed, {"a": image({0: 8, 1: 6}, {(0, 1): 2}), "b": image({0: 4}, {})})
         for seed in (0, 1)
@@ -206,8 +207,8 @@ def test_differences_are_paired_by_seed_and_known_by_hand() -> None:
         tables.compare({"baseline": base}, ["cat"])
 
 
-def test_means_are_over_the_classes_of_the_truth_whoever_predicts_others() -> None:
-    """One pixel of a class that the test images lack costs that pixel, not a share of the mean."""
+def test_means_are_over_the_classes_of_the_truth() -> None:
+    """A pixel of a class that the test images lack is one wrong pixel; it adds no class."""
     base = [run_of("baseline", 0, {"a": image({0: 8, 1: 6}, {(0, 1): 2}), "b": image({0: 4}, {})})]
     ours = [
         run_of(
@@ -231,7 +232,7 @@ def test_means_are_over_the_classes_of_the_truth_whoever_predicts_others() -> No
         tables.compare({"baseline": base}, ["car"])
 
 
-def test_every_class_has_the_intervals_of_its_iou_and_of_its_difference() -> None:
+def test_each_class_has_intervals_of_iou_and_difference() -> None:
     images = {str(n): image({0: 8, 1: n}, {(1, 0): 10 - n}) for n in range(1, 9)}
     better = {str(n): image({0: 8, 1: n + 1}, {(1, 0): 9 - n}) for n in range(1, 9)}
     rows = tables.compare(
@@ -309,7 +310,7 @@ def test_groups_by_protocol_are_written_with_tables_and_pictures(
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_figures_draw_every_gan_once_and_their_legends_hide_nothing(
+def test_figures_show_each_gan_once_with_the_legend_below(
     results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for file in results.rglob("noise-*.json"):
@@ -348,7 +349,7 @@ def test_figures_draw_every_gan_once_and_their_legends_hide_nothing(
         assert all(top < axes.get_tightbbox().y0 for axes in figure.axes)
 
 
-def test_named_classes_stand_beside_all_and_sizes_have_a_table_of_gains(
+def test_tables_of_named_and_all_classes_and_of_gains_by_size(
     results: Path, tmp_path: Path
 ) -> None:
     (results / "eighth" / "noise-1.json").unlink()
@@ -401,7 +402,9 @@ def test_named_classes_stand_beside_all_and_sizes_have_a_table_of_gains(
     assert cells[7] == "{delta_miou_all:+.2f} ± {delta_std_all:.2f}".format(**full)
 
 
-def test_other_data_are_another_table_and_no_part_of_a_curve(results: Path, tmp_path: Path) -> None:
+def test_groups_of_other_data_have_separate_tables_and_no_curve(
+    results: Path, tmp_path: Path
+) -> None:
     """Two studies may name their experiments alike."""
     (results / "one").mkdir()
     (results / "two").mkdir()
@@ -421,7 +424,7 @@ def test_other_data_are_another_table_and_no_part_of_a_curve(results: Path, tmp_
     )
 
 
-def test_one_seeds_runs_alone_are_compared_when_asked_for(results: Path, tmp_path: Path) -> None:
+def test_runs_can_be_limited_to_seeds(results: Path, tmp_path: Path) -> None:
     compared = comparison.compare(comparison.read_groups([results], [1]), [], "baseline")
     assert {tuple(row["seeds"]) for entry in compared for row in entry.rows} == {(1,)}
     both = comparison.compare(comparison.read_groups([results]), [], "baseline")
@@ -432,7 +435,7 @@ def test_one_seeds_runs_alone_are_compared_when_asked_for(results: Path, tmp_pat
         comparison.read_groups([results], [0, 7])
 
 
-def test_gains_of_as_many_seeds_are_in_order_those_of_fewer_and_the_unpaired_last(
+def test_rows_are_ordered_by_number_of_seeds_then_gain(
     tmp_path: Path,
 ) -> None:
     def group(name: str, size: int, **right: int) -> comparison.Group:
@@ -471,7 +474,7 @@ def test_gains_of_as_many_seeds_are_in_order_those_of_fewer_and_the_unpaired_las
     assert not (tmp_path / "comparison.png").exists()
 
 
-def test_results_that_cannot_be_paired_are_named(results: Path) -> None:
+def test_unpaired_results_are_listed(results: Path) -> None:
     assert comparison.left_out(comparison.read_groups([results]), "baseline") == []
     (results / "full" / "baseline-1.json").unlink()
     for seed in (0, 1):
@@ -482,7 +485,7 @@ def test_results_that_cannot_be_paired_are_named(results: Path) -> None:
     assert "there is no 'baseline' of seed 1" in lines[0]
 
 
-def test_results_that_stand_twice_or_are_none_are_refused(results: Path) -> None:
+def test_duplicate_and_foreign_result_files_are_refused(results: Path) -> None:
     with pytest.raises(ConfigError, match="there is no 'basline' among baseline, noise"):
         comparison.compare(comparison.read_groups([results]), [], "basline")
     double = results / "full" / "again-0.json"
