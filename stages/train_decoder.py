@@ -51,7 +51,7 @@ class TrainDecoderConfig(Config):
     """Section ``train_decoder`` of params.yaml: what all decoders have in common."""
 
     epochs: int = Field(ge=1)
-    passes: int = Field(ge=1)  # over the training samples, an epoch
+    repeats: int = Field(ge=1)  # over the training samples, an epoch
     batch_size: int = Field(
         ge=2
     )  # one sample cannot be batch-normalised after ASPP's global pooling
@@ -169,7 +169,7 @@ def run(
         accelerator, decoder
     )  # what is called in training; the decoder itself where there is one process
     optimizer = torch.optim.Adam(decoder.parameters(), config.lr, config.betas, fused=True)
-    steps = config.epochs * (config.passes * len(positions) // config.batch_size)
+    steps = config.epochs * (config.repeats * len(positions) // config.batch_size)
     machine = {"compile_networks": compile_networks, "sharded": sharded}
     augmenter = build_augmenter(
         variant, Context(name, accelerator, train, positions, decoder, gan, seed, steps, machine)
@@ -184,7 +184,7 @@ def run(
         seed=seed,
         drop_last=True,
         positions=views,
-        passes=config.passes,
+        passes=config.repeats,
         images=augmenter.needs_images,
     )
     monitor = build_monitor(monitoring, augmenter, stores, seed)
@@ -276,7 +276,7 @@ def run(
                         2,
                         accelerator.process_index,
                     )
-                    real, *added = perturb(variant.perturb, parts, own)
+                    real, *added = perturb(variant.augment, parts, own)
                     with accelerator.autocast():
                         real_loss = decoder_loss(
                             trained, real, augmenter.adjust(real.targets[0][0])
@@ -428,9 +428,9 @@ def check_stores(config: TrainDecoderConfig, stores: dict[str, FeatureStore]) ->
                 "not one labelled pixel in its masks, so nothing to learn or to score",
                 path=store.path,
             )
-    seen = config.passes * len(train.positions("identity"))
+    seen = config.repeats * len(train.positions("identity"))
     if seen < config.batch_size:
-        message = f"{config.batch_size} is more than the {seen} samples that an epoch takes from {train.path}; lower it, or raise passes"
+        message = f"{config.batch_size} is more than the {seen} samples that an epoch takes from {train.path}; lower it, or raise repeats"
         raise ConfigError(
             "train_decoder.batch_size", message, expected=seen, actual=config.batch_size
         )

@@ -46,7 +46,7 @@ class TrainGanConfig(Config):
     flow_width: int = Field(ge=2)
     flow_steps: int = Field(ge=1)
     frozen_epochs: int = Field(ge=1)
-    passes: int = Field(ge=1)
+    repeats: int = Field(ge=1)
     batch_size: int = Field(ge=2)
     gradient_accumulation: int = Field(ge=1)
     z_dim: int = Field(ge=0)
@@ -195,7 +195,7 @@ def run(
         seed=config.seed,
         drop_last=True,
         positions=store.positions("identity"),
-        passes=config.passes,
+        passes=config.repeats,
         images=config.image_encoder,
         workers=workers,
         device=accelerator.device,
@@ -326,9 +326,9 @@ def check_store(config: TrainGanConfig, store: FeatureStore) -> None:
         raise ConfigError(
             "train_gan.discriminator_scales", message, expected=smallest, actual=found
         )
-    seen = config.passes * len(store.positions("identity"))
+    seen = config.repeats * len(store.positions("identity"))
     if seen < config.batch_size:
-        message = f"{config.batch_size} is more than the {seen} samples that an epoch takes from {store.path}; lower it, or raise passes"
+        message = f"{config.batch_size} is more than the {seen} samples that an epoch takes from {store.path}; lower it, or raise repeats"
         raise ConfigError("train_gan.batch_size", message, expected=seen, actual=config.batch_size)
     channels = store.spec.feature_shape[0]
     if config.family == "flow" and config.flow_components > channels:

@@ -205,8 +205,8 @@ BAD_PARAMETERS = {
         "train_gan: spatial noise is z at every pixel; set z_dim above 0",
     ),
     "a change that stands twice": (
-        "perturb: [flip, translation",
-        "perturb: [flip, flip, translation",
+        "augment: [flip, translation",
+        "augment: [flip, flip, translation",
         "flip stands twice",
     ),
     "a seed that stands twice": ("seeds: [0]", "seeds: [0, 0]", "compare.seeds: 0 stands twice"),
@@ -236,14 +236,14 @@ BAD_PARAMETERS = {
         "variants.featuregan-new-masks: new_masks have no real features",
     ),
     "an edit that would move real features": (
-        "new_masks: [swap], edit",
-        "new_masks: [swap, flip], edit",
-        "variants.featuregan-edited: edit needs generator: frozen and new_masks of paste and swap alone",
+        "new_masks: [swap], class_swap",
+        "new_masks: [swap, flip], class_swap",
+        "variants.featuregan-edited: class_swap needs generator: frozen and new_masks of paste and swap alone",
     ),
     "a share of no masks": (
         "generator: frozen, vary: 0.5",
-        "generator: frozen, share: 0.5, vary: 0.5",
-        "variants.featuregan-varied: share is of the masks that new_masks changes; name some, or leave it out",
+        "generator: frozen, fraction: 0.5, vary: 0.5",
+        "variants.featuregan-varied: fraction applies to the masks that new_masks changes; name some, or leave it out",
     ),
     "variations by a GAN": (
         "[baseline, featuregan-1x",
@@ -258,7 +258,7 @@ BAD_PARAMETERS = {
     "variations that would move real features": (
         "generator: frozen, vary: 0.5",
         "generator: frozen, new_masks: [flip], vary: 0.5",
-        "variants.featuregan-varied: vary needs generator: frozen, no edit, and no new_masks but paste and swap",
+        "variants.featuregan-varied: vary needs generator: frozen, no class_swap, and no new_masks but paste and swap",
     ),
     "an unknown backbone": (
         "backbone: efficientnet_lite0",
@@ -330,7 +330,7 @@ def test_keys_that_do_not_go_together(params: Path) -> None:
             {
                 "family: gan ": "family: flow ",
                 "[baseline, featuregan-1x, featuregan-2x]": "[featuregan-edited]",
-                "new_masks: [swap], edit: true, statistics": "new_masks: [swap], edit: true, ratio: 2, statistics",
+                "new_masks: [swap], class_swap: true, statistics": "new_masks: [swap], class_swap: true, ratio: 2, statistics",
             },
             "train_gan.family: variant 'featuregan-edited' works with a gan alone; set it to gan",
         ),

@@ -26,7 +26,7 @@ class VariantConfig(Config):
     """What every entry of section ``variants`` may say; each augmenter adds keys of its own."""
 
     augmenter: str
-    perturb: Annotated[
+    augment: Annotated[
         tuple[Transform, ...], Field(strict=False), Once
     ] = ()  # of real and added features, before the decoder
     view: Literal["identity", "random"] = (

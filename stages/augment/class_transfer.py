@@ -19,7 +19,7 @@ class ClassTransferConfig(SourceConfig):
     """Variant ``class-transfer``."""
 
     augmenter: Literal["class-transfer"]
-    share: float = Field(
+    fraction: float = Field(
         default=1.0, gt=0, le=1
     )  # of the samples that it happens to; the others are added as they are
 
@@ -46,7 +46,9 @@ class ClassTransfer(Augmenter):
         known = (
             (found.pixels > 0).cpu().numpy()
         )  # a class of slivers alone may have no feature pixel, and so no mean
-        self.new_masks = NewMasks(["swap"], context.store, context.positions, config.share, known)
+        self.new_masks = NewMasks(
+            ["swap"], context.store, context.positions, config.fraction, known
+        )
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """One copy with an object of each image moved to another class."""

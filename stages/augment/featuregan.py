@@ -40,10 +40,10 @@ class FeatureGANConfig(SourceConfig):
     new_masks: Annotated[
         tuple[Change, ...], Field(strict=False), Once
     ] = ()  # what is done to the masks; none: they are the batch's own
-    share: float = Field(
+    fraction: float = Field(
         default=1.0, gt=0, le=1
     )  # of the masks, that new_masks changes; edits of the others are real features
-    edit: bool = False  # the batch's real features, changed as the generator says that the change of the mask changes them
+    class_swap: bool = False  # the batch's real features, changed as the generator says that the change of the mask changes them
     vary: float = Field(
         default=0.0, ge=0, le=1
     )  # the batch's real features, by this share turned to noise and carried back; 0: off
@@ -58,23 +58,23 @@ class FeatureGANConfig(SourceConfig):
             raise ValueError(
                 "new_masks have no real features for a joint generator's discriminator; set generator: frozen"
             )
-        if self.share < 1 and not self.new_masks:
+        if self.fraction < 1 and not self.new_masks:
             raise ValueError(
-                "share is of the masks that new_masks changes; name some, or leave it out"
+                "fraction applies to the masks that new_masks changes; name some, or leave it out"
             )
-        if self.edit and (
+        if self.class_swap and (
             self.generator == "joint"
             or not self.new_masks
             or set(self.new_masks) - {"paste", "swap"}
         ):
             raise ValueError(
-                "edit needs generator: frozen and new_masks of paste and swap alone: real features stay where they are"
+                "class_swap needs generator: frozen and new_masks of paste and swap alone: real features stay where they are"
             )
         if self.vary and (
-            self.generator == "joint" or self.edit or set(self.new_masks) - {"paste", "swap"}
+            self.generator == "joint" or self.class_swap or set(self.new_masks) - {"paste", "swap"}
         ):
             raise ValueError(
-                "vary needs generator: frozen, no edit, and no new_masks but paste and swap"
+                "vary needs generator: frozen, no class_swap, and no new_masks but paste and swap"
             )
         return self
 
@@ -98,7 +98,7 @@ class FeatureGANConfig(SourceConfig):
         """A GAN for joint training and for several edits of a batch, a flow for variations."""
         return (
             "gan"
-            if self.generator == "joint" or (self.edit and self.ratio > 1)
+            if self.generator == "joint" or (self.class_swap and self.ratio > 1)
             else "flow"
             if self.vary
             else None
@@ -167,7 +167,7 @@ class FrozenFeatureGAN(Augmenter):
         )
         self.needs_images = self.encoder is not None
         self.new_masks = (
-            NewMasks(config.new_masks, context.store, context.positions, config.share)
+            NewMasks(config.new_masks, context.store, context.positions, config.fraction)
             if config.new_masks
             else None
         )
@@ -185,7 +185,7 @@ class FrozenFeatureGAN(Augmenter):
                 assert batch.images is not None
                 mu, logvar = self.encoder(batch.images)
                 z = sample_z(mu.float().repeat(ratio, 1), logvar.float().repeat(ratio, 1), z)
-            if self.config.edit:
+            if self.config.class_swap:
                 generated = self._edited(batch, masks, z)
             elif self.config.vary:
                 real, wanted = batch.features.repeat(ratio, 1, 1, 1), masks.repeat(ratio, 1, 1)
@@ -235,7 +235,7 @@ def featuregan(config: FeatureGANConfig, context: Context) -> Augmenter:
             context.key("vary"),
             "only a flow varies features; set train_gan.family: flow and run train-gan again",
         )
-    if config.edit and config.ratio > 1 and networks.discriminator is None:
+    if config.class_swap and config.ratio > 1 and networks.discriminator is None:
         raise ConfigError(
             context.key("ratio"), "a flow makes one edit of a batch, whatever it draws; set it to 1"
         )

@@ -21,9 +21,9 @@ class MixupConfig(SourceConfig):
 
     @model_validator(mode="after")
     def _one_mask(self) -> Self:
-        if "copy_paste" in self.perturb:
+        if "copy_paste" in self.augment:
             raise ValueError(
-                "perturb: copy_paste pastes by one mask, and mixup has two; leave one of them out"
+                "augment: copy_paste pastes by one mask, and mixup has two; leave one of them out"
             )
         return self
 

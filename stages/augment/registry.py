@@ -77,7 +77,7 @@ class CombinedConfig(VariantConfig):
                 type(member).model_validate(
                     {
                         **member.model_dump(exclude_unset=True),
-                        "perturb": self.perturb,
+                        "augment": self.augment,
                         "view": self.view,
                     }
                 )

@@ -31,14 +31,14 @@ class WastesimConfig(Config):
     val: int = Field(ge=1)
     test: int = Field(ge=1)
     size: int = Field(ge=64, le=2048)
-    fewest_objects: int = Field(ge=1)
-    most_objects: int = Field(ge=1, le=100)
+    min_objects: int = Field(ge=1)
+    max_objects: int = Field(ge=1, le=100)
     seed: Seed
 
     @model_validator(mode="after")
     def _ordered(self) -> WastesimConfig:
-        if self.fewest_objects > self.most_objects:
-            raise ValueError("fewest_objects must not be above most_objects")
+        if self.min_objects > self.max_objects:
+            raise ValueError("min_objects must not be above max_objects")
         return self
 
 

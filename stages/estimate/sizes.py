@@ -132,10 +132,10 @@ def work_rows(
     variants
         Those compared, by name.
     """
-    seen = decoder.epochs * decoder.passes * train_images * seeds
+    seen = decoder.epochs * decoder.repeats * train_images * seeds
     parts: list[tuple[str, dict[str, float], float]] = [
         ("extract", {"backbone": 1}, sum(samples.values())),
-        ("train-gan", {"gan": 1}, gan.frozen_epochs * gan.passes * train_images),
+        ("train-gan", {"gan": 1}, gan.frozen_epochs * gan.repeats * train_images),
     ]
     for name, variant in variants.items():
         ratio = _ratio(variant)
@@ -174,9 +174,9 @@ def _generated(variant: Any, family: str) -> float:
     if variant.augmenter != "featuregan" or variant.generator == "joint":
         return 0.0
     if (
-        variant.edit
+        variant.class_swap
     ):  # a GAN is asked for the old mask and for the new one, a flow goes half of its way twice
-        return float(variant.ratio * variant.share * (1 if family == "flow" else 2))
+        return float(variant.ratio * variant.fraction * (1 if family == "flow" else 2))
     return float(variant.ratio * (variant.vary or 1))
 
 

@@ -24,8 +24,8 @@ SCENES = {
     "val": 1,
     "test": 1,
     "size": 64,
-    "fewest_objects": 2,
-    "most_objects": 4,
+    "min_objects": 2,
+    "max_objects": 4,
     "seed": 0,
 }
 

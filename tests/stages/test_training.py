@@ -53,7 +53,7 @@ GAN = {
     "flow_width": 8,
     "flow_steps": 4,
     "frozen_epochs": 3,
-    "passes": 1,
+    "repeats": 1,
     "batch_size": 4,
     "gradient_accumulation": 1,
     "z_dim": 6,
@@ -85,7 +85,7 @@ GAN = {
 }
 DECODER = {
     "epochs": 3,
-    "passes": 1,
+    "repeats": 1,
     "batch_size": 4,
     "gradient_accumulation": 1,
     "decoder": "deeplab",
@@ -102,11 +102,11 @@ MONITOR = {
     "vectors": 200,
     "patience": 0,
     "on_collapse": "warn",
-    "least_variance_ratio": 0.0,
-    "least_coverage": 0.0,
-    "least_consistency": 0.0,
-    "most_frechet": 1e9,
-    "most_accuracy": 1.0,
+    "min_variance_ratio": 0.0,
+    "min_coverage": 0.0,
+    "min_consistency": 0.0,
+    "max_frechet": 1e9,
+    "max_accuracy": 1.0,
 }
 
 
@@ -380,7 +380,7 @@ def added_by_a_frozen_generator(
         Batch(torch.arange(3), real, masks, None), torch.Generator().manual_seed(3)
     ).parts
     rng = torch.Generator().manual_seed(3)
-    share = described.get("share", 1.0)
+    share = described.get("fraction", 1.0)
     wanted = (
         NewMasks(changes, store, np.arange(len(store)), share)(masks, rng) if changes else masks
     )
@@ -418,7 +418,7 @@ def test_edited_features_are_real_ones_moved_as_the_generators_are(
         )[1],
     )
     parts, real, masks, new, z = added_by_a_frozen_generator(
-        features, trained, [change], edit=True, weight=0.5, share=share
+        features, trained, [change], class_swap=True, weight=0.5, fraction=share
     )
     assert [part.weight for part in parts] == [0.5, 0.5]
     generator = load_generator(trained / "gan")
@@ -643,17 +643,17 @@ VARIANTS = {
         "augmenter": "featuregan",
         "generator": "frozen",
         "new_masks": ["flip", "paste"],
-        "perturb": ["flip", "cutout"],
+        "augment": ["flip", "cutout"],
     },
     "edited": {
         "augmenter": "featuregan",
         "generator": "frozen",
         "new_masks": ["swap"],
-        "edit": True,
+        "class_swap": True,
     },
     "isda": {"augmenter": "isda"},
     "cvae": {"augmenter": "cvae", "fit_steps": 5},
-    "mixup": {"augmenter": "mixup", "perturb": ["translation"]},
+    "mixup": {"augmenter": "mixup", "augment": ["translation"]},
     "upsample": {"augmenter": "upsample"},
     "combined": {
         "augmenter": "combined",
@@ -662,7 +662,7 @@ VARIANTS = {
             {"augmenter": "featuregan", "generator": "frozen"},
             {"augmenter": "noise"},
         ],
-        "perturb": ["flip"],
+        "augment": ["flip"],
     },
 }
 KILLED = [
@@ -764,7 +764,7 @@ def test_passes_and_schedule_are_those_of_the_parameters(
         VARIANTS["baseline"],
         name="poly",
         epochs=2,
-        passes=3,
+        repeats=3,
         lr=1.0,
         lr_schedule="poly",
     )
@@ -772,7 +772,7 @@ def test_passes_and_schedule_are_those_of_the_parameters(
         [(1 - number / 14) ** 0.9 for number in range(14)]
     )  # 30 samples an epoch in batches of 4
     rates.clear()
-    run_gan(features, tmp_path, passes=2, frozen_epochs=1)
+    run_gan(features, tmp_path, repeats=2, frozen_epochs=1)
     assert len(rates) == 2 * 5
 
 
