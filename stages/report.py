@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import jinja2
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 import featurestore
 from featurestore import FeatureStore
-from stages.common.config import Config, Once, Seed
+from stages.common.config import Config, Listed, Once, Seed
 from stages.common.runtime import generator as random_generator
 from stages.common.runtime import make_accelerator, write_json
 from stages.gan.fidelity import DIMENSIONS
@@ -33,22 +34,44 @@ WEIGHTS = {"before": "generator-initial", "after": "generator"}  # of the GAN's 
 class CompareConfig(Config):
     """Section ``compare`` of params.yaml: which variants are trained, each with which seeds."""
 
-    variants: Annotated[tuple[str, ...], Field(strict=False, min_length=1), Once]
-    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1), Once]
+    variants: Annotated[tuple[str, ...], Listed, Once] = Field(
+        ("baseline",), description="variants that read features only"
+    )
+    gan_variants: Annotated[tuple[str, ...], Listed, Once] = Field(
+        ("featuregan-1x", "featuregan-2x"), description="variants that read models/gan"
+    )
+    seeds: Annotated[tuple[Seed, ...], Listed, Field(min_length=1), Once] = Field(
+        (0, 1, 2), description="every variant is trained with every seed"
+    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All variants, in the order of tables."""
+        return self.variants + self.gan_variants
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.names:
+            raise ValueError("variants and gan_variants are both empty; name at least one variant")
+        return self
 
 
 class ReportConfig(Config):
     """Section ``report`` of params.yaml."""
 
-    headline_classes: Annotated[tuple[str, ...], Field(strict=False), Once]
-    block_length: int = Field(ge=1)
-    pictures: int = Field(ge=1, le=50)
-    umap_points: int = Field(ge=50)
-    umap_neighbors: int = Field(ge=2)
-    umap_min_dist: float = Field(ge=0, le=1)
-    grid_samples: int = Field(ge=1, le=32)
-    grid_channels: int = Field(ge=1)
-    seed: Seed
+    headline_classes: Annotated[tuple[str, ...], Listed, Once] = Field(
+        (), description="classes of the mIoU; empty: all"
+    )
+    block_length: int = Field(
+        1, ge=1, description="consecutive test images a bootstrap block; about 20 for video"
+    )
+    pictures: int = Field(4, ge=1, le=50, description="test images with predictions shown")
+    umap_points: int = Field(1000, ge=50, description="feature vectors, real and generated each")
+    umap_neighbors: int = Field(15, ge=2, description="neighbors in UMAP")
+    umap_min_dist: float = Field(0.1, ge=0, le=1, description="smallest distance in UMAP")
+    grid_samples: int = Field(8, ge=1, le=32, description="masks in the feature grids")
+    grid_channels: int = Field(12, ge=1, description="channels in the feature grids")
+    seed: Seed = Field(0, description="seed of the choices above")
 
 
 def run(
@@ -87,7 +110,7 @@ def run(
         A class that does not exist; a missing or damaged result.
     """
     # The tables.
-    results = tables.read_results(metrics, compared.variants, compared.seeds)
+    results = tables.read_results(metrics, compared.names, compared.seeds)
     rows = tables.compare(results, config.headline_classes, block_length=config.block_length)
     by_class = tables.per_class(results)
     out.mkdir(parents=True, exist_ok=True)
@@ -104,7 +127,7 @@ def run(
     gan_run = read_curves(metrics / "train-gan")
     runs = {
         name: [read_curves(metrics / f"{name}-{seed}") for seed in compared.seeds]
-        for name in compared.variants
+        for name in compared.names
     }
     charts.mean_over_seeds(runs, "val/miou").to_csv(out / "val_miou.csv", float_format="%.4f")
     palette = list(
@@ -253,7 +276,7 @@ def _predictions(
     features = torch.from_numpy(
         np.stack([store.features(position) for position in positions]).astype(np.float32)
     ).to(device)
-    for variant in compared.variants:
+    for variant in compared.names:
         decoder = load_decoder(decoders / f"{variant}-{compared.seeds[0]}").to(device)
         predicted = decoder(features, store.spec.mask_shape).argmax(1).to(torch.uint8).cpu().numpy()
         for row, mask in zip(rows, pictures.colour_masks(predicted, palette), strict=True):

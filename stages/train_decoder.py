@@ -23,7 +23,7 @@ from stages.augment.featuregan import JointFeatureGAN
 from stages.augment.hflip_views import mirrored
 from stages.augment.perturb import perturb
 from stages.augment.registry import build_augmenter
-from stages.common.config import Beta, Config
+from stages.common.config import Beta, Config, Listed
 from stages.common.errors import ConfigError
 from stages.common.runtime import (
     distribute,
@@ -50,21 +50,25 @@ from stages.training.checkpoint import CONFIG_NAME, Checkpoint, read_config, sav
 class TrainDecoderConfig(Config):
     """Section ``train_decoder`` of params.yaml: what all decoders have in common."""
 
-    epochs: int = Field(ge=1)
-    repeats: int = Field(ge=1)  # over the training samples, an epoch
+    epochs: int = Field(50, ge=1, description="epochs; after the GAN's frozen_epochs")
+    repeats: int = Field(1, ge=1, description="repeats of the training samples an epoch")
     batch_size: int = Field(
-        ge=2
-    )  # one sample cannot be batch-normalised after ASPP's global pooling
-    gradient_accumulation: int = Field(ge=1)
-    decoder: Literal["deeplab", "fcn"]
-    width: int = Field(ge=1)
+        32, ge=2, description="samples a step; BatchNorm after global pooling needs two"
+    )
+    gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step, to save memory")
+    decoder: Literal["deeplab", "fcn"] = Field("deeplab", description="head")
+    width: int = Field(256, ge=1, description="channels of the deeplab head")
     atrous_rates: Annotated[
-        tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)
-    ]
-    lr: float = Field(gt=0)
-    lr_schedule: Literal["constant", "poly"]
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)]
-    mixed_precision: Literal["no", "bf16", "fp16"]
+        tuple[Annotated[int, Field(ge=1)], ...], Listed, Field(min_length=1)
+    ] = Field((12, 24, 36), description="rates of the deeplab head; [6, 12] for 16 x 16 maps")
+    lr: float = Field(5e-4, gt=0, description="learning rate")
+    lr_schedule: Literal["constant", "poly"] = Field(
+        "constant", description="poly: falls to 0 with the steps"
+    )
+    betas: Annotated[tuple[Beta, Beta], Listed] = Field((0.9, 0.999), description="of Adam")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="of the decoder and of a GAN trained with it; fp16 needs a GPU"
+    )
 
 
 def run(

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from featurestore import FeatureStore
 from featurestore.dataset import Batch
-from stages.common.config import Config, Once
+from stages.common.config import Config, Listed, Once
 from stages.common.runtime import step_optimizers
 from stages.models.decoder import Decoder
 from stages.segmentation.transforms import Transform
@@ -26,18 +26,18 @@ class VariantConfig(Config):
     """What every entry of section ``variants`` may say; each augmenter adds keys of its own."""
 
     augmenter: str
-    augment: Annotated[
-        tuple[Transform, ...], Field(strict=False), Once
-    ] = ()  # of real and added features, before the decoder
-    view: Literal["identity", "random"] = (
-        "identity"  # of each real sample: as it is, or mirrored or not by chance
+    augment: Annotated[tuple[Transform, ...], Listed, Once] = Field(
+        (), description="transforms of real and added features, before the decoder"
     )
-    statistics: Literal["all", "real"] = (
-        "all"  # which batches the decoder's running BatchNorm statistics take in
+    view: Literal["identity", "random"] = Field(
+        "identity", description="random: each real sample is mirrored with probability 0.5"
+    )
+    statistics: Literal["all", "real"] = Field(
+        "all", description="batches in the decoder's running BatchNorm statistics"
     )
     until: float = Field(
-        default=1.0, gt=0, le=1
-    )  # share of the steps after which real batches take the place of the added ones
+        1.0, gt=0, le=1, description="fraction of the steps with added batches; then real ones"
+    )
 
     @model_validator(mode="after")
     def _adds_batches(self) -> Self:
@@ -46,9 +46,7 @@ class VariantConfig(Config):
                 getattr(self, key) != VariantConfig.model_fields[key].default
                 and not self.added_batches
             ):
-                raise ValueError(
-                    f"{key} is of the batches that a variant adds, and this one adds none; leave it out"
-                )
+                raise ValueError(f"{key} applies only to variants that add batches; remove it")
         return self
 
     @property
@@ -85,9 +83,7 @@ class VariantConfig(Config):
 class SourceConfig(VariantConfig):
     """Of the augmenters that add features."""
 
-    weight: float = Field(
-        default=1.0, gt=0
-    )  # of the added features' cross-entropy, beside the 1 of the real ones
+    weight: float = Field(1.0, gt=0, description="weight of the added features' loss; real ones: 1")
 
     @property
     def added_batches(self) -> int:

@@ -15,7 +15,7 @@ class ChannelDropoutConfig(SourceConfig):
     """Variant ``channel-dropout``."""
 
     augmenter: Literal["channel-dropout"]
-    fraction: float = Field(default=0.3, gt=0, lt=1)
+    fraction: float = Field(0.3, gt=0, lt=1, description="probability that a channel is dropped")
 
 
 class ChannelDropout(Augmenter):

@@ -20,8 +20,8 @@ class ClassTransferConfig(SourceConfig):
 
     augmenter: Literal["class-transfer"]
     fraction: float = Field(
-        default=1.0, gt=0, le=1
-    )  # of the samples that it happens to; the others are added as they are
+        1.0, gt=0, le=1, description="fraction of the samples changed; the others are added as real"
+    )
 
     @property
     def needs_classes(self) -> int:

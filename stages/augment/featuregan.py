@@ -19,7 +19,7 @@ from featurestore import SpecMismatchError
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
 from stages.augment.new_masks import Change, NewMasks
-from stages.common.config import Once
+from stages.common.config import Listed, Once
 from stages.common.errors import ConfigError
 from stages.gan.gan_trainer import GanTrainer
 from stages.gan.networks import Networks
@@ -32,21 +32,29 @@ class FeatureGANConfig(SourceConfig):
     """Variants ``featuregan-*``."""
 
     augmenter: Literal["featuregan"]
-    generator: Literal["joint", "frozen"] = "joint"
-    ratio: int = Field(default=1, ge=1, le=16)  # draws a mask
-    segmentation_loss: bool = (
-        True  # whether it reaches a joint generator (Algorithm 1), or the decoder alone
+    generator: Literal["joint", "frozen"] = Field(
+        "joint", description="joint: the GAN is trained with the decoder (Algorithm 1)"
     )
-    new_masks: Annotated[
-        tuple[Change, ...], Field(strict=False), Once
-    ] = ()  # what is done to the masks; none: they are the batch's own
+    ratio: int = Field(1, ge=1, le=16, description="generated samples a mask")
+    segmentation_loss: bool = Field(
+        True, description="whether the decoder's loss trains a joint generator (Algorithm 1)"
+    )
+    new_masks: Annotated[tuple[Change, ...], Listed, Once] = Field(
+        (), description="changes of the masks; empty: the masks of the batch"
+    )
     fraction: float = Field(
-        default=1.0, gt=0, le=1
-    )  # of the masks, that new_masks changes; edits of the others are real features
-    class_swap: bool = False  # the batch's real features, changed as the generator says that the change of the mask changes them
+        1.0,
+        gt=0,
+        le=1,
+        description="fraction of the masks that new_masks changes; "
+        "with class_swap the others keep their real features",
+    )
+    class_swap: bool = Field(
+        False, description="add the generator's change of the mask to the real features"
+    )
     vary: float = Field(
-        default=0.0, ge=0, le=1
-    )  # the batch's real features, by this share turned to noise and carried back; 0: off
+        0.0, ge=0, le=1, description="fraction of noise mixed into real features by a flow; 0: off"
+    )
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

@@ -17,7 +17,7 @@ class MixupConfig(SourceConfig):
     """Variant ``mixup``."""
 
     augmenter: Literal["mixup"]
-    alpha: float = Field(default=0.2, gt=0)  # of the Beta distribution
+    alpha: float = Field(0.2, gt=0, description="parameter of the Beta distribution")
 
     @model_validator(mode="after")
     def _one_mask(self) -> Self:

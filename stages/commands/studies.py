@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from stages.commands.options import PRESETS, check_params, option, scratch_option
+from stages.commands.options import load_preset, option, scratch_option
 
 
 def _setting(
@@ -77,26 +78,24 @@ def study(
     named at the end; the others go on.
     """
     import torch
+    from pydantic import TypeAdapter
     from tqdm import tqdm
 
-    from stages.common.config import parse_section, read_params
+    from stages.commands.params import PARAMS
+    from stages.common.config import parse, read_params
     from stages.common.errors import DataError
     from stages.studies.plan import StudyConfig, plan
     from stages.studies.runner import Workshop
 
-    config: StudyConfig = parse_section({"study": read_params(file)}, "study", StudyConfig)
-    presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    if config.preset not in presets:
-        raise click.UsageError(
-            f"{file}: unknown preset {config.preset!r}; choose from {', '.join(presets)}"
-        )
+    config = parse(TypeAdapter(StudyConfig), read_params(file), "study")
+    preset = load_preset(config.preset).plain()
     for name in experiments:
         if name not in config.experiments:
             raise click.UsageError(
                 f"{file}: there is no experiment {name!r}; choose from {', '.join(config.experiments)}"
             )
     folder = results / file.stem
-    runs = plan(config, read_params(PRESETS / f"{config.preset}.yaml"), overrides, check_params)
+    runs = plan(config, preset, overrides, partial(parse, PARAMS))
     runs = [run for run in runs if run.experiment in experiments or not experiments]
     done = [run for run in runs if run.is_done(folder)]
     waiting = [run for run in runs if run not in done]

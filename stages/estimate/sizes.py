@@ -112,7 +112,7 @@ def work_rows(
     seconds: Mapping[str, float] | None,
     tflops: float | None,
     *,
-    samples: Mapping[str, int],
+    samples: int,
     train_images: int,
     gan: Any,
     decoder: Any,
@@ -128,13 +128,13 @@ def work_rows(
     tflops
         Assumed rate, in 1e12 operations a second, where hours are to be operations over it.
     samples, train_images
-        Samples of each split's store, and images that are trained with (mirrored views are not).
+        Samples of all stores, and training images (mirrored views do not count).
     variants
         Those compared, by name.
     """
     seen = decoder.epochs * decoder.repeats * train_images * seeds
     parts: list[tuple[str, dict[str, float], float]] = [
-        ("extract", {"backbone": 1}, sum(samples.values())),
+        ("extract", {"backbone": 1}, samples),
         ("train-gan", {"gan": 1}, gan.frozen_epochs * gan.repeats * train_images),
     ]
     for name, variant in variants.items():

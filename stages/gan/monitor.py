@@ -50,18 +50,28 @@ PROBE_VECTORS = 4000  # real training vectors from which the probe learns the cl
 class MonitorConfig(Config):
     """Section ``monitor`` of params.yaml."""
 
-    every: int = Field(ge=0)  # epochs; 0: never
-    samples: int = Field(ge=1)  # held-out masks
-    vectors: int = Field(ge=200)  # of each side
+    every: int = Field(5, ge=0, description="epochs between two measurements; 0: never")
+    samples: int = Field(64, ge=1, description="masks of val")
+    vectors: int = Field(2000, ge=200, description="feature vectors of each side")
     patience: int = Field(
-        ge=0
-    )  # epochs before a collapse is called one: an untrained generator looks like it
-    on_collapse: Literal["warn", "stop"]
-    min_variance_ratio: float = Field(ge=0, le=1)
-    min_coverage: float = Field(ge=0, le=1)
-    min_consistency: float = Field(ge=0, le=1)  # of that of real features
-    max_frechet: float = Field(ge=1)  # times that at the start
-    max_accuracy: float = Field(ge=0.5, le=1)
+        5, ge=0, description="first epochs without a warning: an untrained GAN looks collapsed"
+    )
+    on_collapse: Literal["warn", "stop"] = Field("warn", description="what a collapse does")
+    min_variance_ratio: float = Field(
+        0.1, ge=0, le=1, description="collapse below it: variance within classes, generated to real"
+    )
+    min_coverage: float = Field(
+        0.02, ge=0, le=1, description="collapse below it: fraction of real features covered"
+    )
+    min_consistency: float = Field(
+        0.25, ge=0, le=1, description="collapse below it: consistency with the masks, to real"
+    )
+    max_frechet: float = Field(
+        1.5, ge=1, description="collapse above it: Fréchet distance, to the one at the start"
+    )
+    max_accuracy: float = Field(
+        0.99, ge=0.5, le=1, description="collapse above it: discriminator accuracy, real and fake"
+    )
 
 
 @dataclass

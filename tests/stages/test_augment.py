@@ -563,7 +563,7 @@ def test_what_is_said_of_added_batches_is_refused_where_there_are_none(
 ) -> None:
     with pytest.raises(
         ValueError,
-        match=f"{next(iter(key))} is of the batches that a variant adds, and this one adds none",
+        match=f"{next(iter(key))} applies only to variants that add batches; remove it",
     ):
         TypeAdapter(Variant).validate_python({"augmenter": augmenter, **key})
 
