@@ -168,7 +168,7 @@ def extract(path: Path, scratch: Path, workers: int, device: str) -> None:
 def train_gan(path: Path, **machine: Any) -> None:
     """Train FeatureGAN alone on the cached features (Algorithm 1, the first frozen_epochs epochs)."""
     params = load_params(path, machine["device"])
-    from stages.common.runtime import check_precision, first_process
+    from stages.common.runtime import Machine, check_precision, first_process
     from stages.train_gan import run
 
     check_precision(
@@ -184,7 +184,7 @@ def train_gan(path: Path, **machine: Any) -> None:
         out=GAN,
         metrics=METRICS / "train-gan",
         logs=LOGS,
-        **machine,
+        machine=Machine(**machine),
     )
     if not first_process():
         return
@@ -211,7 +211,7 @@ def train_decoder(variant: str, seed: int, path: Path, **machine: Any) -> None:
         raise click.UsageError(
             f"unknown variant {variant!r}; {path} describes {', '.join(params.variants)}"
         )
-    from stages.common.runtime import first_process
+    from stages.common.runtime import Machine, first_process
     from stages.train_decoder import run
 
     params.check_features(FEATURES, ("train", "val", "test"))
@@ -227,7 +227,7 @@ def train_decoder(variant: str, seed: int, path: Path, **machine: Any) -> None:
         out=DECODERS / name,
         metrics=METRICS / name,
         logs=LOGS,
-        **machine,
+        machine=Machine(**machine),
     )
     if not first_process():
         return

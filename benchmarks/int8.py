@@ -23,7 +23,7 @@ from stages.common.runtime import make_accelerator
 from stages.gan.monitor import MonitorConfig
 from stages.segmentation.evaluation import evaluate
 from stages.train_decoder import TrainDecoderConfig, run
-from stages.training.checkpoint import load_decoder
+from stages.training.models import load_decoder
 
 
 def quantised(source: Path, target: Path) -> None:

@@ -71,7 +71,7 @@ cache_option = option(
 )
 compile_option = option(
     "--compile/--no-compile",
-    "compile_networks",
+    "compile",
     default=False,
     envvar="FEATUREGAN_COMPILE",
     help="Compile the networks with torch.compile: minutes at the start, faster steps after it; "
@@ -79,7 +79,7 @@ compile_option = option(
 )
 shard_option = option(
     "--shard/--no-shard",
-    "sharded",
+    "shard",
     default=False,
     envvar="FEATUREGAN_SHARD",
     help="Divide the GAN's weights over several processes (FSDP), in place of a copy for each.",
@@ -94,7 +94,7 @@ checkpoint_option = option(
 
 
 def training_options(command: Callable[P, R]) -> Callable[P, R]:
-    """Add the options of both training stages, named as the parameters of their ``run``."""
+    """Add the options of both training stages, named as the fields of ``Machine``."""
     options = (
         params_option,
         scratch_option,

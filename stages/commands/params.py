@@ -18,7 +18,7 @@ from stages.augment.registry import VARIANTS, Variant
 from stages.backbones.backbone import OUTPUT_STRIDE
 from stages.common.config import Config, Plain, parse, read_params, with_settings
 from stages.common.errors import ConfigError
-from stages.common.runtime import share
+from stages.common.runtime import check_batch_divides
 from stages.datasets.config import PrepareConfig
 from stages.extract import ExtractConfig, check_spec
 from stages.gan.monitor import MonitorConfig
@@ -88,7 +88,7 @@ class Params(Config):
         self._check_generator()
         for key in ("train_gan", "train_decoder"):
             training = getattr(self, key)
-            share(training.batch_size, 1, training.gradient_accumulation, f"{key}.batch_size")
+            check_batch_divides(training.batch_size, 1, training.gradient_accumulation, f"{key}.batch_size")
         check_input_size(self.extract.input_size, OUTPUT_STRIDE)
         if self.train_gan.image_encoder and not self.extract.store_images:
             message = "train_gan.image_encoder reads the images; set it to true"

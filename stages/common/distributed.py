@@ -40,7 +40,7 @@ def agree(choice: Choice) -> Choice:
     return chosen[0]
 
 
-def gathered(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
     """The values of all processes, in order."""
     if not several_processes():
         return [value]
@@ -49,9 +49,9 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def alike(value: Any) -> bool:
+def all_equal(value: Any) -> bool:
     """Whether all processes have the same value."""
-    return all(other == value for other in gathered(value))
+    return all(other == value for other in gather(value))
 
 
 def draw_noise(
@@ -101,7 +101,7 @@ def shard(network: nn.Module, device: torch.device) -> nn.Module:
     return fully_shard(network, mesh=mesh)  # type: ignore[return-value]
 
 
-def _is_divided(value: Any) -> TypeGuard[DTensor]:
+def is_sharded(value: Any) -> TypeGuard[DTensor]:
     """Whether a tensor's parts lie in several processes."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
@@ -110,22 +110,22 @@ def _is_divided(value: Any) -> TypeGuard[DTensor]:
     return isinstance(value, DTensor)
 
 
-def whole(state: Any) -> Any:
+def full_state(state: Any) -> Any:
     """A state dict with the parts of all processes put together; itself where nothing is divided. All processes must call it."""
-    if _is_divided(state):
+    if is_sharded(state):
         return state.full_tensor()
     if isinstance(state, dict):
-        return type(state)((key, whole(value)) for key, value in state.items())
+        return type(state)((key, full_state(value)) for key, value in state.items())
     return state
 
 
-def divide_like(state: dict[str, Any], divided: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`whole`: whole tensors divided as those of the same names are."""
+def shard_like(state: dict[str, Any], divided: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`full_state`: whole tensors divided as those of the same names are."""
     from torch.distributed.tensor import distribute_tensor
 
     return {
         name: distribute_tensor(value, like.device_mesh, like.placements)
-        if _is_divided(like := divided.get(name))
+        if is_sharded(like := divided.get(name))
         else value
         for name, value in state.items()
     }
@@ -135,7 +135,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     """``optimizer.load_state_dict`` of a whole state, divided where its parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     divided = {
-        number: divide_like(
+        number: shard_like(
             values,
             dict.fromkeys(
                 (name for name, value in values.items() if value.ndim), parameters[number]

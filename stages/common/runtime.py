@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -21,10 +22,43 @@ from tqdm import tqdm
 
 from featurestore import FeatureStore, FeatureStoreError
 from featurestore.files import write_atomically, writing
-from stages.common.distributed import gathered, replicate, shard, synchronise_batch_norm
+from stages.common.distributed import gather, replicate, shard, synchronise_batch_norm
 from stages.common.errors import ConfigError
 
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How this machine computes; results do not depend on it, up to rounding.
+
+    Attributes
+    ----------
+    device
+        ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
+    workers
+        Threads that read, decode and check.
+    cache
+        Where features stay between epochs: ``none`` (in the files), ``host`` or ``device``.
+    compile
+        Whether ``torch.compile`` compiles the networks.
+    shard
+        Whether several processes divide the GAN's weights (FSDP) instead of copying them.
+    checkpoint_minutes
+        Least time between two saved states; 0 saves after every step.
+    scratch
+        Folder of unfinished work, from which an interrupted stage resumes.
+    """
+
+    device: str = "auto"
+    workers: int = 2
+    cache: str = "none"
+    compile: bool = False
+    shard: bool = False
+    checkpoint_minutes: float = 5.0
+    scratch: Path = Path("scratch")
+
+
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # of glibc's malloc.h
 
 
@@ -111,22 +145,6 @@ def distribute(accelerator: Accelerator, network: nn.Module, *, sharded: bool = 
     )
 
 
-def step_optimizers(accelerator: Accelerator, *optimizers: torch.optim.Optimizer) -> bool:
-    """Step all that were back-propagated together; whether they did, which an accumulated batch does with its last part only.
-
-    Together, because fp16's scale must not change between them.
-    """
-    if not accelerator.sync_gradients:
-        return False
-    for optimizer in optimizers:
-        optimizer.step() if accelerator.scaler is None else accelerator.scaler.step(optimizer)
-    if accelerator.scaler is not None:
-        accelerator.scaler.update()
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    return True
-
-
 def scaler_state(accelerator: Accelerator) -> dict[str, Any]:
     """State of fp16's loss scaling; empty for other precisions."""
     return {} if accelerator.scaler is None else accelerator.scaler.state_dict()
@@ -138,19 +156,19 @@ def load_scaler_state(accelerator: Accelerator, state: dict[str, Any]) -> None:
         accelerator.scaler.load_state_dict(state)
 
 
-def share(batch_size: int, processes: int, parts: int, key: str) -> None:
-    """Refuse a batch that the processes, and the parts of an accumulated gradient, cannot share evenly.
+def check_batch_divides(batch_size: int, processes: int, micro_batches: int, key: str) -> None:
+    """Refuse a batch that does not divide evenly over processes and micro-batches.
 
     Raises
     ------
     ConfigError
-        When a part would not have the same whole number of samples, two at least, everywhere.
+        When a micro-batch would not have the same number of samples, at least two, everywhere.
     """
-    pieces = processes * parts
+    pieces = processes * micro_batches
     if batch_size % pieces or batch_size // pieces < 2:
         message = (
-            f"{batch_size} samples cannot be divided into {processes} processes times {parts} parts of two samples"
-            f" or more; choose a multiple of {pieces} from {2 * pieces} on"
+            f"{batch_size} samples do not divide into {processes} processes times {micro_batches}"
+            f" micro-batches of two or more samples; choose a multiple of {pieces} from {2 * pieces} on"
         )
         raise ConfigError(key, message, expected=2 * pieces, actual=batch_size)
 
@@ -205,7 +223,7 @@ def verify_stores(*stores: FeatureStore, workers: int) -> None:
             verify_store(store, workers=workers, rank=rank, ranks=processes)
     except FeatureStoreError as error:
         problem = error
-    for found in gathered(problem):
+    for found in gather(problem):
         if found is not None:
             raise found
 

@@ -1,4 +1,4 @@
-"""FeatureGAN's networks: built from a description, with the scale in which they see features."""
+"""FeatureGAN's networks, and the statistics of features that they are built with."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from torch import Tensor, nn
 
 from featurestore import FeatureStore
 from stages.models.discriminator import Discriminator
+from stages.models.feature_generator import FeatureGenerator
 from stages.models.flow_generator import FlowGenerator
 from stages.models.generator import Generator
 from stages.models.image_encoder import ImageEncoder
 from stages.segmentation.class_statistics import ClassStatistics
 
-AnyGenerator = Generator | FlowGenerator
-
 
 @dataclass
 class Networks:
-    """The networks of a FeatureGAN; the image encoder is optional. A flow is a generator alone."""
+    """The networks of a FeatureGAN; a flow has no discriminator, the image encoder is optional."""
 
-    generator: AnyGenerator
+    generator: FeatureGenerator
     discriminator: Discriminator | None = None
     image_encoder: ImageEncoder | None = None
 
     def by_name(self) -> dict[str, nn.Module]:
-        """Those that exist, by the names of their files."""
+        """Return the networks that exist, by the names of their files."""
         named = {
             "generator": self.generator,
             "discriminator": self.discriminator,
@@ -42,7 +41,7 @@ def build_networks(
     feature_scale: Tensor | None = None,
     class_means: Tensor | None = None,
 ) -> Networks:
-    """Fresh networks.
+    """Build fresh networks.
 
     Parameters
     ----------

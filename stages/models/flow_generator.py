@@ -18,8 +18,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from stages.models.blocks import autocast_dtype, one_hot
+from stages.models.feature_generator import FeatureGenerator
 
 GROUPS = 8  # of the normalisation
 
@@ -42,7 +44,7 @@ class _Block(nn.Module):
         return self.shortcut(x) + self.conv_1(F.silu(self.norm_1(h) * (1 + scale) + shift))
 
 
-class FlowGenerator(nn.Module):
+class FlowGenerator(FeatureGenerator):
     """A U-Net of three resolutions that gives the velocity, and its integration.
 
     Parameters
@@ -63,7 +65,6 @@ class FlowGenerator(nn.Module):
         Of the integration (midpoint rule: two evaluations each).
     """
 
-    feature_scale: Tensor
     mean: Tensor
     basis: Tensor
     spread: Tensor
@@ -82,12 +83,8 @@ class FlowGenerator(nn.Module):
     ) -> None:
         super().__init__()
         channels, height, width_ = feature_shape
-        self.num_classes, self.nonnegative, self.steps, self.width = (
-            num_classes,
-            nonnegative,
-            steps,
-            width,
-        )
+        self.num_classes, self.nonnegative = num_classes, nonnegative
+        self.steps, self.width = steps, width
         self.shape = (components, height, width_)
         self.z_dim = components * height * width_
         self.register_buffer("feature_scale", feature_scale.reshape(1, channels, 1, 1).float())
@@ -171,21 +168,8 @@ class FlowGenerator(nn.Module):
             x = block(torch.cat([x, skips.pop()], dim=1), label, embedded)
         return gaussian + self.last(x).float()
 
+    @override
     def forward(self, z: Tensor, masks: Tensor) -> Tensor:
-        """Generate scaled features.
-
-        Parameters
-        ----------
-        z
-            (k*B, z_dim) noise, k draws a mask.
-        masks
-            (B, H, W) uint8, 255 = void.
-
-        Returns
-        -------
-        Tensor
-            (k*B, C, h, w). Draw j of mask i is row j*B + i.
-        """
         x = self.start(z)
         return self.restore(self._carried(x, masks.repeat(len(x) // len(masks), 1, 1)))
 
@@ -200,15 +184,6 @@ class FlowGenerator(nn.Module):
             middle = x + step / 2 * self.velocity(x, now, masks)
             x = x + step * self.velocity(middle, now + step / 2, masks)
         return x
-
-    @torch.no_grad()
-    def generate(
-        self, masks: Tensor, *, z: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """As :meth:`stages.models.generator.Generator.generate`."""
-        if z is None:
-            z = torch.randn(len(masks), self.z_dim, generator=generator, device=masks.device)
-        return self(z, masks) * self.feature_scale
 
     @torch.no_grad()
     def vary(self, features: Tensor, masks: Tensor, *, z: Tensor, strength: float) -> Tensor:
@@ -237,24 +212,14 @@ class FlowGenerator(nn.Module):
         new = self._carried(torch.lerp(old, self.start(z), strength), masks, start=1 - strength)
         return self._moved(features, new - old)
 
+    @override
     @torch.no_grad()
-    def edit(
-        self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor | None = None
-    ) -> Tensor:
-        """Features carried back to the noise that the flow makes them of under the old mask, and forwards under the new one.
-
-        The source is Su et al. 2023 (dual diffusion implicit bridges), of images. An object becomes what the flow makes of
-        the same noise for another class: as like to the objects of that class as it was to those of its own. Either way takes half as many
-        steps as generating, two at least, so an edit costs as much; there and back under one mask, two steps lose 0.1% of the
-        features' variance (docs/results.md). What the principal components do not hold stays as it is.
-
-        Parameters
-        ----------
-        features, old, new
-            As of :meth:`stages.models.generator.Generator.edit`.
-        z
-            Not read: features have their own noise, and there is one edit of them.
-        """
+    def edit(self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor) -> Tensor:
+        # Back to the noise that the flow makes of the features under the old mask, and forwards
+        # under the new one (Su et al. 2023, dual diffusion implicit bridges). Features have their
+        # own noise: z is not read, and there is one edit of them. Either way takes half as many
+        # steps as generating, at least two; there and back under one mask, two steps lose 0.1% of
+        # the features' variance. What the principal components do not hold stays as it is.
         times = len(features) // len(old)
         steps = max(2, math.ceil(self.steps / 2))
         before = self.reduce(features / self.feature_scale).float()

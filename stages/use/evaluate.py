@@ -16,7 +16,7 @@ from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import make_accelerator, progress, verify_stores, write_json
 from stages.segmentation.evaluation import evaluate
 from stages.segmentation.metrics import Scores, mean_iou
-from stages.training.checkpoint import load_decoder, read_precision, read_spec
+from stages.training.models import load_decoder, read_precision, read_spec
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from stages.backbones.backbone import RESNETS, Backbone
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import progress
 from stages.models.decoder import Decoder
-from stages.training.checkpoint import load_decoder, read_config, read_spec
+from stages.training.models import load_decoder, read_config, read_spec
 from stages.use.end_to_end import EndToEnd
 from stages.use.export_formats import (
     SMALLEST,

@@ -29,9 +29,9 @@ from stages.augment.new_masks import NewMasks
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import generator as random_generator
 from stages.common.runtime import make_accelerator, progress, source_digest
-from stages.gan.networks import AnyGenerator
+from stages.models.feature_generator import FeatureGenerator
 from stages.models.image_encoder import ImageEncoder, sample_z
-from stages.training.checkpoint import load_gan, load_generator, read_config, read_spec
+from stages.training.models import load_gan, load_generator, read_config, read_spec
 from stages.use.mask_source import Masks, open_masks
 
 CPU = torch.device("cpu")
@@ -266,7 +266,11 @@ def _read(
 
 @torch.no_grad()
 def _generate(
-    sample: _Sample, *, network: AnyGenerator, encoder: ImageEncoder | None, device: torch.device
+    sample: _Sample,
+    *,
+    network: FeatureGenerator,
+    encoder: ImageEncoder | None,
+    device: torch.device,
 ) -> tuple[_Sample, np.ndarray]:
     """The sample, and its features (C, h, w) float32."""
     z = sample.draw(network.z_dim).to(device)

@@ -25,7 +25,7 @@ from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import progress
 from stages.data.images import IMAGE_SUFFIXES
 from stages.reporting.overlay import legend, overlay
-from stages.training.checkpoint import CONFIG_NAME, read_spec
+from stages.training.models import CONFIG_NAME, read_spec
 from stages.use.segmenter import Segmentation, Segmenter, as_image
 from stages.use.windows import Photograph, View
 

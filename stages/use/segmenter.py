@@ -18,7 +18,7 @@ from featurestore import StoreSpec
 from stages.common.errors import ConfigError
 from stages.common.runtime import make_accelerator
 from stages.data.images import decode_image, read_bytes, too_deep, upright
-from stages.training.checkpoint import load_decoder, read_precision, read_spec
+from stages.training.models import load_decoder, read_precision, read_spec
 from stages.use.trained_backbone import load_backbone
 from stages.use.windows import Photograph, View, cut, join
 

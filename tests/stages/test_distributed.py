@@ -12,7 +12,7 @@ from torch import nn
 
 from stages.common.distributed import SynchronisedBatchNorm2d, synchronise_batch_norm
 from stages.reporting.curves import read_curves
-from stages.training.checkpoint import load_decoder, load_generator
+from stages.training.models import load_decoder, load_generator
 from tests.conftest import run
 from tests.imports import ROOT
 from tests.stages.test_training import features  # noqa: F401  (a fixture)

@@ -24,7 +24,7 @@ from featurestore import StoreSpec
 from stages.backbones.backbone import Backbone, build_backbone
 from stages.common.errors import ConfigError, DataError
 from stages.models.decoder import Decoder
-from stages.training.checkpoint import load_decoder, read_spec, save_weights
+from stages.training.models import load_decoder, read_spec, save_weights
 from stages.use import export, export_formats
 from stages.use.end_to_end import EndToEnd, _SameConv2d
 from stages.use.export_formats import METADATA, dynamic_shapes, trace

@@ -15,7 +15,7 @@ from stages.common.runtime import make_accelerator
 from stages.gan.flow_trainer import FlowTrainer, mean_amplitude, principal_components
 from stages.gan.networks import Networks
 from stages.models.flow_generator import FlowGenerator
-from stages.training.checkpoint import load_generator
+from stages.training.models import load_generator
 from tests.stages.test_training import (  # noqa: F401  (features is a fixture)
     VARIANTS,
     added_by_a_frozen_generator,

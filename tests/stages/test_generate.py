@@ -26,7 +26,7 @@ from stages.commands.generate import CHANGES
 from stages.common.errors import ConfigError, DataError
 from stages.gan.networks import build_networks
 from stages.models.image_encoder import sample_z
-from stages.training.checkpoint import load_gan, load_generator, save_weights
+from stages.training.models import load_gan, load_generator, save_weights
 from stages.use import generate
 from tests.featurestore.test_store import SPEC
 from tests.imports import ROOT

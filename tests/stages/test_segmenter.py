@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import featurestore
 from stages.common.errors import ConfigError, DataError
 from stages.segmentation.metrics import confusion_matrix, score
-from stages.training.checkpoint import load_decoder, read_spec
+from stages.training.models import load_decoder, read_spec
 from stages.use import windows
 from stages.use.segmenter import Segmenter
 from stages.use.windows import View, cut

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,12 @@ import featurestore
 from featurestore import IncompleteStoreError, ShardCorruptError, SpecMismatchError, StoreWriteError
 from featurestore.dataset import Batch, FeatureLoader
 from stages import train_decoder, train_gan
-from stages.augment.base import Context, Part
+from stages.augment.base import Context, Labelled
 from stages.augment.new_masks import NewMasks
 from stages.augment.registry import Variant, build_augmenter
 from stages.common.errors import ConfigError, DataError, DivergenceError
+from stages.common.runtime import Machine, make_accelerator, verify_stores, write_json
 from stages.common.runtime import generator as random_generator
-from stages.common.runtime import make_accelerator, verify_stores, write_json
 from stages.gan.gan_trainer import GanTrainer
 from stages.gan.monitor import MonitorConfig
 from stages.models.decoder import Decoder
@@ -36,8 +37,8 @@ from stages.reporting.curves import read_curves
 from stages.segmentation.metrics import Scores, confusion_matrix, score
 from stages.train_decoder import TrainDecoderConfig
 from stages.train_gan import TrainGanConfig
-from stages.training.checkpoint import (
-    Checkpoint,
+from stages.training.checkpoint import Checkpoint
+from stages.training.models import (
     load_decoder,
     load_gan,
     load_generator,
@@ -47,6 +48,7 @@ from tests.conftest import run
 from tests.featurestore.test_store import SPEC
 from tests.imports import ROOT
 
+MACHINE = Machine(device="cpu", workers=0, checkpoint_minutes=0)
 GAN = {
     "family": "gan",
     "flow_components": 6,
@@ -147,13 +149,7 @@ def run_gan(features: Path, root: Path, monitor: dict | None = None, **changes) 
         out=root / "gan",
         metrics=root / "metrics" / "train-gan",
         logs=root / "logs",
-        scratch=root / "scratch",
-        device="cpu",
-        workers=0,
-        cache="none",
-        compile_networks=False,
-        sharded=False,
-        checkpoint_minutes=0,
+        machine=replace(MACHINE, scratch=root / "scratch"),
     )
 
 
@@ -179,13 +175,7 @@ def run_decoder(
         out=root / "decoders" / f"{name}-{seed}",
         metrics=root / "metrics" / f"{name}-{seed}",
         logs=root / "logs",
-        scratch=root / "scratch",
-        device="cpu",
-        workers=workers,
-        cache="none",
-        compile_networks=False,
-        sharded=False,
-        checkpoint_minutes=0,
+        machine=replace(MACHINE, scratch=root / "scratch", workers=workers),
     )
 
 
@@ -339,7 +329,7 @@ def test_a_decoder_may_see_each_image_mirrored_or_not_by_chance(
                     seen.update(batch.positions.tolist())
                 yield batch
 
-    monkeypatch.setattr(train_decoder, "FeatureLoader", Watched)
+    monkeypatch.setattr("stages.training.session.FeatureLoader", Watched)
     run_decoder(root, tmp_path, described, name="random", epochs=12)
     assert seen == set(range(20))
     seen.clear()
@@ -349,7 +339,7 @@ def test_a_decoder_may_see_each_image_mirrored_or_not_by_chance(
 
 def added_by_a_frozen_generator(
     features: Path, folder: Path, changes: Sequence[str], **described
-) -> tuple[list[Part], Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[list[Labelled], Tensor, Tensor, Tensor, Tensor]:
     """What is added to a batch of three, two draws a mask by default; the real features, their masks, those asked for, and the noise."""
     store = featurestore.open(features / "train")
     variant = {
@@ -365,12 +355,11 @@ def added_by_a_frozen_generator(
         "mine",
         make_accelerator("cpu", "no"),
         store,
-        np.arange(len(store)),
         decoder,
         folder / "gan",
         0,
         1,
-        {},
+        MACHINE,
     )
     augmenter = build_augmenter(TypeAdapter(Variant).validate_python(variant), context)
     real, masks = (
@@ -378,7 +367,7 @@ def added_by_a_frozen_generator(
     )
     parts = augmenter.augment(
         Batch(torch.arange(3), real, masks, None), torch.Generator().manual_seed(3)
-    ).parts
+    ).batches
     rng = torch.Generator().manual_seed(3)
     share = described.get("fraction", 1.0)
     wanted = (
@@ -804,7 +793,7 @@ def test_from_until_on_real_batches_take_the_place_of_added_ones(
     seen = []
     perturb, decoder_loss = train_decoder.perturb, train_decoder.decoder_loss
 
-    def look(names: tuple[str, ...], parts: list[Part], rng: torch.Generator) -> list[Part]:
+    def look(names: tuple[str, ...], parts: list[Labelled], rng: torch.Generator) -> list[Labelled]:
         real, *added = parts
         seen.append(
             (
@@ -924,7 +913,7 @@ def test_no_state_is_taken_over_after_the_code_or_the_gan_changed(
     load = Checkpoint.load
     monkeypatch.setattr(Checkpoint, "load", lambda self: loaded.append(load(self)) or loaded[-1])
     with monkeypatch.context() as patch:
-        patch.setattr(train_decoder, "source_digest", lambda *_: "other code")
+        patch.setattr("stages.training.session.imports_digest", lambda _: "other code")
         run_decoder(features, root, variant, name="x", epochs=3)
     assert loaded == [None]
     run_gan(features, root, seed=1)
@@ -1075,10 +1064,10 @@ def test_the_average_generator_is_an_exponential_moving_average(
 ) -> None:
     """Its weights equal the closed form over the weights after each step."""
     seen: list[dict[str, torch.Tensor]] = []
-    update = GanTrainer.update
+    after_step = GanTrainer.after_step
 
-    def watched(self: GanTrainer, *arguments, **named) -> None:
-        update(self, *arguments, **named)
+    def watched(self: GanTrainer) -> None:
+        after_step(self)
         seen.append(
             {
                 name: parameter.detach().clone()
@@ -1086,7 +1075,7 @@ def test_the_average_generator_is_an_exponential_moving_average(
             }
         )
 
-    monkeypatch.setattr(GanTrainer, "update", watched)
+    monkeypatch.setattr(GanTrainer, "after_step", watched)
     run_gan(features, tmp_path, ema_decay=0.75)
     average = dict(load_generator(tmp_path / "gan").named_parameters())
     raw = dict(load_gan(tmp_path / "gan")[0].generator.named_parameters())
