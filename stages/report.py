@@ -95,7 +95,7 @@ def run(
         What the other stages left.
     out
         Folder of ``index.html``, ``comparison.json``, ``comparison.csv``, ``comparison.txt``, ``metrics.json``,
-        ``per_class.csv`` and ``val_miou.csv``.
+        ``per_class.csv``, ``val_miou.csv`` and ``val_miou_gan.csv``.
     device
         Where features are generated and masks predicted.
 
@@ -129,7 +129,12 @@ def run(
         name: [read_curves(metrics / f"{name}-{seed}") for seed in compared.seeds]
         for name in compared.names
     }
-    charts.mean_over_seeds(runs, "val/miou").to_csv(out / "val_miou.csv", float_format="%.4f")
+    curves = charts.mean_over_seeds(runs, "val/miou")
+    for file, names in (
+        ("val_miou.csv", compared.variants),
+        ("val_miou_gan.csv", compared.gan_variants),
+    ):
+        curves[list(names)].to_csv(out / file, float_format="%.4f")
     palette = list(
         zip(test.spec.class_names, map(charts.css_colour, test.spec.palette), strict=True)
     )
