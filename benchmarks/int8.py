@@ -19,7 +19,7 @@ import torch
 import featurestore
 from featurestore.dataset import FeatureLoader
 from stages.augment.registry import NoneConfig
-from stages.common.runtime import make_accelerator
+from stages.common.runtime import Machine, make_accelerator
 from stages.gan.monitor import MonitorConfig
 from stages.segmentation.evaluation import evaluate
 from stages.train_decoder import TrainDecoderConfig, run
@@ -99,13 +99,7 @@ def main(
                     out=out,
                     metrics=work / "metrics",
                     logs=work / "logs",
-                    scratch=work / "scratch",
-                    device="auto",
-                    workers=2,
-                    cache="none",
-                    compile_networks=False,
-                    sharded=False,
-                    checkpoint_minutes=1e9,
+                    machine=Machine(scratch=work / "scratch", checkpoint_minutes=1e9),
                 )
                 accelerator = make_accelerator("auto", "no")
                 decoder = load_decoder(out).to(accelerator.device)

@@ -29,10 +29,8 @@ from stages.augment.hflip_views import training_views
 from stages.augment.perturb import perturb
 from stages.augment.registry import build_augmenter
 from stages.common.config import Beta, Config, Listed
-from stages.common.errors import ConfigError
 from stages.common.runtime import (
     Machine,
-    check_batch_divides,
     distribute,
     seed_everything,
     verify_stores,
@@ -45,7 +43,7 @@ from stages.segmentation.evaluation import evaluate, evaluate_images
 from stages.segmentation.metrics import IMAGES_NAME, Scores, score, total
 from stages.segmentation.upsampled_loss import upsampled_cross_entropy
 from stages.training.models import CONFIG_NAME, save_weights
-from stages.training.session import Session, Stateful
+from stages.training.session import Session, Stateful, check_batch
 from stages.training.update import backward, parameters_of, step_optimizers
 
 
@@ -320,9 +318,6 @@ def open_stores(
     FeatureStoreError
         When a store is missing or damaged.
     """
-    check_batch_divides(
-        config.batch_size, processes, config.gradient_accumulation, "train_decoder.batch_size"
-    )
     stores = {split: featurestore.open(features / split) for split in ("train", "val", "test")}
     train = stores["train"]
     for store in stores.values():
@@ -334,15 +329,7 @@ def open_stores(
         if not store.stats.class_pixels.any():
             message = "its masks have no labelled pixel: nothing to learn or to score"
             raise SpecMismatchError(message, path=store.path)
-    samples = config.repeats * len(train.positions("identity"))
-    if samples < config.batch_size:
-        message = (
-            f"{config.batch_size} is more than the {samples} samples that an epoch takes from"
-            f" {train.path}; lower it, or raise repeats"
-        )
-        raise ConfigError(
-            "train_decoder.batch_size", message, expected=samples, actual=config.batch_size
-        )
+    check_batch(config, train, processes, "train_decoder")
     verify_stores(*stores.values(), workers=machine.workers)
     return stores
 

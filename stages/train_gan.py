@@ -1,4 +1,4 @@
-"""train-gan: Algorithm 1's first branch, the first ``frozen_epochs`` epochs, generator and discriminator alone."""
+"""train-gan: generator and discriminator without a decoder (Algorithm 1, first branch)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import featurestore
 from featurestore import FeatureStore, SpecMismatchError
 from stages.common.config import Beta, Config, Listed, Once, Seed
 from stages.common.errors import ConfigError
-from stages.common.runtime import Machine, check_batch_divides, seed_everything, verify_stores
+from stages.common.runtime import Machine, seed_everything, verify_stores
 from stages.common.runtime import generator as random_generator
 from stages.gan.families import build_trainer, create_networks
 from stages.gan.monitor import MEASURED, MonitorConfig
 from stages.models.generator import UPSAMPLING
 from stages.segmentation.transforms import Transform
 from stages.training.models import save_gan, save_weights
-from stages.training.session import Session
+from stages.training.session import Session, check_batch
 from stages.training.update import backward, step_optimizers
 
 
@@ -83,15 +83,16 @@ class TrainGanConfig(Config):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        if self.adversarial_loss == "segmentation" and (
-            self.r1_gamma or self.discriminator_scales > 1
-        ):
+        patch_keys = self.r1_gamma or self.discriminator_scales > 1
+        if self.adversarial_loss == "segmentation" and patch_keys:
             raise ValueError(
-                "r1_gamma and discriminator_scales belong to a patch discriminator; adversarial_loss segmentation has none"
+                "r1_gamma and discriminator_scales belong to a patch discriminator;"
+                " adversarial_loss segmentation has none"
             )
         if self.image_encoder and (not self.z_dim or self.noise == "spatial"):
             raise ValueError(
-                "the image encoder gives a noise vector; set z_dim above 0 and noise to vector, or image_encoder to false"
+                "the image encoder gives a noise vector; set z_dim above 0 and noise to vector,"
+                " or image_encoder to false"
             )
         if self.noise == "spatial" and not self.z_dim:
             raise ValueError(
@@ -99,7 +100,8 @@ class TrainGanConfig(Config):
             )
         if self.family == "flow" and (self.image_encoder or self.r1_gamma or self.diffaugment):
             raise ValueError(
-                "image_encoder, r1_gamma and diffaugment are a GAN's; turn them off (false, 0, []), or set family to gan"
+                "image_encoder, r1_gamma and diffaugment are a GAN's; turn them off"
+                " (false, 0, []), or set family to gan"
             )
         return self
 
@@ -143,7 +145,7 @@ def run(
     config, monitoring
         Networks, losses, schedule; how training is monitored.
     features
-        Folder of the stores ``train`` and ``val``; the monitor compares with the features of ``val``.
+        Folder of the stores ``train`` and ``val``; the monitor compares with ``val``.
     out
         Folder of ``generator``, ``discriminator``, ``image_encoder`` (``.safetensors``), the
         untrained ``generator-initial``, ``optimizers.pt`` and ``config.json``.
@@ -229,43 +231,30 @@ def check_store(config: TrainGanConfig, store: FeatureStore, processes: int = 1)
     Raises
     ------
     ConfigError
-        When the feature map does not divide by the generator's up-sampling, or an epoch has fewer samples than a batch.
+        When the feature map does not divide by the generator's up-sampling, a batch does not divide
+        over the processes, or there are fewer samples or channels than the parameters need.
     SpecMismatchError
         When the image encoder needs images and the store has none.
     """
-    check_batch_divides(
-        config.batch_size, processes, config.gradient_accumulation, "train_gan.batch_size"
-    )
+    check_batch(config, store, processes, "train_gan")
     check_input_size(store.spec.mask_shape, store.spec.output_stride)
-    smallest, found = 2 * config.discriminator_scales * UPSAMPLING, store.spec.feature_shape[1:]
-    if min(found) < smallest:
-        message = f"{config.discriminator_scales} scales need features of {smallest} x {smallest} or more, found {found}"
-        raise ConfigError(
-            "train_gan.discriminator_scales", message, expected=smallest, actual=found
-        )
-    seen = config.repeats * len(store.positions("identity"))
-    if seen < config.batch_size:
-        message = f"{config.batch_size} is more than the {seen} samples that an epoch takes from {store.path}; lower it, or raise repeats"
-        raise ConfigError("train_gan.batch_size", message, expected=seen, actual=config.batch_size)
-    channels = store.spec.feature_shape[0]
-    if config.family == "flow" and config.flow_components > channels:
-        message = f"{config.flow_components} is more than the {channels} channels of {store.path}; lower it"
-        raise ConfigError(
-            "train_gan.flow_components", message, expected=channels, actual=config.flow_components
-        )
-    if config.projection_channels > channels:
-        message = f"{config.projection_channels} is more than the {channels} channels of {store.path}; lower it, or 0 to see all"
-        raise ConfigError(
-            "train_gan.projection_channels",
-            message,
-            expected=channels,
-            actual=config.projection_channels,
-        )
+    channels, *size = store.spec.feature_shape
+    scales = config.discriminator_scales
+    least = 2 * scales * UPSAMPLING
+    if min(size) < least:
+        message = f"{scales} scales need features of {least} x {least} or more, found {size}"
+        raise ConfigError("train_gan.discriminator_scales", message, expected=least, actual=size)
+    limited = {"projection_channels": "lower it, or 0 to see all"}
+    if config.family == "flow":
+        limited["flow_components"] = "lower it"
+    for key, remedy in limited.items():
+        value = getattr(config, key)
+        if value > channels:
+            message = f"{value} is more than the {channels} channels of {store.path}; {remedy}"
+            raise ConfigError(f"train_gan.{key}", message, expected=channels, actual=value)
     if config.image_encoder and not store.spec.has_images:
-        raise SpecMismatchError(
-            "train_gan.image_encoder needs images; set extract.store_images to true",
-            path=store.path,
-        )
+        message = "train_gan.image_encoder needs images; set extract.store_images to true"
+        raise SpecMismatchError(message, path=store.path)
 
 
 def check_input_size(size: tuple[int, int], output_stride: int) -> None:
@@ -274,18 +263,20 @@ def check_input_size(size: tuple[int, int], output_stride: int) -> None:
     Raises
     ------
     ConfigError
-        When H or W is no multiple of the backbone's stride times the generator's up-sampling.
+        When H or W is no multiple of the backbone's stride times the generator's up-sampling, or
+        the discriminator would see a single pixel.
     """
     step = output_stride * UPSAMPLING
-    if (
-        size[0] % step or size[1] % step or min(size) < 2 * step
-    ):  # smaller maps leave the discriminator a single pixel
-        message = f"must be a multiple of {step} from {2 * step} on (backbone stride times the generator's up-sampling), found {size}"
+    if size[0] % step or size[1] % step or min(size) < 2 * step:
+        message = (
+            f"must be a multiple of {step} from {2 * step} on (backbone stride times the"
+            f" generator's up-sampling), found {size}"
+        )
         raise ConfigError("extract.input_size", message, expected=step, actual=size)
 
 
 def describe(config: TrainGanConfig, store: FeatureStore) -> dict[str, Any]:
-    """Everything that :func:`stages.gan.networks.build_networks` needs, JSON-ready."""
+    """Collect what :func:`stages.gan.networks.build_networks` needs, JSON-ready."""
     spec = store.spec
     chosen = {key: value for key, value in config.model_dump().items() if key in ARCHITECTURE}
     return {

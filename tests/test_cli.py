@@ -13,11 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from PIL import Image
 from ruamel.yaml import YAML
 
-import pipeline
 from stages.commands.options import load_params, load_preset, presets
 from stages.commands.params import PARAMS, as_yaml
 from stages.common.config import parse, read_params
@@ -26,7 +24,7 @@ from stages.extract import ExtractConfig
 from stages.gan.monitor import MonitorConfig
 from stages.train_decoder import TrainDecoderConfig
 from stages.train_gan import TrainGanConfig
-from tests.conftest import flat, tiny_params
+from tests.factories import call, flat, one_line, tiny_params
 from tests.imports import ROOT
 
 PRESETS = presets()
@@ -45,22 +43,6 @@ COMMANDS = (
     "verify",
     "estimate",
 )
-
-
-def call(*arguments: str) -> Result:
-    return CliRunner().invoke(pipeline.main, arguments)
-
-
-def one_line(result: Result) -> str:
-    """The single line that a failed command printed."""
-    assert not isinstance(result.exception, Exception), result.exception
-    lines = [
-        line
-        for line in result.stderr.splitlines()
-        if line and not line.startswith(("Usage:", "Try "))
-    ]
-    assert len(lines) == 1, result.stderr
-    return lines[0]
 
 
 @pytest.fixture

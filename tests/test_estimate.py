@@ -27,7 +27,7 @@ from stages.estimate.sizes import (
     store_spec,
     work_rows,
 )
-from tests.conftest import tiny_params
+from tests.factories import tiny_params
 from tests.imports import ROOT
 
 
@@ -151,12 +151,30 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_every_kind_of_gan_is_counted(tmp_path: Path, change: dict) -> None:
-    found = sections(tmp_path)
-    gan = found["train_gan"].model_copy(update={**change, "flow_components": 16, "flow_width": 8})
+def gan_operations(folder: Path, **changes: object) -> float:
+    found = sections(folder)
+    gan = found["train_gan"].model_copy(update=changes)
     costs, _ = operations.count(found["extract"], gan, found["train_decoder"], num_classes=7)
-    assert costs["gan"].operations > 0
+    return costs["gan"].operations
+
+
+@pytest.fixture(scope="module")
+def operations_of_the_quickstart(tmp_path_factory: pytest.TempPathFactory) -> float:
+    return gan_operations(tmp_path_factory.mktemp("quickstart"))
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_every_kind_of_gan_is_counted(
+    tmp_path: Path, change: dict, operations_of_the_quickstart: float
+) -> None:
+    changed = gan_operations(tmp_path, **change, flow_components=16, flow_width=8)
+    ratio = changed / operations_of_the_quickstart
+    if "family" in change:
+        assert 0 < ratio < 1  # a small flow, and no discriminator
+    elif change.get("adversarial_loss") in ("wasserstein-clip", "non-saturating"):
+        assert ratio >= 1
+    else:
+        assert 1 < ratio < 20
 
 
 def test_work_adds_up(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from stages import extract
 from stages.data.manifest import read_manifest
 from stages.datasets import camvid
 from stages.prepare import run as prepare
-from tests.stages.test_extract import config as extract_config
-from tests.stages.test_prepare import config as prepare_config
+from tests.factories import extract_config, prepare_config
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

@@ -26,8 +26,7 @@ from stages.common.errors import ConfigError, DataError
 from stages.data.manifest import SPLITS, Entry, write_manifest
 from stages.studies.plan import Run, StudyConfig, plan
 from stages.studies.runner import Workshop, data_content
-from tests.conftest import flat, run, write_photos
-from tests.featurestore.test_store import SPEC
+from tests.factories import SPEC, flat, run, write_photos
 from tests.imports import ROOT
 
 STUDY = """
@@ -255,20 +254,20 @@ def test_a_study_plans_the_runs_that_it_planned_before(file: Path) -> None:
         for seed in changes["seeds"]
     }
     found = {}
-    for run in runs_of(file):
-        params = parse(PARAMS, run.params)
+    for each in runs_of(file):
+        params = parse(PARAMS, each.params)
         sections = params.model_dump(mode="json", exclude={"variants", "compare", "report"})
         del sections["prepare"]["root"]
         changes = {key: value for key, value in flat(sections).items() if value != preset[key]}
-        variant = params.variants[run.variant]
-        found[run.experiment, run.label, run.seed] = changes, variant.model_dump(mode="json")
+        variant = params.variants[each.variant]
+        found[each.experiment, each.label, each.seed] = changes, variant.model_dump(mode="json")
     assert found == expected
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
 def test_every_committed_result_counts_as_done(file: Path) -> None:
     folder = ROOT / "results" / file.stem
-    done = {run.result(folder) for run in runs_of(file) if run.is_done(folder)}
+    done = {each.result(folder) for each in runs_of(file) if each.is_done(folder)}
     assert done == set(folder.rglob("*.json"))
 
 
@@ -277,9 +276,9 @@ def test_committed_results_pair_where_their_settings_do() -> None:
     pairs, files = set(), 0
     for file in STUDIES:
         folder = ROOT / "results" / file.stem
-        for run in runs_of(file):
-            if (path := run.result(folder)).exists():
-                pairs.add((run.protocol, json.loads(path.read_text())["protocol"]))
+        for each in runs_of(file):
+            if (path := each.result(folder)).exists():
+                pairs.add((each.protocol, json.loads(path.read_text())["protocol"]))
                 files += 1
     assert files == len(list((ROOT / "results").rglob("*.json")))
     assert len(pairs) == len({planned for planned, _ in pairs}) == len({kept for _, kept in pairs})

@@ -26,8 +26,8 @@ from stages.reporting.overlay import legend, overlay
 from stages.use import evaluate as scoring
 from stages.use import predict as predictions
 from stages.use.segmenter import Segmenter
+from tests.factories import call, one_line
 from tests.imports import ROOT
-from tests.test_cli import call, one_line
 
 BASELINE = "models/decoders/baseline-0"
 
@@ -288,11 +288,11 @@ def test_mistakes_are_one_line_before_any_work(
     for folder, words in (
         (
             f"{BASELINE}/decoder.safetensors",
-            "is a file; name the folder of the trained model that it lies in",
+            "is a file; name the folder of the trained model that holds it",
         ),
         (
             "models/gan",
-            "models/gan: holds a trained model, but no decoder; name a folder that train-decoder left",
+            "models/gan: holds a trained model, but no decoder; name a folder that train-decoder wrote",
         ),
     ):
         result = call("evaluate", folder, str(trained / "features/test"))
@@ -501,7 +501,7 @@ def test_a_decoder_of_an_older_version_says_so(trained: Path, tmp_path: Path) ->
     config = json.loads((tmp_path / "decoder" / "config.json").read_text())
     del config["mixed_precision"]
     (tmp_path / "decoder" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match="does not say in which precision"):
+    with pytest.raises(DataError, match="does not name the precision of its training"):
         scoring.evaluate_decoder(
             tmp_path / "decoder",
             trained / "features" / "test",

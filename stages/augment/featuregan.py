@@ -127,18 +127,18 @@ class JointFeatureGAN(Augmenter):
     ----------
     config
         The variant.
-    context
-        What augmenters are built from.
     trainer
         Pretrained networks with their optimizers.
+    pretrained
+        Folder that they came from.
     """
 
     config: FeatureGANConfig
     shares_noise = True
 
-    def __init__(self, config: FeatureGANConfig, context: Context, trainer: Trainer) -> None:
-        super().__init__(config, context)
-        self.trainer, self.pretrained = trainer, context.gan
+    def __init__(self, config: FeatureGANConfig, trainer: Trainer, pretrained: Path) -> None:
+        self.config, self.accelerator = config, trainer.accelerator
+        self.trainer, self.pretrained = trainer, pretrained
         self.needs_images = trainer.networks.image_encoder is not None
         self.modules = tuple(trainer.modules.values())
         self.monitored = trainer.generator
@@ -258,13 +258,12 @@ def featuregan(config: FeatureGANConfig, context: Context) -> Augmenter:
     family, needed = trained["training"]["family"], config.needs_family
     if needed not in (None, family):
         message = (
-            f"this variant works only with a {needed}, and the GAN in {context.gan} is a {family}"
+            f"variant {context.variant!r} works only with a {needed}, and {context.gan} holds a"
+            f" {family}; set it to {needed} and run train-gan again"
         )
-        raise ConfigError(
-            context.key("generator"), f"{message}; set train_gan.family and run train-gan again"
-        )
+        raise ConfigError("train_gan.family", message)
     if config.generator == "frozen":
         return FrozenFeatureGAN(config, context, networks)
     trainer = build_trainer(context.accelerator, networks, trained["training"], context.machine)
     trainer.load_training_state(load_training_state(context.gan))
-    return JointFeatureGAN(config, context, trainer)
+    return JointFeatureGAN(config, trainer, context.gan)

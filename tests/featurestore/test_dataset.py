@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from featurestore import SpecMismatchError, StoreMemoryError
 from featurestore.dataset import BatchOrder, FeatureDataset, FeatureLoader
-from tests.featurestore.test_store import SPEC, sample, write
+from tests.factories import SPEC, sample, write
 
 
 @pytest.mark.parametrize("compression", ["none", "zeros", "lz4"])

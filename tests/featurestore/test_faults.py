@@ -32,7 +32,7 @@ from featurestore import (
     StoreWriteError,
 )
 from featurestore.schema import COMPRESSIONS, FEATURE_DTYPES
-from tests.featurestore.test_store import SPEC, sample, shard_bytes, write
+from tests.factories import SPEC, sample, shard_bytes, write
 from tests.imports import ROOT
 
 TIMES = int(os.environ.get("FEATUREGAN_FAULTS", "1"))
@@ -358,7 +358,7 @@ def test_too_little_room_is_said_before_the_work_starts(small_disk: Path) -> Non
 
 def test_a_limit_on_file_sizes_is_a_clear_error(tmp_path: Path) -> None:
     code = (
-        "import resource, signal, sys; from tests.featurestore.test_store import *\n"
+        "import resource, signal, sys; from tests.factories import *\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "try:\n    write(Path(sys.argv[1]) / 'store')\n"
         "except featurestore.StoreWriteError as error: print('refused', error)\n"
@@ -442,7 +442,7 @@ def test_a_second_writer_of_the_same_store_says_who_is_at_work(tmp_path: Path) -
 
 def test_the_lock_of_a_killed_writer_is_nobodys(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from tests.featurestore.test_store import *\n"
+        "import os, signal, sys; from tests.factories import *\n"
         "writer = featurestore.create(Path(sys.argv[1]) / 'store', SPEC, fingerprint='f'); writer.append(**sample(0))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -25,7 +25,7 @@ from featurestore import (
 )
 from featurestore.room import check_room
 from featurestore.writer import clear_after_publication
-from tests.featurestore.test_store import SPEC, interrupted, sample, write
+from tests.factories import SPEC, interrupted, sample, write
 from tests.imports import ROOT
 
 

@@ -24,54 +24,8 @@ from featurestore import (
     SpecMismatchError,
     StoreExistsError,
     StoreNotFoundError,
-    StoreSpec,
 )
-
-SPEC = StoreSpec(
-    feature_shape=(6, 4, 5),
-    mask_shape=(32, 40),
-    class_names=("belt", "Größe", "纸"),
-    palette=((0, 0, 0), (10, 20, 30), (255, 0, 7)),
-    backbone="resnet50",
-    weights_digest="ab" * 32,
-    output_stride=8,
-    normalization_mean=(0.485, 0.456, 0.406),
-    normalization_std=(0.229, 0.224, 0.225),
-    resize="stretch",
-    compute="fp32",
-    nonnegative=True,
-    has_images=True,
-)
-
-
-def sample(number: int, spec: StoreSpec = SPEC) -> dict:
-    rng = np.random.default_rng(number)
-    mask = rng.integers(0, spec.num_classes, spec.mask_shape).astype(np.uint8)
-    mask[0, :3] = 255
-    image = (
-        rng.integers(0, 256, (*spec.mask_shape, 3)).astype(np.uint8) if spec.has_images else None
-    )
-    features = rng.random(spec.feature_shape).astype(spec.feature_dtype)
-    return {
-        "id": f"photo {number} é",
-        "features": features,
-        "mask": mask,
-        "image": image,
-        "view": "hflip" if number % 3 == 2 else "identity",
-    }
-
-
-def write(
-    path: Path, count: int = 7, spec: StoreSpec = SPEC, **options
-) -> featurestore.FeatureStore:
-    with featurestore.create(path, spec, samples_per_shard=3, **options) as writer:
-        for number in range(count):
-            writer.append(**sample(number, spec))
-    return featurestore.open(path)
-
-
-def shard_bytes(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+from tests.factories import SPEC, interrupted, sample, shard_bytes, write
 
 
 @pytest.mark.parametrize("compression", ["none", "lz4", "zstd"])
@@ -241,18 +195,6 @@ def test_an_existing_store_is_kept_unless_asked(tmp_path: Path) -> None:
     with pytest.raises(StoreExistsError):
         featurestore.create(tmp_path / "store", SPEC)
     assert len(write(tmp_path / "store", count=2, overwrite=True)) == 2
-
-
-def interrupted(path: Path, scratch: Path, stop_after: int, fingerprint: str = "f") -> None:
-    with (
-        pytest.raises(KeyboardInterrupt),
-        featurestore.create(
-            path, SPEC, scratch=scratch, fingerprint=fingerprint, samples_per_shard=3
-        ) as writer,
-    ):
-        for number in range(stop_after):
-            writer.append(**sample(number))
-        raise KeyboardInterrupt
 
 
 def resumed(path: Path, scratch: Path, fingerprint: str = "f") -> list[range]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from featurestore.dataset import Batch, FeatureLoader, moved
-from tests.featurestore.test_store import sample, write
+from tests.factories import sample, write
 
 
 class Diary(list):

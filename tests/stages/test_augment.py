@@ -28,7 +28,7 @@ from stages.common.runtime import Machine, make_accelerator
 from stages.models.decoder import Decoder
 from stages.segmentation.class_statistics import ClassStatistics
 from stages.segmentation.regions import Regions
-from tests.featurestore.test_store import SPEC
+from tests.factories import SPEC
 
 CHANNELS, SIDE, STRIDE, CLASSES = 6, 4, 8, 3
 VOID = 255

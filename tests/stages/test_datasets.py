@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.io import savemat
 
 from stages.common.errors import ConfigError, DataError
 from stages.data.images import decode_mask
@@ -20,32 +19,18 @@ from stages.datasets import ade20k, camvid, cityscapes, coco_instances, coco_stu
 from stages.datasets.config import Name
 from stages.datasets.palette import bit_colour
 from stages.prepare import DATASETS
-from tests.stages.test_extract import config as extract_config
-from tests.stages.test_extract import run as extract
-from tests.stages.test_prepare import config, prepare
-
-SIDE = 64  # pixels: what extract resizes to, so that its masks are those of prepare
-
-
-def save(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-def photo(path: Path) -> None:
-    """A image of its own for every name."""
-    save(
-        path,
-        np.random.default_rng(list(path.name.encode()))
-        .integers(0, 256, (SIDE, SIDE, 3))
-        .astype(np.uint8),
-    )
-
-
-def stripes(*values: int | tuple[int, int, int]) -> np.ndarray:
-    """A mask of equally high stripes from top to bottom: (SIDE, SIDE), or (SIDE, SIDE, 3) of colours."""
-    rows = np.array(values, np.uint8)[np.arange(SIDE) * len(values) // SIDE]
-    return np.repeat(rows[:, None], SIDE, axis=1)
+from tests.factories import (
+    SIDE,
+    extract,
+    extract_config,
+    make_voc,
+    photo,
+    prepare,
+    save,
+    save_sbd,
+    stripes,
+)
+from tests.factories import prepare_config as config
 
 
 def prepared(
@@ -89,38 +74,6 @@ def test_every_name_has_its_module() -> None:
 
 
 # -- Pascal VOC with SBD -------------------------------------------------------------------------------
-
-
-def make_voc(root: Path) -> None:
-    """Two images for training and two for validation in VOC, the four and two more in SBD."""
-    lists = root / "ImageSets" / "Segmentation"
-    lists.mkdir(parents=True)
-    for name, ids in (
-        ("train", ["a", "b"]),
-        ("val", ["c", "d"]),
-        ("trainval", ["a", "b", "c", "d"]),
-    ):
-        (lists / f"{name}.txt").write_text("\n".join(ids) + "\n")
-        for id in ids:
-            photo(root / "JPEGImages" / f"{id}.jpg")
-            save(root / "SegmentationClass" / f"{id}.png", stripes(0, 1, 255))
-    sbd = root / "benchmark_RELEASE" / "dataset"
-    for folder in ("cls", "img"):
-        (sbd / folder).mkdir(parents=True)
-    (sbd / "train.txt").write_text("a\nc\ne\n")
-    (sbd / "val.txt").write_text("b\nd\nf\n")
-    for id in "abcdef":
-        photo(sbd / "img" / f"{id}.jpg")
-        save_sbd(sbd / "cls" / f"{id}.mat", stripes(0, 20, 7))
-
-
-def save_sbd(path: Path, mask: np.ndarray) -> None:
-    fields = {
-        "Boundaries": np.zeros((20, 1)),
-        "Segmentation": mask,
-        "CategoriesPresent": np.unique(mask[mask > 0]),
-    }
-    savemat(path, {"GTcls": fields})
 
 
 def test_voc_with_sbd(tmp_path: Path) -> None:

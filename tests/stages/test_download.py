@@ -19,8 +19,8 @@ from stages.common.errors import ConfigError, DataError
 from stages.data.manifest import read_manifest
 from stages.datasets import download
 from stages.datasets.download import fetch
-from tests.stages.test_datasets import make_voc
-from tests.stages.test_prepare import config, prepare
+from tests.factories import make_voc, prepare
+from tests.factories import prepare_config as config
 
 
 class Server(ThreadingHTTPServer):

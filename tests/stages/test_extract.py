@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import signal
 import subprocess
@@ -21,46 +20,10 @@ from stages import extract
 from stages.backbones.backbone import Backbone, build_backbone
 from stages.common.errors import ConfigError, DataError
 from stages.data.manifest import read_manifest
-from tests.conftest import write_photos
+from tests.factories import digests, prepare, prepare_config, write_photos
+from tests.factories import extract as run
+from tests.factories import extract_config as config
 from tests.imports import ROOT
-from tests.stages.test_prepare import config as prepare_config
-from tests.stages.test_prepare import prepare
-
-
-def config(**changes) -> extract.ExtractConfig:
-    settings = {
-        "backbone": "efficientnet_lite0",
-        "weights": "default",
-        "input_size": 64,
-        "resize": "stretch",
-        "views": ["identity"],
-        "compute": "fp32",
-        "batch_size": 2,
-        "feature_dtype": "float16",
-        "compression": "none",
-        "store_images": True,
-    }
-    return extract.ExtractConfig(**{**settings, **changes})
-
-
-def run(
-    settings: extract.ExtractConfig, tmp_path: Path, *, workers: int = 0, out: str = "features"
-) -> dict[str, featurestore.FeatureStore]:
-    return extract.run(
-        settings,
-        dataset=tmp_path / "dataset",
-        out=tmp_path / out,
-        scratch=tmp_path / "scratch",
-        device="cpu",
-        workers=workers,
-    )
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*.*"))
-    }
 
 
 @pytest.fixture

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import write_photos
+from tests.factories import prepare, prepare_config, write_photos
 from tests.imports import ROOT
-from tests.stages.test_prepare import config as prepare_config
-from tests.stages.test_prepare import prepare
 
 KILLS = 5 * int(os.environ.get("FEATUREGAN_FAULTS", "1"))
 
@@ -27,7 +25,10 @@ import json, os, random, shutil, signal, sys, time
 import torch
 torch.set_num_threads(1)
 import featurestore.writer
-from tests.stages.test_extract import *
+from pathlib import Path
+from stages import extract
+from stages.backbones.backbone import build_backbone
+from tests import factories
 folder, kills = Path(sys.argv[1]), int(sys.argv[2])
 featurestore.writer.SHARD_BYTES = 3 * 60_000  # three samples a shard
 backbone = build_backbone(name="efficientnet_lite0", weights="default")
@@ -37,7 +38,7 @@ def start(out):
     child = os.fork()
     if child == 0:
         try:
-            run(config(), folder, workers=2, out=out)
+            factories.extract(factories.extract_config(), folder, workers=2, out=out)
             os._exit(0)
         finally:
             os._exit(1)
@@ -49,7 +50,7 @@ def ended(child):
 begun = time.monotonic()
 assert ended(start("undisturbed")) == 0
 duration = time.monotonic() - begun
-whole, rng = digests(folder / "undisturbed"), random.Random(0)
+whole, rng = factories.digests(folder / "undisturbed"), random.Random(0)
 killed = taken_over = equal = 0
 while killed < kills:
     child = start("features")
@@ -61,7 +62,7 @@ while killed < kills:
         if rng.random() < 0.7:
             continue  # and kill the run that resumes, too
         assert ended(start("features")) == 0
-    assert digests(folder / "features") == whole
+    assert factories.digests(folder / "features") == whole
     equal += 1
     shutil.rmtree(folder / "features")
     shutil.rmtree(folder / "scratch")

@@ -28,7 +28,7 @@ from stages.gan.networks import build_networks
 from stages.models.image_encoder import sample_z
 from stages.training.models import load_gan, load_generator, save_weights
 from stages.use import generate
-from tests.featurestore.test_store import SPEC
+from tests.factories import SPEC
 from tests.imports import ROOT
 
 REAL = dataclasses.replace(SPEC, feature_shape=(12, 8, 8), mask_shape=(64, 64), has_images=True)

@@ -17,7 +17,7 @@ from stages.gan.diversity import class_variances, draw_diversity, variance_ratio
 from stages.gan.fidelity import coverage, frechet_distance, kernel_distance, two_sample_accuracy
 from stages.gan.monitor import Monitor, MonitorConfig
 from stages.training.checkpoint import Checkpoint
-from tests.stages.test_training import MONITOR, features, run_gan  # noqa: F401  (features is a fixture)
+from tests.factories import MONITOR, run_gan
 
 # -- measures ------------------------------------------------------------------------------------------
 

@@ -16,43 +16,9 @@ from stages.common.errors import DataError
 from stages.data.images import decode_image, decode_mask, resize_pair
 from stages.datasets import voc, wastesim
 from stages.datasets.splits import halve, random_split
-from stages.prepare import PrepareConfig, run
+from tests.factories import SCENES, prepare
+from tests.factories import prepare_config as config
 from tests.imports import ROOT
-
-SCENES = {
-    "train": 2,
-    "val": 1,
-    "test": 1,
-    "size": 64,
-    "min_objects": 2,
-    "max_objects": 4,
-    "seed": 0,
-}
-
-
-def config(root: Path, **changes) -> PrepareConfig:
-    settings = {
-        "dataset": "folder",
-        "root": str(root),
-        "split": "official",
-        "ratios": [0.7, 0.15, 0.15],
-        "split_seed": 0,
-        "train_fraction": 1.0,
-        "classes": [],
-        "void_index": 255,
-        "wastesim": SCENES,
-    }
-    return PrepareConfig(**{**settings, **changes})
-
-
-def prepare(settings: PrepareConfig, tmp_path: Path, download: bool = False) -> dict:
-    return run(
-        settings,
-        out=tmp_path / "dataset",
-        scratch=tmp_path / "scratch",
-        workers=2,
-        download=download,
-    )
 
 
 def manifest(tmp_path: Path) -> list[dict[str, str]]:

@@ -22,7 +22,7 @@ from stages.training.models import load_decoder, read_spec
 from stages.use import windows
 from stages.use.segmenter import Segmenter
 from stages.use.windows import View, cut
-from tests.featurestore.test_store import SPEC
+from tests.factories import SPEC
 from tests.imports import ROOT
 
 PALETTE = (
