@@ -1,4 +1,4 @@
-"""What a run will take, before it runs."""
+"""The command that estimates disk, memory and time of a run before it starts."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from stages.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from featurestore import StoreSpec
     from stages.commands.params import Params
     from stages.estimate.step_cost import Cost
 
@@ -65,9 +66,9 @@ def estimate(
 ) -> None:
     """Say how much disk, memory and time the parameters' stages will take, by number of images.
 
-    Bytes of uncompressed stores are exact; operations are counted on networks without values, in seconds; memory is
-    rough; hours are an estimate: operations over --tflops, which is what your device sustains in training (a third of its peak is
-    common), or measured steps times their number.
+    Bytes of uncompressed stores are exact. Operations are counted, without computing them. Memory
+    is approximate. Hours are an estimate: operations over --tflops, the rate that your device
+    sustains in training (often a third of its peak), or measured steps times their number.
     """
     if tflops is not None and measure:
         raise click.UsageError("--tflops assumes a rate and --measure measures it; leave one out")
@@ -77,10 +78,33 @@ def estimate(
     from stages.estimate import step_cost
     from stages.estimate.sizes import joint_ratios
 
-    networks = (params.extract, params.train_gan, params.train_decoder)
-    kinds = {"num_classes": cases[0].classes, "ratios": joint_ratios(params.compared)}
-    costs, shape = step_cost.count(*networks, **kinds)
-    seconds = step_cost.measure(*networks, **kinds, device=_device(device)) if measure else None
+    gan, decoder = params.train_gan, params.train_decoder
+    setup = step_cost.Setup(
+        backbone=params.extract.backbone,
+        input_size=params.extract.input_size,
+        gan=gan.model_dump(),
+        head={
+            "head": decoder.decoder,
+            "width": decoder.width,
+            "atrous_rates": decoder.atrous_rates,
+        },
+        num_classes=cases[0].classes,
+        ratios=joint_ratios(params.compared),
+    )
+    costs, shape = step_cost.count(setup)
+    seconds = None
+    if measure:
+        batches = {
+            "backbone": params.extract.batch_size,
+            "gan": gan.batch_size,
+            "decoder": decoder.batch_size,
+        }
+        precisions = {
+            "backbone": "no",
+            "gan": gan.mixed_precision,
+            "decoder": decoder.mixed_precision,
+        }
+        seconds = step_cost.measure(setup, batches, precisions, device=_device(device))
     results = [_estimate(data, params, costs, shape, seconds, tflops) for data in cases]
     hours = "hours, measured" if measure else f"hours at {tflops:g} TFLOP/s" if tflops else None
     if as_json:
@@ -152,11 +176,20 @@ def _estimate(
 
     extract, gan, decoder = params.extract, params.train_gan, params.train_decoder
     variants, seeds = params.compared, len(params.compare.seeds)
-    spec = sizes.store_spec(extract, shape, data.classes)
-    stores = sizes.store_rows(spec, extract, data.images)
+    spec = _store_spec(params, shape, data.classes)
+    stores = sizes.store_rows(spec, len(extract.views), data.images)
     features = sum(row["bytes"] for row in stores)
     models = sizes.model_bytes(costs, variants, seeds)
-    cached = sizes.cache_bytes(spec, data.images, gan, variants)
+    cached = sizes.cache_bytes(spec, data.images, gan.image_encoder, variants)
+    micro_batches = {
+        "gan": gan.batch_size / gan.gradient_accumulation,
+        "decoder": decoder.batch_size / decoder.gradient_accumulation,
+    }
+    samples = {
+        "extract": sum(row["samples"] for row in stores),
+        "gan": gan.frozen_epochs * gan.repeats * data.images["train"],
+        "decoder": decoder.epochs * decoder.repeats * data.images["train"] * seeds,
+    }
     return {
         **asdict(data),
         "features": list(shape),
@@ -168,19 +201,37 @@ def _estimate(
             {"what": "DVC's cache, if it can link", "bytes": 0},
             {"what": "DVC's cache, if it must copy", "bytes": features + models},
         ],
-        "memory": sizes.memory_rows(costs, gan, decoder, variants, cached),
+        "memory": sizes.memory_rows(costs, micro_batches, variants, cached),
         "work": sizes.work_rows(
-            costs,
-            seconds,
-            tflops,
-            samples=sum(row["samples"] for row in stores),
-            train_images=data.images["train"],
-            gan=gan,
-            decoder=decoder,
-            variants=variants,
-            seeds=seeds,
+            costs, seconds, tflops, samples=samples, family=gan.family, variants=variants
         ),
     }
+
+
+def _store_spec(params: Params, feature_shape: tuple[int, ...], num_classes: int) -> StoreSpec:
+    """Return the spec of the stores that extract will write, as far as sizes depend on it."""
+    from featurestore import StoreSpec
+    from stages.backbones.backbone import OUTPUT_STRIDE
+
+    extract = params.extract
+    channels, height, width = feature_shape
+    return StoreSpec(
+        feature_shape=(channels, height, width),
+        mask_shape=extract.input_size,
+        class_names=tuple(map(str, range(num_classes))),
+        palette=((0, 0, 0),) * num_classes,
+        backbone=extract.backbone,
+        weights_digest="",
+        output_stride=OUTPUT_STRIDE,
+        normalization_mean=(0, 0, 0),
+        normalization_std=(1, 1, 1),
+        resize=extract.resize,
+        compute=extract.compute,
+        nonnegative=False,
+        feature_dtype=extract.feature_dtype,
+        has_images=extract.store_images,
+        compression=extract.compression,
+    )
 
 
 def _device(device: str) -> str:

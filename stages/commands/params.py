@@ -88,7 +88,9 @@ class Params(Config):
         self._check_generator()
         for key in ("train_gan", "train_decoder"):
             training = getattr(self, key)
-            check_batch_divides(training.batch_size, 1, training.gradient_accumulation, f"{key}.batch_size")
+            check_batch_divides(
+                training.batch_size, 1, training.gradient_accumulation, f"{key}.batch_size"
+            )
         check_input_size(self.extract.input_size, OUTPUT_STRIDE)
         if self.train_gan.image_encoder and not self.extract.store_images:
             message = "train_gan.image_encoder reads the images; set it to true"
