@@ -74,7 +74,7 @@ class Pipeline(click.Group):
 @click.group(cls=Pipeline, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="featuregan", message="%(package)s %(version)s")
 def main() -> None:
-    """FeatureGAN: cache a frozen backbone's features, learn to generate more of them, train a better decoder.
+    r"""FeatureGAN: cache a frozen backbone's features, generate more, train a better decoder.
 
     The stages run in this order; `dvc repro` runs those whose inputs changed:
 
@@ -85,7 +85,7 @@ def main() -> None:
       train-decoder  one variant, one seed        -> models/decoders/VARIANT-SEED/
       report         tables, curves, pictures     -> reports/
 
-    What is computed is in params.yaml (`init` writes one); options say how this machine computes it.
+    params.yaml says what is computed (`init` writes one); options say how this machine computes it.
     """
 
 
@@ -129,9 +129,8 @@ def prepare(path: Path, scratch: Path, workers: int, download: bool) -> None:
 
     summary = run(params.prepare, out=DATASET, scratch=scratch, workers=workers, download=download)
     sizes = ", ".join(f"{split} {part['images']}" for split, part in summary["splits"].items())
-    click.echo(
-        f"{DATASET}: {summary['images']} images ({sizes}), {len(summary['classes'])} classes, all checked"
-    )
+    classes = len(summary["classes"])
+    click.echo(f"{DATASET}: {summary['images']} images ({sizes}), {classes} classes, all checked")
     params.check_classes(summary["classes"])  # before features and a GAN are made in vain
 
 
@@ -158,15 +157,14 @@ def extract(path: Path, scratch: Path, workers: int, device: str) -> None:
     )
     for store in stores.values() if first_process() else ():
         size = sum(record.bytes for record in store.records)
-        click.echo(
-            f"{store.path}: {len(store)} samples of {' x '.join(map(str, store.spec.feature_shape))}, {size / 1e6:.1f} MB"
-        )
+        shape = " x ".join(map(str, store.spec.feature_shape))
+        click.echo(f"{store.path}: {len(store)} samples of {shape}, {size / 1e6:.1f} MB")
 
 
 @main.command("train-gan", short_help="Train FeatureGAN on cached features.")
 @training_options
 def train_gan(path: Path, **machine: Any) -> None:
-    """Train FeatureGAN alone on the cached features (Algorithm 1, the first frozen_epochs epochs)."""
+    """Train FeatureGAN on cached features (Algorithm 1, the first frozen_epochs epochs)."""
     params = load_params(path, machine["device"])
     from stages.common.runtime import Machine, check_precision, first_process
     from stages.train_gan import run
@@ -201,7 +199,7 @@ def train_gan(path: Path, **machine: Any) -> None:
     type=click.IntRange(0, 2**32 - 1),
     default=0,
     show_default=True,
-    help="Of initial weights, order and noise.",
+    help="Seed of initial weights, order and noise.",
 )
 @training_options
 def train_decoder(variant: str, seed: int, path: Path, **machine: Any) -> None:
@@ -232,16 +230,15 @@ def train_decoder(variant: str, seed: int, path: Path, **machine: Any) -> None:
     if not first_process():
         return
     absent = f" (absent from test: {', '.join(scores.absent)})" if scores.absent else ""
-    click.echo(
-        f"{DECODERS / name}: test PA {100 * scores.pixel_accuracy:.2f}, mIoU {100 * scores.miou:.2f}{absent}"
-    )
+    accuracy, miou = 100 * scores.pixel_accuracy, 100 * scores.miou
+    click.echo(f"{DECODERS / name}: test PA {accuracy:.2f}, mIoU {miou:.2f}{absent}")
 
 
 @main.command(short_help="Compare the decoders: table, curves, pictures.")
 @params_option
 @device_option
 def report(path: Path, device: str) -> None:
-    """Compare the decoders: reports/index.html, comparison.json and .csv, and the table on this terminal."""
+    """Compare the decoders: reports/index.html, comparison.json and .csv, and a table here."""
     params = load_params(path, device)
     from stages.report import run
 

@@ -1,4 +1,4 @@
-"""What a run will take: sizes are those of stores that were extracted, operations those of the steps that train."""
+"""Sizes are those of extracted stores; operations are those of the steps that train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study makes one result file a run, goes on from those that are there, and shares what runs have in common."""
+"""A study makes one result file a run, resumes from them, and shares what runs have in common."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_runs_come_seed_by_seed_and_share_what_they_have_in_common(tmp_path: Pat
     each = planned(text.replace("gan: once", "gan: per-seed"), tmp_path)
     assert len({run.digests["gan"] for run in each if run.needs_gan}) == 2
     assert {run.params["train_gan"]["seed"] for run in each} == {0, 1}
-    # Where the data lie changes no digest; what the GAN is trained with changes those of runs with it.
+    # The folder of the data changes no digest; settings of the GAN change those of runs with one.
     elsewhere = planned(text, tmp_path, **{"prepare.root": "elsewhere"})
     assert [run.digests for run in elsewhere] == [run.digests for run in runs]
     # The order of the classes is what mask values mean.

@@ -46,7 +46,7 @@ download_option = option(
     "--download/--no-download",
     default=False,
     envvar="FEATUREGAN_DOWNLOAD",
-    help="Download the data set into prepare.root if it is missing and its licence allows it (voc).",
+    help="Download the data set into prepare.root if it is missing and may be downloaded (voc).",
 )
 device_option = option(
     "--device",

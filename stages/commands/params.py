@@ -102,7 +102,7 @@ class Params(Config):
         return self
 
     def _check_names(self) -> None:
-        """Each compared variant is described, and in the list of the stage that trains it."""
+        """Refuse a compared variant without description, or in the list of the other stage."""
         for key, needs_gan in (("variants", False), ("gan_variants", True)):
             for name in getattr(self.compare, key):
                 if name not in self.variants:
@@ -116,7 +116,7 @@ class Params(Config):
                     raise ConfigError(f"compare.{key}", message)
 
     def _check_generator(self) -> None:
-        """Compared variants suit the generator that is trained for them."""
+        """Refuse compared variants that do not work with the generator of ``train_gan``."""
         gan = self.train_gan
         penalized = gan.r1_gamma or gan.adversarial_loss == "wasserstein-gp"
         for name, variant in self.compared.items():

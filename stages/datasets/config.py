@@ -72,8 +72,11 @@ class PrepareConfig(Config):
     @classmethod
     def _in_order(cls, classes: object) -> object:
         if isinstance(classes, dict) and classes:
-            message = "must be a list of lines `- name: [red, green, blue]`, because their order is the mask value"
-            raise ValueError(f"{message} and DVC does not see the order of keys")
+            message = (
+                "must be a list of lines `- name: [red, green, blue]`, because their order is the "
+                "mask value and DVC does not see the order of keys"
+            )
+            raise ValueError(message)
         return classes or ()
 
     @model_validator(mode="after")

@@ -50,7 +50,7 @@ class Cost:
     Attributes
     ----------
     operations
-        Floating-point operations of convolutions and matrix products; a multiplication and an addition are two.
+        Of convolutions and matrix products; a multiplication and an addition are two operations.
     weight_bytes
         Trained weights, gradients and Adam's moments; they do not depend on the batch.
     activation_bytes

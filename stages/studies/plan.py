@@ -1,7 +1,7 @@
 """Studies: experiments of many runs that survive any interruption, one small result file a run.
 
-A study is a YAML file: a preset, what it changes of it, and experiments, each a list of variants trained with several
-seeds. A run whose result file is there and was made with the same settings is not run again, so a study goes on where it
+A study is a YAML file: a preset, its changes, and experiments, each a list of variants trained with
+several seeds. A run with a result file of equal settings is not run again: a study resumes where it
 stopped, on any machine that has the files. :mod:`stages.studies.runner` makes the runs.
 """
 
@@ -71,15 +71,15 @@ class Run:
     Attributes
     ----------
     experiment, label, variant, seed
-        Where it belongs, what its row is called, and what it trains.
+        Experiment, name of the row, name in section ``variants``, and seed.
     params
         All parameters, plain.
     protocol
-        Digest of the settings that must be equal for two runs to be compared: data, features, the decoder's training.
+        Digest of the settings that two compared runs share: data, features, training of decoders.
     digests
-        Of what the features, the GAN and the result depend on, by ``data``, ``gan`` and ``run``.
+        Digests of the settings of the features, the GAN and the result: ``data``, ``gan``, ``run``.
     needs_gan
-        Whether a pretrained generator is read.
+        Whether the run reads a pretrained generator.
     """
 
     experiment: str
@@ -92,11 +92,11 @@ class Run:
     needs_gan: bool
 
     def result(self, results: Path) -> Path:
-        """Where its result file belongs."""
+        """Return the path of the result file."""
         return results / self.experiment / f"{self.label}-{self.seed}.json"
 
     def is_done(self, results: Path) -> bool:
-        """Whether that file is there, of a run with the same settings.
+        """Return whether there is a result file of equal settings.
 
         Raises
         ------
