@@ -124,7 +124,7 @@ def run(
         seed=seed,
         drop_last=True,
         positions=training_views(train, variant.view),
-        passes=config.repeats,
+        repeats=config.repeats,
         images=augmenter.needs_images,
     )
     validation = session.loader(stores["val"], config.batch_size)

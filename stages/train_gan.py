@@ -177,7 +177,7 @@ def run(
         seed=config.seed,
         drop_last=True,
         positions=store.positions("identity"),
-        passes=config.repeats,
+        repeats=config.repeats,
         images=config.image_encoder,
     )
 

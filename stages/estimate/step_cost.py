@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -22,14 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from featurestore.dataset import Batch
 from stages.augment.featuregan import FeatureGANConfig, JointFeatureGAN
-from stages.backbones.backbone import (
-    LITE0,
-    OUTPUT_STRIDE,
-    RESNETS,
-    BackboneError,
-    create_lite0,
-    create_timm,
-)
+from stages.backbones import build
+from stages.backbones.backbone import OUTPUT_STRIDE, BackboneError
 from stages.common.errors import ConfigError
 from stages.common.runtime import Machine, make_accelerator
 from stages.gan.families import build_trainer
@@ -302,22 +295,14 @@ def _synchronise(device: str) -> None:
 
 
 def untrained_backbone(name: str) -> nn.Module:
-    """Build the network of :func:`stages.backbones.backbone.build_backbone` without its weights.
+    """Build the network of a backbone without its weights.
 
     Raises
     ------
     ConfigError
         When timm's network of this name gives no dense features.
     """
-    if name in RESNETS:
-        resnet = torchvision.models.get_model(
-            name, weights=None, replace_stride_with_dilation=[False, True, True]
-        )
-        return nn.Sequential(
-            *(module for part, module in resnet.named_children() if part not in ("avgpool", "fc"))
-        ).eval()
     try:
-        network: nn.Module = create_lite0() if name == LITE0 else create_timm(name)
+        return build.untrained_backbone(name)
     except BackboneError as error:
         raise ConfigError("extract.backbone", str(error)) from error
-    return network.eval()

@@ -32,8 +32,8 @@ from stages.gan.fidelity import (
     kernel_distance,
     two_sample_accuracy,
 )
+from stages.models.blocks import RandomProjection
 from stages.models.feature_generator import FeatureGenerator
-from stages.models.projection import RandomProjection
 from stages.segmentation.metrics import confusion_matrix, score
 from stages.segmentation.regions import labels_at
 

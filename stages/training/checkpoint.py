@@ -5,7 +5,6 @@ Nothing is unpickled: tensors are read with ``weights_only=True``.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from featurestore.files import sync_folder, writing
+from featurestore.files import atomic_file, writing
 from stages.common.distributed import agree, all_equal, several_processes
 from stages.common.errors import DataError
 
@@ -87,11 +86,6 @@ class Checkpoint:
 
 
 def save_atomically(state: object, path: Path) -> None:
-    """Write with ``torch.save`` under a temporary name, then rename."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    """Write with ``torch.save``, whole or not at all."""
+    with atomic_file(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
