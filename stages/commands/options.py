@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
@@ -15,7 +15,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def option(*names: str, **settings: object) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def option(*names: str, **settings: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a click option that shows its default and its environment variable."""
     return click.option(*names, show_default=True, show_envvar="envvar" in settings, **settings)
 
