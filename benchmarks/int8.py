@@ -60,7 +60,7 @@ def main(
 
     config = TrainDecoderConfig(
         epochs=epochs,
-        passes=1,
+        repeats=1,
         batch_size=batch_size,
         gradient_accumulation=1,
         decoder="deeplab",
@@ -72,11 +72,11 @@ def main(
         mixed_precision=precision,
     )
     thresholds = {
-        "least_variance_ratio": 0,
-        "least_coverage": 0,
-        "least_consistency": 0,
-        "most_frechet": 1,
-        "most_accuracy": 1,
+        "min_variance_ratio": 0,
+        "min_coverage": 0,
+        "min_consistency": 0,
+        "max_frechet": 1,
+        "max_accuracy": 1,
     }
     unwatched = MonitorConfig(
         every=0, samples=1, vectors=200, patience=0, on_collapse="warn", **thresholds

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_serializer, field_validator
 from tqdm import tqdm
 
 import featurestore
@@ -36,7 +36,7 @@ from featurestore.prefetch import prefetch
 from featurestore.writer import clear_after_publication
 from stages.backbones.backbone import OUTPUT_STRIDE, Backbone, BackboneError
 from stages.backbones.build import build_backbone, known_backbone
-from stages.common.config import Config, Once
+from stages.common.config import Config, Listed, Once
 from stages.common.distributed import agree
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import make_accelerator, progress, source_digest, verify_store
@@ -55,16 +55,33 @@ def _both(size: object) -> object:
 class ExtractConfig(Config):
     """Section ``extract`` of params.yaml."""
 
-    backbone: str
-    weights: str
-    input_size: Annotated[tuple[Side, Side], BeforeValidator(_both), Field(strict=False)]
-    resize: Literal["stretch", "pad", "crop"]
-    views: Annotated[tuple[Literal["identity", "hflip"], ...], Field(strict=False), Once]
-    compute: Literal["fp32", "bf16"]
-    batch_size: int = Field(ge=1)
-    feature_dtype: Literal["float16", "float32"]
-    compression: Literal["none", "zeros", "lz4", "zstd", "int8"]
-    store_images: bool
+    backbone: str = Field(
+        "resnet101", description="resnet101 | resnet50 | efficientnet_lite0 | timm/NAME"
+    )
+    weights: str = Field("default", description="default (ImageNet) or path of a state dict")
+    input_size: Annotated[tuple[Side, Side], BeforeValidator(_both), Listed] = Field(
+        (256, 256), description="pixels, or [height, width]; a multiple of 32"
+    )
+    resize: Literal["stretch", "pad", "crop"] = Field(
+        "stretch", description="how images get this size"
+    )
+    views: Annotated[tuple[Literal["identity", "hflip"], ...], Listed, Once] = Field(
+        ("identity",),
+        description="of training images; hflip adds mirrored ones, for hflip-views and view: random",
+    )
+    compute: Literal["fp32", "bf16"] = Field("fp32", description="precision of the backbone")
+    batch_size: int = Field(16, ge=1, description="images a batch")
+    feature_dtype: Literal["float16", "float32"] = Field(
+        "float16", description="type of stored features"
+    )
+    compression: Literal["none", "zeros", "lz4", "zstd", "int8"] = Field(
+        "none", description="storage of features; int8 is lossy"
+    )
+    store_images: bool = Field(True, description="store images beside features")
+
+    @field_serializer("input_size", when_used="json")
+    def _side(self, size: tuple[int, int]) -> int | tuple[int, int]:
+        return size[0] if size[0] == size[1] else size
 
     @field_validator("backbone")
     @classmethod

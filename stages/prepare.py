@@ -150,7 +150,7 @@ def _find(config: PrepareConfig, root: Path, building: Path, workers: int) -> Da
     if config.dataset == "wastesim":
         scenes = config.wastesim
         counts = {"train": scenes.train, "val": scenes.val, "test": scenes.test}
-        objects = (scenes.fewest_objects, scenes.most_objects)
+        objects = (scenes.min_objects, scenes.max_objects)
         size, seed = scenes.size, scenes.seed
         pairs = wastesim.write_pairs(
             building,

@@ -11,12 +11,13 @@ import jinja2
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 import featurestore
 from featurestore import FeatureStore
 from featurestore.files import write_atomically
-from stages.common.config import Config, Once, Seed
+from stages.common.config import Config, Listed, Once, Seed
 from stages.common.runtime import generator as random_generator
 from stages.common.runtime import make_accelerator, write_json
 from stages.gan.fidelity import DIMENSIONS
@@ -39,28 +40,44 @@ WEIGHTS = {"before": "generator-initial", "after": "generator"}  # of the GAN's 
 class CompareConfig(Config):
     """Section ``compare`` of params.yaml: which variants are trained, each with which seeds."""
 
-    variants: Annotated[tuple[str, ...], Field(strict=False), Once]
-    gan_variants: Annotated[tuple[str, ...], Field(strict=False), Once]
-    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1), Once]
+    variants: Annotated[tuple[str, ...], Listed, Once] = Field(
+        ("baseline",), description="variants that read features only"
+    )
+    gan_variants: Annotated[tuple[str, ...], Listed, Once] = Field(
+        ("featuregan-1x", "featuregan-2x"), description="variants that read models/gan"
+    )
+    seeds: Annotated[tuple[Seed, ...], Listed, Field(min_length=1), Once] = Field(
+        (0, 1, 2), description="every variant is trained with every seed"
+    )
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all variants: those that read features only first."""
+        """All variants, in the order of tables."""
         return self.variants + self.gan_variants
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.names:
+            raise ValueError("variants and gan_variants are both empty; name at least one variant")
+        return self
 
 
 class ReportConfig(Config):
     """Section ``report`` of params.yaml."""
 
-    headline_classes: Annotated[tuple[str, ...], Field(strict=False), Once]
-    block_length: int = Field(ge=1)
-    pictures: int = Field(ge=1, le=50)
-    umap_points: int = Field(ge=50)
-    umap_neighbors: int = Field(ge=2)
-    umap_min_dist: float = Field(ge=0, le=1)
-    grid_samples: int = Field(ge=1, le=32)
-    grid_channels: int = Field(ge=1)
-    seed: Seed
+    headline_classes: Annotated[tuple[str, ...], Listed, Once] = Field(
+        (), description="classes of the mIoU; empty: all"
+    )
+    block_length: int = Field(
+        1, ge=1, description="consecutive test images a bootstrap block; about 20 for video"
+    )
+    pictures: int = Field(4, ge=1, le=50, description="test images with predictions shown")
+    umap_points: int = Field(1000, ge=50, description="feature vectors, real and generated each")
+    umap_neighbors: int = Field(15, ge=2, description="neighbors in UMAP")
+    umap_min_dist: float = Field(0.1, ge=0, le=1, description="smallest distance in UMAP")
+    grid_samples: int = Field(8, ge=1, le=32, description="masks in the feature grids")
+    grid_channels: int = Field(12, ge=1, description="channels in the feature grids")
+    seed: Seed = Field(0, description="seed of the choices above")
 
 
 def run(

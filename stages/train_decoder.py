@@ -28,7 +28,7 @@ from stages.augment.base import (
 from stages.augment.hflip_views import training_views
 from stages.augment.perturb import perturb
 from stages.augment.registry import build_augmenter
-from stages.common.config import Beta, Config
+from stages.common.config import Beta, Config, Listed
 from stages.common.runtime import (
     Machine,
     distribute,
@@ -50,21 +50,25 @@ from stages.training.update import backward, parameters_of, step_optimizers
 class TrainDecoderConfig(Config):
     """Section ``train_decoder`` of params.yaml: what all decoders have in common."""
 
-    epochs: int = Field(ge=1)
-    passes: int = Field(ge=1)  # over the training samples, an epoch
+    epochs: int = Field(50, ge=1, description="epochs; after the GAN's frozen_epochs")
+    repeats: int = Field(1, ge=1, description="repeats of the training samples an epoch")
     batch_size: int = Field(
-        ge=2
-    )  # one sample cannot be batch-normalised after ASPP's global pooling
-    gradient_accumulation: int = Field(ge=1)
-    decoder: Literal["deeplab", "fcn"]
-    width: int = Field(ge=1)
+        32, ge=2, description="samples a step; BatchNorm after global pooling needs two"
+    )
+    gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step, to save memory")
+    decoder: Literal["deeplab", "fcn"] = Field("deeplab", description="head")
+    width: int = Field(256, ge=1, description="channels of the deeplab head")
     atrous_rates: Annotated[
-        tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)
-    ]
-    lr: float = Field(gt=0)
-    lr_schedule: Literal["constant", "poly"]
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)]
-    mixed_precision: Literal["no", "bf16", "fp16"]
+        tuple[Annotated[int, Field(ge=1)], ...], Listed, Field(min_length=1)
+    ] = Field((12, 24, 36), description="rates of the deeplab head; [6, 12] for 16 x 16 maps")
+    lr: float = Field(5e-4, gt=0, description="learning rate")
+    lr_schedule: Literal["constant", "poly"] = Field(
+        "constant", description="poly: falls to 0 with the steps"
+    )
+    betas: Annotated[tuple[Beta, Beta], Listed] = Field((0.9, 0.999), description="of Adam")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="of the decoder and of a GAN trained with it; fp16 needs a GPU"
+    )
 
 
 def run(
@@ -111,7 +115,7 @@ def run(
         decoder.compile()
     wrapped = distribute(accelerator, decoder)
     optimizer = torch.optim.Adam(decoder.parameters(), config.lr, config.betas, fused=True)
-    steps = config.epochs * (config.passes * len(train.positions("identity")) // config.batch_size)
+    steps = config.epochs * (config.repeats * len(train.positions("identity")) // config.batch_size)
     context = Context(name, accelerator, train, decoder, gan, seed, steps, machine)
     augmenter, best = build_augmenter(variant, context), Best()
     loader = session.loader(
@@ -120,7 +124,7 @@ def run(
         seed=seed,
         drop_last=True,
         positions=training_views(train, variant.view),
-        repeats=config.passes,
+        repeats=config.repeats,
         images=augmenter.needs_images,
     )
     validation = session.loader(stores["val"], config.batch_size)
@@ -155,7 +159,7 @@ def run(
                     else:
                         added = repeat_real(samples, variant.added_weights)
                     batches = [Labelled.of(samples), *added.batches]
-                    batches = perturb(variant.perturb, batches, rng(2, rank))
+                    batches = perturb(variant.augment, batches, rng(2, rank))
                     with accelerator.autocast():
                         losses = decoder_losses(wrapped, decoder, batches, augmenter, variant)
                     loss = weighted_sum(losses, batches, added.loss)

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 import featurestore
 from featurestore import FeatureStore, SpecMismatchError
-from stages.common.config import Beta, Config, Once, Seed
+from stages.common.config import Beta, Config, Listed, Once, Seed
 from stages.common.errors import ConfigError
 from stages.common.runtime import Machine, seed_everything, verify_stores
 from stages.common.runtime import generator as random_generator
@@ -28,42 +28,58 @@ from stages.training.update import backward, step_optimizers
 class TrainGanConfig(Config):
     """Section ``train_gan`` of params.yaml."""
 
-    family: Literal["gan", "flow"]
-    flow_components: int = Field(ge=1)
-    flow_width: int = Field(ge=2)
-    flow_steps: int = Field(ge=1)
-    frozen_epochs: int = Field(ge=1)
-    passes: int = Field(ge=1)
-    batch_size: int = Field(ge=2)
-    gradient_accumulation: int = Field(ge=1)
-    z_dim: int = Field(ge=0)
-    noise: Literal["vector", "spatial"]
-    prior: Literal["none", "class-means"]
-    ngf: int = Field(ge=1)
-    spade_hidden: int = Field(ge=1)
-    norm: Literal["batch", "instance"]
-    ndf: int = Field(ge=1)
-    discriminator_layers: int = Field(ge=2, le=5)
-    discriminator_scales: int = Field(ge=1, le=2)
-    projection_channels: int = Field(ge=0)
-    image_encoder: bool
-    nef: int = Field(ge=1)
-    init_gain: float = Field(gt=0)
-    feature_scale: Literal["channel", "global", "none"]
+    family: Literal["gan", "flow"] = Field("gan", description="flow: flow matching")
+    flow_components: int = Field(64, ge=1, description="principal components that a flow models")
+    flow_width: int = Field(64, ge=2, description="channels of a flow's blocks")
+    flow_steps: int = Field(16, ge=1, description="steps of a flow's integration")
+    frozen_epochs: int = Field(75, ge=1, description="epochs before any decoder is trained")
+    repeats: int = Field(1, ge=1, description="repeats of the training samples an epoch")
+    batch_size: int = Field(32, ge=2, description="samples a step")
+    gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step, to save memory")
+    z_dim: int = Field(256, ge=0, description="length of the noise vector; 0: no noise")
+    noise: Literal["vector", "spatial"] = Field(
+        "vector", description="spatial: z beside the classes at every pixel"
+    )
+    prior: Literal["none", "class-means"] = Field(
+        "none", description="class-means: the generator adds to the means of the mask's classes"
+    )
+    ngf: int = Field(64, ge=1, description="generator width; its blocks have 16 * ngf channels")
+    spade_hidden: int = Field(128, ge=1, description="hidden channels of SPADE")
+    norm: Literal["batch", "instance"] = Field("batch", description="normalization inside SPADE")
+    ndf: int = Field(64, ge=1, description="discriminator width")
+    discriminator_layers: int = Field(3, ge=2, le=5, description="layers of a discriminator")
+    discriminator_scales: int = Field(
+        1, ge=1, le=2, description="discriminators, each at half size"
+    )
+    projection_channels: int = Field(
+        0, ge=0, description="random mixtures that the discriminator sees; 0: all channels"
+    )
+    image_encoder: bool = Field(False, description="draw z from the image (VAE)")
+    nef: int = Field(64, ge=1, description="image encoder width")
+    init_gain: float = Field(0.02, gt=0, description="gain of the weights' initialization")
+    feature_scale: Literal["channel", "global", "none"] = Field(
+        "channel", description="features are divided by deviations before the GAN"
+    )
     adversarial_loss: Literal[
         "hinge", "non-saturating", "wasserstein-clip", "wasserstein-gp", "segmentation"
-    ]
-    lambda_feat: float = Field(ge=0)
-    lambda_kld: float = Field(ge=0)
-    lambda_rec: float = Field(ge=0)
-    r1_gamma: float = Field(ge=0)
-    diffaugment: Annotated[tuple[Transform, ...], Field(strict=False), Once]
-    ema_decay: float = Field(ge=0, lt=1)
-    generator_lr: float = Field(gt=0)
-    discriminator_lr: float = Field(gt=0)
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)]
-    mixed_precision: Literal["no", "bf16", "fp16"]
-    seed: Seed
+    ] = Field("hinge", description="adversarial loss")
+    lambda_feat: float = Field(7.0, ge=0, description="weight of feature matching")
+    lambda_kld: float = Field(0.05, ge=0, description="weight of the image encoder's divergence")
+    lambda_rec: float = Field(
+        0.0, ge=0, description="weight of the squared difference from the real features; 0: off"
+    )
+    r1_gamma: float = Field(0.0, ge=0, description="weight of R1; 0: off")
+    diffaugment: Annotated[tuple[Transform, ...], Listed, Once] = Field(
+        (), description="transforms before the discriminator"
+    )
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="decay of the generator's average a step; 0: off"
+    )
+    generator_lr: float = Field(2e-4, gt=0, description="learning rate of the generator")
+    discriminator_lr: float = Field(8e-4, gt=0, description="learning rate of the discriminator")
+    betas: Annotated[tuple[Beta, Beta], Listed] = Field((0.0, 0.9), description="of Adam")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="fp16 needs a GPU")
+    seed: Seed = Field(0, description="seed of weights, order and noise")
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -161,7 +177,7 @@ def run(
         seed=config.seed,
         drop_last=True,
         positions=store.positions("identity"),
-        repeats=config.passes,
+        repeats=config.repeats,
         images=config.image_encoder,
     )
 

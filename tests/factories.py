@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,32 +37,45 @@ if TYPE_CHECKING:
 
 
 TINY = {
-    "dataset: wastesim ": "dataset: folder ",
-    "root: data/wastesim ": "root: photos ",
-    "input_size: 128 ": "input_size: 64 ",
-    "frozen_epochs: 10 ": "frozen_epochs: 2 ",
-    "spade_hidden: 64": "spade_hidden: 8",
-    "ngf: 8 ": "ngf: 1 ",
-    "ndf: 32": "ndf: 4",
-    "z_dim: 64": "z_dim: 8",
-    "  epochs: 7\n": "  epochs: 2\n",
-    "  batch_size: 8\n": "  batch_size: 4\n",
-    "width: 64": "width: 8",
-    "seeds: [0, 1]": "seeds: [0]",
-    "featuregan-2x, featuregan-edited]": "featuregan-2x]",
-    "umap_points: 1000": "umap_points: 60",
-    "grid_samples: 8": "grid_samples: 3",
-    "grid_channels: 12": "grid_channels: 4",
+    "prepare.dataset": "folder",
+    "prepare.root": "photos",
+    "extract.input_size": 64,
+    "train_gan.frozen_epochs": 2,
+    "train_gan.batch_size": 4,
+    "train_gan.spade_hidden": 8,
+    "train_gan.ngf": 1,
+    "train_gan.ndf": 4,
+    "train_gan.z_dim": 8,
+    "train_decoder.epochs": 2,
+    "train_decoder.batch_size": 4,
+    "train_decoder.width": 8,
+    "compare.gan_variants": ["featuregan-1x", "featuregan-2x"],
+    "compare.seeds": [0],
+    "report.umap_points": 60,
+    "report.grid_samples": 3,
+    "report.grid_channels": 4,
 }
 
 
-def tiny_params() -> str:
-    """Return the quickstart's parameters, reduced to sizes for tests."""
-    text = (ROOT / "stages" / "presets" / "quickstart.yaml").read_text()
-    for before, after in TINY.items():
-        assert before in text, f"the quickstart no longer says {before!r}"
-        text = text.replace(before, after)
-    return text
+def tiny_params(changes: Mapping[str, object] | None = None) -> str:
+    """Return the quickstart's parameters, reduced to sizes for tests, with ``section.key`` changes."""
+    from stages.commands.options import load_preset
+    from stages.commands.params import PARAMS, as_yaml
+    from stages.common.config import parse, with_settings
+
+    plain = with_settings(load_preset("quickstart").plain(), {**TINY, **(changes or {})})
+    return as_yaml(parse(PARAMS, plain), "# the quickstart, reduced to sizes for tests")
+
+
+def flat(values: dict[str, object], before: str = "") -> dict[str, object]:
+    """Nested values by their dotted keys."""
+    keys: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            keys |= flat(value, f"{before}{key}.")
+        else:
+            keys[f"{before}{key}"] = value
+    return keys
 
 
 def write_photos(root: Path, counts: dict[str, int], size: int = 64) -> None:
@@ -236,8 +249,8 @@ SCENES = {
     "val": 1,
     "test": 1,
     "size": 64,
-    "fewest_objects": 2,
-    "most_objects": 4,
+    "min_objects": 2,
+    "max_objects": 4,
     "seed": 0,
 }
 
@@ -381,7 +394,7 @@ GAN = {
     "flow_width": 8,
     "flow_steps": 4,
     "frozen_epochs": 3,
-    "passes": 1,
+    "repeats": 1,
     "batch_size": 4,
     "gradient_accumulation": 1,
     "z_dim": 6,
@@ -415,7 +428,7 @@ GAN = {
 
 DECODER = {
     "epochs": 3,
-    "passes": 1,
+    "repeats": 1,
     "batch_size": 4,
     "gradient_accumulation": 1,
     "decoder": "deeplab",
@@ -434,11 +447,11 @@ MONITOR = {
     "vectors": 200,
     "patience": 0,
     "on_collapse": "warn",
-    "least_variance_ratio": 0.0,
-    "least_coverage": 0.0,
-    "least_consistency": 0.0,
-    "most_frechet": 1e9,
-    "most_accuracy": 1.0,
+    "min_variance_ratio": 0.0,
+    "min_coverage": 0.0,
+    "min_consistency": 0.0,
+    "max_frechet": 1e9,
+    "max_accuracy": 1.0,
 }
 
 
@@ -451,17 +464,17 @@ VARIANTS = {
         "augmenter": "featuregan",
         "generator": "frozen",
         "new_masks": ["flip", "paste"],
-        "perturb": ["flip", "cutout"],
+        "augment": ["flip", "cutout"],
     },
     "edited": {
         "augmenter": "featuregan",
         "generator": "frozen",
         "new_masks": ["swap"],
-        "edit": True,
+        "class_swap": True,
     },
     "isda": {"augmenter": "isda"},
     "cvae": {"augmenter": "cvae", "fit_steps": 5},
-    "mixup": {"augmenter": "mixup", "perturb": ["translation"]},
+    "mixup": {"augmenter": "mixup", "augment": ["translation"]},
     "upsample": {"augmenter": "upsample"},
     "combined": {
         "augmenter": "combined",
@@ -470,7 +483,7 @@ VARIANTS = {
             {"augmenter": "featuregan", "generator": "frozen"},
             {"augmenter": "noise"},
         ],
-        "perturb": ["flip"],
+        "augment": ["flip"],
     },
 }
 
@@ -604,7 +617,7 @@ def added_by_a_frozen_generator(
         Batch(torch.arange(3), real, masks, None), torch.Generator().manual_seed(3)
     ).batches
     rng = torch.Generator().manual_seed(3)
-    share = described.get("share", 1.0)
+    share = described.get("fraction", 1.0)
     wanted = (
         NewMasks(changes, store, np.arange(len(store)), share)(masks, rng) if changes else masks
     )

@@ -49,10 +49,10 @@ def test_the_package_that_no_stage_depends_on_holds_no_code() -> None:
 
 
 def test_every_section_of_the_parameters_belongs_to_a_stage() -> None:
-    from stages.commands.options import SECTIONS
+    from stages.commands.params import Params
 
     used = {key.split(".")[0] for stage in DVC.values() for key in stage["params"]}
-    assert used == set(SECTIONS)
+    assert used == set(Params.model_fields)
 
 
 # -- what an edit reruns ---------------------------------------------------------------------------

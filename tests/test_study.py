@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from pydantic import TypeAdapter
 
 import featurestore
 import pipeline
-from stages.commands.options import check_params
-from stages.common.config import parse_section, read_params
+from stages.commands.options import load_preset
+from stages.commands.params import PARAMS
+from stages.common.config import parse, read_params, with_settings
 from stages.common.errors import ConfigError, DataError
 from stages.data.manifest import SPLITS, Entry, write_manifest
-from stages.studies.plan import StudyConfig, plan, with_settings
+from stages.studies.plan import Run, StudyConfig, plan
 from stages.studies.runner import Runner, data_content
-from tests.factories import SPEC, run, write_photos
+from tests.factories import SPEC, flat, run, write_photos
 from tests.imports import ROOT
 
 STUDY = """
@@ -54,16 +57,19 @@ experiments:
 """
 
 
-def planned(text: str, tmp_path: Path, **overrides):
+STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
+
+
+def runs_of(file: Path, **overrides: object) -> list[Run]:
+    """Plan a study file."""
+    config = parse(TypeAdapter(StudyConfig), read_params(file), "study")
+    return plan(config, load_preset(config.preset).plain(), overrides, partial(parse, PARAMS))
+
+
+def planned(text: str, tmp_path: Path, **overrides: object) -> list[Run]:
     file = tmp_path / "study.yaml"
     file.write_text(text)
-    config = parse_section({"study": read_params(file)}, "study", StudyConfig)
-    return plan(
-        config,
-        read_params(ROOT / "stages" / "presets" / "quickstart.yaml"),
-        overrides,
-        check_params,
-    )
+    return runs_of(file, **overrides)
 
 
 @pytest.mark.slow
@@ -209,7 +215,7 @@ def test_runs_are_ordered_by_seed_and_share_digests(tmp_path: Path) -> None:
     assert orders[0][0].digests["data"] != orders[1][0].digests["data"]
     with pytest.raises(ConfigError, match="prepare.classes: must be a list"):
         planned(text, tmp_path, **{"prepare.classes": {"belt": [0, 0, 0]}})
-    with pytest.raises(ConfigError, match="a class of classes stands twice"):
+    with pytest.raises(ConfigError, match="a class of classes is listed twice"):
         planned(text, tmp_path, **{"prepare.classes": [names[0], names[0]]})
     other_gan = planned(text, tmp_path, **{"train_gan.lambda_feat": 1.0})
     changed = {
@@ -236,6 +242,60 @@ def test_results_of_other_settings_are_missing_and_damaged_ones_are_errors(
         first.is_done(tmp_path)
 
 
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_a_study_plans_the_runs_that_it_planned_before(file: Path) -> None:
+    """The snapshot was taken when presets described all variants."""
+    kept = json.loads((ROOT / "tests/data/studies.json").read_text())[file.stem]
+    preset = flat(load_preset(read_params(file)["preset"]).plain())
+    expected = {
+        (experiment, label, seed): (changes["changes"], kept["variants"][number])
+        for experiment, changes in kept["experiments"].items()
+        for label, number in changes["variants"].items()
+        for seed in changes["seeds"]
+    }
+    found = {}
+    for each in runs_of(file):
+        params = parse(PARAMS, each.params)
+        sections = params.model_dump(mode="json", exclude={"variants", "compare", "report"})
+        del sections["prepare"]["root"]
+        changes = {key: value for key, value in flat(sections).items() if value != preset[key]}
+        variant = params.variants[each.variant]
+        found[each.experiment, each.label, each.seed] = changes, variant.model_dump(mode="json")
+    assert found == expected
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_every_committed_result_counts_as_done(file: Path) -> None:
+    folder = ROOT / "results" / file.stem
+    done = {each.result(folder) for each in runs_of(file) if each.is_done(folder)}
+    assert done == set(folder.rglob("*.json"))
+
+
+def test_committed_results_pair_where_their_settings_do() -> None:
+    """Data are those of the settings, so each protocol of a plan is one protocol of files."""
+    pairs, files = set(), 0
+    for file in STUDIES:
+        folder = ROOT / "results" / file.stem
+        for each in runs_of(file):
+            if (path := each.result(folder)).exists():
+                pairs.add((each.protocol, json.loads(path.read_text())["protocol"]))
+                files += 1
+    assert files == len(list((ROOT / "results").rglob("*.json")))
+    assert len(pairs) == len({planned for planned, _ in pairs}) == len({kept for _, kept in pairs})
+    assert len(pairs) > 8
+
+
+def test_a_later_key_with_a_default_changes_no_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = planned(STUDY, tmp_path)[0]
+    explicit = {"train_gan.r1_gamma": 0.0, "train_decoder.lr_schedule": "constant"}
+    assert planned(STUDY, tmp_path, **explicit)[0].digests == before.digests
+    changed = planned(STUDY, tmp_path, **{"train_decoder.lr_schedule": "poly"})[0]
+    assert changed.digests["run"] != before.digests["run"]
+    assert changed.digests["data"] == before.digests["data"]
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
@@ -258,7 +318,7 @@ def test_results_of_other_settings_are_missing_and_damaged_ones_are_errors(
         ),
         ("extract.input_size: 64", "extract.weights: none.pth", "there is no file none.pth"),
         ("gan: once", "gan: twice", "study.gan"),
-        ("seeds: [0, 1]", "seeds: [0, 0]", "study.seeds: 0 stands twice"),
+        ("seeds: [0, 1]", "seeds: [0, 0]", "study.seeds: 0 is listed twice"),
         ("gan: once", "gan: once\nruns: 3", "study.runs: unknown key"),
     ],
 )

@@ -15,7 +15,7 @@ class ChannelDropoutConfig(SourceConfig):
     """Variant ``channel-dropout``."""
 
     augmenter: Literal["channel-dropout"]
-    share: float = Field(default=0.3, gt=0, lt=1)
+    fraction: float = Field(0.3, gt=0, lt=1, description="probability that a channel is dropped")
 
 
 class ChannelDropout(Augmenter):
@@ -28,11 +28,11 @@ class ChannelDropout(Augmenter):
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """One copy with channels left out."""
         size = (*batch.features.shape[:2], 1, 1)
-        kept = torch.rand(size, generator=rng, device=batch.features.device) >= self.config.share
+        kept = torch.rand(size, generator=rng, device=batch.features.device) >= self.config.fraction
         return Augmented(
             [
                 Labelled(
-                    batch.features * kept / (1 - self.config.share),
+                    batch.features * kept / (1 - self.config.fraction),
                     [(batch.masks, 1.0)],
                     self.config.weight,
                 )

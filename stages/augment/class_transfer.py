@@ -19,9 +19,9 @@ class ClassTransferConfig(SourceConfig):
     """Variant ``class-transfer``."""
 
     augmenter: Literal["class-transfer"]
-    share: float = Field(
-        default=1.0, gt=0, le=1
-    )  # of the samples that it happens to; the others are added as they are
+    fraction: float = Field(
+        1.0, gt=0, le=1, description="fraction of the samples changed; the others are added as real"
+    )
 
     @property
     def needs_classes(self) -> int:
@@ -46,7 +46,9 @@ class ClassTransfer(Augmenter):
         known = (
             (found.pixels > 0).cpu().numpy()
         )  # a class of slivers alone may have no feature pixel, and so no mean
-        self.new_masks = NewMasks(["swap"], context.store, context.positions, config.share, known)
+        self.new_masks = NewMasks(
+            ["swap"], context.store, context.positions, config.fraction, known
+        )
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """One copy with an object of each image moved to another class."""

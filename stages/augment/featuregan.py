@@ -20,7 +20,7 @@ from featurestore import SpecMismatchError
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
 from stages.augment.new_masks import Change, NewMasks
-from stages.common.config import Once
+from stages.common.config import Listed, Once
 from stages.common.errors import ConfigError
 from stages.gan.families import build_trainer
 from stages.gan.networks import Networks
@@ -39,21 +39,29 @@ class FeatureGANConfig(SourceConfig):
     """Variants ``featuregan-*``."""
 
     augmenter: Literal["featuregan"]
-    generator: Literal["joint", "frozen"] = "joint"
-    ratio: int = Field(default=1, ge=1, le=16)  # draws a mask
-    segmentation_loss: bool = (
-        True  # whether it reaches a joint generator (Algorithm 1), or the decoder alone
+    generator: Literal["joint", "frozen"] = Field(
+        "joint", description="joint: the GAN is trained with the decoder (Algorithm 1)"
     )
-    new_masks: Annotated[
-        tuple[Change, ...], Field(strict=False), Once
-    ] = ()  # what is done to the masks; none: they are the batch's own
-    share: float = Field(
-        default=1.0, gt=0, le=1
-    )  # of the masks, that new_masks changes; edits of the others are real features
-    edit: bool = False  # the batch's real features, changed as the generator says that the change of the mask changes them
+    ratio: int = Field(1, ge=1, le=16, description="generated samples a mask")
+    segmentation_loss: bool = Field(
+        True, description="whether the decoder's loss trains a joint generator (Algorithm 1)"
+    )
+    new_masks: Annotated[tuple[Change, ...], Listed, Once] = Field(
+        (), description="changes of the masks; empty: the masks of the batch"
+    )
+    fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="fraction of the masks that new_masks changes; "
+        "with class_swap the others keep their real features",
+    )
+    class_swap: bool = Field(
+        False, description="add the generator's change of the mask to the real features"
+    )
     vary: float = Field(
-        default=0.0, ge=0, le=1
-    )  # the batch's real features, by this share turned to noise and carried back; 0: off
+        0.0, ge=0, le=1, description="fraction of noise mixed into real features by a flow; 0: off"
+    )
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -65,23 +73,23 @@ class FeatureGANConfig(SourceConfig):
             raise ValueError(
                 "new_masks have no real features for a joint generator's discriminator; set generator: frozen"
             )
-        if self.share < 1 and not self.new_masks:
+        if self.fraction < 1 and not self.new_masks:
             raise ValueError(
-                "share is of the masks that new_masks changes; name some, or leave it out"
+                "fraction applies to the masks that new_masks changes; name some, or leave it out"
             )
-        if self.edit and (
+        if self.class_swap and (
             self.generator == "joint"
             or not self.new_masks
             or set(self.new_masks) - {"paste", "swap"}
         ):
             raise ValueError(
-                "edit needs generator: frozen and new_masks of paste and swap alone: real features stay where they are"
+                "class_swap needs generator: frozen and new_masks of paste and swap alone: real features stay where they are"
             )
         if self.vary and (
-            self.generator == "joint" or self.edit or set(self.new_masks) - {"paste", "swap"}
+            self.generator == "joint" or self.class_swap or set(self.new_masks) - {"paste", "swap"}
         ):
             raise ValueError(
-                "vary needs generator: frozen, no edit, and no new_masks but paste and swap"
+                "vary needs generator: frozen, no class_swap, and no new_masks but paste and swap"
             )
         return self
 
@@ -105,7 +113,7 @@ class FeatureGANConfig(SourceConfig):
         """A GAN for joint training and for several edits of a batch, a flow for variations."""
         return (
             "gan"
-            if self.generator == "joint" or (self.edit and self.ratio > 1)
+            if self.generator == "joint" or (self.class_swap and self.ratio > 1)
             else "flow"
             if self.vary
             else None
@@ -184,7 +192,7 @@ class FrozenFeatureGAN(Augmenter):
         )
         self.needs_images = self.encoder is not None
         self.new_masks = (
-            NewMasks(config.new_masks, context.store, context.positions, config.share)
+            NewMasks(config.new_masks, context.store, context.positions, config.fraction)
             if config.new_masks
             else None
         )
@@ -202,7 +210,7 @@ class FrozenFeatureGAN(Augmenter):
                 assert batch.images is not None
                 mu, logvar = self.encoder(batch.images)
                 z = sample_z(mu.float().repeat(ratio, 1), logvar.float().repeat(ratio, 1), z)
-            if self.config.edit:
+            if self.config.class_swap:
                 generated = self._edited(batch, masks, z)
             elif self.config.vary:
                 real, wanted = batch.features.repeat(ratio, 1, 1, 1), masks.repeat(ratio, 1, 1)

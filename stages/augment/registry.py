@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from typing_extensions import Self
 
 from stages.augment.base import Augmenter, Context, VariantConfig
@@ -24,6 +24,7 @@ from stages.augment.linear_delta import LinearDelta, LinearDeltaConfig
 from stages.augment.mixup import Mixup, MixupConfig
 from stages.augment.noise import Noise, NoiseConfig
 from stages.augment.upsample import Upsample, UpsampleConfig
+from stages.common.config import Listed
 
 
 class NoneConfig(VariantConfig):
@@ -58,7 +59,7 @@ class CombinedConfig(VariantConfig):
     """Variants of several augmenters."""
 
     augmenter: Literal["combined"]
-    of: Annotated[tuple[Member, ...], Field(strict=False, min_length=2)]
+    of: Annotated[tuple[Member, ...], Listed, Field(min_length=2)]
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -77,7 +78,7 @@ class CombinedConfig(VariantConfig):
                 type(member).model_validate(
                     {
                         **member.model_dump(exclude_unset=True),
-                        "perturb": self.perturb,
+                        "augment": self.augment,
                         "view": self.view,
                     }
                 )
@@ -124,6 +125,7 @@ class CombinedConfig(VariantConfig):
 
 # One entry of section ``variants``: its key ``augmenter`` says which of these it is.
 Variant: Any = Annotated[Union[(*AUGMENTERS, CombinedConfig)], Field(discriminator="augmenter")]
+VARIANTS: TypeAdapter[dict[str, VariantConfig]] = TypeAdapter(dict[str, Variant])
 
 
 def build_augmenter(config: VariantConfig, context: Context) -> Augmenter:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
 
-from stages.commands.options import PRESETS, check_params, option, scratch_option
+from stages.commands.options import load_preset, option, scratch_option
 
 
 def _settings(
@@ -76,27 +77,25 @@ def study(
     named at the end, and does not stop the others.
     """
     import torch
+    from pydantic import TypeAdapter
     from tqdm import tqdm
 
-    from stages.common.config import parse_section, read_params
+    from stages.commands.params import PARAMS
+    from stages.common.config import parse, read_params
     from stages.common.errors import DataError
     from stages.studies.plan import StudyConfig, plan
     from stages.studies.runner import Runner
 
-    config: StudyConfig = parse_section({"study": read_params(file)}, "study", StudyConfig)
-    presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    config = parse(TypeAdapter(StudyConfig), read_params(file), "study")
+    preset = load_preset(config.preset).plain()
     unknown = [name for name in experiments if name not in config.experiments]
-    if config.preset not in presets:
-        raise click.UsageError(
-            f"{file}: unknown preset {config.preset!r}; choose from {', '.join(presets)}"
-        )
     if unknown:
         raise click.UsageError(
             f"{file}: there is no experiment {unknown[0]!r};"
             f" choose from {', '.join(config.experiments)}"
         )
     folder = results / file.stem
-    runs = plan(config, read_params(PRESETS / f"{config.preset}.yaml"), overrides, check_params)
+    runs = plan(config, preset, overrides, partial(parse, PARAMS))
     runs = [run for run in runs if run.experiment in experiments or not experiments]
     done = [run for run in runs if run.is_done(folder)]
     waiting = [run for run in runs if run not in done]

@@ -50,18 +50,28 @@ PROBE_VECTORS = 4000  # real training vectors from which the probe learns the cl
 class MonitorConfig(Config):
     """Section ``monitor`` of params.yaml."""
 
-    every: int = Field(ge=0)  # epochs; 0: never
-    samples: int = Field(ge=1)  # held-out masks
-    vectors: int = Field(ge=200)  # of each side
+    every: int = Field(5, ge=0, description="epochs between two measurements; 0: never")
+    samples: int = Field(64, ge=1, description="masks of val")
+    vectors: int = Field(2000, ge=200, description="feature vectors of each side")
     patience: int = Field(
-        ge=0
-    )  # epochs before a collapse is called one: an untrained generator looks like it
-    on_collapse: Literal["warn", "stop"]
-    least_variance_ratio: float = Field(ge=0, le=1)
-    least_coverage: float = Field(ge=0, le=1)
-    least_consistency: float = Field(ge=0, le=1)  # of that of real features
-    most_frechet: float = Field(ge=1)  # times that at the start
-    most_accuracy: float = Field(ge=0.5, le=1)
+        5, ge=0, description="first epochs without a warning: an untrained GAN looks collapsed"
+    )
+    on_collapse: Literal["warn", "stop"] = Field("warn", description="what a collapse does")
+    min_variance_ratio: float = Field(
+        0.1, ge=0, le=1, description="collapse below it: variance within classes, generated to real"
+    )
+    min_coverage: float = Field(
+        0.02, ge=0, le=1, description="collapse below it: fraction of real features covered"
+    )
+    min_consistency: float = Field(
+        0.25, ge=0, le=1, description="collapse below it: consistency with the masks, to real"
+    )
+    max_frechet: float = Field(
+        1.5, ge=1, description="collapse above it: Fréchet distance, to the one at the start"
+    )
+    max_accuracy: float = Field(
+        0.99, ge=0.5, le=1, description="collapse above it: discriminator accuracy, real and fake"
+    )
 
 
 @dataclass
@@ -298,9 +308,9 @@ class Monitor:
         right = min(
             row.get("discriminator/accuracy_real", 0.0), row.get("discriminator/accuracy_fake", 0.0)
         )  # a flow has none
-        if right > config.most_accuracy:
+        if right > config.max_accuracy:
             what = f"the discriminator is right about {right:.1%} of real and of generated patches"
-            return f"{what} (monitor.most_accuracy is {config.most_accuracy})"
+            return f"{what} (monitor.max_accuracy is {config.max_accuracy})"
         if "monitor/frechet" not in row:  # not measured after this epoch
             return None
         if math.isinf(row["monitor/frechet"]):
@@ -308,17 +318,17 @@ class Monitor:
         ratio, covered = row["monitor/variance_ratio"], row["monitor/coverage"]
         right_class = row["monitor/consistency"] / max(row["monitor/consistency_real"], 1e-12)
         further = row["monitor/frechet"] / max(row["monitor/frechet_start"], 1e-12)
-        if ratio < config.least_variance_ratio:
+        if ratio < config.min_variance_ratio:
             what = f"generated features of a class vary {ratio:.3f} times as much as real ones"
-            return f"{what} (monitor.least_variance_ratio is {config.least_variance_ratio})"
-        if covered < config.least_coverage:
-            return f"generated features come near {covered:.1%} of the real ones (monitor.least_coverage is {config.least_coverage})"
-        if right_class < config.least_consistency:
+            return f"{what} (monitor.min_variance_ratio is {config.min_variance_ratio})"
+        if covered < config.min_coverage:
+            return f"generated features come near {covered:.1%} of the real ones (monitor.min_coverage is {config.min_coverage})"
+        if right_class < config.min_consistency:
             what = f"generated features are of their mask's class {right_class:.2f} times as well as real ones (by mIoU)"
-            return f"{what} (monitor.least_consistency is {config.least_consistency})"
-        if further > config.most_frechet:
+            return f"{what} (monitor.min_consistency is {config.min_consistency})"
+        if further > config.max_frechet:
             what = f"generated features are {further:.2f} times as far from real ones as at the start (Fréchet distance)"
-            return f"{what} (monitor.most_frechet is {config.most_frechet})"
+            return f"{what} (monitor.max_frechet is {config.max_frechet})"
         return None
 
     # -- the probe ---------------------------------------------------------------------------------

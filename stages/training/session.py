@@ -46,7 +46,7 @@ class TrainingConfig(Protocol):
         """Samples of a step, of all processes."""
 
     @property
-    def passes(self) -> int:
+    def repeats(self) -> int:
         """Times that an epoch reads every sample."""
 
     @property
@@ -281,10 +281,10 @@ def check_batch(config: TrainingConfig, store: FeatureStore, processes: int, sec
     """
     key, size = f"{section}.batch_size", config.batch_size
     check_batch_divides(size, processes, config.gradient_accumulation, key)
-    samples = config.passes * len(store.positions("identity"))
+    samples = config.repeats * len(store.positions("identity"))
     if samples < size:
         message = (
             f"{size} is more than the {samples} samples that an epoch takes from {store.path};"
-            " lower it, or raise passes"
+            " lower it, or raise repeats"
         )
         raise ConfigError(key, message, expected=samples, actual=size)

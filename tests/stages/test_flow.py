@@ -267,7 +267,7 @@ def test_a_decoder_gets_the_flows_variations_of_its_batch(
 
 def test_a_decoder_gets_the_flows_edits_of_its_batch(features: Path, flows: Path) -> None:
     parts, real, masks, wanted, _ = added_by_a_frozen_generator(
-        features, flows, ["swap"], edit=True, ratio=1
+        features, flows, ["swap"], class_swap=True, ratio=1
     )
     network = load_generator(flows / "gan")
     (part,) = parts
@@ -275,7 +275,7 @@ def test_a_decoder_gets_the_flows_edits_of_its_batch(features: Path, flows: Path
     torch.testing.assert_close(part.features, edited, rtol=1e-4, atol=1e-4)
     assert (edited - real).abs().max() > 0.01 * real.std()
     with pytest.raises(ConfigError, match="works only with a gan"):
-        added_by_a_frozen_generator(features, flows, ["swap"], edit=True, ratio=2)
+        added_by_a_frozen_generator(features, flows, ["swap"], class_swap=True, ratio=2)
 
 
 def test_a_killed_decoder_with_variations_resumes_to_the_same_bits(

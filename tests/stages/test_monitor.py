@@ -126,11 +126,11 @@ def monitor(features: Path, **changes) -> Monitor:
     config = MonitorConfig(
         **{
             **MONITOR,
-            "least_variance_ratio": 0.1,
-            "least_coverage": 0.02,
-            "least_consistency": 0.25,
-            "most_frechet": 1.5,
-            "most_accuracy": 0.99,
+            "min_variance_ratio": 0.1,
+            "min_coverage": 0.02,
+            "min_consistency": 0.25,
+            "max_frechet": 1.5,
+            "max_accuracy": 0.99,
             **changes,
         }
     )
@@ -280,7 +280,7 @@ def test_a_stopped_training_goes_on_where_it_was_when_only_warned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Checkpoint, "due", lambda checkpoint: False)  # the minutes are not over yet
-    watching = {"every": 1, "least_variance_ratio": 1.0}
+    watching = {"every": 1, "min_variance_ratio": 1.0}
     for _ in range(2):  # the same command again is no way round it
         with pytest.raises(CollapseError, match="epoch 1"):
             run_gan(features, tmp_path / "stopped", {**watching, "on_collapse": "stop"})

@@ -208,7 +208,7 @@ def test_edited_features_are_real_ones_moved_as_the_generators_are(
         )[1],
     )
     parts, real, masks, new, z = added_by_a_frozen_generator(
-        features, trained, [change], edit=True, weight=0.5, share=share
+        features, trained, [change], class_swap=True, weight=0.5, fraction=share
     )
     assert [part.weight for part in parts] == [0.5, 0.5]
     generator = load_generator(trained / "gan")
@@ -547,7 +547,7 @@ def test_passes_and_schedule_are_those_of_the_parameters(
         VARIANTS["baseline"],
         name="poly",
         epochs=2,
-        passes=3,
+        repeats=3,
         lr=1.0,
         lr_schedule="poly",
     )
@@ -555,7 +555,7 @@ def test_passes_and_schedule_are_those_of_the_parameters(
         [(1 - number / 14) ** 0.9 for number in range(14)]
     )  # 30 samples an epoch in batches of 4
     rates.clear()
-    run_gan(features, tmp_path, passes=2, frozen_epochs=1)
+    run_gan(features, tmp_path, repeats=2, frozen_epochs=1)
     assert len(rates) == 2 * 5
 
 
