@@ -286,7 +286,7 @@ class FeatureLoader:
             out = tensors[name].numpy()
             if resident is None:
                 self.store.gather(name, positions, out=out)
-            else:  # PyTorch would start threads of its own beside the loader's
+            else:  # PyTorch would start more threads beside the loader's
                 take_rows(resident.numpy(), rows, out, past_caches=out.nbytes >= LARGE)
         return _as_batch(positions, tensors)
 
@@ -342,7 +342,7 @@ def _free_memory(device: torch.device) -> tuple[str, int]:
 def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Copy batches to a CUDA device, the next one while the caller computes with this one.
 
-    The copies have a stream of their own. On the stream that computes, a copy would wait for
+    The copies have a separate stream. On the stream that computes, a copy would wait for
     earlier computations, and later computations for the copy.
     """
     copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
