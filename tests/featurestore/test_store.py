@@ -26,8 +26,6 @@ from featurestore import (
     StoreNotFoundError,
     StoreSpec,
 )
-from featurestore.errors import OneLineError
-from stages.common.errors import ConfigError, DataError
 
 SPEC = StoreSpec(
     feature_shape=(6, 4, 5),
@@ -319,21 +317,6 @@ def test_several_ranks_write_a_store_together(tmp_path: Path) -> None:
                 writer.append(**sample(number))
         assert (tmp_path / "store").exists() == (rank == 0)
     assert shard_bytes(tmp_path / "store") == shard_bytes(tmp_path / "whole")
-
-
-@pytest.mark.parametrize(
-    ("error", "place"),
-    [
-        (ShardCorruptError("damaged", path="a/b", expected=1, actual=2), {"path": Path("a/b")}),
-        (DataError("a/b", "damaged", expected=1, actual=2), {"path": Path("a/b")}),
-        (ConfigError("a/b", "damaged", expected=1, actual=2), {"key": "a/b"}),
-    ],
-)
-def test_errors_can_be_pickled(error: OneLineError, place: dict[str, object]) -> None:
-    copy = pickle.loads(pickle.dumps(error))
-    assert type(copy) is type(error)
-    assert (str(copy), copy.args) == ("a/b: damaged", ("a/b: damaged",))
-    assert vars(copy) == {"expected": 1, "actual": 2, **place}
 
 
 def test_missing_announced_samples_are_an_error(tmp_path: Path) -> None:
