@@ -5,9 +5,9 @@
 >>> store.features(0)          # (C, h, w), zero copy where uncompressed
 >>> store[0].mask              # (H, W) uint8
 
-The format is described in ``docs/format.md``. The library needs numpy, h5py and
-pandas, and what a layout needs: numba (``zeros``, ``int8``), hdf5plugin (``lz4``, ``zstd``).
-``featurestore.dataset`` is the one module that imports torch. It runs where POSIX locks are.
+The format is described in ``docs/format.md``. The library needs NumPy, h5py, pandas and
+typing_extensions; numba for ``zeros``, ``int8`` and large batches; hdf5plugin for ``lz4`` and
+``zstd``. Only ``featurestore.dataset`` imports PyTorch. Locks need a POSIX system.
 """
 
 from featurestore.errors import (

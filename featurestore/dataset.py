@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import weakref
@@ -285,7 +286,7 @@ class FeatureLoader:
             out = tensors[name].numpy()
             if resident is None:
                 self.store.gather(name, positions, out=out)
-            else:  # PyTorch would start threads of its own beside the loader's
+            else:  # PyTorch would start more threads beside the loader's
                 take_rows(resident.numpy(), rows, out, past_caches=out.nbytes >= LARGE)
         return _as_batch(positions, tensors)
 
@@ -341,29 +342,25 @@ def _free_memory(device: torch.device) -> tuple[str, int]:
 def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Copy batches to a CUDA device, the next one while the caller computes with this one.
 
-    The copies have a stream of their own. On the stream that computes, a copy would wait for
+    The copies have a separate stream. On the stream that computes, a copy would wait for
     earlier computations, and later computations for the copy.
     """
     copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    waiting: tuple[Batch, torch.cuda.Event] | None = None
-    for batch in batches:
+
+    def copy(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
         with torch.cuda.stream(copying):
-            upcoming = batch.to(device), copying.record_event()
-        if waiting is not None:
-            yield _arrived(*waiting, device)
-        waiting = upcoming
-    if waiting is not None:
-        yield _arrived(*waiting, device)
+            return batch.to(device), copying.record_event()
 
-
-def _arrived(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Batch:
-    """Make the current stream's later work wait for the copy of a batch."""
-    computing = torch.cuda.current_stream(device)
-    computing.wait_event(copied)
-    for tensor in (batch.features, batch.masks, batch.images):
-        if tensor is not None:  # the copying stream must not reuse its memory before this stream
-            tensor.record_stream(computing)
-    return batch
+    # The pair of a copy and the next one exists once the next one has started.
+    for started, _ in itertools.pairwise(itertools.chain(map(copy, batches), [None])):
+        assert started is not None
+        batch, copied = started
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(copied)
+        for tensor in (batch.features, batch.masks, batch.images):
+            if tensor is not None:  # the copying stream reuses its memory only after this stream
+                tensor.record_stream(computing)
+        yield batch
 
 
 def names_of(images: bool) -> tuple[str, ...]:

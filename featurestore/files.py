@@ -6,7 +6,6 @@ import errno
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,21 +91,15 @@ def move_into_place(source: Path, target: Path, *, leave_behind: str = "") -> No
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     replaced, copied = _waypoints(target)
-    _remove(copied)
-    whole = source
-    if not _can_be_renamed(source, copied):
+    try:  # two mounts of one disk have one device number: only a rename tells
+        _rename_over(source, target, replaced)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _remove(copied)
         shutil.copytree(source, copied, copy_function=_copy_synced)
         sync(copied)
-        whole = copied
-    if os.path.lexists(target):
-        _remove(replaced)
-        os.rename(target, replaced)
-    try:
-        os.rename(whole, target)
-    except OSError:
-        if os.path.lexists(replaced):
-            os.rename(replaced, target)
-        raise
+        _rename_over(copied, target, replaced)
     sync(target.parent)
     clear_after_move(source, target, leave_behind=leave_behind)
 
@@ -124,18 +117,17 @@ def _waypoints(target: Path) -> tuple[Path, Path]:
     return target.with_name(f".{target.name}.replaced"), target.with_name(f".{target.name}.arrived")
 
 
-def _can_be_renamed(source: Path, target: Path) -> bool:
-    """Try with an empty folder whether a rename works: two mounts of a disk have one number."""
-    probe = Path(tempfile.mkdtemp(dir=source.parent))
+def _rename_over(source: Path, target: Path, replaced: Path) -> None:
+    """Rename a folder; what was at ``target`` becomes ``replaced``, or returns on an error."""
+    if os.path.lexists(target):
+        _remove(replaced)
+        os.rename(target, replaced)
     try:
-        os.rename(probe, target)
-    except OSError as error:
-        probe.rmdir()
-        if error.errno != errno.EXDEV:
-            raise
-        return False
-    target.rmdir()
-    return True
+        os.rename(source, target)
+    except OSError:
+        if os.path.lexists(replaced):
+            os.rename(replaced, target)
+        raise
 
 
 def _remove(path: Path) -> None:

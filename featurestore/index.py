@@ -46,17 +46,12 @@ class Index:
     shards: tuple[ShardRecord, ...]
     statistics: Statistics
 
-    @property
-    def samples(self) -> int:
-        """Number of samples in all shards."""
-        return sum(shard.samples for shard in self.shards)
-
     def to_text(self) -> str:
         """Return the only text that stands for this index: canonical, with a digest of itself."""
         body: dict[str, object] = {
             "format": "featurestore",
             "format_version": FORMAT_VERSION,
-            "samples": self.samples,
+            "samples": sum(shard.samples for shard in self.shards),
             "fingerprint": self.fingerprint,
             "spec": self.spec.to_dict(),
             "shards": [asdict(shard) for shard in self.shards],

@@ -361,8 +361,7 @@ class FeatureStore:
 
     def __repr__(self) -> str:
         size = " x ".join(map(str, self.spec.feature_shape))
-        samples = f"{len(self)} samples of {size}, {self.spec.backbone}"
-        return f"FeatureStore({str(self.path)!r}: {samples})"
+        return f"FeatureStore('{self.path}': {len(self)} samples of {size}, {self.spec.backbone})"
 
 
 def _allow_open_files(shards: int) -> None:

@@ -51,8 +51,7 @@ class Statistics:
     @property
     def std(self) -> np.ndarray:
         """(C,) float64 standard deviation of each channel."""
-        deviation: np.ndarray = np.sqrt(self.variance)
-        return deviation
+        return np.asarray(np.sqrt(self.variance))
 
     @classmethod
     def of_sample(cls, spec: StoreSpec, features: np.ndarray, mask: np.ndarray) -> Statistics:

@@ -24,6 +24,7 @@ from featurestore import (
     StoreWriteError,
 )
 from featurestore.disk_space import check_disk_space
+from featurestore.files import atomic_file, write_atomically
 from featurestore.writer import clear_after_publication
 from tests.factories import SPEC, interrupted, sample, write
 from tests.imports import ROOT
@@ -83,6 +84,23 @@ def test_the_next_writer_removes_the_partial_file_of_a_killed_one(tmp_path: Path
     assert names(tmp_path / "scratch") == ["shard-00000.h5", "shard-00000.h5.finished.json"]
 
 
+# -- files --
+
+
+def test_an_atomic_file_appears_only_when_its_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_atomically(path, b"old")
+    with pytest.raises(RuntimeError), atomic_file(path) as file:
+        file.write(b"ne")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    with atomic_file(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == ["a.json"]
+
+
 # -- locks -----------------------------------------------------------------------------------------
 
 
@@ -119,11 +137,11 @@ def test_a_file_system_without_locks_is_named(
 # -- publication -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("renames", [0, 1, 2])
+@pytest.mark.parametrize("renames", [0, 1])
 def test_an_error_during_publication_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
 ) -> None:
-    """The renames are those of an empty folder as a trial, of the old store, and of the new one."""
+    """The renames are those of the old store and of the new one."""
     write(tmp_path / "store", 2, fingerprint="old")
     interrupted(tmp_path / "new", tmp_path / "scratch", 6)
     rename, done = os.rename, []
@@ -148,7 +166,7 @@ def test_an_error_during_publication_loses_nothing(
     assert names(tmp_path) == ["store"]
 
 
-@pytest.mark.parametrize("renames", [1, 2, 3])
+@pytest.mark.parametrize("renames", [1, 2])
 def test_a_kill_during_publication_loses_nothing_and_leaves_no_file(
     tmp_path: Path, renames: int
 ) -> None:
@@ -168,7 +186,7 @@ def test_a_kill_during_publication_loses_nothing_and_leaves_no_file(
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, check=False
     )
     assert killed.returncode == -9
-    if renames == 3:  # the store is published; its old version and its receipts remain
+    if renames == 2:  # the store is published; its old version and its receipts remain
         assert len(featurestore.open(tmp_path / "store")) == 7
         assert list((tmp_path / "store").glob("*.finished.json"))
         clear_after_publication(tmp_path / "store", tmp_path / "scratch")
@@ -177,6 +195,50 @@ def test_a_kill_during_publication_loses_nothing_and_leaves_no_file(
     featurestore.open(tmp_path / "store").verify()
     assert names(tmp_path) == ["store"]
     assert names(tmp_path / "store") == ["index.json", *(f"shard-0000{n}.h5" for n in range(3))]
+
+
+def rename_within_a_file_system(source: Path, target: Path) -> None:
+    """Rename; fail as across file systems where the source is in a folder ``scratch``."""
+    if Path(source).parent.name == "scratch":
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+    RENAME(source, target)
+
+
+RENAME = os.rename
+
+
+def test_a_store_is_copied_across_file_systems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "store", 2, fingerprint="old")
+    monkeypatch.setattr(os, "rename", rename_within_a_file_system)
+    assert finish(tmp_path / "store", tmp_path / "scratch" / "f") == [
+        range(3),
+        range(3, 6),
+        range(6, 7),
+    ]
+    store = featurestore.open(tmp_path / "store")
+    store.verify()
+    assert len(store) == 7
+    assert names(tmp_path) == ["store"]
+
+
+def test_a_kill_while_a_store_is_copied_keeps_the_old_one(tmp_path: Path) -> None:
+    write(tmp_path / "store", 2, fingerprint="old")
+    code = (
+        "import signal, sys; from tests.featurestore.test_publication import *\n"
+        "os.rename = rename_within_a_file_system\n"
+        "shutil.copyfile = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "finish(Path(sys.argv[1]) / 'store', Path(sys.argv[1]) / 'scratch' / 'f')\n"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, check=False
+    )
+    assert killed.returncode == -9
+    assert len(featurestore.open(tmp_path / "store")) == 2
+    assert finish(tmp_path / "store", tmp_path / "scratch" / "f") == []  # every shard is reused
+    assert len(featurestore.open(tmp_path / "store")) == 7
+    assert names(tmp_path) == ["scratch", "store"]
 
 
 # -- disk space ------------------------------------------------------------------------------------

@@ -261,18 +261,6 @@ def test_several_ranks_write_a_store_together(tmp_path: Path) -> None:
     assert shard_bytes(tmp_path / "store") == shard_bytes(tmp_path / "whole")
 
 
-def test_errors_can_be_pickled() -> None:
-    error = ShardCorruptError("damaged", path="a/b", expected=1, actual=2)
-    copy = pickle.loads(pickle.dumps(error))
-    assert (type(copy), str(copy), copy.path, copy.expected, copy.actual) == (
-        type(error),
-        "a/b: damaged",
-        Path("a/b"),
-        1,
-        2,
-    )
-
-
 def test_missing_announced_samples_are_an_error(tmp_path: Path) -> None:
     with (
         pytest.raises(IncompleteStoreError, match="5 of the 7 samples"),
