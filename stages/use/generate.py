@@ -161,7 +161,7 @@ def describe(gan: Path) -> tuple[StoreSpec, bool]:
     if "family" not in architecture or not weights.is_file():
         raise DataError(
             gan,
-            "holds no generator; name a folder that train-gan left, "
+            "holds no generator; name a folder that train-gan wrote, "
             "or the gan/ folder of a jointly trained decoder",
         )
     made_by = f"{architecture['family']} {file_sha256(weights)}"

@@ -364,7 +364,7 @@ def test_wrong_masks_are_refused_before_the_first_sample(
     config = json.loads((gan / "config.json").read_text())
     (gan / "config.json").write_text(json.dumps({**config, "architecture": {"head": "deeplab"}}))
     with pytest.raises(
-        DataError, match=r"gan: holds no generator; name a folder that train-gan left"
+        DataError, match=r"gan: holds no generator; name a folder that train-gan wrote"
     ):
         run(gan, masks, out)
     with pytest.raises(ConfigError, match=r"--per-mask: this generator takes no noise"):
