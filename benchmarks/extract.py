@@ -214,7 +214,7 @@ def main(
 
 
 def _write_dataset(source: Path, target: Path, count: int) -> None:
-    """Write a manifest of ``count`` training images, repeated under new ids, and 1 of val and test."""
+    """Write a manifest of ``count`` training images, repeated under new ids, and 1 val and test."""
     from stages.data.manifest import SUMMARY_NAME, read_manifest, write_manifest
 
     entries = [entry for entry in read_manifest(source)[0] if entry.split == "train"]

@@ -308,7 +308,7 @@ def _check_labels(root: Path, summary: Summary) -> None:
     if len(present) == 1:
         raise DataError(
             root,
-            f"the training masks hold one class alone, {present[0]!r} "
+            f"the training masks hold only one class, {present[0]!r} "
             f"({summary['void_index']} means no label: where it is your object, write its number); "
             "check the masks",
             expected="two classes",

@@ -60,7 +60,7 @@ def read_labels(root: Path) -> list[Label]:
             path, "must have a name on every line (in classes.csv below a header line with `name`)"
         )
     if len(set(names)) < len(names):
-        raise DataError(path, "a class name stands twice; names must differ")
+        raise DataError(path, "a class name occurs twice; names must differ")
     return labels
 
 

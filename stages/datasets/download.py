@@ -97,7 +97,7 @@ def fetch(url: str, md5: str, file: Path) -> None:
         partial.unlink()
         raise DataError(
             partial,
-            f"what {url} sent has not the checksum {md5}, and is removed; start again",
+            f"what {url} sent does not have the checksum {md5}, and is removed; start again",
             expected=md5,
         )
     os.replace(partial, file)
@@ -184,13 +184,13 @@ def _receive(url: str, partial: Path) -> None:
     except (OSError, http.client.HTTPException) as error:
         raise DataError(
             partial,
-            f"{url} gave up ({getattr(error, 'reason', error)}); start again to go on",
+            f"{url} does not answer ({getattr(error, 'reason', error)}); start again to resume",
         ) from error
     size = partial.stat().st_size
     if total is not None and size < total:
         raise DataError(
             partial,
-            f"{url} gave up after {size} of {total} bytes; start again to go on",
+            f"{url} closed the connection after {size} of {total} bytes; start again to resume",
             expected=total,
             actual=size,
         )

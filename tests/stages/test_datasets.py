@@ -817,7 +817,7 @@ def test_bad_label_maps_are_named(tmp_path: Path) -> None:
         ("cat:1,2,red::\n", "must be three numbers"),
         (":1,2,3::\n", "must have a name on every line"),
         ("# nothing\n", "must have a name on every line"),
-        ("cat:::\ncat:::\n", "stands twice"),
+        ("cat:::\ncat:::\n", "occurs twice"),
     ):
         (root / "labelmap.txt").write_text(text)
         with pytest.raises(DataError, match=words):

@@ -328,7 +328,7 @@ def test_masks_of_0_and_255_are_not_taken_for_one_class(photos: Path, tmp_path: 
         save(file, np.asarray(Image.open(file)).astype(bool) * np.uint8(255))
     with pytest.raises(
         DataError,
-        match=r"hold one class alone, 'background' "
+        match=r"hold only one class, 'background' "
         r"\(255 means no label: where it is your object, write its number\)",
     ):
         prepare(config(photos), tmp_path)
@@ -365,7 +365,7 @@ def test_a_wrong_root_and_class_list(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="colour of class 'belt'"):
         prepare(config(photos), tmp_path)
     (photos / "classes.csv").write_text("name\nbelt\nbelt\n")
-    with pytest.raises(DataError, match="stands twice"):
+    with pytest.raises(DataError, match="occurs twice"):
         prepare(config(photos), tmp_path)
 
 
