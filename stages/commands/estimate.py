@@ -17,6 +17,7 @@ from stages.commands.options import (
     option,
     params_option,
 )
+from stages.common.text_table import markdown
 
 if TYPE_CHECKING:
     from featurestore import StoreSpec
@@ -241,89 +242,62 @@ def _device(device: str) -> str:
 
 
 def _as_text(result: dict[str, Any], params: Params, hours: str | None) -> str:
-    """Tables for a terminal, and for Markdown."""
+    """Format tables for a terminal and for Markdown."""
     from stages.estimate.sizes import EXACT
 
     extract, seeds = params.extract, len(params.compare.seeds)
     images = ", ".join(f"{split} {count:,}" for split, count in result["images"].items())
-    exact = (
-        "exactly"
-        if extract.compression in EXACT
-        else f"about, at most: {extract.compression} takes less as a rule"
-    )
-    lines = [
-        f"images: {images}; {result['classes']} classes",
-        f"features: {' x '.join(map(str, result['features']))} {extract.feature_dtype}, views {', '.join(extract.views)},"
-        f" {'with' if extract.store_images else 'without'} images, compression {extract.compression} ({exact})\n",
-        _table(
-            ("store", "samples", "size"),
-            [
-                (row["split"], f"{row['samples']:,}", _size(row["bytes"]))
-                for row in result["stores"]
-            ],
-        ),
-        _table(("disk", "size"), [(row["what"], _size(row["bytes"])) for row in result["disk"]]),
-        _table(
-            ("memory, about, in float32", "size"),
-            [(row["what"], _size(row["bytes"])) for row in result["memory"]],
-        ),
+    exact = "exactly"
+    if extract.compression not in EXACT:
+        exact = f"about, at most: {extract.compression} takes less as a rule"
+    stores = [
+        (row["split"], f"{row['samples']:,}", _size(row["bytes"])) for row in result["stores"]
     ]
-    rows = []
-    for row in result["work"]:
-        gflop, samples = row.get("gflop_a_sample"), row.get("samples")
-        cells = [
+    disk, memory = (
+        [(row["what"], _size(row["bytes"])) for row in result[key]] for key in ("disk", "memory")
+    )
+    work = [
+        (
             row["part"],
-            _number(gflop),
-            "" if samples is None else f"{samples:,}",
+            _number(row.get("gflop_a_sample")),
+            f"{row['samples']:,}" if "samples" in row else "",
             _number(row["pflop"]),
-        ]
-        rows.append((*cells, *([_number(row["hours"])] if hours else [])))
-    lines.append(
-        _table(("work", "GFLOP a sample", "samples", "PFLOP", *([hours] if hours else [])), rows)
-    )
+            *([_number(row["hours"])] if hours else []),
+        )
+        for row in result["work"]
+    ]
+    heads = ("work", "GFLOP a sample", "samples", "PFLOP", *([hours] if hours else []))
     estimated = "Hours are an estimate; e" if hours else "E"
-    lines.append(
-        f"For {seeds} {'seed' if seeds == 1 else 'seeds'}. {estimated}valuation, the monitor and the report are not counted."
+    return "\n".join(
+        [
+            f"images: {images}; {result['classes']} classes",
+            f"features: {' x '.join(map(str, result['features']))} {extract.feature_dtype},"
+            f" views {', '.join(extract.views)}, {'with' if extract.store_images else 'without'}"
+            f" images, compression {extract.compression} ({exact})\n",
+            f"{markdown(('store', 'samples', 'size'), stores, aligned=True)}\n",
+            f"{markdown(('disk', 'size'), disk, aligned=True)}\n",
+            f"{markdown(('memory, about, in float32', 'size'), memory, aligned=True)}\n",
+            f"{markdown(heads, work, aligned=True)}\n",
+            f"For {seeds} {'seed' if seeds == 1 else 'seeds'}. {estimated}valuation, the monitor"
+            " and the report are not counted.",
+        ]
     )
-    return "\n".join(lines)
 
 
 def _by_size(results: list[dict[str, Any]], hours: str | None) -> str:
-    """A row a number of images: what grows with it."""
-    heads = ("images", "features/", "DVC's copy, if any", "PFLOP", *([hours] if hours else []))
-    rows = []
-    for result in results:
-        features, copied, work = result["disk"][0], result["disk"][-1], result["work"][-1]
-        cells = [
+    """Format what grows with the number of images, one row a number."""
+    rows = [
+        (
             f"{sum(result['images'].values()):,}",
-            _size(features["bytes"]),
-            _size(copied["bytes"]),
-            _number(work["pflop"]),
-        ]
-        rows.append((*cells, *([_number(work["hours"])] if hours else [])))
-    return _table(heads, rows).rstrip()
-
-
-def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
-
-    def line(row: tuple[str, ...]) -> str:
-        first, *others = zip(row, widths, strict=True)
-        return (
-            "| "
-            + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])
-            + " |"
+            _size(result["disk"][0]["bytes"]),
+            _size(result["disk"][-1]["bytes"]),
+            _number(result["work"][-1]["pflop"]),
+            *([_number(result["work"][-1]["hours"])] if hours else []),
         )
-
-    rule = (
-        "|"
-        + "|".join(
-            "-" * (widths[0] + 2) if column == 0 else "-" * (width + 1) + ":"
-            for column, width in enumerate(widths)
-        )
-        + "|"
-    )
-    return "\n".join([line(heads), rule, *map(line, rows)]) + "\n"
+        for result in results
+    ]
+    heads = ("images", "features/", "DVC's copy, if any", "PFLOP", *([hours] if hours else []))
+    return markdown(heads, rows, aligned=True)
 
 
 def _size(count: float) -> str:

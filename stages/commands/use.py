@@ -106,7 +106,7 @@ def predict(
     from stages.use.predict import run
     from stages.use.windows import View
 
-    done = run(
+    images, finished, failed = run(
         decoder,
         inputs,
         out=out,
@@ -120,16 +120,14 @@ def predict(
         workers=workers,
         force=force,
     )
-    for error in done.failed:
+    for error in failed:
         click.echo(f"Failed: {error}", err=True)
-    before = "all" if done.finished_before == done.images else done.finished_before
-    were = f", {before} of them before" if before else ""
-    segmented = done.images - len(done.failed)
-    click.echo(f"{out}: {segmented} of {done.images} images segmented{were}")
-    if done.failed:
+    before = "all" if finished == images else finished
+    were = f", {before} of them before" if finished else ""
+    click.echo(f"{out}: {images - len(failed)} of {images} images segmented{were}")
+    if failed:
         raise DataError(
-            out,
-            f"{len(done.failed)} of {done.images} images could not be read; the others are done",
+            out, f"{len(failed)} of {images} images could not be read; the others are done"
         )
 
 

@@ -14,6 +14,7 @@ from featurestore.dataset import FeatureLoader
 from featurestore.files import write_atomically, writing
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import make_accelerator, on_cpu, progress, verify_stores, write_json
+from stages.common.text_table import percent, plain
 from stages.segmentation.evaluation import evaluate
 from stages.segmentation.metrics import Scores, mean_iou
 from stages.training.models import load_decoder, read_precision, read_spec
@@ -136,40 +137,24 @@ def check_features(spec: StoreSpec, store: FeatureStore) -> None:
 
 
 def as_text(evaluation: Evaluation) -> str:
-    """A table for a terminal, in percent: a line a class, and the means below."""
-    confusion = torch.tensor(
-        evaluation.scores.confusion, dtype=torch.float64
-    )  # (K, K), row: true class
+    """Format the scores of each class, and the means below, in percent."""
+    scores = evaluation.scores
+    confusion = torch.tensor(scores.confusion, dtype=torch.float64)  # (K, K), row: true class
     right, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    columns = {
-        "recall": right / true,  # not a number where there is none
-        "precision": right / predicted,
-        "of pixels": true / true.sum(),
-    }
-    width = max(len("class"), *(len(name) for name in evaluation.scores.iou))
-    lines = [f"{'class':{width}}  {'IoU':>6}" + "".join(f"  {name:>9}" for name in columns)]
-    lines.append("  ".join("-" * size for size in (width, 6, *(9 for _ in columns))))
-    for number, (name, iou) in enumerate(evaluation.scores.iou.items()):
-        cells = "".join(f"  {_percent(float(values[number])):>9}" for values in columns.values())
-        lines.append(f"{name:{width}}  {_percent(iou):>6}{cells}")
-    absent = [name for name in evaluation.scores.absent if name in evaluation.classes]
-    counted = [name for name in evaluation.classes if name not in absent]
-    over = (
-        f"{len(counted)} classes"
-        if len(evaluation.classes) == len(evaluation.scores.iou)
-        else ", ".join(counted)
-    )
-    lines += [
-        "",
-        f"PA {_percent(evaluation.scores.pixel_accuracy)}, mIoU {_percent(evaluation.miou)} over {over}",
+    fractions = torch.stack([right / true, right / predicted, true / true.sum()], dim=1)  # (K, 3)
+    rows = [
+        [name, *map(percent, (iou, *of_class))]
+        for (name, iou), of_class in zip(scores.iou.items(), fractions.tolist(), strict=True)
     ]
-    if absent:
-        lines[-1] += f" (in neither truth nor prediction: {', '.join(absent)})"
-    return "\n".join(lines)
-
-
-def _percent(share: float | None) -> str:
-    return "—" if share is None or share != share else f"{100 * share:.2f}"
+    absent = ", ".join(name for name in evaluation.classes if name in scores.absent)
+    counted = [name for name in evaluation.classes if name not in scores.absent]
+    all_classes = len(evaluation.classes) == len(scores.iou)
+    over = f"{len(counted)} classes" if all_classes else ", ".join(counted)
+    return (
+        f"{plain(('class', 'IoU', 'recall', 'precision', 'of pixels'), rows)}\n\n"
+        f"PA {percent(scores.pixel_accuracy)}, mIoU {percent(evaluation.miou)} over {over}"
+        f"{f' (in neither truth nor prediction: {absent})' if absent else ''}"
+    )
 
 
 def write(evaluation: Evaluation, out: Path) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from stages.augment.new_masks import NewMasks
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import generator as random_generator
 from stages.common.runtime import make_accelerator, progress, source_digest
+from stages.models.feature_generator import FeatureGenerator
 from stages.models.image_encoder import sample_z
 from stages.training.models import load_gan, load_generator, read_config, read_spec
 from stages.use.mask_source import Masks, open_masks
@@ -87,16 +88,17 @@ def run(
     """
     check_out(out, overwrite=overwrite)
     spec, encodes = describe(gan)
-    source = open_masks(masks, spec, images=encodes)
-    if encodes and not source.has_images:
-        tqdm.write(f"{masks}: has no images for the image encoder, so z is drawn from N(0, I)")
-    sampler = Sampler(gan, source, new_masks, seed=seed, device=device, workers=workers)
-    if per_mask > 1 and not sampler.generator.z_dim and not new_masks:
+    generator = load_generator(gan)
+    if per_mask > 1 and not generator.z_dim and not new_masks:
         raise ConfigError(
             "--per-mask",
             "this generator takes no noise, so all samples of a mask would be equal; "
             "use 1, or --new-masks",
         )
+    source = open_masks(masks, spec, images=encodes)
+    if encodes and not source.has_images:
+        tqdm.write(f"{masks}: has no images for the image encoder, so z is drawn from N(0, I)")
+    sampler = Sampler(gan, generator, source, new_masks, seed=seed, device=device, workers=workers)
     fingerprint = featurestore.fingerprint(per_mask=per_mask, **sampler.identity)
     writer = featurestore.create(
         out,
@@ -106,7 +108,12 @@ def run(
         overwrite=overwrite,
     )
     total = len(source) * per_mask
-    with _reproducible(), writer, progress((), f"generate: {out.name}", total, "sample") as bar:
+    with ExitStack() as stack:
+        # The threads of PyTorch change below; float32 is exact: no TF32.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.enter_context(torch.backends.cudnn.flags(True, deterministic=True, allow_tf32=False))
+        stack.enter_context(writer)
+        bar = stack.enter_context(progress((), f"generate: {out.name}", total, "sample"))
         todo = [divmod(sample, per_mask) for span in writer.resume(total) for sample in span]
         bar.update(total - len(todo))
         for sample, features in sampler.samples(todo, workers=workers):
@@ -172,17 +179,6 @@ def _rng(seed: int, id: str, view: str, number: int, purpose: int) -> torch.Gene
     return random_generator(torch.device("cpu"), seed, name, number, purpose)
 
 
-@contextmanager
-def _reproducible() -> Iterator[None]:
-    """Compute float32 without TF32, by deterministic algorithms; restore the number of threads."""
-    threads = torch.get_num_threads()
-    try:
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @dataclass(frozen=True)
 class Sample:
     """The inputs of one generated sample."""
@@ -199,8 +195,8 @@ class Sampler:
 
     Parameters
     ----------
-    gan
-        Folder of the networks.
+    gan, generator
+        Folder of the networks, and the generator, which moves to ``device``.
     source
         Masks; all are read once, to check them.
     new_masks, seed, device, workers
@@ -208,8 +204,6 @@ class Sampler:
 
     Attributes
     ----------
-    generator
-        The generator.
     identity
         Everything that the features of a sample depend on, by name.
 
@@ -222,6 +216,7 @@ class Sampler:
     def __init__(
         self,
         gan: Path,
+        generator: FeatureGenerator,
         source: Masks,
         new_masks: Sequence[str],
         *,
@@ -231,7 +226,7 @@ class Sampler:
     ) -> None:
         self._source, self._seed = source, seed
         self._device = make_accelerator(device, "no").device
-        self.generator = load_generator(gan).to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._generator = generator.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._encoder = load_gan(gan)[0].image_encoder if source.has_images else None
         if self._encoder is not None:
             self._encoder.to(self._device).eval()
@@ -296,7 +291,7 @@ class Sampler:
         if self._changes is not None:
             rng = _rng(self._seed, id, view, number, CHANGES)
             mask = self._changes(torch.tensor(mask)[None], rng)[0].numpy()
-        z = noise(self.generator.z_dim, seed=self._seed, id=id, view=view, number=number)
+        z = noise(self._generator.z_dim, seed=self._seed, id=id, view=view, number=number)
         return Sample(f"{id}-{number}", view, image, mask, z)
 
     @torch.no_grad()
@@ -309,7 +304,7 @@ class Sampler:
             mu, logvar = self._encoder(image)
             z = sample_z(mu, logvar, z)
         mask = torch.tensor(sample.mask)[None].to(self._device)
-        return sample, self.generator.generate(mask, z=z)[0].cpu().numpy()
+        return sample, self._generator.generate(mask, z=z)[0].cpu().numpy()
 
 
 def _sha256(image: np.ndarray | None, mask: np.ndarray) -> str:

@@ -37,15 +37,6 @@ SUFFIXES = {"masks": "png", "overlays": "jpg", "probabilities": "npz"}  # by fol
 SOURCE = "featuregan"  # key of the PNG text that says what a mask was made from
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Numbers of images: all, those finished before; and the errors of unreadable ones."""
-
-    images: int
-    finished_before: int
-    failed: list[DataError]
-
-
 def run(
     decoder: Path,
     inputs: Sequence[str],
@@ -60,7 +51,7 @@ def run(
     device: str,
     workers: int,
     force: bool,
-) -> Summary:
+) -> tuple[int, int, list[DataError]]:
     """Segment images with a trained decoder; images that are finished already are skipped.
 
     Parameters
@@ -87,6 +78,11 @@ def run(
         Threads that read, and threads that write.
     force
         Whether predictions of another decoder or view may be replaced.
+
+    Returns
+    -------
+    images, finished, failed
+        Number of images, number of those that were finished before, errors of unreadable ones.
 
     Raises
     ------
@@ -115,7 +111,7 @@ def run(
         failed = _segment(
             unfinished, predictions, segmenter, view=view, batch_size=batch_size, workers=workers
         )
-    return Summary(len(jobs), len(jobs) - len(unfinished), failed)
+    return len(jobs), len(jobs) - len(unfinished), failed
 
 
 # -- images ----------------------------------------------------------------------------------------
@@ -127,6 +123,16 @@ class Job:
 
     image: Path
     name: Path
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image on its way to the networks."""
+
+    job: Job
+    source: str  # of Predictions.source
+    image: Image.Image | None  # for the overlay
+    windows: WindowedImage
 
 
 def find_images(inputs: Sequence[str], out: Path) -> list[Job]:
@@ -301,7 +307,7 @@ class Predictions:
         except (OSError, SyntaxError, ValueError):
             return None
 
-    def write(self, job: Job, source: str, image: Image.Image | None, result: Segmentation) -> None:
+    def write(self, decoded: Decoded, result: Segmentation) -> None:
         """Write the wanted files of an image, each wholly or not at all, the mask last.
 
         Files of another model, or of an earlier image file, are removed.
@@ -311,19 +317,20 @@ class Predictions:
         StoreWriteError
             When the file system refuses.
         """
+        job = decoded.job
         contents: dict[str, bytes] = {}
         if result.probabilities is not None:
             buffer = io.BytesIO()
             np.savez_compressed(buffer, probabilities=result.probabilities)
             contents["probabilities"] = buffer.getvalue()
-        if image is not None:
-            coloured = overlay(np.asarray(image), result.classes, self.spec.palette)
+        if decoded.image is not None:
+            coloured = overlay(np.asarray(decoded.image), result.classes, self.spec.palette)
             contents["overlays"] = _encoded(Image.fromarray(coloured), "JPEG", quality=92)
         mask, text = Image.fromarray(result.classes).convert("P"), PngInfo()
         mask.putpalette([value for colour in self.spec.palette for value in colour])
-        text.add_text(SOURCE, source)
+        text.add_text(SOURCE, decoded.source)
         contents["masks"] = _encoded(mask, "PNG", pnginfo=text)
-        outdated = SUFFIXES.keys() - contents if self._stored_source(job) != source else ()
+        outdated = SUFFIXES.keys() - contents if self._stored_source(job) != decoded.source else ()
         for kind in outdated:
             with writing(self.file(kind, job)):
                 self.file(kind, job).unlink(missing_ok=True)
@@ -386,16 +393,6 @@ def _encoded(image: Image.Image, format: str, **options: object) -> bytes:
 # -- segmentation ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    """An image on its way to the networks."""
-
-    job: Job
-    source: str  # of Predictions.source
-    image: Image.Image | None  # for the overlay
-    windows: WindowedImage
-
-
 def _segment(
     jobs: Sequence[Job],
     predictions: Predictions,
@@ -411,15 +408,15 @@ def _segment(
     write.
     """
     failed: list[DataError] = []
-    waiting: deque[_Decoded] = deque()
+    waiting: deque[Decoded] = deque()
 
-    def decode(job: Job) -> _Decoded | DataError:
+    def decode(job: Job) -> Decoded | DataError:
         try:
             source, image = predictions.source(job), as_image(job.image)
         except DataError as error:
             return error
         kept = image if "overlays" in predictions.kinds else None
-        return _Decoded(job, source, kept, segmenter.cut(image, view))
+        return Decoded(job, source, kept, segmenter.cut(image, view))
 
     def windowed_images() -> Iterator[WindowedImage]:
         for decoded in prefetch(decode, jobs, workers=workers, ahead=batch_size):
@@ -430,10 +427,6 @@ def _segment(
                 waiting.append(decoded)
                 yield decoded.windows
 
-    def write(result: tuple[_Decoded, Segmentation]) -> None:
-        decoded, segmentation = result
-        predictions.write(decoded.job, decoded.source, decoded.image, segmentation)
-
     with progress((), "predict", len(jobs), "image") as bar:
         segmentations = segmenter.run(
             windowed_images(),
@@ -441,6 +434,6 @@ def _segment(
             probabilities=np.float16 if "probabilities" in predictions.kinds else None,
         )
         results = ((waiting.popleft(), segmentation) for segmentation in segmentations)
-        for _ in prefetch(write, results, workers=workers):
+        for _ in prefetch(lambda pair: predictions.write(*pair), results, workers=workers):
             bar.update()
     return failed

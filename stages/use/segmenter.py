@@ -291,9 +291,10 @@ def load_backbone(spec: StoreSpec, weights: str) -> Backbone:
     DataError
         When weights from a file cannot be read, or did not make the features.
     """
-    default = weights == "default"
     wrong: Callable[..., ConfigError | DataError] = (
-        partial(ConfigError, "--backbone-weights") if default else partial(DataError, weights)
+        partial(ConfigError, "--backbone-weights")
+        if weights == "default"
+        else partial(DataError, weights)
     )
     remedy = "give --backbone-weights the file that extract.weights named"
     try:

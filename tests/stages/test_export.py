@@ -394,7 +394,7 @@ def test_other_models_and_other_weights_are_refused(
     config = json.loads((narrow / "config.json").read_text())
     (narrow / "config.json").write_text(json.dumps({**config, "architecture": {"family": "gan"}}))
     assert (
-        "no decoder; name a folder that train-decoder left"
+        "no decoder; name a folder that train-decoder wrote"
         in call("export", narrow, "--format", "torchvision", "--out", out).stderr
     )
     nothing = call("export", tmp_path / "nothing", "--format", "torchvision", "--out", out)
