@@ -44,6 +44,7 @@ from stages.data.images import decode_image, decode_mask, read_bytes, resize_pai
 from stages.data.manifest import SPLITS, Classes, Entry, read_manifest
 
 Sample = tuple[Entry, str]  # an image and its view
+Compression = Literal["none", "zeros", "lz4", "zstd", "int8"]
 Side = Annotated[int, Field(ge=64, le=4096, multiple_of=OUTPUT_STRIDE)]
 
 
@@ -71,12 +72,8 @@ class ExtractConfig(Config):
     )
     compute: Literal["fp32", "bf16"] = Field("fp32", description="precision of the backbone")
     batch_size: int = Field(16, ge=1, description="images a batch")
-    feature_dtype: Literal["float16", "float32"] = Field(
-        "float16", description="type of stored features"
-    )
-    compression: Literal["none", "zeros", "lz4", "zstd", "int8"] = Field(
-        "none", description="storage of features; int8 is lossy"
-    )
+    feature_dtype: Literal["float16", "float32"] = Field("float16", description="stored type")
+    compression: Compression = Field("none", description="storage of features; int8 is lossy")
     store_images: bool = Field(True, description="store images beside features")
 
     @field_serializer("input_size", when_used="json")
