@@ -37,26 +37,27 @@ def coverage(
 ) -> list[dict[str, Any]]:
     """Measure one row for each of ``means``: names of classes, by the name of their mean."""
     seeds = shared_seeds(group, variant, baseline)
-    sides = [
+    runs, baselines = (
         tables.counts_of([run for run in group.runs[name] if run["seed"] in seeds])
         for name in (variant, baseline)
-    ]
+    )
     first = group.runs[variant][0]
     names, images = list(first["iou"]), len(first["images"])
     classes = [[names.index(name) for name in mean] for mean in means.values()]
-    truths = [interval.value for interval in paired_intervals(*sides, *classes, resamples=1)[0]]
+    truths = [
+        interval.value for interval in paired_intervals(runs, baselines, *classes, resamples=1)[0]
+    ]
 
     rng = np.random.default_rng(0)
     below, above, wide = np.zeros((3, len(means)))
     for _ in range(splits):
         chosen = rng.integers(0, images, images)
-        parts = (
+        split, split_baselines = (
             [Counts(*(counts[chosen] for counts in vars(one).values())) for one in side]
-            for side in sides
+            for side in (runs, baselines)
         )
-        for number, interval in enumerate(
-            paired_intervals(*parts, *classes, resamples=RESAMPLES)[0]
-        ):
+        intervals, _ = paired_intervals(split, split_baselines, *classes, resamples=RESAMPLES)
+        for number, interval in enumerate(intervals):
             below[number] += truths[number] < interval.low
             above[number] += truths[number] > interval.high
             wide[number] += 100 * (interval.high - interval.low)

@@ -24,7 +24,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 from ruamel.yaml import YAML
-from typing_extensions import Self
 
 import featurestore
 import stages
@@ -70,7 +69,7 @@ class Runner:
     @contextmanager
     def open(
         cls, root: Path, results: Path, threads: int, done: Sequence[Run] = ()
-    ) -> Iterator[Self]:
+    ) -> Iterator[Runner]:
         """Lock ``root`` against other studies until the block ends.
 
         Raises
@@ -129,16 +128,15 @@ class Runner:
             other results of the study were made of other images or masks.
         """
         names = self.shared_folders(run)
-        data = self._make_once(names[0], run, {}, "prepare", "extract")
+        sources, curves = {}, {}
+        data, sources["features_sources"] = self._make_once(names[0], run, {}, "prepare", "extract")
         stores = {split: featurestore.open(data / "features" / split) for split in SPLITS}
         protocol = digest(run.protocol, data_content(data / "dataset", stores))
         self._check_done(run, protocol)
         inputs = {"dataset": data / "dataset", "features": data / "features"}
-        sources, curves = {"features_sources": _made_by(data)}, {}
         if run.needs_gan:
-            gan = self._make_once(names[-1], run, inputs, "train-gan")
+            gan, sources["gan_sources"] = self._make_once(names[-1], run, inputs, "train-gan")
             inputs = {**inputs, "models/gan": gan / "models" / "gan"}
-            sources["gan_sources"] = _made_by(gan)
             curves = {"gan": _gan_curves(gan / "metrics" / "train-gan")}
         folder = self._prepare_folder(f"run-{run.digests['run']}", run, inputs)
         start, sources["sources"] = time.perf_counter(), _sources()
@@ -193,10 +191,17 @@ class Runner:
                     " another --results",
                 )
 
-    def _make_once(self, name: str, run: Run, inputs: Mapping[str, Path], *commands: str) -> Path:
+    def _make_once(
+        self, name: str, run: Run, inputs: Mapping[str, Path], *commands: str
+    ) -> tuple[Path, str]:
         """Run stages in a shared folder, if they have not run; other runs that need it wait.
 
         Features of an earlier study are refused if the images have changed since.
+
+        Returns
+        -------
+        tuple
+            The folder, and the digest of the code that made it.
         """
         folder = (self.root / name).resolve()
         with self._locks[name]:
@@ -209,7 +214,7 @@ class Runner:
             elif "prepare" in commands and name not in self._checked:
                 self._check_images(folder, run)
             self._checked.add(name)
-        return folder
+        return folder, (folder / "done").read_text(encoding="utf-8") or "unknown"
 
     def _check_images(self, folder: Path, run: Run) -> None:
         """Prepare the images again, and refuse features of other images."""
@@ -278,11 +283,6 @@ def _commit() -> str:
         return ""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     return subprocess.run(command, cwd=CODE, capture_output=True, text=True).stdout.strip()
-
-
-def _made_by(shared: Path) -> str:
-    """Read the digest of the code that made a shared folder; later code reuses the folder."""
-    return (shared / "done").read_text(encoding="utf-8") or "unknown"
 
 
 def data_content(dataset: Path, stores: Mapping[str, FeatureStore]) -> list[object]:
