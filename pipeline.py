@@ -178,7 +178,7 @@ def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
 def train_gan(params: Path, **machine: Any) -> None:
     """Train FeatureGAN alone on the cached features (Algorithm 1, the first frozen_epochs epochs)."""
     sections = load_params(params, machine["device"])
-    from stages.common.runtime import check_precision, first_process
+    from stages.common.runtime import Machine, check_precision, first_process
     from stages.train_gan import run
 
     check_precision(
@@ -194,7 +194,7 @@ def train_gan(params: Path, **machine: Any) -> None:
         out=GAN,
         metrics=METRICS / "train-gan",
         logs=LOGS,
-        **machine,
+        machine=Machine(**machine),
     )
     if not first_process():
         return
@@ -221,7 +221,7 @@ def train_decoder(variant: str, seed: int, params: Path, **machine: Any) -> None
         raise click.UsageError(
             f"unknown variant {variant!r}; {params} describes {', '.join(sections['variants'])}"
         )
-    from stages.common.runtime import first_process
+    from stages.common.runtime import Machine, first_process
     from stages.train_decoder import run
 
     check_features(sections, FEATURES, ("train", "val", "test"))
@@ -237,7 +237,7 @@ def train_decoder(variant: str, seed: int, params: Path, **machine: Any) -> None
         out=DECODERS / name,
         metrics=METRICS / name,
         logs=LOGS,
-        **machine,
+        machine=Machine(**machine),
     )
     if not first_process():
         return

@@ -22,7 +22,7 @@ from stages.reporting.curves import read_curves
 from stages.reporting.feature_grid import normalised_pair, subsample_channels
 from stages.reporting.projection import project, sample_vectors
 from stages.reporting.verdict import answer
-from stages.training.checkpoint import load_decoder, load_generator
+from stages.training.models import load_decoder, load_generator
 
 VECTORS_A_SAMPLE = (
     10  # in the projection; vectors of one photograph resemble each other, so few of many

@@ -1,50 +1,50 @@
-"""train-decoder: a segmentation decoder on cached features, alone or with an augmenter (Algorithm 1's second branch)."""
+"""train-decoder: a segmentation decoder on cached features (Algorithm 1, second branch)."""
 
 from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 import featurestore
-import stages
-from featurestore import FeatureStore, SpecMismatchError
+from featurestore import FeatureStore, SpecMismatchError, StoreSpec
 from featurestore.dataset import FeatureLoader
 from featurestore.files import file_sha256
-from stages.augment.base import Adjust, Augmenter, Context, Part, VariantConfig, real_batches
-from stages.augment.featuregan import JointFeatureGAN
-from stages.augment.hflip_views import mirrored
+from stages.augment.base import (
+    Augmenter,
+    Context,
+    Labelled,
+    LogitAdjustment,
+    VariantConfig,
+    repeat_real,
+)
+from stages.augment.hflip_views import training_views
 from stages.augment.perturb import perturb
 from stages.augment.registry import build_augmenter
 from stages.common.config import Beta, Config
-from stages.common.errors import ConfigError
 from stages.common.runtime import (
+    Machine,
     distribute,
-    load_scaler_state,
-    make_accelerator,
-    progress,
-    scaler_state,
     seed_everything,
-    share,
-    source_digest,
     verify_stores,
     write_json,
 )
 from stages.common.runtime import generator as random_generator
-from stages.common.tracking import TRACKERS, History, Means
-from stages.gan.monitor import MEASURED, Monitor, MonitorConfig
+from stages.gan.monitor import MEASURED, MonitorConfig
 from stages.models.decoder import Decoder
 from stages.segmentation.evaluation import evaluate, evaluate_images
 from stages.segmentation.metrics import IMAGES_NAME, Scores, score, total
 from stages.segmentation.upsampled_loss import upsampled_cross_entropy
-from stages.training.checkpoint import CONFIG_NAME, Checkpoint, read_config, save_gan, save_weights
+from stages.training.models import CONFIG_NAME, save_weights
+from stages.training.session import Session, Stateful, check_batch
+from stages.training.update import backward, parameters_of, step_optimizers
 
 
 class TrainDecoderConfig(Config):
@@ -79,343 +79,242 @@ def run(
     out: Path,
     metrics: Path,
     logs: Path,
-    scratch: Path,
-    device: str,
-    workers: int,
-    cache: str,
-    compile_networks: bool,
-    sharded: bool,
-    checkpoint_minutes: float,
+    machine: Machine,
 ) -> Scores:
-    """Train one decoder and leave it in ``out``, its scores in ``metrics``.
+    """Train one decoder, write it to ``out`` and its scores to ``metrics``.
 
     Parameters
     ----------
     config, variant, monitoring
-        What all decoders share, how this one's features are augmented, how a jointly trained GAN is watched.
+        What all decoders share; how features are augmented; how a GAN that learns is monitored.
     name, seed
-        Of this decoder. Initial weights and the order of the samples depend on the seed alone, so that variants of a
-        seed differ by their augmentation alone.
-    features
-        Folder of the stores ``train``, ``val`` and ``test``.
-    gan
-        Folder that ``train-gan`` wrote; read by the featuregan variants.
-    out
-        Folder of ``decoder.safetensors`` (last epoch), ``decoder-best.safetensors`` (best mIoU on val), ``config.json``,
-        and ``gan/`` of a jointly trained GAN.
-    metrics
-        Folder of DVCLive's files, of ``test.json`` and of ``images.json``, the confusion matrix of each test image.
-    logs, scratch, device, workers, cache, compile_networks, sharded, checkpoint_minutes
-        As for ``train-gan``.
+        Of this decoder. Initial weights and the order of the samples depend only on the seed.
+    features, gan
+        Folder of the stores ``train``, ``val`` and ``test``; folder that ``train-gan`` wrote.
+    out, metrics
+        Folders of the results, see :func:`save_results`; DVCLive writes to ``metrics``, too.
+    logs, machine
+        As for :func:`stages.train_gan.run`, which raises the same errors.
 
     Returns
     -------
     Scores
-        Of the last epoch on the test split.
-
-    Raises
-    ------
-    ConfigError, DataError, FeatureStoreError
-        Parameters that the stores do not fit, or a damaged store, GAN or checkpoint.
-    CollapseError, DivergenceError
-        When a jointly trained GAN collapsed and ``monitor.on_collapse`` is ``stop``; when a loss is no finite number any more.
+        Scores of the last epoch on the test split.
     """
-    # Data.
-    accelerator = make_accelerator(
-        device,
-        config.mixed_precision,
-        log_with=list(TRACKERS),
-        project_dir=logs,
-        gradient_accumulation_steps=config.gradient_accumulation,
-    )
-    share(
-        config.batch_size,
-        accelerator.num_processes,
-        config.gradient_accumulation,
-        "train_decoder.batch_size",
-    )
-    stores = {split: featurestore.open(features / split) for split in ("train", "val", "test")}
+    session = Session(__name__, f"{name}-{seed}", machine, config, metrics=metrics, logs=logs)
+    accelerator, rank = session.accelerator, session.accelerator.process_index
+    stores = open_stores(config, features, machine, accelerator.num_processes)
     train, spec = stores["train"], stores["train"].spec
-    check_stores(config, stores)
-    verify_stores(*stores.values(), workers=workers)
-    positions = train.positions("identity")
-    load = partial(
-        FeatureLoader,
-        batch_size=config.batch_size,
-        workers=workers,
-        device=accelerator.device,
-        cache=cache,
-        rank=accelerator.process_index,
-        ranks=accelerator.num_processes,
+    seed_everything(seed)  # variants of a seed start with the same weights
+    decoder = Decoder(**describe(config, spec))
+    if machine.compile:
+        decoder.compile()
+    wrapped = distribute(accelerator, decoder)
+    optimizer = torch.optim.Adam(decoder.parameters(), config.lr, config.betas, fused=True)
+    steps = config.epochs * (config.passes * len(train.positions("identity")) // config.batch_size)
+    context = Context(name, accelerator, train, decoder, gan, seed, steps, machine)
+    augmenter, best = build_augmenter(variant, context), Best()
+    loader = session.loader(
+        train,
+        config.batch_size,
+        seed=seed,
+        drop_last=True,
+        positions=training_views(train, variant.view),
+        repeats=config.passes,
+        images=augmenter.needs_images,
     )
-    held_out = {
-        "val": load(stores["val"]),
-        "test": load(stores["test"], cache="none"),
-    }  # the latter is read at the end alone
+    validation = session.loader(stores["val"], config.batch_size)
+    learning = math.ceil(variant.until * config.epochs)  # epochs in which a joint GAN learns
+    session.watch(monitoring, augmenter.monitored, stores, seed=seed, epochs=learning)
+    state: dict[str, Stateful] = {
+        "decoder": decoder,
+        "optimizer": optimizer,
+        "augmenter": augmenter,
+        "best": best,
+    }
+    identity = identify(config, variant, monitoring, seed, stores, gan)
+    session.resume(loader, config.epochs, identity=identity, state=state)
 
-    # The decoder: its initial weights are the same for every variant of a seed.
-    seed_everything(seed)
-    architecture = {
+    # The order of the batches and all noise are functions of seed, epoch, step and process.
+    for epoch in session.epochs():
+        decoder.train()
+        for number, batch in session.batches(epoch):
+            done = (epoch * len(loader) + number) / steps
+            set_learning_rate(optimizer, config, done)
+            for micro, samples in enumerate(batch.split(config.gradient_accumulation)):
+                rng = partial(random_generator, accelerator.device, seed, epoch, number, micro)
+                seed_everything(seed, epoch, number, micro, rank)  # dropout
+                with accelerator.accumulate(wrapped, *augmenter.modules):
+                    samples.features = samples.features.float().contiguous(
+                        memory_format=torch.channels_last
+                    )
+                    if done < variant.until:
+                        added = augmenter.augment(
+                            samples, rng(1, 0 if augmenter.shares_noise else rank)
+                        )
+                    else:
+                        added = repeat_real(samples, variant.added_weights)
+                    batches = [Labelled.of(samples), *added.batches]
+                    batches = perturb(variant.perturb, batches, rng(2, rank))
+                    with accelerator.autocast():
+                        losses = decoder_losses(wrapped, decoder, batches, augmenter, variant)
+                    loss = weighted_sum(losses, batches, added.loss)
+                    parameters = [*parameters_of(optimizer), *added.parameters]
+                    backward(accelerator, *added.separate_losses, (loss, parameters))
+                    if step_optimizers(accelerator, optimizer, *added.optimizers):
+                        augmenter.after_step(added)
+                session.log({"decoder/ce_real": losses[0], **added.terms})
+                if len(losses) > 1:
+                    session.log({"decoder/ce_added": torch.stack(losses[1:]).mean()})
+            session.save_if_due(number + 1)
+        scores = evaluate(accelerator, decoder, validation, spec.class_names)
+        best.update(scores.miou, epoch, decoder)
+        session.end_epoch({**session.means(), **as_row(scores), **session.measure(epoch)})
+
+    test = session.loader(stores["test"], config.batch_size, cache="none")
+    loaders, run = {"val": validation, "test": test}, {"variant": name, "seed": seed}
+    scores = save_results(config, session, loaders, decoder, augmenter, best, run, out)
+    session.finish()
+    return scores
+
+
+# -- the loop's parts ----------------------------------------------------------------------------
+
+
+def decoder_losses(
+    wrapped: nn.Module,
+    decoder: Decoder,
+    batches: list[Labelled],
+    augmenter: Augmenter,
+    variant: VariantConfig,
+) -> list[Tensor]:
+    """Compute the cross-entropy of each batch (equation 3.7), the real one's first.
+
+    Each passes the decoder separately (Algorithm 1), so that BatchNorm does not mix them.
+    ``wrapped`` is the decoder as the accelerator calls it.
+    """
+    real, *added = batches
+    losses = [decoder_loss(wrapped, real, augmenter.adjust_logits(real.targets[0][0]))]
+    with decoder.running_statistics(kept=variant.statistics == "all"):
+        losses += [decoder_loss(wrapped, batch) for batch in added]
+    return losses
+
+
+def decoder_loss(
+    decoder: nn.Module, batch: Labelled, adjust: LogitAdjustment | None = None
+) -> Tensor:
+    """Compute the cross-entropy of a batch's logits with its masks, weighted by their fractions."""
+    features = batch.features.contiguous(memory_format=torch.channels_last)
+    logits = decoder(features, adjust=adjust)
+    losses = [
+        fraction * upsampled_cross_entropy(logits, masks) for masks, fraction in batch.targets
+    ]
+    return torch.stack(losses).sum()
+
+
+def weighted_sum(losses: list[Tensor], batches: list[Labelled], other: Tensor | None) -> Tensor:
+    """Sum the losses of batches by their weights; a real batch weighs 1."""
+    loss = losses[0]
+    for added, batch in zip(losses[1:], batches[1:], strict=True):
+        loss = loss + batch.weight * added
+    return loss if other is None else other + loss
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, config: TrainDecoderConfig, done: float
+) -> None:
+    """Set the rate after a fraction ``done`` of all steps.
+
+    ``poly`` falls to 0 (Chen et al. 2017, section 4.1).
+    """
+    factor = (1 - done) ** 0.9 if config.lr_schedule == "poly" else 1
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * factor
+
+
+def as_row(scores: Scores) -> dict[str, float]:
+    """Name the scores of the validation split as they are logged."""
+    by_class = {name.replace(" ", "_"): iou for name, iou in scores.iou.items() if iou is not None}
+    return {
+        "val/pixel_accuracy": scores.pixel_accuracy,
+        "val/miou": scores.miou,
+        **{f"val/iou/{name}": iou for name, iou in by_class.items()},
+    }
+
+
+@dataclass
+class Best:
+    """Weights of the epoch with the best mIoU on the validation split."""
+
+    miou: float = -1.0
+    epoch: int = -1
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def update(self, miou: float, epoch: int, decoder: Decoder) -> None:
+        """Copy the decoder's weights if they score better than all before."""
+        if miou > self.miou:
+            weights = decoder.state_dict().items()
+            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in weights}
+            self.miou, self.epoch = miou, epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, of tensors and plain values."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        vars(self).update(state)
+
+
+# -- before and after the loop -------------------------------------------------------------------
+
+
+def describe(config: TrainDecoderConfig, spec: StoreSpec) -> dict[str, Any]:
+    """Describe the decoder by the arguments of :class:`stages.models.decoder.Decoder`."""
+    return {
         "head": config.decoder,
         "in_channels": spec.feature_shape[0],
         "num_classes": spec.num_classes,
         "width": config.width,
         "atrous_rates": config.atrous_rates,
     }
-    decoder = Decoder(**architecture)  # type: ignore[arg-type]
-    if compile_networks:
-        decoder.compile()
-    trained = distribute(
-        accelerator, decoder
-    )  # what is called in training; the decoder itself where there is one process
-    optimizer = torch.optim.Adam(decoder.parameters(), config.lr, config.betas, fused=True)
-    steps = config.epochs * (config.passes * len(positions) // config.batch_size)
-    machine = {"compile_networks": compile_networks, "sharded": sharded}
-    augmenter = build_augmenter(
-        variant, Context(name, accelerator, train, positions, decoder, gan, seed, steps, machine)
-    )
-    views = (
-        positions
-        if variant.view == "identity"
-        else np.stack([positions, mirrored(train, positions)], axis=1)
-    )
-    batches = load(
-        train,
-        seed=seed,
-        drop_last=True,
-        positions=views,
-        passes=config.passes,
-        images=augmenter.needs_images,
-    )
-    monitor = build_monitor(monitoring, augmenter, stores, seed)
-    learning = math.ceil(
-        variant.until * config.epochs
-    )  # epochs of a jointly trained GAN, after which it rests
 
-    # Resume, or start anew.
-    identity = featurestore.fingerprint(
-        config=config.model_dump(),
-        variant=variant.model_dump(),
-        watched=monitoring.model_dump(include=MEASURED),
-        seed=seed,
-        ranks=accelerator.num_processes,
-        stores=[store.fingerprint for store in stores.values()],
-        gan=[file_sha256(file) for file in sorted(gan.glob("*.safetensors"))]
-        if variant.needs_gan
-        else [],
-        torch=torch.__version__,
-        code=source_digest(stages, featurestore),
-    )
-    folder = scratch / "train-decoder" / f"{name}-{seed}-{identity[:16]}"
-    checkpoint = Checkpoint(folder, minutes=checkpoint_minutes, main=accelerator.is_main_process)
-    best: dict[str, Any] = {"miou": -1.0, "epoch": -1, "weights": {}}
-    state = checkpoint.load() or {"step": 0, "sums": {}, "history": [], "best": best}
-    best = state["best"]
-    if "decoder" in state:
-        decoder.load_state_dict(state["decoder"])
-        optimizer.load_state_dict(state["optimizer"])
-        load_scaler_state(accelerator, state["scaler"])
-        augmenter.load_state(state["augmenter"])
-    history = History(accelerator, f"{name}-{seed}", live=metrics, rows=state["history"])
-    if (
-        monitor is not None
-        and 0 < len(history.rows) <= learning
-        and (collapsed := monitor.check(history.rows[-1], len(history.rows) - 1))
-    ):
-        raise collapsed  # that stopped the run before; so it does until it may go on with a warning
 
-    def save(step: int, means: Means) -> None:
-        checkpoint.save(
-            decoder=decoder.state_dict(),
-            optimizer=optimizer.state_dict(),
-            scaler=scaler_state(accelerator),
-            augmenter=augmenter.state(),
-            best=best,
-            history=history.rows,
-            step=step,
-            sums=means.state(accelerator.device),
-        )
-
-    # Train.
-    bar = progress((), f"train-decoder: {name} {seed}", config.epochs * len(batches), "step")
-    bar.update(len(history.rows) * len(batches) + state["step"])
-    for epoch in range(len(history.rows), config.epochs):
-        means = Means(state.pop("sums", {}))
-        first = state.pop("step", 0)
-        decoder.train()
-        for number, batch in enumerate(
-            batches.epoch(epoch, first), first
-        ):  # its order is a function of seed and epoch
-            done = (epoch * len(batches) + number) / steps
-            schedule(optimizer, config, done)
-            for part_number, part in enumerate(batch.split(config.gradient_accumulation)):
-                rank = 0 if augmenter.same_draws else accelerator.process_index
-                rng = random_generator(
-                    accelerator.device, seed, epoch, number, part_number, 1, rank
-                )
-                seed_everything(
-                    seed, epoch, number, part_number, accelerator.process_index
-                )  # dropout
-                with accelerator.accumulate(trained, *augmenter.modules):
-                    part.features = part.features.float().contiguous(
-                        memory_format=torch.channels_last
-                    )
-                    augmented = (
-                        augmenter.augment(part, rng)
-                        if done < variant.until
-                        else real_batches(part, variant.added_weights)
-                    )
-                    # Real and added features pass separately, so that BatchNorm never mixes them (Algorithm 1).
-                    parts = [Part(part.features, [(part.masks, 1.0)]), *augmented.parts]
-                    own = random_generator(
-                        accelerator.device,
-                        seed,
-                        epoch,
-                        number,
-                        part_number,
-                        2,
-                        accelerator.process_index,
-                    )
-                    real, *added = perturb(variant.perturb, parts, own)
-                    with accelerator.autocast():
-                        real_loss = decoder_loss(
-                            trained, real, augmenter.adjust(real.targets[0][0])
-                        )
-                        with decoder.running_statistics(kept=variant.statistics == "all"):
-                            added_losses = [decoder_loss(trained, some) for some in added]
-                    loss = real_loss
-                    for some, added_loss in zip(added, added_losses, strict=True):
-                        loss = loss + some.weight * added_loss
-                    augmenter.update(loss, optimizer)
-                means.add({"decoder/ce_real": real_loss, **augmented.terms})
-                if added_losses:
-                    means.add({"decoder/ce_added": torch.stack(added_losses).mean()})
-            bar.update()
-            if number + 1 < len(batches) and checkpoint.due():
-                save(number + 1, means)
-        scores = evaluate(accelerator, decoder, held_out["val"], spec.class_names)
-        by_class = {
-            f"val/iou/{class_name.replace(' ', '_')}": iou
-            for class_name, iou in scores.iou.items()
-            if iou is not None
-        }
-        row = {
-            **means.result(accelerator),
-            "val/pixel_accuracy": scores.pixel_accuracy,
-            "val/miou": scores.miou,
-            **by_class,
-        }
-        if monitor is not None and epoch < learning and monitor.due(epoch, learning):
-            assert isinstance(augmenter, JointFeatureGAN)
-            row |= monitor.measure(augmenter.trainer.generator())
-        history.log(row)
-        if scores.miou > best["miou"]:
-            weights = {
-                key: tensor.detach().cpu().clone() for key, tensor in decoder.state_dict().items()
-            }
-            best = {"miou": scores.miou, "epoch": epoch, "weights": weights}
-        collapsed = monitor.check(row, epoch) if monitor is not None and epoch < learning else None
-        if checkpoint.due() or collapsed:
-            save(0, Means())
-        if collapsed:
-            raise collapsed
-    bar.close()
-
-    # Test: the last epoch is what is reported, the best on val stands beside it.
-    last_on_val = evaluate(accelerator, decoder, held_out["val"], spec.class_names)
-    by_image = evaluate_images(accelerator, decoder, held_out["test"], spec.num_classes)
-    last = score(total(by_image.values(), spec.num_classes), spec.class_names)
-    final = augmenter.state()
-    if accelerator.is_main_process:
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
-        save_weights(decoder.state_dict(), out / "decoder.safetensors")
-        described = {
-            "architecture": architecture,
-            "mixed_precision": config.mixed_precision,
-            "variant": name,
-            "seed": seed,
-        }
-        described["features"] = spec.to_dict()
-        write_json(out / CONFIG_NAME, described)
-        if isinstance(augmenter, JointFeatureGAN):
-            save_gan(out / "gan", final, read_config(gan))
-    decoder.load_state_dict(best["weights"])
-    best_scores = evaluate(accelerator, decoder, held_out["test"], spec.class_names)
-
-    # Metrics.
-    accelerator.wait_for_everyone()  # what comes next may read what the main process wrote
-    accelerator.end_training()
-    result = {
-        "variant": name,
+def identify(
+    config: TrainDecoderConfig,
+    variant: VariantConfig,
+    monitoring: MonitorConfig,
+    seed: int,
+    stores: dict[str, FeatureStore],
+    gan: Path,
+) -> dict[str, object]:
+    """Collect what the result depends on: an interrupted run resumes only if it is the same."""
+    weights = sorted(gan.glob("*.safetensors")) if variant.needs_gan else []
+    return {
+        "config": config.model_dump(),
+        "variant": variant.model_dump(),
+        "monitor": monitoring.model_dump(include=MEASURED),
         "seed": seed,
-        "epochs": config.epochs,
-        **last.to_dict(),
-        "val": last_on_val.to_dict(),
-        "best_on_val": {
-            "epoch": best["epoch"],
-            "pixel_accuracy": best_scores.pixel_accuracy,
-            "miou": best_scores.miou,
-            "iou": best_scores.iou,
-        },
+        "stores": [store.fingerprint for store in stores.values()],
+        "gan": [file_sha256(file) for file in weights],
     }
-    if accelerator.is_main_process:
-        save_weights(decoder.state_dict(), out / "decoder-best.safetensors")
-        write_json(metrics / "test.json", result)
-        ids = stores["test"].ids
-        write_json(
-            metrics / IMAGES_NAME,
-            {ids[position]: counts for position, counts in by_image.items()},
-            indent=None,
-        )
-    checkpoint.remove()
-    return last
 
 
-def decoder_loss(decoder: nn.Module, part: Part, adjust: Adjust | None = None) -> Tensor:
-    """Cross-entropy of the decoder's scores for a part's features with its targets, by their shares."""
-    scores = decoder(part.features.contiguous(memory_format=torch.channels_last), adjust=adjust)
-    return torch.stack(
-        [share * upsampled_cross_entropy(scores, masks) for masks, share in part.targets]
-    ).sum()
-
-
-def schedule(optimizer: torch.optim.Optimizer, config: TrainDecoderConfig, done: float) -> None:
-    """Set the learning rate when a share ``done`` of all steps lies behind: constant, or falling to 0 (Chen et al. 2017, section 4.1)."""
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * ((1 - done) ** 0.9 if config.lr_schedule == "poly" else 1)
-
-
-def build_monitor(
-    config: MonitorConfig, augmenter: Augmenter, stores: dict[str, FeatureStore], seed: int
-) -> Monitor | None:
-    """What watches a jointly trained GAN; None where none is trained."""
-    if not isinstance(augmenter, JointFeatureGAN):
-        return None
-    trainer = augmenter.trainer
-    scale = trainer.networks.generator.feature_scale
-    monitor = Monitor(
-        config,
-        trainer.accelerator,
-        train=stores["train"],
-        held_out=stores["val"],
-        feature_scale=scale,
-        seed=seed,
-    )
-    monitor.measure(trainer.generator())  # what later measures are compared with
-    return monitor
-
-
-def check_stores(config: TrainDecoderConfig, stores: dict[str, FeatureStore]) -> None:
-    """Refuse stores that do not belong together, or are smaller than a batch.
+def open_stores(
+    config: TrainDecoderConfig, features: Path, machine: Machine, processes: int
+) -> dict[str, FeatureStore]:
+    """Open and check the stores of all splits.
 
     Raises
     ------
     SpecMismatchError
-        When two splits have different specs, or one has no label at all.
+        When two splits have different specs, or one has no labelled pixel.
     ConfigError
-        When an epoch has fewer training samples than a batch.
+        When a batch does not divide over the processes, or is larger than an epoch.
+    FeatureStoreError
+        When a store is missing or damaged.
     """
+    stores = {split: featurestore.open(features / split) for split in ("train", "val", "test")}
     train = stores["train"]
     for store in stores.values():
         if store.spec != train.spec:
@@ -424,13 +323,74 @@ def check_stores(config: TrainDecoderConfig, stores: dict[str, FeatureStore]) ->
                 message, path=store.path, expected=train.spec, actual=store.spec
             )
         if not store.stats.class_pixels.any():
-            raise SpecMismatchError(
-                "not one labelled pixel in its masks, so nothing to learn or to score",
-                path=store.path,
-            )
-    seen = config.passes * len(train.positions("identity"))
-    if seen < config.batch_size:
-        message = f"{config.batch_size} is more than the {seen} samples that an epoch takes from {train.path}; lower it, or raise passes"
-        raise ConfigError(
-            "train_decoder.batch_size", message, expected=seen, actual=config.batch_size
-        )
+            message = "its masks have no labelled pixel: nothing to learn or to score"
+            raise SpecMismatchError(message, path=store.path)
+    check_batch(config, train, processes, "train_decoder")
+    verify_stores(*stores.values(), workers=machine.workers)
+    return stores
+
+
+def save_results(
+    config: TrainDecoderConfig,
+    session: Session,
+    loaders: dict[str, FeatureLoader],
+    decoder: Decoder,
+    augmenter: Augmenter,
+    best: Best,
+    run: dict[str, Any],
+    out: Path,
+) -> Scores:
+    """Score the decoder of the last epoch, and the best one, and write all results.
+
+    Parameters
+    ----------
+    loaders
+        Splits ``val`` and ``test``.
+    run
+        Variant and seed.
+    out
+        Folder of ``decoder.safetensors`` (last epoch), ``decoder-best.safetensors`` (best mIoU on
+        the validation split), ``config.json``, and ``gan/`` of a jointly trained GAN. The session's
+        folder of metrics gets ``test.json`` and ``images.json``, the confusion matrix of each test
+        image.
+
+    Returns
+    -------
+    Scores
+        Scores of the last epoch on the test split.
+    """
+    accelerator, store = session.accelerator, loaders["test"].store
+    spec, main = store.spec, session.accelerator.is_main_process
+    on_val = evaluate(accelerator, decoder, loaders["val"], spec.class_names)
+    by_image = evaluate_images(accelerator, decoder, loaders["test"], spec.num_classes)
+    scores = score(total(by_image.values(), spec.num_classes), spec.class_names)
+    if main:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        save_weights(decoder.state_dict(), out / "decoder.safetensors")
+        settings = {
+            "architecture": describe(config, spec),
+            "mixed_precision": config.mixed_precision,
+        }
+        write_json(out / CONFIG_NAME, {**settings, **run, "features": spec.to_dict()})
+    augmenter.save(out)
+    decoder.load_state_dict(best.weights)
+    best_scores = evaluate(accelerator, decoder, loaders["test"], spec.class_names)
+    if main:
+        save_weights(decoder.state_dict(), out / "decoder-best.safetensors")
+        result = {
+            **run,
+            "epochs": config.epochs,
+            **scores.to_dict(),
+            "val": on_val.to_dict(),
+            "best_on_val": {
+                "epoch": best.epoch,
+                "pixel_accuracy": best_scores.pixel_accuracy,
+                "miou": best_scores.miou,
+                "iou": best_scores.iou,
+            },
+        }
+        write_json(session.metrics / "test.json", result)
+        counts = {store.ids[position]: matrix for position, matrix in by_image.items()}
+        write_json(session.metrics / IMAGES_NAME, counts, indent=None)
+    return scores

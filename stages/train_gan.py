@@ -1,4 +1,4 @@
-"""train-gan: Algorithm 1's first branch, the first ``frozen_epochs`` epochs, generator and discriminator alone."""
+"""train-gan: generator and discriminator without a decoder (Algorithm 1, first branch)."""
 
 from __future__ import annotations
 
@@ -7,35 +7,22 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 import featurestore
-import stages
 from featurestore import FeatureStore, SpecMismatchError
-from featurestore.dataset import FeatureLoader
 from stages.common.config import Beta, Config, Once, Seed
 from stages.common.errors import ConfigError
+from stages.common.runtime import Machine, seed_everything, verify_stores
 from stages.common.runtime import generator as random_generator
-from stages.common.runtime import (
-    make_accelerator,
-    progress,
-    seed_everything,
-    share,
-    source_digest,
-    verify_stores,
-)
-from stages.common.tracking import TRACKERS, History, Means
-from stages.gan.flow_trainer import FlowTrainer, mean_amplitude, principal_components
-from stages.gan.gan_trainer import GanTrainer
-from stages.gan.monitor import MEASURED, Monitor, MonitorConfig
-from stages.gan.networks import build_networks, class_means, feature_scale
-from stages.gan.trainer import Trainer
-from stages.models.flow_generator import FlowGenerator
+from stages.gan.families import build_trainer, create_networks
+from stages.gan.monitor import MEASURED, MonitorConfig
 from stages.models.generator import UPSAMPLING
 from stages.segmentation.transforms import Transform
-from stages.training.checkpoint import Checkpoint, save_gan, save_weights
+from stages.training.models import save_gan, save_weights
+from stages.training.session import Session, check_batch
+from stages.training.update import backward, step_optimizers
 
 
 class TrainGanConfig(Config):
@@ -80,15 +67,16 @@ class TrainGanConfig(Config):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        if self.adversarial_loss == "segmentation" and (
-            self.r1_gamma or self.discriminator_scales > 1
-        ):
+        patch_keys = self.r1_gamma or self.discriminator_scales > 1
+        if self.adversarial_loss == "segmentation" and patch_keys:
             raise ValueError(
-                "r1_gamma and discriminator_scales belong to a patch discriminator; adversarial_loss segmentation has none"
+                "r1_gamma and discriminator_scales belong to a patch discriminator;"
+                " adversarial_loss segmentation has none"
             )
         if self.image_encoder and (not self.z_dim or self.noise == "spatial"):
             raise ValueError(
-                "the image encoder gives a noise vector; set z_dim above 0 and noise to vector, or image_encoder to false"
+                "the image encoder gives a noise vector; set z_dim above 0 and noise to vector,"
+                " or image_encoder to false"
             )
         if self.noise == "spatial" and not self.z_dim:
             raise ValueError(
@@ -96,7 +84,8 @@ class TrainGanConfig(Config):
             )
         if self.family == "flow" and (self.image_encoder or self.r1_gamma or self.diffaugment):
             raise ValueError(
-                "image_encoder, r1_gamma and diffaugment are a GAN's; turn them off (false, 0, []), or set family to gan"
+                "image_encoder, r1_gamma and diffaugment are a GAN's; turn them off"
+                " (false, 0, []), or set family to gan"
             )
         return self
 
@@ -131,224 +120,125 @@ def run(
     out: Path,
     metrics: Path,
     logs: Path,
-    scratch: Path,
-    device: str,
-    workers: int,
-    cache: str,
-    compile_networks: bool,
-    sharded: bool,
-    checkpoint_minutes: float,
+    machine: Machine,
 ) -> dict[str, float]:
-    """Train FeatureGAN on a store's features and leave its networks in ``out``.
+    """Train FeatureGAN on a store's features and write its networks to ``out``.
 
     Parameters
     ----------
     config, monitoring
-        Networks, losses, schedule; how training is watched.
+        Networks, losses, schedule; how training is monitored.
     features
-        Folder of the stores ``train`` and ``val``; the latter's masks and features are what training is watched with.
+        Folder of the stores ``train`` and ``val``; the monitor compares with ``val``.
     out
-        Folder of ``generator``, ``discriminator``, ``image_encoder`` (``.safetensors``), the untrained
-        ``generator-initial``, ``optimizers.pt`` and ``config.json``.
+        Folder of ``generator``, ``discriminator``, ``image_encoder`` (``.safetensors``), the
+        untrained ``generator-initial``, ``optimizers.pt`` and ``config.json``.
     metrics, logs
         Folders of DVCLive's and TensorBoard's files.
-    scratch
-        Where the state is kept; a killed run goes on from there.
-    device, workers, cache, compile_networks, sharded
-        Belong to the machine; for ``workers`` and ``cache`` see :class:`featurestore.dataset.FeatureLoader`, for the last two
-        :class:`stages.gan.trainer.Trainer`.
-    checkpoint_minutes
-        Save the state no more often than this.
+    machine
+        How this machine computes; an interrupted run resumes from ``machine.scratch``.
 
     Returns
     -------
     dict
-        The last epoch's mean losses and measures.
+        Mean losses and measures of the last epoch.
 
     Raises
     ------
     ConfigError, DataError, FeatureStoreError
-        Parameters that the stores do not fit, or a damaged store or checkpoint.
+        Parameters that do not fit the stores, or a damaged store or checkpoint.
     CollapseError, DivergenceError
-        When the GAN collapsed and ``monitor.on_collapse`` is ``stop``; when a loss is no finite number any more.
+        When the GAN collapsed and ``monitor.on_collapse`` is ``stop``; when a loss is not finite.
     """
-    # Data.
-    accelerator = make_accelerator(
-        device,
-        config.mixed_precision,
-        log_with=list(TRACKERS),
-        project_dir=logs,
-        gradient_accumulation_steps=config.gradient_accumulation,
-    )
-    share(
-        config.batch_size,
-        accelerator.num_processes,
-        config.gradient_accumulation,
-        "train_gan.batch_size",
-    )
+    session = Session(__name__, "train-gan", machine, config, metrics=metrics, logs=logs)
+    accelerator = session.accelerator
     store, held_out = featurestore.open(features / "train"), featurestore.open(features / "val")
-    check_store(config, store)
-    verify_stores(store, held_out, workers=workers)
-    batches = FeatureLoader(
+    check_store(config, store, accelerator.num_processes)
+    verify_stores(store, held_out, workers=machine.workers)
+    loader = session.loader(
         store,
         config.batch_size,
         seed=config.seed,
         drop_last=True,
         positions=store.positions("identity"),
-        passes=config.passes,
+        repeats=config.passes,
         images=config.image_encoder,
-        workers=workers,
-        device=accelerator.device,
-        cache=cache,
-        rank=accelerator.process_index,
-        ranks=accelerator.num_processes,
     )
 
-    # Networks and optimizers.
     seed_everything(config.seed)
-    architecture = describe(config, store)
-    scale = feature_scale(store, config.feature_scale)
-    networks = build_networks(
-        architecture, scale, class_means(store, scale) if config.prior == "class-means" else None
-    )
-    settings = config.model_dump()
-    machine: dict[str, Any] = {"compile_networks": compile_networks, "sharded": sharded}
-    if isinstance(networks.generator, FlowGenerator):
-        components = principal_components(store, scale, config.flow_components, config.seed)
-        networks.generator.set_components(components)
-        networks.generator.set_amplitude(mean_amplitude(store, networks.generator, config.seed))
+    settings, architecture = config.model_dump(), describe(config, store)
+    networks = create_networks(architecture, settings, store)
     untrained = copy.deepcopy(networks.generator.state_dict())
-    trainer: Trainer
-    if networks.discriminator is None:
-        adam: dict[str, Any] = {"lr": config.generator_lr, "betas": config.betas}
-        trainer = FlowTrainer(accelerator, networks, **adam, ema_decay=config.ema_decay, **machine)
-    else:
-        trainer = GanTrainer.of(accelerator, networks, settings, **machine)
-    monitor = Monitor(
-        monitoring,
-        accelerator,
-        train=store,
-        held_out=held_out,
-        feature_scale=scale,
-        seed=config.seed,
+    trainer = build_trainer(accelerator, networks, settings, machine)
+    stores = {"train": store, "val": held_out}
+    session.watch(
+        monitoring, trainer.generator, stores, seed=config.seed, epochs=config.frozen_epochs
     )
-    monitor.measure(trainer.generator())  # what later measures are compared with
+    identity = {
+        "config": settings,
+        "monitor": monitoring.model_dump(include=MEASURED),
+        "stores": [store.fingerprint, held_out.fingerprint],
+    }
+    session.resume(loader, config.frozen_epochs, identity=identity, state={"trainer": trainer})
 
-    # Resume, or start anew.
-    code = source_digest(stages, featurestore)
-    stores = [store.fingerprint, held_out.fingerprint]
-    watched = monitoring.model_dump(include=MEASURED)
-    identity = featurestore.fingerprint(
-        config=settings,
-        watched=watched,
-        stores=stores,
-        torch=torch.__version__,
-        code=code,
-        ranks=accelerator.num_processes,
-    )
-    folder = scratch / "train-gan" / identity[:16]
-    checkpoint = Checkpoint(folder, minutes=checkpoint_minutes, main=accelerator.is_main_process)
-    state = checkpoint.load() or {"step": 0, "sums": {}, "history": []}
-    if "gan" in state:
-        trainer.load_state(state["gan"])
-    history = History(accelerator, "train-gan", live=metrics, rows=state["history"])
-    if history.rows and (collapsed := monitor.check(history.rows[-1], len(history.rows) - 1)):
-        raise collapsed  # that stopped the run before; so it does until it may go on with a warning
-
-    # Train.
-    bar = progress((), "train-gan", config.frozen_epochs * len(batches), "step")
-    bar.update(len(history.rows) * len(batches) + state["step"])
-    for epoch in range(len(history.rows), config.frozen_epochs):
-        means = Means(state.pop("sums", {}))
-        first = state.pop("step", 0)
-        for number, batch in enumerate(
-            batches.epoch(epoch, first), first
-        ):  # its order is a function of seed and epoch
-            for part_number, part in enumerate(batch.split(config.gradient_accumulation)):
-                rng = random_generator(accelerator.device, config.seed, epoch, number, part_number)
+    # Train. The order of the batches and all noise are functions of seed, epoch and step.
+    for epoch in session.epochs():
+        for number, batch in session.batches(epoch):
+            for micro, samples in enumerate(batch.split(config.gradient_accumulation)):
+                rng = random_generator(accelerator.device, config.seed, epoch, number, micro)
                 with accelerator.accumulate(*trainer.modules.values()):
-                    step = trainer.forward(part.features, part.masks, part.images, ratio=1, rng=rng)
-                    trainer.update(step)
-                means.add(step.terms)
-                del step  # and with it the part of its graph that no back-propagation frees
-            bar.update()
-            if number + 1 < len(batches) and checkpoint.due():
-                checkpoint.save(
-                    gan=trainer.state(),
-                    history=history.rows,
-                    step=number + 1,
-                    sums=means.state(accelerator.device),
-                )
-        row = means.result(accelerator)
-        if monitor.due(epoch, config.frozen_epochs):
-            row |= monitor.measure(trainer.generator())
-        history.log(row)
-        collapsed = monitor.check(row, epoch)
-        if checkpoint.due() or collapsed:
-            checkpoint.save(gan=trainer.state(), history=history.rows, step=0, sums={})
-        if collapsed:
-            raise collapsed
-    bar.close()
+                    step = trainer.forward(
+                        samples.features, samples.masks, samples.images, ratio=1, rng=rng
+                    )
+                    backward(accelerator, *trainer.losses(step))
+                    if step_optimizers(accelerator, *trainer.optimizers.values()):
+                        trainer.after_step()
+                session.log(step.terms)
+                del step  # and what is left of its graph
+            session.save_if_due(number + 1)
+        session.end_epoch({**session.means(), **session.measure(epoch)})
 
-    # Save.
-    final = trainer.state()
+    state = trainer.state_dict()
     if accelerator.is_main_process:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         save_weights(untrained, out / "generator-initial.safetensors")
-        described = {
-            "architecture": architecture,
-            "training": settings,
-            "store": store.fingerprint,
-            "features": store.spec.to_dict(),
-        }
-        save_gan(out, final, described)
-    accelerator.wait_for_everyone()  # what comes next may read what the main process wrote
-    accelerator.end_training()
-    checkpoint.remove()
-    return history.rows[-1]
+        trained_on = {"store": store.fingerprint, "features": store.spec.to_dict()}
+        save_gan(out, state, {"architecture": architecture, "training": settings, **trained_on})
+    session.finish()
+    return session.history.rows[-1]
 
 
-def check_store(config: TrainGanConfig, store: FeatureStore) -> None:
-    """Refuse a store that this configuration cannot be trained on.
+def check_store(config: TrainGanConfig, store: FeatureStore, processes: int = 1) -> None:
+    """Refuse a store, or a number of processes, that this configuration cannot be trained with.
 
     Raises
     ------
     ConfigError
-        When the feature map does not divide by the generator's up-sampling, or an epoch has fewer samples than a batch.
+        When the feature map does not divide by the generator's up-sampling, a batch does not divide
+        over the processes, or there are fewer samples or channels than the parameters need.
     SpecMismatchError
         When the image encoder needs images and the store has none.
     """
+    check_batch(config, store, processes, "train_gan")
     check_input_size(store.spec.mask_shape, store.spec.output_stride)
-    smallest, found = 2 * config.discriminator_scales * UPSAMPLING, store.spec.feature_shape[1:]
-    if min(found) < smallest:
-        message = f"{config.discriminator_scales} scales need features of {smallest} x {smallest} or more, found {found}"
-        raise ConfigError(
-            "train_gan.discriminator_scales", message, expected=smallest, actual=found
-        )
-    seen = config.passes * len(store.positions("identity"))
-    if seen < config.batch_size:
-        message = f"{config.batch_size} is more than the {seen} samples that an epoch takes from {store.path}; lower it, or raise passes"
-        raise ConfigError("train_gan.batch_size", message, expected=seen, actual=config.batch_size)
-    channels = store.spec.feature_shape[0]
-    if config.family == "flow" and config.flow_components > channels:
-        message = f"{config.flow_components} is more than the {channels} channels of {store.path}; lower it"
-        raise ConfigError(
-            "train_gan.flow_components", message, expected=channels, actual=config.flow_components
-        )
-    if config.projection_channels > channels:
-        message = f"{config.projection_channels} is more than the {channels} channels of {store.path}; lower it, or 0 to see all"
-        raise ConfigError(
-            "train_gan.projection_channels",
-            message,
-            expected=channels,
-            actual=config.projection_channels,
-        )
+    channels, *size = store.spec.feature_shape
+    scales = config.discriminator_scales
+    least = 2 * scales * UPSAMPLING
+    if min(size) < least:
+        message = f"{scales} scales need features of {least} x {least} or more, found {size}"
+        raise ConfigError("train_gan.discriminator_scales", message, expected=least, actual=size)
+    limited = {"projection_channels": "lower it, or 0 to see all"}
+    if config.family == "flow":
+        limited["flow_components"] = "lower it"
+    for key, remedy in limited.items():
+        value = getattr(config, key)
+        if value > channels:
+            message = f"{value} is more than the {channels} channels of {store.path}; {remedy}"
+            raise ConfigError(f"train_gan.{key}", message, expected=channels, actual=value)
     if config.image_encoder and not store.spec.has_images:
-        raise SpecMismatchError(
-            "train_gan.image_encoder needs images; set extract.store_images to true",
-            path=store.path,
-        )
+        message = "train_gan.image_encoder needs images; set extract.store_images to true"
+        raise SpecMismatchError(message, path=store.path)
 
 
 def check_input_size(size: tuple[int, int], output_stride: int) -> None:
@@ -357,18 +247,20 @@ def check_input_size(size: tuple[int, int], output_stride: int) -> None:
     Raises
     ------
     ConfigError
-        When H or W is no multiple of the backbone's stride times the generator's up-sampling.
+        When H or W is no multiple of the backbone's stride times the generator's up-sampling, or
+        the discriminator would see a single pixel.
     """
     step = output_stride * UPSAMPLING
-    if (
-        size[0] % step or size[1] % step or min(size) < 2 * step
-    ):  # smaller maps leave the discriminator a single pixel
-        message = f"must be a multiple of {step} from {2 * step} on (backbone stride times the generator's up-sampling), found {size}"
+    if size[0] % step or size[1] % step or min(size) < 2 * step:
+        message = (
+            f"must be a multiple of {step} from {2 * step} on (backbone stride times the"
+            f" generator's up-sampling), found {size}"
+        )
         raise ConfigError("extract.input_size", message, expected=step, actual=size)
 
 
 def describe(config: TrainGanConfig, store: FeatureStore) -> dict[str, Any]:
-    """Everything that :func:`stages.gan.networks.build_networks` needs, JSON-ready."""
+    """Collect what :func:`stages.gan.networks.build_networks` needs, JSON-ready."""
     spec = store.spec
     chosen = {key: value for key, value in config.model_dump().items() if key in ARCHITECTURE}
     return {

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from click.testing import Result
     from torch import Tensor
 
-    from stages.augment.base import Part
+    from stages.augment.base import Labelled
+    from stages.common.runtime import Machine
     from stages.extract import ExtractConfig
     from stages.prepare import PrepareConfig
     from stages.segmentation.metrics import Scores
@@ -474,6 +475,13 @@ VARIANTS = {
 }
 
 
+def cpu_machine(root: Path, workers: int = 0) -> Machine:
+    """Describe a CPU that saves the state of a training after every step."""
+    from stages.common.runtime import Machine
+
+    return Machine(device="cpu", workers=workers, checkpoint_minutes=0, scratch=root / "scratch")
+
+
 def run_gan(features: Path, root: Path, monitor: dict | None = None, **changes) -> dict[str, float]:
     from stages import train_gan
     from stages.gan.monitor import MonitorConfig
@@ -485,13 +493,7 @@ def run_gan(features: Path, root: Path, monitor: dict | None = None, **changes) 
         out=root / "gan",
         metrics=root / "metrics" / "train-gan",
         logs=root / "logs",
-        scratch=root / "scratch",
-        device="cpu",
-        workers=0,
-        cache="none",
-        compile_networks=False,
-        sharded=False,
-        checkpoint_minutes=0,
+        machine=cpu_machine(root),
     )
 
 
@@ -523,13 +525,7 @@ def run_decoder(
         out=root / "decoders" / f"{name}-{seed}",
         metrics=root / "metrics" / f"{name}-{seed}",
         logs=root / "logs",
-        scratch=root / "scratch",
-        device="cpu",
-        workers=workers,
-        cache="none",
-        compile_networks=False,
-        sharded=False,
-        checkpoint_minutes=0,
+        machine=cpu_machine(root, workers),
     )
 
 
@@ -564,7 +560,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
 
 def added_by_a_frozen_generator(
     features: Path, folder: Path, changes: Sequence[str], **described
-) -> tuple[list[Part], Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[list[Labelled], Tensor, Tensor, Tensor, Tensor]:
     """Augment a batch of three with a frozen generator, twice a mask by default.
 
     Returns the added batches, the real features, their masks, the masks asked for, and the noise.
@@ -578,7 +574,7 @@ def added_by_a_frozen_generator(
     from stages.augment.registry import Variant, build_augmenter
     from stages.common.runtime import make_accelerator
     from stages.models.decoder import Decoder
-    from stages.training.checkpoint import load_generator
+    from stages.training.models import load_generator
 
     store = featurestore.open(features / "train")
     variant = {
@@ -594,12 +590,11 @@ def added_by_a_frozen_generator(
         "mine",
         make_accelerator("cpu", "no"),
         store,
-        np.arange(len(store)),
         decoder,
         folder / "gan",
         0,
         1,
-        {},
+        cpu_machine(folder),
     )
     augmenter = build_augmenter(TypeAdapter(Variant).validate_python(variant), context)
     real, masks = (
@@ -607,7 +602,7 @@ def added_by_a_frozen_generator(
     )
     parts = augmenter.augment(
         Batch(torch.arange(3), real, masks, None), torch.Generator().manual_seed(3)
-    ).parts
+    ).batches
     rng = torch.Generator().manual_seed(3)
     share = described.get("share", 1.0)
     wanted = (

@@ -275,7 +275,7 @@ BAD_PARAMETERS = {
     "parts of a batch that are not equal": (
         "  batch_size: 4\n  gradient_accumulation: 1\n  decoder",
         "  batch_size: 4\n  gradient_accumulation: 3\n  decoder",
-        "train_decoder.batch_size: 4 samples cannot be divided into 1 processes times 3 parts",
+        "train_decoder.batch_size: 4 samples do not divide into 1 processes times 3 micro-batches",
     ),
     "no YAML": ("prepare:", "prepare: [", "is not valid YAML"),
 }

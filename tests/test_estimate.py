@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pipeline
 from benchmarks.train import Size, our_steps
 from stages.augment.registry import Variant
-from stages.backbones.backbone import build_backbone
+from stages.backbones.build import build_backbone
 from stages.commands.options import load_params
 from stages.common.errors import ConfigError
 from stages.estimate import step_cost as operations
@@ -96,14 +95,7 @@ def test_operations_are_those_of_the_steps_that_train(tmp_path: Path) -> None:
 def test_the_untrained_backbone_is_the_backbone(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = operations.untrained_backbone(name)
-    state = network.state_dict()
-    if name == "resnet50":  # numbered parts in place of torchvision's names
-        parts = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-        state = OrderedDict(
-            (f"{parts[int(key.split('.')[0])]}.{key.split('.', 1)[1]}", value)
-            for key, value in state.items()
-        )
-    torch.save(state, tmp_path / "weights.pth")
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
     built = build_backbone(name=name, weights=str(tmp_path / "weights.pth"))
     images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     with torch.inference_mode():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from typing_extensions import Self
 from featurestore import FeatureStore
 from featurestore.dataset import Batch
 from stages.common.config import Config, Once
-from stages.common.runtime import step_optimizers
+from stages.common.runtime import Machine
 from stages.models.decoder import Decoder
+from stages.models.feature_generator import FeatureGenerator
 from stages.segmentation.transforms import Transform
 
 
@@ -26,97 +27,88 @@ class VariantConfig(Config):
     """What every entry of section ``variants`` may say; each augmenter adds keys of its own."""
 
     augmenter: str
-    perturb: Annotated[
-        tuple[Transform, ...], Field(strict=False), Once
-    ] = ()  # of real and added features, before the decoder
-    view: Literal["identity", "random"] = (
-        "identity"  # of each real sample: as it is, or mirrored or not by chance
-    )
-    statistics: Literal["all", "real"] = (
-        "all"  # which batches the decoder's running BatchNorm statistics take in
-    )
-    until: float = Field(
-        default=1.0, gt=0, le=1
-    )  # share of the steps after which real batches take the place of the added ones
+    perturb: Annotated[tuple[Transform, ...], Field(strict=False), Once] = ()
+    view: Literal["identity", "random"] = "identity"  # random: mirrored or not, by chance
+    statistics: Literal["all", "real"] = "all"  # batches that update running BatchNorm statistics
+    until: float = Field(default=1.0, gt=0, le=1)  # fraction of the steps that add features
 
     @model_validator(mode="after")
     def _adds_batches(self) -> Self:
         for key in ("until", "statistics"):
-            if (
-                getattr(self, key) != VariantConfig.model_fields[key].default
-                and not self.added_batches
-            ):
-                raise ValueError(
-                    f"{key} is of the batches that a variant adds, and this one adds none; leave it out"
-                )
+            default = VariantConfig.model_fields[key].default
+            if getattr(self, key) != default and not self.added_batches:
+                raise ValueError(f"{key} applies only to variants that add batches; remove it")
         return self
 
     @property
     def needs_gan(self) -> bool:
-        """Whether it reads what ``train-gan`` wrote."""
+        """Whether training reads what ``train-gan`` wrote."""
         return False
 
     @property
     def added_batches(self) -> int:
-        """How many the decoder sees beside each real one."""
+        """Number of batches that the decoder sees in addition to each real one."""
         return 0
 
     @property
     def added_weights(self) -> tuple[float, ...]:
-        """Of each of these batches, beside the 1 of the real one."""
+        """Weight of each added batch in the loss; a real batch weighs 1."""
         return ()
 
     @property
     def needs_mirrored(self) -> bool:
-        """Whether it reads features of mirrored images."""
+        """Whether training reads features of mirrored images."""
         return self.view == "random"
 
     @property
     def needs_classes(self) -> int:
-        """How many classes a data set must have for it."""
+        """Least number of classes in a data set for this variant."""
         return 2
 
     @property
     def needs_family(self) -> str | None:
-        """Which family of generators it works with alone."""
+        """Only family of generators that this variant works with; None: any."""
         return None
 
 
 class SourceConfig(VariantConfig):
-    """Of the augmenters that add features."""
+    """Keys of the augmenters that add features."""
 
-    weight: float = Field(
-        default=1.0, gt=0
-    )  # of the added features' cross-entropy, beside the 1 of the real ones
+    weight: float = Field(default=1.0, gt=0)  # of the added cross-entropy; the real one weighs 1
 
     @property
     def added_batches(self) -> int:
-        """One."""
+        """Number of batches that the decoder sees in addition to each real one."""
         return 1
 
     @property
     def added_weights(self) -> tuple[float, ...]:
-        """The same for all."""
+        """Weight of each added batch in the loss."""
         return (self.weight,) * self.added_batches
 
 
 @dataclass
-class Part:
-    """Features and what the decoder should make of them.
+class Labelled:
+    """Features with the masks that the decoder should predict from them.
 
     Attributes
     ----------
     features
         (B, C, h, w) in the backbone's scale.
     targets
-        Masks (B, H, W) uint8, each with its share of the loss.
+        Masks (B, H, W) uint8, each with its fraction of the loss.
     weight
-        Of the loss, beside the 1 of the real features.
+        Weight of the loss; real features weigh 1.
     """
 
     features: Tensor
     targets: list[tuple[Tensor, float]]
     weight: float = 1.0
+
+    @classmethod
+    def of(cls, batch: Batch, weight: float = 1.0) -> Self:
+        """Take the real features of a batch with their own masks."""
+        return cls(batch.features, [(batch.masks, 1.0)], weight)
 
 
 @dataclass
@@ -125,114 +117,138 @@ class Augmented:
 
     Attributes
     ----------
-    parts
-        Any number of them.
+    batches
+        Added features with their masks, any number of batches.
     terms
-        Losses to log, by name, detached.
+        Losses to log by name, detached.
+    loss
+        Loss that is added to the decoder's.
+    parameters
+        Parameters that the sum trains, in addition to the decoder's.
+    separate_losses
+        Losses that are back-propagated before the sum, each with the parameters that it trains.
+    optimizers
+        Optimizers that step together with the decoder's.
     """
 
-    parts: list[Part] = field(default_factory=list)
+    batches: list[Labelled] = field(default_factory=list)
     terms: dict[str, Tensor] = field(default_factory=dict)
+    loss: Tensor | None = None
+    parameters: Sequence[nn.Parameter] = ()
+    separate_losses: Sequence[tuple[Tensor, Sequence[nn.Parameter]]] = ()
+    optimizers: Sequence[torch.optim.Optimizer] = ()
 
 
-def real_batches(batch: Batch, weights: Sequence[float]) -> Augmented:
-    """The batch itself, once for each weight."""
-    return Augmented([Part(batch.features, [(batch.masks, 1.0)], weight) for weight in weights])
+def repeat_real(batch: Batch, weights: Sequence[float]) -> Augmented:
+    """Repeat the real batch once for each weight."""
+    return Augmented([Labelled.of(batch, weight) for weight in weights])
 
 
-def stored(
+def read_samples(
     store: FeatureStore, positions: Sequence[int] | np.ndarray, device: torch.device, weight: float
-) -> Part:
-    """Real samples (S,) of a store, and their masks."""
+) -> Labelled:
+    """Read real samples of a store at ``positions`` (S,), with their masks."""
     features = torch.from_numpy(store.gather("features", positions)).to(device).float()
-    return Part(
-        features, [(torch.from_numpy(store.gather("masks", positions)).to(device), 1.0)], weight
-    )
+    masks = torch.from_numpy(store.gather("masks", positions)).to(device)
+    return Labelled(features, [(masks, 1.0)], weight)
 
 
 @dataclass(frozen=True)
 class Context:
-    """What augmenters are made from.
+    """What augmenters are built from.
 
     Attributes
     ----------
     variant
-        Its name.
+        Name of the variant.
     accelerator
-        Of the training.
-    store, positions
-        The training features: which samples of which store.
+        The training's accelerator.
+    store
+        Training features.
     decoder
         The network in training.
     gan
         Folder that ``train-gan`` wrote.
     seed, steps
-        Of the training: its seed, and how many steps it takes in all.
+        Seed of the training, and its total number of steps.
     machine
-        ``compile_networks`` and ``sharded``, see :class:`stages.gan.trainer.Trainer`.
+        How this machine computes.
     """
 
     variant: str
     accelerator: Accelerator
     store: FeatureStore
-    positions: np.ndarray
     decoder: Decoder
     gan: Path
     seed: int
     steps: int
-    machine: dict[str, bool]
+    machine: Machine
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Positions (N,) of the training samples in the store, mirrored views left out."""
+        return self.store.positions("identity")
 
     def key(self, name: str) -> str:
-        """Where the parameters say this of the variant."""
+        """Name a parameter of this variant as it is written in params.yaml."""
         return f"variants.{self.variant}.{name}"
 
 
-# What the last convolution reads (B, A, h, w), its scores (B, K, h, w), the convolution itself -> other scores (B, K, h, w).
-Adjust = Callable[[Tensor, Tensor, nn.Conv2d], Tensor]
+# (B, A, h, w) inputs of the last convolution, (B, K, h, w) logits, that convolution -> logits.
+LogitAdjustment = Callable[[Tensor, Tensor, nn.Conv2d], Tensor]
 
 
 class Augmenter:
-    """Adds nothing: the baseline, and the base of all others.
-
-    It also makes the decoder's update, because an augmenter may learn from the same loss.
+    """Adds nothing: the baseline, and the base class of all others.
 
     Attributes
     ----------
     needs_images
-        Whether :meth:`augment` wants the images.
-    same_draws
-        Whether the processes of a training are to give it the same random numbers, because it shares them out itself.
+        Whether :meth:`augment` reads the images of a batch.
+    shares_noise
+        Whether all processes of a training get the same random numbers, because the augmenter
+        divides them itself.
     modules
         Networks that it trains, as the accelerator wraps them.
+    monitored
+        Returns the generator that it trains, for the monitor; None: it trains none.
     """
 
-    needs_images = False
-    same_draws: ClassVar[bool] = False
-    modules: tuple[nn.Module, ...] = ()
+    needs_images: bool = False
+    shares_noise: bool = False
+    modules: Sequence[nn.Module] = ()
+    monitored: Callable[[], FeatureGenerator] | None = None
 
     def __init__(self, config: VariantConfig, context: Context) -> None:
+        self.config = config
         self.accelerator = context.accelerator
+        self.spec = context.store.spec
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """More for a batch, whose features are float32; ``rng`` is the source of all randomness, on the features' device."""
+        """Add features, and losses, to a batch.
+
+        Parameters
+        ----------
+        batch
+            Real features (B, C, h, w) float32 and masks (B, H, W).
+        rng
+            Source of all random numbers, on the features' device.
+        """
         return Augmented()
 
-    def adjust(self, masks: Tensor) -> Adjust | None:
-        """How to change the scores of real features in training; masks (B, H, W)."""
+    def adjust_logits(self, masks: Tensor) -> LogitAdjustment | None:
+        """Return how to change the logits of real features in training; masks (B, H, W)."""
         return None
 
-    def update(self, loss: Tensor, decoder: torch.optim.Optimizer) -> None:
-        """Back-propagate the decoder's loss and step its optimizer; and the augmenter's own, if it learns."""
-        self.accelerator.backward(loss)
-        step_optimizers(self.accelerator, decoder)
-        self.advance()
+    def after_step(self, added: Augmented) -> None:
+        """Advance, after the optimizers took a step on what :meth:`augment` added."""
 
-    def advance(self) -> None:
-        """Take note of a back-propagation; ``accelerator.sync_gradients`` says whether the decoder was updated by it."""
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training needs."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+
+    def save(self, out: Path) -> None:
+        """Write trained networks beside the decoder in ``out``; all processes call it."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from featurestore import VOID
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
+from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
 from stages.common.errors import ConfigError
 from stages.segmentation.class_statistics import ClassStatistics
 from stages.segmentation.regions import Regions
@@ -88,7 +88,7 @@ class Calibration(Augmenter):
         masks[~(regions.present & self.is_rare).any(1)] = VOID
         return Augmented(
             [
-                Part(
+                Labelled(
                     regions.moved(moves, nonnegative=self.nonnegative),
                     [(masks, 1.0)],
                     self.config.weight,

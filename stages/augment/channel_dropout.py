@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
+from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
 
 
 class ChannelDropoutConfig(SourceConfig):
@@ -31,7 +31,7 @@ class ChannelDropout(Augmenter):
         kept = torch.rand(size, generator=rng, device=batch.features.device) >= self.config.share
         return Augmented(
             [
-                Part(
+                Labelled(
                     batch.features * kept / (1 - self.config.share),
                     [(batch.masks, 1.0)],
                     self.config.weight,

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from featurestore import VOID
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
+from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
 from stages.augment.new_masks import NewMasks
 from stages.segmentation.class_statistics import ClassStatistics
 from stages.segmentation.regions import labels_at
@@ -57,5 +57,9 @@ class ClassTransfer(Augmenter):
         )  # (B, h, w, C)
         moved = batch.features + change.permute(0, 3, 1, 2)
         return Augmented(
-            [Part(moved.clamp(min=0) if self.nonnegative else moved, [(masks, 1.0)], self.weight)]
+            [
+                Labelled(
+                    moved.clamp(min=0) if self.nonnegative else moved, [(masks, 1.0)], self.weight
+                )
+            ]
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from featurestore.dataset import Batch
-from stages.augment.base import Adjust, Augmented, Augmenter, Context, VariantConfig
+from stages.augment.base import Augmented, Augmenter, Context, LogitAdjustment, VariantConfig
 from stages.common.runtime import generator as random_generator
 
 
@@ -23,7 +23,7 @@ class Combined(Augmenter):
         self, config: VariantConfig, context: Context, members: Sequence[Augmenter]
     ) -> None:
         super().__init__(config, context)
-        assert all(type(member).update is Augmenter.update for member in members)
+        assert not any(member.modules for member in members)
         self.members = members
         self.needs_images = any(member.needs_images for member in members)
 
@@ -36,16 +36,16 @@ class Combined(Augmenter):
                 for number in range(1, len(self.members))
             ),
         ]
-        parts = [
-            member.augment(batch, draws).parts
+        added = [
+            member.augment(batch, draws).batches
             for member, draws in zip(self.members, own, strict=True)
         ]
-        return Augmented([part for some in parts for part in some])
+        return Augmented([labelled for batches in added for labelled in batches])
 
-    def adjust(self, masks: Tensor) -> Adjust | None:
+    def adjust_logits(self, masks: Tensor) -> LogitAdjustment | None:
         """One change of the scores after the other; masks (B, H, W)."""
         changes = [
-            change for member in self.members if (change := member.adjust(masks)) is not None
+            change for member in self.members if (change := member.adjust_logits(masks)) is not None
         ]
 
         def all_of_them(embeddings: Tensor, scores: Tensor, last: nn.Conv2d) -> Tensor:
@@ -55,16 +55,16 @@ class Combined(Augmenter):
 
         return all_of_them if changes else None
 
-    def advance(self) -> None:
+    def after_step(self, added: Augmented) -> None:
         """All members'."""
         for member in self.members:
-            member.advance()
+            member.after_step(added)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All members'."""
-        return {"members": [member.state() for member in self.members]}
+        return {"members": [member.state_dict() for member in self.members]}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
         for member, own in zip(self.members, state["members"], strict=True):
-            member.load_state(own)
+            member.load_state_dict(own)

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
+from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
 from stages.common.runtime import generator as random_generator
 from stages.gan.losses import kl_divergence
 from stages.segmentation.class_statistics import ClassStatistics
@@ -121,4 +121,4 @@ class CVAEAugmenter(Augmenter):
             0, (len(batch), self.num_classes)
         )  # (B, K, C)
         moved = regions.moved(drawn - regions.centres, nonnegative=self.nonnegative)
-        return Augmented([Part(moved, [(batch.masks, 1.0)], self.config.weight)])
+        return Augmented([Labelled(moved, [(batch.masks, 1.0)], self.config.weight)])

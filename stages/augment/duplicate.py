@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, SourceConfig, real_batches
+from stages.augment.base import Augmented, Augmenter, Context, SourceConfig, repeat_real
 
 
 class DuplicateConfig(SourceConfig):
@@ -41,4 +41,4 @@ class Duplicate(Augmenter):
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """The batch itself, ``ratio`` times."""
-        return real_batches(batch, [self.weight] * self.ratio)
+        return repeat_real(batch, [self.weight] * self.ratio)

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
+from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
 from stages.segmentation.class_statistics import ClassStatistics
 from stages.segmentation.regions import Regions
 
@@ -40,4 +40,4 @@ class Extrapolate(Augmenter):
         moved = regions.moved(
             self.config.strength * (regions.centres - self.means), nonnegative=self.nonnegative
         )
-        return Augmented([Part(moved, [(batch.masks, 1.0)], self.config.weight)])
+        return Augmented([Labelled(moved, [(batch.masks, 1.0)], self.config.weight)])

@@ -8,24 +8,31 @@ and all that no mask says of a image stays real. Or it varies them, where the ge
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from featurestore import SpecMismatchError
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
+from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
 from stages.augment.new_masks import Change, NewMasks
 from stages.common.config import Once
 from stages.common.errors import ConfigError
-from stages.gan.gan_trainer import GanTrainer
+from stages.gan.families import build_trainer
 from stages.gan.networks import Networks
-from stages.gan.objective import Step
+from stages.gan.trainer import Trainer
 from stages.models.image_encoder import sample_z
-from stages.training.checkpoint import load_gan, load_generator, load_training_state
+from stages.training.models import (
+    load_gan,
+    load_generator,
+    load_training_state,
+    read_config,
+    save_gan,
+)
 
 
 class FeatureGANConfig(SourceConfig):
@@ -106,52 +113,62 @@ class FeatureGANConfig(SourceConfig):
 
 
 class JointFeatureGAN(Augmenter):
-    """Generate with the generator in training; update it with the decoder, and the discriminator after.
+    """Generate with the generator in training, and train it with the decoder (Algorithm 1).
 
     Parameters
     ----------
     config
-        Of the variant.
+        The variant.
     trainer
-        The pretrained networks with their optimizers.
+        Pretrained networks with their optimizers.
+    pretrained
+        Folder that they came from.
     """
 
-    same_draws = True
+    config: FeatureGANConfig
+    shares_noise = True
 
-    def __init__(self, config: FeatureGANConfig, trainer: GanTrainer) -> None:
-        self.config, self.trainer = config, trainer
-        self.accelerator = trainer.accelerator
+    def __init__(self, config: FeatureGANConfig, trainer: Trainer, pretrained: Path) -> None:
+        self.config, self.accelerator = config, trainer.accelerator
+        self.trainer, self.pretrained = trainer, pretrained
         self.needs_images = trainer.networks.image_encoder is not None
         self.modules = tuple(trainer.modules.values())
-        self._step: Step | None = None
+        self.monitored = trainer.generator
 
+    @override
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """``ratio`` draws of generated features."""
-        self._step = step = self.trainer.forward(
-            batch.features, batch.masks, batch.images, ratio=self.config.ratio, rng=rng
-        )
+        trainer, ratio = self.trainer, self.config.ratio
+        step = trainer.forward(batch.features, batch.masks, batch.images, ratio=ratio, rng=rng)
         fake = step.fake if self.config.segmentation_loss else step.fake.detach()
-        generated = (fake * self.trainer.networks.generator.feature_scale).chunk(self.config.ratio)
+        draws = (fake * trainer.networks.generator.feature_scale).chunk(ratio)
+        separate, (loss, parameters) = trainer.losses(step)
         return Augmented(
-            [Part(features, [(batch.masks, 1.0)], self.config.weight) for features in generated],
-            step.terms,
+            [Labelled(draw, [(batch.masks, 1.0)], self.config.weight) for draw in draws],
+            terms=step.terms,
+            loss=loss,
+            parameters=parameters,
+            separate_losses=[separate],
+            optimizers=list(trainer.optimizers.values()),
         )
 
-    def update(self, loss: Tensor, decoder: torch.optim.Optimizer) -> None:
-        """One back-propagation of L_TOT for generator and decoder, then the discriminator's; where nothing was generated, the decoder's."""
-        if self._step is None:
-            super().update(loss, decoder)
-        else:
-            self.trainer.update(self._step, extra_loss=loss, decoder=decoder)
-            self._step = None
+    @override
+    def after_step(self, added: Augmented) -> None:
+        if added.optimizers:  # after ``until`` the GAN rests
+            self.trainer.after_step()
 
-    def state(self) -> dict[str, Any]:
-        """Weights and optimizer states."""
-        return self.trainer.state()
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self.trainer.state_dict()
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
-        self.trainer.load_state(state)
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trainer.load_state_dict(state)
+
+    @override
+    def save(self, out: Path) -> None:
+        state = self.trainer.state_dict()  # sharded weights are collected from all processes
+        if self.accelerator.is_main_process:
+            save_gan(out / "gan", state, read_config(self.pretrained))
 
 
 class FrozenFeatureGAN(Augmenter):
@@ -194,7 +211,7 @@ class FrozenFeatureGAN(Augmenter):
                 generated = self.generator.generate(masks, z=z)
         return Augmented(
             [
-                Part(features, [(masks, 1.0)], self.config.weight)
+                Labelled(features, [(masks, 1.0)], self.config.weight)
                 for features in generated.chunk(ratio)
             ]
         )
@@ -230,22 +247,15 @@ def featuregan(config: FeatureGANConfig, context: Context) -> Augmenter:
         raise SpecMismatchError(
             message, path=context.gan, expected=context.store.fingerprint, actual=trained["store"]
         )
-    if config.vary and networks.discriminator is not None:
-        raise ConfigError(
-            context.key("vary"),
-            "only a flow varies features; set train_gan.family: flow and run train-gan again",
+    family, needed = trained["training"]["family"], config.needs_family
+    if needed not in (None, family):
+        message = (
+            f"variant {context.variant!r} works only with a {needed}, and {context.gan} holds a"
+            f" {family}; set it to {needed} and run train-gan again"
         )
-    if config.edit and config.ratio > 1 and networks.discriminator is None:
-        raise ConfigError(
-            context.key("ratio"), "a flow makes one edit of a batch, whatever it draws; set it to 1"
-        )
+        raise ConfigError("train_gan.family", message)
     if config.generator == "frozen":
         return FrozenFeatureGAN(config, context, networks)
-    if networks.discriminator is None:
-        raise ConfigError(
-            context.key("generator"),
-            "a flow is not trained jointly with a decoder; set it to frozen",
-        )
-    trainer = GanTrainer.of(context.accelerator, networks, trained["training"], **context.machine)
+    trainer = build_trainer(context.accelerator, networks, trained["training"], context.machine)
     trainer.load_training_state(load_training_state(context.gan))
-    return JointFeatureGAN(config, trainer)
+    return JointFeatureGAN(config, trainer, context.gan)

@@ -9,7 +9,7 @@ import torch
 
 from featurestore import FeatureStore, SpecMismatchError
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, SourceConfig, stored
+from stages.augment.base import Augmented, Augmenter, Context, SourceConfig, read_samples
 
 
 class HflipViewsConfig(SourceConfig):
@@ -41,7 +41,7 @@ class HflipViews(Augmenter):
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """Their features (B, C, h, w) and masks (B, H, W), read from the store."""
         chosen = [self.mirrored[position] for position in batch.positions.tolist()]
-        return Augmented([stored(self.store, chosen, batch.features.device, self.weight)])
+        return Augmented([read_samples(self.store, chosen, batch.features.device, self.weight)])
 
 
 def mirrored(store: FeatureStore, positions: np.ndarray) -> np.ndarray:
@@ -59,3 +59,18 @@ def mirrored(store: FeatureStore, positions: np.ndarray) -> np.ndarray:
             message = f"there is no mirrored view of {ids[position]}; set extract.views to [identity, hflip] for this variant"
             raise SpecMismatchError(message, path=store.path)
     return np.array([by_id[ids[position]] for position in positions.tolist()])
+
+
+def training_views(store: FeatureStore, view: str) -> np.ndarray:
+    """Choose the samples that a decoder learns from.
+
+    Returns
+    -------
+    positions
+        (S,) of all images; where ``view`` is ``random`` (S, 2): of each one, and of its mirrored
+        view, among which the loader draws.
+    """
+    positions = store.positions("identity")
+    if view == "identity":
+        return positions
+    return np.stack([positions, mirrored(store, positions)], axis=1)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from featurestore import VOID
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
+from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
 from stages.segmentation.regions import Regions
 
 
@@ -43,7 +43,7 @@ class Interpolate(Augmenter):
         regions = Regions.of(batch.features, batch.masks, self.num_classes)
         by = self.config.strength * self._towards(regions, self._losses(batch, regions))
         moved = regions.moved(by, nonnegative=self.nonnegative)
-        return Augmented([Part(moved, [(batch.masks, 1.0)], self.config.weight)])
+        return Augmented([Labelled(moved, [(batch.masks, 1.0)], self.config.weight)])
 
     def _losses(self, batch: Batch, regions: Regions) -> torch.Tensor:
         """(B, K) mean cross-entropy of each region, by the decoder as it is used for prediction."""

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from featurestore import VOID
-from stages.augment.base import Adjust, Augmenter, Context, VariantConfig
+from stages.augment.base import Augmented, Augmenter, Context, LogitAdjustment, VariantConfig
 from stages.segmentation.regions import labels_at
 
 
@@ -47,7 +47,7 @@ class ISDA(Augmenter):
             2, last.out_channels, last.in_channels, device=device
         )
 
-    def adjust(self, masks: Tensor) -> Adjust:
+    def adjust_logits(self, masks: Tensor) -> LogitAdjustment:
         """Add each pixel's margin to its scores; masks (B, H, W)."""
 
         def change(embeddings: Tensor, scores: Tensor, last: nn.Conv2d) -> Tensor:
@@ -96,11 +96,11 @@ class ISDA(Augmenter):
         self.means = torch.lerp(self.means, mean, share)
         self.counts = self.counts + count
 
-    def advance(self) -> None:
+    def after_step(self, added: Augmented) -> None:
         """Let lambda grow."""
-        self.step += self.accelerator.sync_gradients
+        self.step += 1
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The estimate, and how far lambda has grown."""
         return {
             "step": self.step,
@@ -109,8 +109,8 @@ class ISDA(Augmenter):
             "variances": self.variances,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
         self.step = state["step"]
         for name in ("counts", "means", "variances"):
             setattr(self, name, state[name].to(self.counts.device))

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
+from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
 from stages.segmentation.regions import Regions
 
 
@@ -37,4 +37,4 @@ class LinearDelta(Augmenter):
             regions.centres[pairs[..., number], classes] for number in range(2)
         )  # (B, K, C)
         moved = regions.moved((first - second) * found[..., None], nonnegative=self.nonnegative)
-        return Augmented([Part(moved, [(batch.masks, 1.0)], self.weight)])
+        return Augmented([Labelled(moved, [(batch.masks, 1.0)], self.weight)])

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
+from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
 
 
 class MixupConfig(SourceConfig):
@@ -44,7 +44,7 @@ class Mixup(Augmenter):
         mixed = share * batch.features + (1 - share) * batch.features[order]
         return Augmented(
             [
-                Part(
+                Labelled(
                     mixed,
                     [(batch.masks, share), (batch.masks[order], 1 - share)],
                     self.config.weight,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from featurestore import VOID
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Part, SourceConfig
+from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
 from stages.segmentation.class_statistics import ClassStatistics
 from stages.segmentation.regions import labels_at
 
@@ -55,4 +55,4 @@ class Noise(Augmenter):
         )
         if self.nonnegative:  # as the backbone's are
             noisy = noisy.clamp(min=0)
-        return Augmented([Part(noisy, [(batch.masks, 1.0)], self.config.weight)])
+        return Augmented([Labelled(noisy, [(batch.masks, 1.0)], self.config.weight)])

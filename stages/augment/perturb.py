@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import torch
 
-from stages.augment.base import Part
+from stages.augment.base import Labelled
 from stages.segmentation.transforms import augment
 
 
-def perturb(policy: Sequence[str], parts: list[Part], rng: torch.Generator) -> list[Part]:
+def perturb(policy: Sequence[str], parts: list[Labelled], rng: torch.Generator) -> list[Labelled]:
     """Every part with the transformations of ``policy`` (:mod:`stages.segmentation.transforms`) done to its features and its masks."""
     return [_perturbed(policy, part, rng) for part in parts] if policy else parts
 
 
-def _perturbed(policy: Sequence[str], part: Part, rng: torch.Generator) -> Part:
+def _perturbed(policy: Sequence[str], part: Labelled, rng: torch.Generator) -> Labelled:
     state, features, targets = rng.get_state(), part.features, []
     for masks, share in part.targets:  # all masks of a part undergo what its features do
         rng.set_state(state)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from featurestore import FeatureStore
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, SourceConfig, stored
+from stages.augment.base import Augmented, Augmenter, Context, SourceConfig, read_samples
 
 
 class UpsampleConfig(SourceConfig):
@@ -49,4 +49,4 @@ class Upsample(Augmenter):
         """As many samples, drawn with their chances."""
         drawing = np.random.default_rng([rng.initial_seed(), self.accelerator.process_index])
         chosen = np.sort(drawing.choice(self.positions, len(batch), p=self.chances))
-        return Augmented([stored(self.store, chosen, batch.features.device, self.weight)])
+        return Augmented([read_samples(self.store, chosen, batch.features.device, self.weight)])

@@ -78,14 +78,14 @@ cache_option = option(
 )
 compile_option = option(
     "--compile/--no-compile",
-    "compile_networks",
+    "compile",
     default=False,
     envvar="FEATUREGAN_COMPILE",
     help="Let torch.compile compile the networks: minutes at the start, faster steps after; results differ by rounding.",
 )
 shard_option = option(
     "--shard/--no-shard",
-    "sharded",
+    "shard",
     default=False,
     envvar="FEATUREGAN_SHARD",
     help="Where several processes train: divide the GAN's weights over them (FSDP) in place of a copy for each.",
@@ -100,7 +100,7 @@ checkpoint_option = option(
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of both training stages, under the names of what their ``run`` takes."""
+    """Add the options of both training stages, under the names of ``Machine``'s fields."""
     options = (
         params_option,
         scratch_option,
@@ -238,11 +238,11 @@ def check_params(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"variant {mirrored[0]!r} reads mirrored images; set it to [identity, hflip]",
         )
     from stages.backbones.backbone import OUTPUT_STRIDE
-    from stages.common.runtime import share
+    from stages.common.runtime import check_batch_divides
     from stages.train_gan import check_input_size
 
     for name in ("train_gan", "train_decoder"):
-        share(
+        check_batch_divides(
             sections[name].batch_size, 1, sections[name].gradient_accumulation, f"{name}.batch_size"
         )
     check_input_size(sections["extract"].input_size, OUTPUT_STRIDE)

@@ -13,20 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.backbones.backbone import (
-    LITE0,
-    OUTPUT_STRIDE,
-    RESNETS,
-    BackboneError,
-    create_lite0,
-    create_timm,
-)
+from stages.backbones import build
+from stages.backbones.backbone import OUTPUT_STRIDE, BackboneError
 from stages.common.errors import ConfigError
 from stages.gan.networks import build_networks
 from stages.gan.objective import Objective, forward
@@ -354,22 +347,14 @@ def _synchronise(device: str) -> None:
 
 
 def untrained_backbone(name: str) -> nn.Module:
-    """The network that :func:`stages.backbones.backbone.build_backbone` makes, without its weights.
+    """The network that :func:`stages.backbones.build.build_backbone` makes, without its weights.
 
     Raises
     ------
     ConfigError
         When timm's network of that name gives no dense features.
     """
-    if name in RESNETS:
-        resnet = torchvision.models.get_model(
-            name, weights=None, replace_stride_with_dilation=[False, True, True]
-        )
-        return nn.Sequential(
-            *(module for part, module in resnet.named_children() if part not in ("avgpool", "fc"))
-        ).eval()
     try:
-        network: nn.Module = create_lite0() if name == LITE0 else create_timm(name)
+        return build.untrained_backbone(name)
     except BackboneError as error:
         raise ConfigError("extract.backbone", str(error)) from error
-    return network.eval()

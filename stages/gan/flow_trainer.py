@@ -1,15 +1,20 @@
-"""Flow matching: training of :class:`stages.models.flow_generator.FlowGenerator`, with the interface of a GAN's trainer."""
+"""Flow matching: training of :class:`stages.models.flow_generator.FlowGenerator`."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from typing_extensions import Self, override
 
 from featurestore import FeatureStore
 from stages.common.distributed import draw_noise
+from stages.common.runtime import Machine
 from stages.gan.networks import Networks
 from stages.gan.objective import Step
 from stages.gan.trainer import Trainer
@@ -22,7 +27,7 @@ MAPS = 500  # from which their spectrum is
 def principal_components(
     store: FeatureStore, scale: Tensor, count: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The first ``count`` principal components of a store's scaled feature vectors, from a sample of them.
+    """Compute the first ``count`` principal components of a sample of scaled feature vectors.
 
     Parameters
     ----------
@@ -56,7 +61,7 @@ def principal_components(
 
 
 def mean_amplitude(store: FeatureStore, flow: FlowGenerator, seed: int) -> Tensor:
-    """(R, h, w // 2 + 1): the root of the mean squared spectrum of the components of a store's maps, from a sample of them."""
+    """Compute the root mean squared spectrum (R, h, w // 2 + 1) of a sample of maps."""
     rng = np.random.default_rng([seed, 2])
     samples = rng.permutation(len(store))[:MAPS]
     power = torch.zeros_like(flow.amplitude)
@@ -70,15 +75,17 @@ def mean_amplitude(store: FeatureStore, flow: FlowGenerator, seed: int) -> Tenso
 
 
 class FlowTrainer(Trainer):
-    """A flow with its Adam: regress the velocity of straight lines from noise to features (Lipman et al. 2023, section 4.1).
+    """A flow with its Adam: regress the velocity of straight lines from noise to features.
+
+    The loss is that of Lipman et al. 2023, section 4.1.
 
     Parameters
     ----------
     networks
-        Whose generator is a flow.
+        Networks whose generator is a flow.
     lr, betas
         Of the Adam.
-    ema_decay, compile_networks, sharded
+    ema_decay, machine
         See :class:`stages.gan.trainer.Trainer`.
     """
 
@@ -90,22 +97,40 @@ class FlowTrainer(Trainer):
         lr: float,
         betas: tuple[float, float],
         ema_decay: float = 0.0,
-        compile_networks: bool = False,
-        sharded: bool = False,
+        machine: Machine | None = None,
     ) -> None:
-        super().__init__(
+        super().__init__(accelerator, networks, ema_decay=ema_decay, machine=machine)
+        self.flow = cast(FlowGenerator, networks.generator)
+        adam = torch.optim.Adam(self.generator_parameters, lr, betas, fused=True)
+        self.optimizers = {"generator": adam}
+
+    @override
+    @classmethod
+    def of(
+        cls,
+        accelerator: Accelerator,
+        networks: Networks,
+        settings: Mapping[str, Any],
+        machine: Machine,
+    ) -> Self:
+        return cls(
             accelerator,
             networks,
-            ema_decay=ema_decay,
-            compile_networks=compile_networks,
-            sharded=sharded,
+            lr=settings["generator_lr"],
+            betas=settings["betas"],
+            ema_decay=settings["ema_decay"],
+            machine=machine,
         )
-        assert isinstance(networks.generator, FlowGenerator)
-        self.flow = networks.generator
-        self.optimizers = {
-            "generator": torch.optim.Adam(self.flow.parameters(), lr, betas, fused=True)
-        }
 
+    @override
+    @staticmethod
+    def fit(networks: Networks, store: FeatureStore, settings: Mapping[str, Any]) -> None:
+        flow, seed = cast(FlowGenerator, networks.generator), settings["seed"]
+        scale = flow.feature_scale.flatten()
+        flow.set_components(principal_components(store, scale, settings["flow_components"], seed))
+        flow.set_amplitude(mean_amplitude(store, flow, seed))
+
+    @override
     def forward(
         self,
         features: Tensor,
@@ -115,33 +140,29 @@ class FlowTrainer(Trainer):
         ratio: int,
         rng: torch.Generator,
     ) -> Step:
-        """The loss of a batch; no features are generated, and ``ratio`` lines lead to each sample."""
-        target = self.flow.reduce(features.float() / self.flow.feature_scale).repeat(ratio, 1, 1, 1)
-        noise = draw_noise(rng, ratio, len(features), self.flow.z_dim + 1, target.device)
+        # No features are generated; ``ratio`` lines lead to each sample.
+        flow = self.flow
+        target = flow.reduce(features.float() / flow.feature_scale).repeat(ratio, 1, 1, 1)
+        noise = draw_noise(rng, ratio, len(features), flow.z_dim + 1, target.device)
         time = torch.special.ndtr(noise[:, -1])  # uniform in 0..1
-        start = self.flow.start(noise[:, :-1])
+        start = flow.start(noise[:, :-1])
         now = torch.lerp(start, target, time.view(-1, 1, 1, 1))
         with self.accelerator.autocast():
             velocity = self.modules["generator"](now, time, masks.repeat(ratio, 1, 1))
         loss = F.mse_loss(velocity, target - start)
         return Step(target[:0], loss, torch.zeros_like(loss), {"generator/flow": loss.detach()})
 
-    def update(self, step: Step) -> None:
-        """Back-propagate and step."""
-        self.accelerator.backward(step.generator_loss)
-        self._step()
-
-    def _called(self, name: str, network: nn.Module) -> nn.Module:
-        """Training calls the velocity, not the integration."""
-        return _Velocity(network)
+    @override
+    def _called(self, network: nn.Module) -> nn.Module:
+        return _Velocity(cast(FlowGenerator, network))
 
 
 class _Velocity(nn.Module):
-    """The velocity of a flow as a module's forward, through which processes share its gradients."""
+    """The velocity of a flow as a module's forward, through which processes share gradients."""
 
-    def __init__(self, flow: nn.Module) -> None:
+    def __init__(self, flow: FlowGenerator) -> None:
         super().__init__()
         self.flow = flow
 
     def forward(self, x: Tensor, time: Tensor, masks: Tensor) -> Tensor:
-        return self.flow.velocity(x, time, masks)  # type: ignore[operator]
+        return self.flow.velocity(x, time, masks)

@@ -32,8 +32,8 @@ from stages.gan.fidelity import (
     kernel_distance,
     two_sample_accuracy,
 )
-from stages.gan.networks import AnyGenerator
-from stages.models.projection import RandomProjection
+from stages.models.blocks import RandomProjection
+from stages.models.feature_generator import FeatureGenerator
 from stages.segmentation.metrics import confusion_matrix, score
 from stages.segmentation.regions import labels_at
 
@@ -216,7 +216,7 @@ class Monitor:
         )
 
     @torch.no_grad()
-    def measure(self, generator: AnyGenerator) -> dict[str, float]:
+    def measure(self, generator: FeatureGenerator) -> dict[str, float]:
         """All measures of a generator, by their names in the logs; of several processes the main one measures."""
         if not self._measures:
             return {}

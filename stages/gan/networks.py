@@ -1,4 +1,4 @@
-"""FeatureGAN's networks: built from a description, with the scale in which they see features."""
+"""FeatureGAN's networks, and the statistics of features that they are built with."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from torch import Tensor, nn
 
 from featurestore import FeatureStore
 from stages.models.discriminator import Discriminator
+from stages.models.feature_generator import FeatureGenerator
 from stages.models.flow_generator import FlowGenerator
 from stages.models.generator import Generator
 from stages.models.image_encoder import ImageEncoder
 from stages.segmentation.class_statistics import ClassStatistics
 
-AnyGenerator = Generator | FlowGenerator
-
 
 @dataclass
 class Networks:
-    """The networks of a FeatureGAN; the image encoder is optional. A flow is a generator alone."""
+    """The networks of a FeatureGAN; a flow has no discriminator, the image encoder is optional."""
 
-    generator: AnyGenerator
+    generator: FeatureGenerator
     discriminator: Discriminator | None = None
     image_encoder: ImageEncoder | None = None
 
     def by_name(self) -> dict[str, nn.Module]:
-        """Those that exist, by the names of their files."""
+        """Return the networks that exist, by the names of their files."""
         named = {
             "generator": self.generator,
             "discriminator": self.discriminator,
@@ -42,7 +41,7 @@ def build_networks(
     feature_scale: Tensor | None = None,
     class_means: Tensor | None = None,
 ) -> Networks:
-    """Fresh networks.
+    """Build fresh networks.
 
     Parameters
     ----------
@@ -101,23 +100,22 @@ def build_networks(
 
 
 def class_means(store: FeatureStore, scale: Tensor) -> Tensor:
-    """(K + 1, C): the mean of each class's feature vectors in a training store, divided by ``scale`` (C,).
+    """Compute the mean feature vector of each class, (K + 1, C), divided by ``scale`` (C,).
 
     Void, and a class without a pixel, get the mean of all labelled pixels.
     """
-    found = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu"))
-    overall = torch.einsum(
-        "kc,k->c", found.means.double(), found.pixels
-    ) / found.pixels.sum().clamp(min=1)
-    means = torch.where(found.pixels[:, None] > 0, found.means.double(), overall)
+    statistics = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu"))
+    means, pixels = statistics.means.double(), statistics.pixels
+    overall = torch.einsum("kc,k->c", means, pixels) / pixels.sum().clamp(min=1)
+    means = torch.where(pixels[:, None] > 0, means, overall)
     return (torch.cat([means, overall[None]]) / scale).float()
 
 
 def feature_scale(store: FeatureStore, rule: str) -> Tensor:
-    """(C,) by which features are divided before the GAN sees them.
+    """Compute (C,) by which features are divided before the GAN sees them.
 
-    ``channel``: each channel's root mean square, ``global``: that over all channels, ``none``: 1. A channel that is
-    always zero keeps the scale 1.
+    ``channel``: root mean square of each channel; ``global``: of all channels; ``none``: 1. A
+    channel that is always zero keeps the scale 1.
     """
     mean_square = torch.from_numpy(store.stats.mean**2 + store.stats.variance)
     if rule == "none":

@@ -1,4 +1,4 @@
-"""What all trainers of generators share: networks on their device, optimizers, the average, and their state."""
+"""What the trainers of all generators share: networks, optimizers, the average, and their state."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from typing_extensions import Self
 
-from stages.common.distributed import divide_like, load_optimizer_state, whole
+from featurestore import FeatureStore
+from stages.common.distributed import full_state, load_optimizer_state, shard_like
 from stages.common.errors import ConfigError
-from stages.common.runtime import distribute, load_scaler_state, scaler_state, step_optimizers
-from stages.gan.networks import AnyGenerator, Networks
+from stages.common.runtime import Machine, distribute, load_scaler_state, scaler_state
+from stages.gan.networks import Networks
 from stages.gan.objective import Step
+from stages.models.feature_generator import FeatureGenerator
+
+Loss = tuple[Tensor, list[nn.Parameter]]  # a scalar, and the parameters that it trains
 
 
 class Trainer(ABC):
@@ -25,29 +30,30 @@ class Trainer(ABC):
     Parameters
     ----------
     networks
-        Fresh or loaded ones; they are changed in place.
+        Fresh or loaded networks; they are changed in place.
     ema_decay
-        Where above 0, a second generator follows the first one's weights as their exponential moving average with this
-        decay a step (Yazıcı et al. 2019); it is the one to generate with. Buffers (running statistics) are copied.
-    compile_networks
-        Whether ``torch.compile`` compiles them.
-    sharded
-        Whether several processes divide weights and optimizer states, see :func:`stages.common.runtime.distribute`. Then
-        all of them must ask for :meth:`state` and :meth:`generator` together.
+        Above 0: a second generator follows the first one's weights as their exponential moving
+        average with this decay a step (Yazıcı et al. 2019), and is the one to generate with.
+        Buffers (running statistics) are copied.
+    machine
+        ``compile`` and ``shard`` apply. With sharded weights all processes must call
+        :meth:`state_dict` and :meth:`generator` together.
 
     Raises
     ------
     ConfigError
-        When there is an average and weights are divided.
+        When there is an average and weights are sharded.
 
     Attributes
     ----------
     modules
         What training calls, by network: wrapped where there are several processes.
     optimizers
-        By name; a subclass fills it in.
+        By name.
+    generator_parameters, discriminator_parameters
+        What the two losses of a step train; a flow has no discriminator.
     steps
-        How many were taken.
+        Number of steps taken.
     """
 
     def __init__(
@@ -55,37 +61,51 @@ class Trainer(ABC):
         accelerator: Accelerator,
         networks: Networks,
         *,
-        ema_decay: float,
-        compile_networks: bool,
-        sharded: bool,
+        ema_decay: float = 0.0,
+        machine: Machine | None = None,
     ) -> None:
+        machine = machine or Machine()
         self.accelerator = accelerator
-        self.sharded = sharded and accelerator.num_processes > 1
+        self.sharded = machine.shard and accelerator.num_processes > 1
         if self.sharded and ema_decay:
-            raise ConfigError(
-                "train_gan.ema_decay",
-                "an average of divided weights is not kept; set it to 0, or leave --shard out",
-            )
+            message = "an average of sharded weights is not kept; set it to 0, or remove --shard"
+            raise ConfigError("train_gan.ema_decay", message)
         self._replica = copy.deepcopy(networks.generator) if self.sharded else None
         self.networks = networks
         self.steps = 0
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self._average: AveragedModel | None = None
         if ema_decay:
-            self._average = AveragedModel(
-                networks.generator.to(accelerator.device),
-                multi_avg_fn=get_ema_multi_avg_fn(ema_decay),
-            )
+            generator = networks.generator.to(accelerator.device)
+            average = get_ema_multi_avg_fn(ema_decay)
+            self._average = AveragedModel(generator, multi_avg_fn=average)
         self.modules: dict[str, nn.Module] = {}
         for name, network in networks.by_name().items():
             network.train()
-            module = self._called(name, network)
-            if compile_networks:
-                torch._functorch.config.donated_buffer = (
-                    False  # back-propagation through a network may come twice
-                )
+            module = self._called(network)
+            if machine.compile:
+                # Back-propagation passes a network twice.
+                torch._functorch.config.donated_buffer = False
                 module.compile()
             self.modules[name] = distribute(accelerator, module, sharded=self.sharded)
+        trained = [networks.generator, networks.image_encoder]
+        self.generator_parameters = _parameters(*trained)
+        self.discriminator_parameters = _parameters(networks.discriminator)
+
+    @staticmethod
+    def fit(networks: Networks, store: FeatureStore, settings: Mapping[str, Any]) -> None:
+        """Fit what fresh networks know of a store's features before the training starts."""
+
+    @classmethod
+    @abstractmethod
+    def of(
+        cls,
+        accelerator: Accelerator,
+        networks: Networks,
+        settings: Mapping[str, Any],
+        machine: Machine,
+    ) -> Self:
+        """Build the trainer that section ``train_gan`` of the parameters describes."""
 
     @abstractmethod
     def forward(
@@ -97,70 +117,95 @@ class Trainer(ABC):
         ratio: int,
         rng: torch.Generator,
     ) -> Step:
-        """Losses of a batch of features (B, C, h, w) in the backbone's scale, masks (B, H, W) and images, ``ratio`` draws a mask."""
+        """Compute the losses of a batch.
 
-    @abstractmethod
-    def update(self, step: Step) -> None:
-        """Back-propagate them and step the optimizers."""
+        Parameters
+        ----------
+        features
+            (B, C, h, w) in the backbone's scale.
+        masks
+            (B, H, W) uint8.
+        images
+            (B, 3, H, W) uint8; read by an image encoder.
+        ratio
+            Draws of z a mask.
+        rng
+            The same in all processes: the noise of a batch does not depend on their number.
+        """
 
-    def _called(self, name: str, network: nn.Module) -> nn.Module:
-        """What training calls of a network."""
-        return network
+    def losses(self, step: Step) -> list[Loss]:
+        """List a step's losses in the order of their back-propagation, with what each trains.
 
-    def _step(self, *others: torch.optim.Optimizer) -> bool:
-        """Step all optimizers, and others with them: see :func:`stages.common.runtime.step_optimizers`."""
-        if not step_optimizers(self.accelerator, *self.optimizers.values(), *others):
-            return False
+        The discriminator's comes first: the generator's graph is then freed by its own.
+        """
+        return [
+            (step.discriminator_loss, self.discriminator_parameters),
+            (step.generator_loss, self.generator_parameters),
+        ]
+
+    def after_step(self) -> None:
+        """Count a step of the optimizers and update the average."""
         self.steps += 1
         if self._average is not None:
             self._average.update_parameters(self.networks.generator)
-        return True
 
-    def generator(self) -> AnyGenerator:
-        """The generator to generate with: the average where there is one, a whole copy where weights are divided."""
+    def _called(self, network: nn.Module) -> nn.Module:
+        """Return what training calls of a network."""
+        return network
+
+    def generator(self) -> FeatureGenerator:
+        """Return the generator to generate with: the average if there is one.
+
+        Of sharded weights it is a whole copy.
+        """
         if self._replica is not None:
-            self._replica.load_state_dict(whole(self.networks.generator.state_dict()))
+            self._replica.load_state_dict(full_state(self.networks.generator.state_dict()))
             return self._replica.to(self.accelerator.device)
+        average = self._average
         return (
-            self.networks.generator
-            if self._average is None
-            else cast(AnyGenerator, self._average.module)
+            self.networks.generator if average is None else cast(FeatureGenerator, average.module)
         )
 
     # -- state -----------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """Everything that training goes on from."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a training resumes from."""
+        networks = self.networks.by_name().items()
         return {
-            "networks": {
-                name: whole(network.state_dict())
-                for name, network in self.networks.by_name().items()
-            },
+            "networks": {name: full_state(network.state_dict()) for name, network in networks},
             "training": self.training_state(),
         }
 
     def training_state(self) -> dict[str, Any]:
-        """What is not in the networks: optimizers, loss scaling, the number of steps, the average."""
+        """Return what is not in the networks: optimizers, loss scale, number of steps, average."""
+        optimizers = self.optimizers.items()
         return {
-            "optimizers": {
-                name: whole(optimizer.state_dict()) for name, optimizer in self.optimizers.items()
-            },
+            "optimizers": {name: full_state(each.state_dict()) for name, each in optimizers},
             "scaler": scaler_state(self.accelerator),
             "steps": self.steps,
             "average": None if self._average is None else self._average.state_dict(),
         }
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
         for name, network in self.networks.by_name().items():
-            network.load_state_dict(divide_like(state["networks"][name], network.state_dict()))
+            network.load_state_dict(shard_like(state["networks"][name], network.state_dict()))
         self.load_training_state(state["training"])
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`training_state`."""
+        """Restore what :meth:`training_state` returned."""
         for name, optimizer in self.optimizers.items():
             load_optimizer_state(optimizer, state["optimizers"][name])
         load_scaler_state(self.accelerator, state["scaler"])
         self.steps = state["steps"]
         if self._average is not None:
             self._average.load_state_dict(state["average"])
+
+
+def _parameters(*networks: nn.Module | None) -> list[nn.Parameter]:
+    return [
+        parameter
+        for network in networks
+        if network is not None
+        for parameter in network.parameters()
+    ]

@@ -1,20 +1,22 @@
-"""The FeatureGAN generator: noise and a mask in, backbone features out (thesis section 3.1.1, figure 3.3)."""
+"""The FeatureGAN generator: noise and a mask to backbone features (thesis figure 3.3)."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from stages.models.blocks import autocast_dtype, one_hot, xavier_
+from stages.models.feature_generator import FeatureGenerator
 from stages.models.spade import SPADEResBlk
 from stages.models.winograd import WideConv2d
 
 UPSAMPLING = 4  # the first block works at h/4 x w/4
 
 
-class Generator(nn.Module):
-    """SPADE blocks at h/4, h/2, h/2 and h with nearest up-sampling between them, then a convolution to C channels.
+class Generator(FeatureGenerator):
+    """SPADE blocks at h/4, h/2, h/2 and h with nearest up-sampling, then a convolution.
 
     Parameters
     ----------
@@ -29,8 +31,8 @@ class Generator(nn.Module):
     z_dim
         Length of the noise vector; 0: none, features are a function of the mask alone.
     noise
-        ``vector``: z becomes the first feature map (SPADE). ``spatial``: z stands beside the mask's classes at every pixel, in
-        the first layer and in every SPADE layer (OASIS, section 3.3).
+        ``vector``: z becomes the first feature map (SPADE). ``spatial``: z is concatenated to the
+        mask's classes at every pixel, in the first and every SPADE layer (OASIS, section 3.3).
     ngf
         Width: every block has 16 * ngf channels (1024 at the thesis's 64).
     spade_hidden
@@ -40,8 +42,8 @@ class Generator(nn.Module):
     init_gain
         Of the Xavier initialisation.
     class_means
-        (num_classes + 1, C) scaled features, void's last: what the mask alone says of them, to which the network adds the rest.
-        None: it makes all of them.
+        (num_classes + 1, C) mean scaled features of each class, void's last; the network adds the
+        difference from them. None: the network generates the whole features.
 
     Raises
     ------
@@ -49,7 +51,6 @@ class Generator(nn.Module):
         When h or w is no multiple of 4.
     """
 
-    feature_scale: Tensor
     class_means: Tensor | None
 
     def __init__(
@@ -100,21 +101,9 @@ class Generator(nn.Module):
         self.quarter, self.half_0, self.half_1, self.full = block(), block(), block(), block()
         self.to_features = xavier_(WideConv2d(16 * ngf, channels, 3, padding=1), init_gain)
 
+    @override
     def forward(self, z: Tensor, masks: Tensor) -> Tensor:
-        """Generate scaled features, as the discriminator sees them.
-
-        Parameters
-        ----------
-        z
-            (k*B, z_dim) noise, k draws a mask; where it is spatial (k*B, z_dim, h, w) too, another z at every pixel.
-        masks
-            (B, H, W) uint8, 255 = void.
-
-        Returns
-        -------
-        Tensor
-            (k*B, C, h, w); times :attr:`feature_scale` they are the backbone's. Draw j of mask i is row j*B + i.
-        """
+        # Spatial noise may also be (k*B, z_dim, h, w): another z at every pixel.
         height, width = self.feature_size
         sizes = {part: (height // part, width // part) for part in (4, 2, 1)}
         dtype = autocast_dtype(z)
@@ -123,11 +112,9 @@ class Generator(nn.Module):
             for part, size in sizes.items()
         }
         if self.spatial:
-            z = (
-                z.to(dtype)
-                if z.ndim == 4
-                else z.to(dtype)[:, :, None, None].expand(-1, -1, height, width)
-            )
+            z = z.to(dtype)
+            if z.ndim == 2:
+                z = z[:, :, None, None].expand(-1, -1, height, width)
             labels = {
                 part: torch.cat(
                     [label.repeat(len(z) // len(masks), 1, 1, 1), z[:, :, ::part, ::part]], dim=1
@@ -135,9 +122,8 @@ class Generator(nn.Module):
                 for part, label in labels.items()
             }
         if self.z_dim and not self.spatial:
-            x = self.noise(z).view(
-                -1, *self.start
-            )  # (k*B, 16*ngf * h/4 * w/4) -> (k*B, 16*ngf, h/4, w/4)
+            # (k*B, 16*ngf * h/4 * w/4) -> (k*B, 16*ngf, h/4, w/4)
+            x = self.noise(z).view(-1, *self.start)
         else:
             x = self.first(labels[4])
             x = x.repeat(len(z) // len(x), 1, 1, 1)
@@ -154,55 +140,17 @@ class Generator(nn.Module):
         return F.relu(x) if self.nonnegative else x
 
     def _means(self, masks: Tensor) -> Tensor:
-        """(B, C, h, w): the class means, mixed where a feature pixel has several classes."""
+        """Compute (B, C, h, w) class means, averaged where a feature pixel has several classes."""
         assert self.class_means is not None
         labels = one_hot(masks, self.num_classes, dtype=self.class_means.dtype)
-        shares = F.adaptive_avg_pool2d(labels, self.feature_size)
-        return torch.einsum("bkhw,kc->bchw", shares, self.class_means).contiguous(
+        fractions = F.adaptive_avg_pool2d(labels, self.feature_size)
+        return torch.einsum("bkhw,kc->bchw", fractions, self.class_means).contiguous(
             memory_format=torch.channels_last
         )
 
-    @torch.no_grad()
-    def generate(
-        self, masks: Tensor, *, z: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Generate features in the backbone's own scale, for use outside of training.
-
-        Parameters
-        ----------
-        masks
-            (B, H, W) uint8, 255 = void.
-        z
-            (k*B, z_dim); default: one draw a mask.
-        generator
-            Source of the default draw.
-
-        Returns
-        -------
-        Tensor
-            (k*B, C, h, w), like the features of a store.
-        """
-        if z is None:
-            z = torch.randn(len(masks), self.z_dim, generator=generator, device=masks.device)
-        return self(z, masks) * self.feature_scale
-
+    @override
     @torch.no_grad()
     def edit(self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor) -> Tensor:
-        """Features moved as the generated ones are by a change of the mask: ``x + G(z, new) - G(z, old)``.
-
-        Parameters
-        ----------
-        features
-            (k*B, C, h, w) float32 in the backbone's scale, k of each mask.
-        old, new
-            (B, H, W) uint8, 255 = void: what they show, and what they are to show.
-        z
-            (k*B, z_dim).
-
-        Returns
-        -------
-        Tensor
-            (k*B, C, h, w) float32 in the backbone's scale.
-        """
+        # x + G(z, new) - G(z, old)
         moved = features + (self.generate(new, z=z).float() - self.generate(old, z=z).float())
         return F.relu(moved) if self.nonnegative else moved

@@ -1,53 +1,38 @@
-"""Saving and loading: the state of a running training, and the networks that a stage leaves behind.
+"""The state of a running training in its scratch folder.
 
-Nothing is unpickled: tensors are read with ``weights_only=True`` or from safetensors.
+Nothing is unpickled: tensors are read with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
 
-from featurestore import StoreSpec
-from featurestore.files import sync_folder, write_atomically, writing
-from stages.common.distributed import agree, alike, several_processes
+from featurestore.files import atomic_file, writing
+from stages.common.distributed import agree, all_equal, several_processes
 from stages.common.errors import DataError
-from stages.common.runtime import write_json
-from stages.gan.networks import AnyGenerator, Networks, build_networks
-from stages.models.decoder import Decoder
 
-CONFIG_NAME = "config.json"
-OPTIMIZERS_NAME = "optimizers.pt"
-TRAINED = "generator-trained"
 ASK_EVERY = 20  # steps; processes wait for each other when they agree on saving
 
 
-# -- the state of a running training -----------------------------------------------------------------
-
-
 class Checkpoint:
-    """A training's state in its scratch folder, so that a killed run goes on at its last saved step.
+    """A training's state, so that a killed run resumes at its last saved step.
 
-    It holds no random state: every random number of a training is a function of seed, epoch, step and process.
+    It holds no random state: every random number is a function of seed, epoch, step and process.
 
     Parameters
     ----------
     folder
-        One folder a run: its name must hold the fingerprint of everything the run depends on. Where several machines
-        train together it must be on a disk that all of them see.
+        One folder a run; its name must hold the digest of everything that the run depends on.
+        Several machines that train together must all see it.
     minutes
-        Save no more often than this.
+        Least time between two saved states.
     main
-        Whether this process is the one to save.
+        Whether this process saves.
     """
 
     def __init__(self, folder: Path, *, minutes: float, main: bool) -> None:
@@ -58,36 +43,35 @@ class Checkpoint:
         self._asked = 0
 
     def load(self) -> dict[str, Any] | None:
-        """The last saved state, on the CPU, or None.
+        """Return the last saved state, on the CPU, or None.
 
         Raises
         ------
         DataError
-            When it is damaged, or not the same for all processes.
+            When it is damaged, or differs between processes.
         """
         state: dict[str, Any] | None = None
         if self.path.is_file():
             try:
                 state = torch.load(self.path, map_location="cpu", weights_only=True)
             except Exception as error:  # zip, pickle and OS errors
-                message = f"cannot be read ({' '.join(str(error).split())[:100]}); remove it to train from the start"
+                reason = " ".join(str(error).split())[:100]
+                message = f"cannot be read ({reason}); remove it to train from the start"
                 raise DataError(self.path, message) from error
-        if not alike(None if state is None else (len(state["history"]), state["step"])):
-            raise DataError(
-                self.path,
-                "not all processes find the same state here; put --scratch on a disk that all machines see",
-            )
+        if not all_equal(None if state is None else (len(state["history"]), state["step"])):
+            message = "processes find different states here; set --scratch to a disk that all see"
+            raise DataError(self.path, message)
         return state
 
     def due(self) -> bool:
-        """Whether it is time to save: the main process decides for all of them, because a state may take all to collect."""
+        """Return whether to save now; the main process decides for all, which collect the state."""
         self._asked += 1
         if self.minutes and several_processes() and self._asked % ASK_EVERY:
             return False
         return agree(time.monotonic() - self.saved_at >= 60 * self.minutes)
 
     def save(self, **state: Any) -> None:
-        """Save: whole or not at all. Of several processes the main one does."""
+        """Save the state, whole or not at all, in the main process."""
         if not self.main:
             return
         with writing(self.path):
@@ -96,244 +80,12 @@ class Checkpoint:
         self.saved_at = time.monotonic()
 
     def remove(self) -> None:
-        """Drop the state: the stage has left its results."""
+        """Remove the state, once the stage has written its results."""
         if self.main:
             shutil.rmtree(self.path.parent, ignore_errors=True)
 
 
-def save_atomically(state: Any, path: Path) -> None:
-    """``torch.save`` under a temporary name, then rename."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+def save_atomically(state: object, path: Path) -> None:
+    """Write with ``torch.save``, whole or not at all."""
+    with atomic_file(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-# -- networks -----------------------------------------------------------------------------------------
-
-
-def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
-    """A network's state dict as safetensors."""
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
-    with writing(path):
-        write_atomically(path, content)
-
-
-def load_weights(network: nn.Module, path: Path) -> None:
-    """The inverse of :func:`save_weights`.
-
-    Raises
-    ------
-    DataError
-        When the file is missing, damaged, or of another network.
-    """
-    network.load_state_dict(_read_tensors(path, network))
-
-
-def _read_tensors(path: Path, network: nn.Module) -> dict[str, Tensor]:
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise DataError(
-            path, "there is no such weights file; run the stage that makes it"
-        ) from None
-    except Exception as error:  # safetensors raises its own error type, and OS errors
-        raise DataError(
-            path, f"cannot be read as safetensors ({error}); run the stage that makes it again"
-        ) from error
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if expected != found:
-        differing = sorted(
-            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-        )
-        raise DataError(
-            path,
-            f"does not fit its {CONFIG_NAME}: tensor {differing[0]!r} differs",
-            expected=expected,
-            actual=found,
-        )
-    return tensors
-
-
-def save_gan(folder: Path, state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Write a trainer's state and config into a folder.
-
-    ``generator.safetensors`` is the one to generate with. Where that is an average,
-    ``generator-trained.safetensors`` is the one that training goes on from.
-    """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    average = state["training"]["average"]
-    for name, weights in state["networks"].items():
-        save_weights(
-            weights, folder / f"{TRAINED if name == 'generator' and average else name}.safetensors"
-        )
-    if average:
-        prefix = "module."
-        weights = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in average.items()
-            if name.startswith(prefix)
-        }
-        save_weights(weights, folder / "generator.safetensors")
-    with writing(folder):
-        save_atomically(state["training"], folder / OPTIMIZERS_NAME)
-    write_json(folder / CONFIG_NAME, config)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A model folder's ``config.json``.
-
-    Raises
-    ------
-    DataError
-        When it is missing or damaged.
-    """
-    path = folder / CONFIG_NAME
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            path, "there is no trained model here; run the stage that makes it"
-        ) from None
-    except NotADirectoryError:
-        raise DataError(
-            folder, "is a file; name the folder of the trained model that it lies in"
-        ) from None
-    except OSError as error:
-        raise DataError(path, f"cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise DataError(
-            path, f"is not valid JSON ({error}); run the stage that makes it again"
-        ) from error
-
-
-def read_spec(path: str | Path) -> StoreSpec:
-    """The spec of the features that a trained decoder or GAN works on: backbone, sizes, classes, palette.
-
-    Raises
-    ------
-    DataError
-        When there is no trained model at ``path``, or its config is damaged or of an older version.
-    """
-    folder = Path(path)
-    try:
-        return StoreSpec.from_dict(read_config(folder)["features"])
-    except (KeyError, TypeError, ValueError) as error:
-        message = f"does not describe the features that the model was trained on ({error!r}); run the stage that makes it again"
-        raise DataError(folder / CONFIG_NAME, message) from error
-
-
-def read_precision(path: str | Path) -> str:
-    """The precision that a trained decoder was trained and evaluated in: ``no`` (float32), ``bf16`` or ``fp16``.
-
-    Raises
-    ------
-    DataError
-        When there is no trained decoder at ``path``, or its config is damaged or of an older version.
-    """
-    folder = Path(path)
-    try:
-        return str(read_config(folder)["mixed_precision"])
-    except KeyError as error:
-        message = "does not say in which precision the decoder was trained; run the stage that makes it again"
-        raise DataError(folder / CONFIG_NAME, message) from error
-
-
-def load_gan(folder: Path) -> tuple[Networks, dict[str, Any]]:
-    """Networks and config as :func:`save_gan` wrote them, on the CPU, for training to go on from.
-
-    Raises
-    ------
-    DataError
-        When there is no trained GAN, or it is damaged.
-    """
-    networks, config = _untrained(folder), read_config(folder)
-    for name, network in networks.by_name().items():
-        trained = name == "generator" and (folder / f"{TRAINED}.safetensors").is_file()
-        load_weights(network, folder / f"{TRAINED if trained else name}.safetensors")
-    return networks, config
-
-
-def _untrained(folder: Path) -> Networks:
-    """The networks of a GAN folder, as its config describes them."""
-    try:
-        return build_networks(read_config(folder)["architecture"])
-    except (KeyError, TypeError) as error:
-        message = f"does not describe networks of this version ({error!r}); run train-gan again"
-        raise DataError(folder / CONFIG_NAME, message) from error
-
-
-def load_training_state(folder: Path) -> dict[str, Any]:
-    """What :meth:`stages.gan.trainer.Trainer.load_training_state` takes, on the CPU.
-
-    Raises
-    ------
-    DataError
-        When they are missing or damaged.
-    """
-    path = folder / OPTIMIZERS_NAME
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and OS errors
-        raise DataError(
-            path, f"cannot be read ({' '.join(str(error).split())[:100]}); run train-gan again"
-        ) from error
-
-
-def load_generator(path: str | Path, *, weights: str = "generator") -> AnyGenerator:
-    """A trained generator, ready to use.
-
-    >>> generator = load_generator("models/gan")
-    >>> features = generator.generate(masks)  # (B, H, W) uint8 -> (B, C, h, w), like a store's
-
-    Parameters
-    ----------
-    path
-        Folder that ``train-gan`` wrote, or the ``gan`` folder of a jointly trained decoder.
-    weights
-        ``generator``, or ``generator-initial`` for the untrained one.
-
-    Returns
-    -------
-    Generator or FlowGenerator
-        In evaluation mode, on the CPU, without gradients.
-
-    Raises
-    ------
-    DataError
-        When there is no trained GAN at ``path``, or it is damaged.
-    """
-    folder = Path(path)
-    generator = _untrained(folder).generator
-    load_weights(generator, folder / f"{weights}.safetensors")
-    return generator.eval().requires_grad_(False)
-
-
-def load_decoder(path: str | Path, *, weights: str = "decoder") -> Decoder:
-    """A trained decoder in evaluation mode, on the CPU; ``weights`` is ``decoder`` (last epoch) or ``decoder-best``.
-
-    Raises
-    ------
-    DataError
-        When there is no trained decoder at ``path``, or it is damaged.
-    """
-    folder = Path(path)
-    settings = read_config(folder).get("architecture", {})
-    if "head" not in settings:
-        raise DataError(
-            folder, "holds a trained model, but no decoder; name a folder that train-decoder left"
-        )
-    try:
-        decoder = Decoder(**{**settings, "atrous_rates": tuple(settings["atrous_rates"])})
-    except (KeyError, TypeError, ValueError) as error:
-        message = (
-            f"does not describe a decoder of this version ({error!r}); run train-decoder again"
-        )
-        raise DataError(folder / CONFIG_NAME, message) from error
-    load_weights(decoder, folder / f"{weights}.safetensors")
-    return decoder.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Rows copied past the caches: the right bytes, and none beside them."""
+"""Rows copied past the caches: the right bytes, and no other bytes change."""
 
 from __future__ import annotations
 

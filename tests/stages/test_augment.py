@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 import featurestore
 from featurestore import SpecMismatchError
 from featurestore.dataset import Batch
-from stages.augment.base import Augmenter, Context, Part
+from stages.augment.base import Augmented, Augmenter, Context, Labelled
 from stages.augment.cvae import CVAE, fit
 from stages.augment.hflip_views import mirrored
 from stages.augment.isda import ISDA
@@ -24,7 +24,7 @@ from stages.augment.perturb import perturb
 from stages.augment.registry import Variant, build_augmenter
 from stages.augment.upsample import repeat_factors
 from stages.common.errors import ConfigError
-from stages.common.runtime import make_accelerator
+from stages.common.runtime import Machine, make_accelerator
 from stages.models.decoder import Decoder
 from stages.segmentation.class_statistics import ClassStatistics
 from stages.segmentation.regions import Regions
@@ -82,17 +82,15 @@ def build(store: featurestore.FeatureStore, tmp_path: Path, **variant) -> Augmen
     decoder = Decoder(
         head="deeplab", in_channels=CHANNELS, num_classes=CLASSES, width=5, atrous_rates=(1, 2)
     )
-    positions = store.positions("identity")
     context = Context(
         "mine",
         make_accelerator("cpu", "no"),
         store,
-        positions,
         decoder,
         tmp_path / "gan",
         0,
         10,
-        {},
+        Machine(device="cpu"),
     )
     return build_augmenter(TypeAdapter(Variant).validate_python(variant), context)
 
@@ -101,8 +99,8 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def only(augmenter: Augmenter, batch: Batch, seed: int = 0) -> Part:
-    (part,) = augmenter.augment(batch, rng(seed)).parts
+def only(augmenter: Augmenter, batch: Batch, seed: int = 0) -> Labelled:
+    (part,) = augmenter.augment(batch, rng(seed)).batches
     return part
 
 
@@ -116,13 +114,14 @@ def centre(features: torch.Tensor, masks: torch.Tensor, sample: int, number: int
 
 
 def test_the_baseline_adds_nothing_and_duplicate_the_same_again(store, batch, tmp_path) -> None:
-    assert build(store, tmp_path, augmenter="none").augment(batch, rng()).parts == []
+    assert build(store, tmp_path, augmenter="none").augment(batch, rng()).batches == []
     part = only(build(store, tmp_path, augmenter="duplicate", weight=0.5), batch)
     assert torch.equal(part.features, batch.features)
     assert torch.equal(part.targets[0][0], batch.masks)
     assert (part.targets[0][1], part.weight) == (1.0, 0.5)
     assert (
-        len(build(store, tmp_path, augmenter="duplicate", ratio=2).augment(batch, rng()).parts) == 2
+        len(build(store, tmp_path, augmenter="duplicate", ratio=2).augment(batch, rng()).batches)
+        == 2
     )
 
 
@@ -431,7 +430,7 @@ def test_isda_estimates_the_variances_of_all_vectors_so_far(store, batch, tmp_pa
     ]  # batches have unequal numbers of a class's vectors
     last = torch.nn.Conv2d(5, CLASSES, 1)
     for embeddings, truth in zip(parts, masks, strict=True):
-        change = augmenter.adjust(truth)
+        change = augmenter.adjust_logits(truth)
         scores = change(embeddings, last(embeddings), last)
         assert torch.equal(scores, last(embeddings))  # lambda is 0 at the start
     for number in range(CLASSES):
@@ -445,7 +444,9 @@ def test_isda_estimates_the_variances_of_all_vectors_so_far(store, batch, tmp_pa
     labels = small(batch.masks)
     augmenter.step = 10
     with torch.no_grad():
-        raised = augmenter.adjust(batch.masks)(parts[0], last(parts[0]), last) - last(parts[0])
+        raised = augmenter.adjust_logits(batch.masks)(parts[0], last(parts[0]), last) - last(
+            parts[0]
+        )
     chosen = raised.gather(1, torch.where(labels == VOID, 0, labels).long()[:, None])
     assert float(chosen.abs().max()) < 1e-5  # the class's own score stays
     assert (raised >= -1e-5).all()
@@ -486,7 +487,7 @@ def test_combined_augmenters_add_what_each_of_them_adds(store, batch, tmp_path) 
         build(store, tmp_path, augmenter="combined", of=of),
         build(store, tmp_path, **isda),
     )
-    *copies, dropped = combined.augment(batch, rng()).parts
+    *copies, dropped = combined.augment(batch, rng()).batches
     assert [part.weight for part in copies] == [0.5, 0.5]
     assert all(torch.equal(part.features, batch.features) for part in copies)
     kept = dropped.features != 0
@@ -496,8 +497,8 @@ def test_combined_augmenters_add_what_each_of_them_adds(store, batch, tmp_path) 
     embeddings = torch.randn(4, 5, SIDE, SIDE)
     adjusted = []
     for augmenter in (combined, alone):
-        augmenter.advance()
-        adjusted.append(augmenter.adjust(batch.masks)(embeddings, last(embeddings), last))
+        augmenter.after_step(Augmented())
+        adjusted.append(augmenter.adjust_logits(batch.masks)(embeddings, last(embeddings), last))
     assert torch.equal(*adjusted)
     assert not torch.equal(adjusted[0], last(embeddings))
 
@@ -508,7 +509,7 @@ def test_combined_augmenters_draw_apart_and_the_first_as_it_would_alone(
     upsample = {"augmenter": "upsample"}
     twice = build(store, tmp_path, augmenter="combined", of=[upsample, upsample])
     alone = build(store, tmp_path, **upsample)
-    each = [twice.augment(batch, rng(seed)).parts for seed in range(5)]
+    each = [twice.augment(batch, rng(seed)).batches for seed in range(5)]
     assert all(
         torch.equal(first.features, only(alone, batch, seed).features)
         for seed, (first, _) in enumerate(each)
@@ -561,7 +562,7 @@ def test_what_is_said_of_added_batches_is_refused_where_there_are_none(
 ) -> None:
     with pytest.raises(
         ValueError,
-        match=f"{next(iter(key))} is of the batches that a variant adds, and this one adds none",
+        match=f"{next(iter(key))} applies only to variants that add batches",
     ):
         TypeAdapter(Variant).validate_python({"augmenter": augmenter, **key})
 
@@ -597,9 +598,9 @@ def test_isda_goes_on_from_its_state(store, batch, tmp_path) -> None:
     one, two = (build(store, tmp_path, augmenter="isda") for _ in range(2))
     last = torch.nn.Conv2d(5, CLASSES, 1)
     embeddings = torch.randn(4, 5, SIDE, SIDE)
-    one.adjust(batch.masks)(embeddings, last(embeddings), last)
+    one.adjust_logits(batch.masks)(embeddings, last(embeddings), last)
     one.step = 7
-    two.load_state(one.state())
+    two.load_state_dict(one.state_dict())
     assert torch.equal(one.margins(last.weight.flatten(1)), two.margins(last.weight.flatten(1)))
     assert isinstance(two, ISDA)
 
@@ -736,7 +737,7 @@ def test_class_transfer_moves_an_object_by_the_difference_of_the_means(
 
 
 def test_perturb_does_the_same_to_features_and_to_all_targets(batch) -> None:
-    part = Part(small(batch.masks)[:, None].float(), [(batch.masks, 0.5), (batch.masks, 0.5)])
+    part = Labelled(small(batch.masks)[:, None].float(), [(batch.masks, 0.5), (batch.masks, 0.5)])
     (changed,) = perturb(["flip", "translation"], [part], rng(2))
     assert torch.equal(changed.targets[0][0], changed.targets[1][0])
     labels = small(changed.targets[0][0])

@@ -12,7 +12,7 @@ from torch import nn
 
 from stages.common.distributed import SynchronisedBatchNorm2d, synchronise_batch_norm
 from stages.reporting.curves import read_curves
-from stages.training.checkpoint import load_decoder, load_generator
+from stages.training.models import load_decoder, load_generator
 from tests.factories import run
 from tests.imports import ROOT
 
@@ -92,7 +92,7 @@ def test_killed_processes_resume_to_the_same_bits(
     refused = run(*command, cwd=ROOT, check=False, OMP_NUM_THREADS="1", APART="")
     assert refused.returncode != 0
     assert (
-        "checkpoint.pt: not all processes find the same state here; put --scratch on a disk that all machines see"
+        "checkpoint.pt: processes find different states here; set --scratch to a disk that all see"
         in refused.stderr
     )
     run(*command, cwd=ROOT, OMP_NUM_THREADS="1")

@@ -1,4 +1,4 @@
-"""SIGKILL at random instants of a real extraction, over and over: what is published in the end has an undisturbed run's bytes.
+"""Extractions that are killed again and again end in an undisturbed run's bytes.
 
 ``FEATUREGAN_FAULTS=20 python -m pytest tests/stages/test_extract_kills.py`` kills 100 times.
 """
@@ -18,8 +18,8 @@ from tests.imports import ROOT
 
 KILLS = 5 * int(os.environ.get("FEATUREGAN_FAULTS", "1"))
 
-# Forks a child for each extraction from a process that has loaded everything but started no thread, so that
-# the time before a kill is spent on extracting.
+# Forks a child for each extraction from a process that has loaded everything but started no thread.
+# The time before a kill is then spent on extracting.
 KILLER = """
 import json, os, random, shutil, signal, sys, time
 import torch
@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 import featurestore.writer
 from pathlib import Path
 from stages import extract
-from stages.backbones.backbone import build_backbone
+from stages.backbones.build import build_backbone
 from tests import factories
 folder, kills = Path(sys.argv[1]), int(sys.argv[2])
 featurestore.writer.SHARD_BYTES = 3 * 60_000  # three samples a shard

@@ -16,7 +16,7 @@ from stages.gan.flow_trainer import FlowTrainer, mean_amplitude, principal_compo
 from stages.gan.networks import Networks
 from stages.models.flow_generator import FlowGenerator
 from stages.reporting.curves import read_curves
-from stages.training.checkpoint import load_generator
+from stages.training.models import load_generator
 from tests.factories import (
     VARIANTS,
     added_by_a_frozen_generator,
@@ -238,7 +238,9 @@ def test_a_flow_learns_and_feeds_a_decoder(features: Path, tmp_path: Path) -> No
     for loss in ("decoder/ce_real", "decoder/ce_added"):
         first, last = read_curves(tmp_path / "metrics" / "frozen-0")[loss]
         assert last < first
-    with pytest.raises(ConfigError, match="set it to frozen"):
+    with pytest.raises(
+        ConfigError, match="train_gan.family: variant 'joint' works only with a gan"
+    ):
         run_decoder(features, tmp_path, VARIANTS["featuregan-1x"], name="joint")
 
 
@@ -272,7 +274,7 @@ def test_a_decoder_gets_the_flows_edits_of_its_batch(features: Path, flows: Path
     edited = network.edit(real, masks, wanted)
     torch.testing.assert_close(part.features, edited, rtol=1e-4, atol=1e-4)
     assert (edited - real).abs().max() > 0.01 * real.std()
-    with pytest.raises(ConfigError, match="a flow makes one edit of a batch"):
+    with pytest.raises(ConfigError, match="works only with a gan"):
         added_by_a_frozen_generator(features, flows, ["swap"], edit=True, ratio=2)
 
 
@@ -295,7 +297,7 @@ def test_a_killed_decoder_with_variations_resumes_to_the_same_bits(
 def test_a_gan_is_not_asked_for_variations(features: Path, tmp_path: Path) -> None:
     run_gan(features, tmp_path)
     with pytest.raises(
-        ConfigError, match="only a flow varies features; set train_gan.family: flow"
+        ConfigError, match="train_gan.family: variant 'varied' works only with a flow"
     ):
         run_decoder(
             features,

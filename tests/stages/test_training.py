@@ -18,7 +18,7 @@ import featurestore
 from featurestore import IncompleteStoreError, ShardCorruptError, SpecMismatchError, StoreWriteError
 from featurestore.dataset import FeatureLoader
 from stages import train_decoder
-from stages.augment.base import Part
+from stages.augment.base import Labelled
 from stages.common.errors import ConfigError, DataError, DivergenceError
 from stages.common.runtime import generator as random_generator
 from stages.common.runtime import verify_stores, write_json
@@ -28,8 +28,8 @@ from stages.models.spectral import SpectralConv2d
 from stages.reporting.curves import read_curves
 from stages.segmentation.metrics import confusion_matrix, score
 from stages.train_gan import TrainGanConfig
-from stages.training.checkpoint import (
-    Checkpoint,
+from stages.training.checkpoint import Checkpoint
+from stages.training.models import (
     load_decoder,
     load_gan,
     load_generator,
@@ -173,7 +173,7 @@ def test_a_decoder_may_see_each_image_mirrored_or_not_by_chance(
                     seen.update(batch.positions.tolist())
                 yield batch
 
-    monkeypatch.setattr(train_decoder, "FeatureLoader", Watched)
+    monkeypatch.setattr("stages.training.session.FeatureLoader", Watched)
     run_decoder(root, tmp_path, described, name="random", epochs=12)
     assert seen == set(range(20))
     seen.clear()
@@ -587,7 +587,7 @@ def test_from_until_on_real_batches_take_the_place_of_added_ones(
     seen = []
     perturb, decoder_loss = train_decoder.perturb, train_decoder.decoder_loss
 
-    def look(names: tuple[str, ...], parts: list[Part], rng: torch.Generator) -> list[Part]:
+    def look(names: tuple[str, ...], parts: list[Labelled], rng: torch.Generator) -> list[Labelled]:
         real, *added = parts
         seen.append(
             (
@@ -707,7 +707,7 @@ def test_no_state_is_taken_over_after_the_code_or_the_gan_changed(
     load = Checkpoint.load
     monkeypatch.setattr(Checkpoint, "load", lambda self: loaded.append(load(self)) or loaded[-1])
     with monkeypatch.context() as patch:
-        patch.setattr(train_decoder, "source_digest", lambda *_: "other code")
+        patch.setattr("stages.training.session.imports_digest", lambda _: "other code")
         run_decoder(features, root, variant, name="x", epochs=3)
     assert loaded == [None]
     run_gan(features, root, seed=1)
@@ -860,10 +860,10 @@ def test_the_average_generator_is_an_exponential_moving_average(
 ) -> None:
     """Its weights equal the closed form over the weights after each step."""
     seen: list[dict[str, torch.Tensor]] = []
-    update = GanTrainer.update
+    after_step = GanTrainer.after_step
 
-    def watched(self: GanTrainer, *arguments, **named) -> None:
-        update(self, *arguments, **named)
+    def watched(self: GanTrainer) -> None:
+        after_step(self)
         seen.append(
             {
                 name: parameter.detach().clone()
@@ -871,7 +871,7 @@ def test_the_average_generator_is_an_exponential_moving_average(
             }
         )
 
-    monkeypatch.setattr(GanTrainer, "update", watched)
+    monkeypatch.setattr(GanTrainer, "after_step", watched)
     run_gan(features, tmp_path, ema_decay=0.75)
     average = dict(load_generator(tmp_path / "gan").named_parameters())
     raw = dict(load_gan(tmp_path / "gan")[0].generator.named_parameters())

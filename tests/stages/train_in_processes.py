@@ -11,6 +11,7 @@ from torch import nn
 
 from stages import train_decoder, train_gan
 from stages.augment.featuregan import FeatureGANConfig
+from stages.common.runtime import Machine
 from stages.gan.monitor import MonitorConfig
 from stages.train_decoder import TrainDecoderConfig
 from stages.train_gan import TrainGanConfig
@@ -58,33 +59,29 @@ def train(stage: str, features: Path, root: Path, gan: Path, checkpoint_minutes:
     apart = (
         "APART" in os.environ and os.environ["RANK"] != "0"
     )  # as where machines do not share a disk
-    machine = {
-        "logs": root / "logs",
-        "scratch": root / ("other" if apart else "scratch"),
-        "device": "cpu",
-        "workers": 0,
-        "cache": "none",
-    }
-    machine |= {
-        "compile_networks": False,
-        "sharded": "sharded" in root.name,
-        "checkpoint_minutes": checkpoint_minutes,
+    machine = Machine(
+        device="cpu",
+        workers=0,
+        shard="sharded" in root.name,
+        checkpoint_minutes=checkpoint_minutes,
+        scratch=root / ("other" if apart else "scratch"),
+    )
+    arguments = {
         "features": features,
+        "out": root / stage,
         "metrics": root / "metrics" / stage,
+        "logs": root / "logs",
+        "machine": machine,
     }
     monitor = MonitorConfig(**MONITOR)
     if stage in GANS:
-        train_gan.run(
-            TrainGanConfig(**{**GAN, **GANS[stage]}), monitor, out=root / stage, **machine
-        )
+        train_gan.run(TrainGanConfig(**{**GAN, **GANS[stage]}), monitor, **arguments)
     else:
         config, variant = (
             TrainDecoderConfig(**{**DECODER, "lr": 5e-4}),
             FeatureGANConfig(augmenter="featuregan", ratio=2),
         )
-        train_decoder.run(
-            config, variant, monitor, name=stage, seed=0, gan=gan, out=root / stage, **machine
-        )
+        train_decoder.run(config, variant, monitor, name=stage, seed=0, gan=gan, **arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""What all generators of features have in common, whatever family they belong to."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class FeatureGenerator(nn.Module, ABC):
+    """Noise z and a mask in, features out.
+
+    Attributes
+    ----------
+    z_dim
+        Length of the noise vector.
+    nonnegative
+        Whether the backbone's features are >= 0.
+    feature_scale
+        (1, C, 1, 1) > 0: what features are divided by before the networks see them.
+    """
+
+    z_dim: int
+    nonnegative: bool
+    feature_scale: Tensor
+
+    @abstractmethod
+    def forward(self, z: Tensor, masks: Tensor) -> Tensor:
+        """Generate scaled features.
+
+        Parameters
+        ----------
+        z
+            (k*B, z_dim) noise, k draws a mask.
+        masks
+            (B, H, W) uint8, 255 = void.
+
+        Returns
+        -------
+        Tensor
+            (k*B, C, h, w); draw j of mask i is row j*B + i.
+        """
+
+    @torch.no_grad()
+    def generate(
+        self, masks: Tensor, *, z: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Generate features in the backbone's own scale, for use outside of training.
+
+        Parameters
+        ----------
+        masks
+            (B, H, W) uint8, 255 = void.
+        z
+            (k*B, z_dim); default: one draw a mask.
+        generator
+            Source of the default draw.
+
+        Returns
+        -------
+        Tensor
+            (k*B, C, h, w), like the features of a store.
+        """
+        if z is None:
+            z = torch.randn(len(masks), self.z_dim, generator=generator, device=masks.device)
+        return self(z, masks) * self.feature_scale
+
+    @abstractmethod
+    def edit(self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor) -> Tensor:
+        """Change real features as a change of their mask changes generated ones.
+
+        Parameters
+        ----------
+        features
+            (k*B, C, h, w) float32 in the backbone's scale, k of each mask.
+        old, new
+            (B, H, W) uint8, 255 = void: what the features show, and what they should show.
+        z
+            (k*B, z_dim) noise.
+
+        Returns
+        -------
+        Tensor
+            (k*B, C, h, w) float32 in the backbone's scale.
+        """

@@ -1,0 +1,75 @@
+"""Back-propagation and optimizer steps of several networks that learn together (Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from stages.common.distributed import is_sharded
+
+Loss = tuple[Tensor, Sequence[nn.Parameter]]  # a scalar, and the parameters that it trains
+
+
+def backward(accelerator: Accelerator, *losses: Loss) -> None:
+    """Back-propagate each loss to its own parameters, before any optimizer takes a step.
+
+    Algorithm 1 computes all losses first. The graphs of the losses overlap: all but the last
+    back-propagation keep theirs. Losses without parameters are left out.
+    """
+    trained = [(loss, list(parameters)) for loss, parameters in losses if parameters]
+    sharded = any(is_sharded(parameter) for _, group in trained for parameter in group)
+    for number, (loss, parameters) in enumerate(trained, 1):
+        retain_graph = number < len(trained)
+        if not sharded:
+            accelerator.backward(loss, inputs=parameters, retain_graph=retain_graph)
+            continue
+        # FSDP cannot leave parameters out: gradients of the others are put aside meanwhile.
+        others = [
+            parameter for _, group in trained if group is not parameters for parameter in group
+        ]
+        gradients = _detach_grads(others)
+        accelerator.backward(loss, retain_graph=retain_graph)
+        _restore_grads(others, gradients)
+
+
+def step_optimizers(accelerator: Accelerator, *optimizers: torch.optim.Optimizer) -> bool:
+    """Step all optimizers, unless an accumulated batch has micro-batches left.
+
+    They step together, because the loss scale of fp16 must not change between them.
+
+    Returns
+    -------
+    bool
+        Whether they stepped.
+    """
+    if not accelerator.sync_gradients:
+        return False
+    scaler = accelerator.scaler
+    for optimizer in optimizers:
+        optimizer.step() if scaler is None else scaler.step(optimizer)
+    if scaler is not None:
+        scaler.update()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    return True
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """List the parameters that an optimizer trains."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _detach_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
+    gradients = []
+    for parameter in parameters:
+        gradients.append(parameter.grad)
+        parameter.grad = None
+    return gradients
+
+
+def _restore_grads(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
