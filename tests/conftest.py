@@ -11,9 +11,8 @@ from click.testing import CliRunner
 from tests.factories import copy_project, run, tiny_params, write_photos
 
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
-if WORKERS := int(
-    os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")
-):  # several processes test at once: they share the cores
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
+if WORKERS:  # several test processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
@@ -24,12 +23,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Each group runs in one process, so that a costly fixture is made once. Slow tests start first.
     """
     for item in items:
-        needed = getattr(item, "fixturenames", ())
-        item.add_marker(
-            pytest.mark.xdist_group(
-                next((name for name in ("project", "trained") if name in needed), item.path.name)
-            )
-        )
+        shared = {"project", "trained"} & set(getattr(item, "fixturenames", ()))
+        if item.path.name == "test_training.py":
+            shared.discard("trained")  # that file has a fixture of this name, which is not shared
+        item.add_marker(pytest.mark.xdist_group(min(shared, default=item.path.name)))
     if WORKERS:
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 

@@ -1,4 +1,4 @@
-"""Which of the project's own files a module imports, directly and through others."""
+"""Which files of the project a module imports, directly and through other modules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def file_of(module: str) -> Path | None:
-    """The project's file of a dotted module name, or None for other packages' modules."""
+    """Return the file of a dotted module name, or None for modules of other packages."""
     base = ROOT / Path(*module.split("."))
     for path in (base.with_suffix(".py"), base / "__init__.py"):
         if path.is_file():
@@ -18,7 +18,7 @@ def file_of(module: str) -> Path | None:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Dotted names of all modules that a file imports, in functions too, but not for type checking alone."""
+    """Return names of all modules that a file imports, except only for type checking."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped = {
         id(inner)
@@ -45,7 +45,7 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def import_closure(module: str) -> set[Path]:
-    """Files that are read when ``module`` is imported, its packages' ``__init__`` included."""
+    """Return all files that an import of ``module`` reads, with ``__init__`` of its packages."""
     found: set[Path] = set()
     waiting = [module]
     while waiting:

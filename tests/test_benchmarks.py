@@ -55,6 +55,7 @@ def test_store_benchmark_writes_a_row_a_method_and_read(photos: Path, tmp_path: 
     assert rows[2]["to_memmap"] == rows[3]["to_memmap"] == 1
 
 
+@pytest.mark.medium
 def test_coverage_benchmark_counts_the_splits_whose_interval_holds_the_truth(
     tmp_path: Path,
 ) -> None:

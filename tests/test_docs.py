@@ -1,4 +1,4 @@
-"""The pages name what there is: their links lead somewhere, every augmenter's key is described, every citation is listed."""
+"""Links of the pages lead to files; keys of augmenters are described; citations are listed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from stages.augment.registry import AUGMENTERS
 from tests.imports import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 CITATION = re.compile(r"([A-Z][\w-]+(?: et al\.| and [A-Z]\w+)),? \(?((?:19|20)\d\d[a-z]?)\b")
 
 

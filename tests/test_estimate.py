@@ -73,6 +73,7 @@ def test_sizes_are_those_of_the_extracted_stores(
     assert about == pytest.approx(models, rel=0.2)
 
 
+@pytest.mark.medium
 def test_operations_are_those_of_the_steps_that_train() -> None:
     """Counted on real tensors in the trainer itself, and on fake ones."""
     costs, shape = operations.count(setup((1, 2)))
@@ -103,6 +104,7 @@ def test_the_untrained_backbone_is_the_backbone(name: str, tmp_path: Path) -> No
     torch.testing.assert_close(ours[-1] if isinstance(ours, list) else ours, built(images))
 
 
+@pytest.mark.medium
 def test_counting_leaves_nothing_fake_behind() -> None:
     from stages.segmentation.upsampled_loss import upsampled_cross_entropy
 
@@ -114,6 +116,7 @@ def test_counting_leaves_nothing_fake_behind() -> None:
     assert torch.nn.Linear(1, 1).to(torch.float64).weight.dtype == torch.float64
 
 
+@pytest.mark.medium
 def test_memory_grows_with_what_is_kept() -> None:
     costs, _ = operations.count(setup((1, 2)))
     assert costs["backbone"].weight_bytes == costs["backbone"].activation_bytes == 0
@@ -150,6 +153,7 @@ def operations_of_the_quickstart() -> float:
     return gan_operations()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_every_kind_of_gan_is_counted(change: dict, operations_of_the_quickstart: float) -> None:
     changed = gan_operations(**change, flow_components=16, flow_width=8)
@@ -251,6 +255,7 @@ def test_splits_are_those_of_prepare() -> None:
     assert split_sizes(100, (0.7, 0.15, 0.15), 0.25) == {"train": 18, "val": 15, "test": 15}
 
 
+@pytest.mark.medium
 def test_a_summary_of_another_data_set_is_left_alone(folder: Path) -> None:
     (folder / "dataset").mkdir()
     summary = {
@@ -267,6 +272,7 @@ def test_a_summary_of_another_data_set_is_left_alone(folder: Path) -> None:
     assert "name them with --images" in call("--preset", "voc2012-lite").stderr
 
 
+@pytest.mark.medium
 def test_both_views_double_the_training_store(folder: Path) -> None:
     one = json.loads(call("--images", "100", "--json").stdout)["stores"]
     both = {"extract.views": ["identity", "hflip"]}
@@ -275,6 +281,7 @@ def test_both_views_double_the_training_store(folder: Path) -> None:
     assert [row["bytes"] for row in two] == [2 * one[0]["bytes"], one[1]["bytes"], one[2]["bytes"]]
 
 
+@pytest.mark.medium
 def test_measured_hours_are_seconds_times_samples(folder: Path) -> None:
     work = json.loads(call("--images", "20", "--measure", "--device", "cpu", "--json").stdout)[
         "work"

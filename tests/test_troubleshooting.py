@@ -22,7 +22,7 @@ QUOTES = [
 
 @cache
 def texts() -> tuple[str, ...]:
-    """Every string in the sources, with a hole where something is put in; adjacent literals are one."""
+    """Return every string in the sources, with … where a value is formatted into it."""
     found = set()
     for path in [
         *ROOT.glob("featurestore/**/*.py"),

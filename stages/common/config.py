@@ -134,8 +134,7 @@ def parse(kind: TypeAdapter[Parsed], values: object, name: str = "") -> Parsed:
 def _explain(problem: ErrorDetails, values: object) -> tuple[list[int | str], str]:
     """Return the keys that lead to a wrong value, and what is wrong with it."""
     keys, context = _way(values, problem["loc"]), problem.get("ctx", {})
-    text = problem["msg"].removeprefix("Value error, ")
-    text = f"{text[0].lower()}{text[1:]}"
+    text = reason(problem)
     match problem["type"]:
         case "unknown_key":
             return [*keys, context["key"]], text
@@ -148,6 +147,12 @@ def _explain(problem: ErrorDetails, values: object) -> tuple[list[int | str], st
             return [*keys, key], f"should be {allowed}, found {context['tag']!r}"
         case _:
             return keys, f"{text}, found {problem['input']!r}"
+
+
+def reason(problem: ErrorDetails) -> str:
+    """Say what pydantic found wrong, as it is written in an error message."""
+    text = problem["msg"].removeprefix("Value error, ")
+    return f"{text[0].lower()}{text[1:]}"
 
 
 def _way(values: object, location: tuple[int | str, ...]) -> list[int | str]:

@@ -44,6 +44,7 @@ LOSSLESS = tuple(name for name in LAYOUTS if name != "int8")
 # -- round trips -----------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 @settings(
     max_examples=40 * TIMES,
     deadline=None,
@@ -144,6 +145,7 @@ def test_int8_features_are_within_their_error_bound(tmp_path: Path) -> None:
         assert file["features"].dtype == np.uint8
 
 
+@pytest.mark.medium
 def test_ten_thousand_ids_in_many_scripts(tmp_path: Path) -> None:
     spec = dataclasses.replace(SPEC, feature_shape=(1, 1, 1), mask_shape=(1, 1), has_images=False)
     alphabets = "аяα語한éﷺ🌍z "
@@ -285,6 +287,7 @@ def test_a_store_replaced_while_open_is_not_mixed_with_the_new_one(tmp_path: Pat
     )
 
 
+@pytest.mark.medium
 def test_a_writer_of_one_store_does_not_disturb_readers_of_another(tmp_path: Path) -> None:
     store = write(tmp_path / "a")
     stop, wrong = threading.Event(), []

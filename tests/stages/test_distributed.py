@@ -38,6 +38,7 @@ def roots(features: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["two", "sharded"])
 @pytest.mark.parametrize("stage", ["gan", "oasis", "flow", "joint"])
 def test_losses_and_scores_agree(roots: dict[str, Path], stage: str, how: str) -> None:
@@ -57,6 +58,7 @@ def test_losses_and_scores_agree(roots: dict[str, Path], stage: str, how: str) -
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["two", "sharded"])
 def test_weights_agree_within_what_adam_moves(roots: dict[str, Path], how: str) -> None:
     for load, name in (
@@ -74,6 +76,7 @@ def test_weights_agree_within_what_adam_moves(roots: dict[str, Path], how: str) 
                 assert difference.median() <= 1e-4, key
 
 
+@pytest.mark.slow
 def test_killed_processes_resume_to_the_same_bits(
     features: Path, roots: dict[str, Path], tmp_path: Path
 ) -> None:

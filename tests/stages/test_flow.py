@@ -221,6 +221,7 @@ def test_loss_is_the_regression_of_straight_lines() -> None:
     torch.testing.assert_close(step.generator_loss, (end - start).square().mean())
 
 
+@pytest.mark.medium
 def test_a_flow_learns_and_feeds_a_decoder(features: Path, tmp_path: Path) -> None:
     settings = {
         "family": "flow",

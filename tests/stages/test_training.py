@@ -142,6 +142,7 @@ def test_a_gan_of_another_version_is_refused_in_one_line(trained: Path, tmp_path
             load(tmp_path / "gan")
 
 
+@pytest.mark.medium
 def test_a_decoder_may_see_each_image_mirrored_or_not_by_chance(
     features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +222,7 @@ def test_edited_features_are_real_ones_moved_as_the_generators_are(
         assert torch.equal(part.features[same], real[same].float())
 
 
+@pytest.mark.medium
 def test_reconstruction_draws_generated_features_to_the_real_ones_of_their_masks(
     features: Path, tmp_path: Path
 ) -> None:
@@ -242,6 +244,7 @@ def test_reconstruction_draws_generated_features_to_the_real_ones_of_their_masks
     assert errors[100.0] < 0.85 * errors[0.0]
 
 
+@pytest.mark.medium
 def test_longer_training_brings_generated_statistics_closer(features: Path, tmp_path: Path) -> None:
     run_gan(features, tmp_path, frozen_epochs=40)
     store = featurestore.open(features / "train")
@@ -287,6 +290,7 @@ def changed_weights(gan: Path) -> list[str]:
     return [name for name in before if not torch.equal(before[name], after[name])]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("loss", ["wasserstein-clip", "wasserstein-gp"])
 def test_ablation_losses_and_the_image_encoder_train(
     features: Path, tmp_path: Path, loss: str
@@ -648,6 +652,7 @@ def test_a_jointly_trained_gan_rests_from_until_on(
     assert resumed == undisturbed
 
 
+@pytest.mark.medium
 def test_scores_are_those_of_the_saved_decoder_on_the_whole_test_split(
     features: Path, tmp_path: Path
 ) -> None:
@@ -669,6 +674,7 @@ def test_scores_are_those_of_the_saved_decoder_on_the_whole_test_split(
     assert result["best_on_val"]["epoch"] == int(curves["val/miou"].idxmax())
 
 
+@pytest.mark.medium
 def test_joint_training_moves_the_gan_and_frozen_does_not(
     features: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -693,6 +699,7 @@ def test_joint_training_moves_the_gan_and_frozen_does_not(
     }
 
 
+@pytest.mark.medium
 def test_no_state_is_taken_over_after_the_code_or_the_gan_changed(
     features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -765,6 +772,7 @@ def test_no_pickle_is_ever_loaded() -> None:
 # -- options -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "changes",
     [
