@@ -25,8 +25,8 @@ from stages.augment.base import (
     VariantConfig,
     repeat_real,
 )
+from stages.augment.feature_augmentation import augment_features
 from stages.augment.hflip_views import training_views
-from stages.augment.perturb import perturb
 from stages.augment.registry import build_augmenter
 from stages.common.config import Beta, Config
 from stages.common.errors import ConfigError
@@ -157,7 +157,7 @@ def run(
                     else:
                         added = repeat_real(samples, variant.added_weights)
                     batches = [Labelled.of(samples), *added.batches]
-                    batches = perturb(variant.perturb, batches, rng(2, rank))
+                    batches = augment_features(variant.perturb, batches, rng(2, rank))
                     with accelerator.autocast():
                         losses = decoder_losses(wrapped, decoder, batches, augmenter, variant)
                     loss = weighted_sum(losses, batches, added.loss)

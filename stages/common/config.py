@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -105,11 +106,15 @@ def _first_error(section: str, kind: Any, value: Any, error: ValidationError) ->
             f"should be {context['expected_tags']}, found {context['tag']!r}{more}",
             actual=context["tag"],
         )
-    text = first["msg"].removeprefix("Value error, ")
-    message = text[0].lower() + text[1:]
     return ConfigError(
-        key, f"{message}, found {found!r}{more}", expected=first["msg"], actual=found
+        key, f"{reason(first)}, found {found!r}{more}", expected=first["msg"], actual=found
     )
+
+
+def reason(problem: ErrorDetails) -> str:
+    """Say what pydantic found wrong, as it is written in an error message."""
+    text = problem["msg"].removeprefix("Value error, ")
+    return text[0].lower() + text[1:]
 
 
 def _place(value: Any, location: tuple[int | str, ...]) -> list[int | str]:

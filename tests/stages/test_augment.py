@@ -16,11 +16,11 @@ from featurestore import SpecMismatchError
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Labelled
 from stages.augment.cvae import CVAE, fit
+from stages.augment.feature_augmentation import augment_features
 from stages.augment.hflip_views import mirrored
 from stages.augment.isda import ISDA
 from stages.augment.mixup import MixupConfig
-from stages.augment.new_masks import NewMasks, moved
-from stages.augment.perturb import perturb
+from stages.augment.new_masks import NewMasks, resample
 from stages.augment.registry import Variant, build_augmenter
 from stages.augment.upsample import repeat_factors
 from stages.common.errors import ConfigError
@@ -469,11 +469,26 @@ def test_scores_can_be_adjusted_in_front_of_the_last_layer(head: str) -> None:
     torch.testing.assert_close(decoder(features, (8, 8), again), decoder(features, (8, 8)) + 1)
 
 
-def test_moved_features_stay_as_the_backbones_are(batch) -> None:
-    regions = Regions.of(batch.features.relu(), batch.masks, CLASSES)
-    down = torch.full((4, CLASSES, CHANNELS), -1.0)
-    assert float(regions.moved(down, nonnegative=True).min()) == 0
-    assert float(regions.moved(down, nonnegative=False).min()) == -1
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"augmenter": "calibration", "rare": 0.5},
+        {"augmenter": "class-transfer"},
+        {"augmenter": "cvae", "fit_steps": 5},
+        {"augmenter": "extrapolate", "strength": 5.0},
+        {"augmenter": "linear-delta"},
+        {"augmenter": "noise"},
+    ],
+    ids=lambda variant: variant["augmenter"],
+)
+def test_changed_features_are_at_least_0_where_the_backbones_are(
+    variant, store, batch, tmp_path
+) -> None:
+    augmenter = build(store, tmp_path, **variant)
+    signed = only(augmenter, batch).features
+    assert float(signed.min()) < 0
+    augmenter.spec = dataclasses.replace(augmenter.spec, nonnegative=True)
+    assert torch.equal(only(augmenter, batch).features, signed.clamp(min=0))
 
 
 def test_combined_augmenters_add_what_each_of_them_adds(store, batch, tmp_path) -> None:
@@ -621,11 +636,11 @@ def test_regions_find_others_of_the_same_class(store, batch) -> None:
 
 def test_moved_masks_shift_and_scale() -> None:
     masks = torch.arange(16, dtype=torch.uint8).view(1, 4, 4)
-    right = moved(masks, torch.ones(1), torch.tensor([[0.0, 0.25]]), fill=VOID)
+    right = resample(masks, torch.ones(1), torch.tensor([[0.0, 0.25]]), fill=VOID)
     assert right[0, 0].tolist() == [VOID, 0, 1, 2]
-    larger = moved(masks, torch.full((1,), 2.0), torch.zeros(1, 2))
+    larger = resample(masks, torch.full((1,), 2.0), torch.zeros(1, 2))
     assert larger[0].tolist() == [[5, 5, 6, 6], [5, 5, 6, 6], [9, 9, 10, 10], [9, 9, 10, 10]]
-    smaller = moved(masks, torch.full((1,), 0.5), torch.zeros(1, 2), fill=VOID)
+    smaller = resample(masks, torch.full((1,), 0.5), torch.zeros(1, 2), fill=VOID)
     assert smaller[0, 0].tolist() == [VOID] * 4
     assert smaller[0, 1].tolist() == [VOID, 5, 7, VOID]
 
@@ -648,7 +663,7 @@ def test_a_share_of_the_masks_is_changed_and_the_other_samples_are_added_as_they
     store, batch, tmp_path
 ) -> None:
     masks = batch.masks.repeat(500, 1, 1)
-    half = NewMasks(["swap"], store, store.positions("identity"), share=0.5)(masks, rng())
+    half = NewMasks(["swap"], store, store.positions("identity"), fraction=0.5)(masks, rng())
     all_of_them = NewMasks(["swap"], store, store.positions("identity"))(masks, rng())
     changed = (half != masks).flatten(1).any(1)
     assert torch.equal(half[changed], all_of_them[changed])
@@ -691,7 +706,7 @@ def test_new_masks_need_classes_to_change(store) -> None:
             return np.array([[0, 0], [0, position % 2]], np.uint8)
 
     positions = np.arange(4)
-    assert NewMasks(["paste"], Masks(), positions).things.tolist() == [1]
+    assert NewMasks(["paste"], Masks(), positions).objects.tolist() == [1]
     with pytest.raises(
         ConfigError,
         match=r"new_masks: exchanging classes \(swap, class-transfer\) needs 2 classes beside .*, found 1",
@@ -709,7 +724,7 @@ def test_classes_without_a_feature_pixel_are_given_to_no_object(store, batch) ->
     only_first = NewMasks(
         ["paste"], store, store.positions("identity"), known=np.arange(CLASSES) < 2
     )
-    assert only_first.things.tolist() == [1]
+    assert only_first.objects.tolist() == [1]
     with pytest.raises(ConfigError, match="needs 2 classes beside .*, found 1"):
         NewMasks(["swap"], store, store.positions("identity"), known=np.arange(CLASSES) < 2)
 
@@ -738,10 +753,10 @@ def test_class_transfer_moves_an_object_by_the_difference_of_the_means(
 
 def test_perturb_does_the_same_to_features_and_to_all_targets(batch) -> None:
     part = Labelled(small(batch.masks)[:, None].float(), [(batch.masks, 0.5), (batch.masks, 0.5)])
-    (changed,) = perturb(["flip", "translation"], [part], rng(2))
+    (changed,) = augment_features(["flip", "translation"], [part], rng(2))
     assert torch.equal(changed.targets[0][0], changed.targets[1][0])
     labels = small(changed.targets[0][0])
     assert not torch.equal(labels, small(batch.masks))
     inside = labels != VOID
     assert torch.equal(changed.features[:, 0][inside], labels[inside].float())
-    assert perturb([], [part], rng())[0] is part
+    assert augment_features([], [part], rng())[0] is part
