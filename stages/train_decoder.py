@@ -23,9 +23,9 @@ from stages.augment.base import (
     Labelled,
     LogitAdjustment,
     VariantConfig,
+    augment_features,
     repeat_real,
 )
-from stages.augment.feature_augmentation import augment_features
 from stages.augment.hflip_views import training_views
 from stages.augment.registry import build_augmenter
 from stages.common.config import Beta, Config

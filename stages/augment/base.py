@@ -1,4 +1,4 @@
-"""Base classes of augmenters and of their configurations."""
+"""Base classes of augmenters and their configurations, and what they give to the training."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from stages.common.config import Config, Once
 from stages.common.runtime import Machine
 from stages.models.decoder import Decoder
 from stages.models.feature_generator import FeatureGenerator
+from stages.segmentation import transforms
 from stages.segmentation.class_statistics import ClassStatistics
 from stages.segmentation.regions import Regions
 from stages.segmentation.transforms import Transform
@@ -149,6 +150,32 @@ def repeat_real(batch: Batch, weights: Sequence[float]) -> Augmented:
     return Augmented([Labelled.of(batch, weight) for weight in weights])
 
 
+def augment_features(
+    policy: Sequence[str], batches: list[Labelled], rng: torch.Generator
+) -> list[Labelled]:
+    """Transform the features of batches, real and added, together with their masks.
+
+    Parameters
+    ----------
+    policy
+        Names in :data:`stages.segmentation.transforms.TRANSFORMS`; none: nothing is changed.
+    batches
+        Features with their masks.
+    rng
+        Source of all random numbers, on the features' device.
+    """
+    return [_augment(policy, batch, rng) for batch in batches] if policy else batches
+
+
+def _augment(policy: Sequence[str], batch: Labelled, rng: torch.Generator) -> Labelled:
+    state, features, targets = rng.get_state(), batch.features, []
+    for masks, fraction in batch.targets:  # each mask is transformed as the features are
+        rng.set_state(state)
+        (features,), transformed = transforms.augment([batch.features], masks, policy, rng)
+        targets.append((transformed, fraction))
+    return Labelled(features, targets, batch.weight)
+
+
 @dataclass(frozen=True)
 class Context:
     """What augmenters are built from.
@@ -189,10 +216,6 @@ class Context:
         """Compute the statistics of the classes over all training samples."""
         return ClassStatistics.of(self.store, self.positions, self.accelerator.device)
 
-    def key(self, name: str) -> str:
-        """Name a parameter of this variant as it is written in params.yaml."""
-        return f"variants.{self.variant}.{name}"
-
 
 # (B, A, h, w) inputs of the last convolution, (B, K, h, w) logits, that convolution -> logits.
 LogitAdjustment = Callable[[Tensor, Tensor, nn.Conv2d], Tensor]
@@ -220,7 +243,7 @@ class Augmenter:
     monitored: Callable[[], FeatureGenerator] | None = None
 
     def __init__(self, config: VariantConfig, context: Context) -> None:
-        self.config, self.accelerator = config, context.accelerator
+        self.config, self.accelerator, self.decoder = config, context.accelerator, context.decoder
         self.store, self.spec = context.store, context.store.spec
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:

@@ -48,7 +48,7 @@ class Calibration(FeatureAugmenter):
             message = (
                 f"{neighbours} is more than the {len(frequent)} frequent classes; lower it, or rare"
             )
-            raise ConfigError(context.key("neighbours"), message)
+            raise ConfigError(f"variants.{context.variant}.neighbours", message)
         self.means = torch.stack([rows.mean(0) for rows in frequent])  # (F, C)
         # A covariance is the product of its centred samples: drawing needs no C x C matrix.
         self.roots = [(rows - rows.mean(0)) / (len(rows) - 1) ** 0.5 for rows in frequent]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,7 @@ class ClassTransferConfig(SourceConfig):
         default=1.0, gt=0, le=1
     )  # of the samples that it happens to; the others are added as they are
 
-    @property
-    @override
-    def needs_classes(self) -> int:
-        return 3  # two classes of objects, and the background
+    needs_classes: ClassVar[int] = 3  # two classes of objects, and the background
 
 
 class ClassTransfer(FeatureAugmenter):

@@ -47,13 +47,11 @@ class CVAE(nn.Module):
     def encode(self, vectors: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Compute mean and log-variance, each (n, latent), of vectors (n, C), classes (n,)."""
         inputs = torch.cat([vectors, F.one_hot(classes, self.num_classes)], 1)
-        mu, logvar = self.encoder(inputs).chunk(2, 1)
-        return mu, logvar
+        return self.encoder(inputs).chunk(2, 1)
 
     def decode(self, z: Tensor, classes: Tensor) -> Tensor:
         """Compute vectors (n, C) of z (n, latent) and classes (n,)."""
-        decoded: Tensor = self.decoder(torch.cat([z, F.one_hot(classes, self.num_classes)], 1))
-        return decoded
+        return self.decoder(torch.cat([z, F.one_hot(classes, self.num_classes)], 1))
 
 
 def fit(model: CVAE, vectors: Tensor, classes: Tensor, steps: int, rng: torch.Generator) -> None:

@@ -11,7 +11,7 @@ features.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -57,6 +57,8 @@ class FeatureGANConfig(SourceConfig):
         default=0.0, ge=0, le=1
     )  # the batch's real features, by this share turned to noise and carried back; 0: off
 
+    needs_gan: ClassVar[bool] = True
+
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         joint = self.generator == "joint"
@@ -90,11 +92,6 @@ class FeatureGANConfig(SourceConfig):
             if applies:
                 raise ValueError(message)
         return self
-
-    @property
-    @override
-    def needs_gan(self) -> bool:
-        return True
 
     @property
     @override
@@ -263,7 +260,7 @@ def featuregan(config: FeatureGANConfig, context: Context) -> Augmenter:
             f"this variant works only with a {needed}, and the GAN in {context.gan} is a {family};"
             " set train_gan.family and run train-gan again"
         )
-        raise ConfigError(context.key("generator"), message)
+        raise ConfigError(f"variants.{context.variant}.generator", message)
     if config.generator == "frozen":
         return FrozenFeatureGAN(config, context, networks)
     trainer = build_trainer(context.accelerator, networks, trained["training"], context.machine)

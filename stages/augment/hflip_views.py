@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,10 +19,7 @@ class HflipViewsConfig(SourceConfig):
     augmenter: Literal["hflip-views"]
     view: Literal["identity"] = "identity"  # the mirrored one is what it adds
 
-    @property
-    @override
-    def needs_mirrored(self) -> bool:
-        return True
+    needs_mirrored: ClassVar[bool] = True
 
 
 class HflipViews(FeatureAugmenter):

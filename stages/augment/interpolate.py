@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from featurestore import VOID
 from featurestore.dataset import Batch
-from stages.augment.base import Context, RegionAugmenter, SourceConfig, VariantConfig
+from stages.augment.base import RegionAugmenter, SourceConfig
 from stages.segmentation.regions import Regions
 
 
@@ -35,10 +35,6 @@ class Interpolate(RegionAugmenter):
     """
 
     config: InterpolateConfig
-
-    def __init__(self, config: VariantConfig, context: Context) -> None:
-        super().__init__(config, context)
-        self.decoder = context.decoder
 
     @override
     def shifts(self, batch: Batch, regions: Regions, rng: torch.Generator) -> Tensor:

@@ -126,13 +126,12 @@ class NewMasks:
         if "flip" in self.changes:
             _, changed = flip([], changed, rng)
         if "shift" in self.changes or "scale" in self.changes:
-            shifts = torch.zeros(count, 2, device=masks.device)
-            scales = torch.ones(count, device=masks.device)
+            shifts, scales = torch.zeros(count, 2), torch.ones(count)
             if "shift" in self.changes:
                 shifts = _draw_shifts(count, rng)
             if "scale" in self.changes:
                 scales = _draw_scales(count, rng)
-            changed = resample(changed, scales, shifts)
+            changed = resample(changed, scales.to(masks.device), shifts.to(masks.device))
         if "paste" in self.changes:
             changed = self._paste(changed, rng)
         if "swap" in self.changes:
@@ -146,13 +145,11 @@ class NewMasks:
         """Paste an object of another mask, moved and scaled, over each mask (B, H, W)."""
         drawing = np.random.default_rng(rng.initial_seed())
         drawn = drawing.choice(len(self.probabilities), len(masks), p=self.probabilities)
-        donors = [int(drawing.choice(self.holders[number])) for number in drawn]
-        given = torch.from_numpy(np.stack([self.store.mask(donor) for donor in donors]))
-        given = given.to(masks.device)
+        donors = [self.store.mask(int(drawing.choice(self.holders[number]))) for number in drawn]
+        given = torch.from_numpy(np.stack(donors)).to(masks.device)
         classes = torch.from_numpy(drawn).to(masks.device, masks.dtype)[:, None, None]
-        objects = torch.where(given == classes, given, VOID)
         scales, shifts = _draw_scales(len(masks), rng), _draw_shifts(len(masks), rng)
-        objects = resample(objects, scales, shifts, fill=VOID)
+        objects = resample(torch.where(given == classes, given, VOID), scales, shifts, fill=VOID)
         return torch.where(objects == classes, classes, masks)
 
 
