@@ -180,18 +180,18 @@ class FrozenFeatureGAN(FeatureAugmenter):
     def __init__(self, config: FeatureGANConfig, context: Context, networks: Networks) -> None:
         super().__init__(config, context)
         device, encoder = self.accelerator.device, networks.image_encoder
-        self.generator = load_generator(context.gan).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.generator = load_generator(context.gan).to(  # type: ignore[call-overload]
+            device, memory_format=torch.channels_last
+        )
         self.encoder = None if encoder is None else encoder.to(device).eval()
         self.needs_images = encoder is not None
-        source = (self.store, context.positions)
-        changes, fraction = config.new_masks, config.share
-        self.new_masks = NewMasks(changes, *source, fraction) if changes else None
+        self.new_masks = NewMasks(config.new_masks, self.store, context.positions, config.share)
 
     @override
     @torch.no_grad()
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         ratio, z_dim = self.config.ratio, self.generator.z_dim
-        masks = batch.masks if self.new_masks is None else self.new_masks(batch.masks, rng)
+        masks = self.new_masks(batch.masks, rng)  # those of the batch without ``new_masks``
         z = torch.randn(ratio * len(masks), z_dim, generator=rng, device=masks.device)
         with self.accelerator.autocast():
             if self.encoder is not None:

@@ -43,10 +43,11 @@ class _SumOfCrossEntropies(Function):
         device, coarse = logits.device, logits.float().contiguous()
         gradient, losses = torch.empty_like(coarse), []
         with torch.autocast(device.type, enabled=False):
-            sides = zip(logits.shape[-2:], masks.shape[-2:], strict=True)
-            rows, columns = (interpolation(*sizes, device) for sizes in sides)
-            images = range(len(coarse)) if device.type == "cpu" else [slice(None)]
-            for image in images:
+            rows, columns = (
+                interpolation(*sizes, device)
+                for sizes in zip(logits.shape[-2:], masks.shape[-2:], strict=True)
+            )
+            for image in range(len(coarse)) if device.type == "cpu" else [slice(None)]:
                 labels = masks[image].long().view(-1, *masks.shape[1:])
                 known = labels != VOID
                 labels = torch.where(known, labels, 0).unsqueeze(1)  # (b, 1, H, W)
@@ -80,5 +81,5 @@ def interpolation(coarse: int, fine: int, device: torch.device) -> Tensor:
         (fine, coarse).
     """
     identity = torch.eye(coarse, device=device)[None]
-    weights = F.interpolate(identity, size=fine, mode="linear", align_corners=False)
+    weights = F.interpolate(identity, fine, mode="linear", align_corners=False)
     return weights[0].T.contiguous()  # (1, coarse, fine) -> (fine, coarse)
