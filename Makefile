@@ -1,18 +1,34 @@
 PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
+ACTIVATE = . $(BIN)/activate
+# As many processes as there are cores, at most four; tests that share a fixture run in one of them.
+PYTEST = $(ACTIVATE) && python -m pytest --numprocesses logical --maxprocesses 4 \
+	--dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test install lint
+.PHONY: demo test test-fast test-slow test-all release-check lint install
 
 demo: install            ## the whole quickstart pipeline, then its table
-	. $(BIN)/activate && dvc repro
+	$(ACTIVATE) && dvc repro
 	@echo
 	@cat reports/comparison.txt
 	@echo
 	@echo "The whole report: $(CURDIR)/reports/index.html"
 
-test: $(VENV)/.installed-test   ## every test, in as many processes as there are cores, at most four
-	. $(BIN)/activate && python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+test: $(VENV)/.installed-test   ## all tests but the slow ones
+	$(PYTEST) -m "not slow"
+
+test-fast: $(VENV)/.installed-test   ## only short tests, without real images
+	$(PYTEST) -m "not slow and not medium and not real"
+
+test-slow: $(VENV)/.installed-test   ## only the slow tests
+	$(PYTEST) -m slow
+
+test-all: $(VENV)/.installed-test   ## every test
+	$(PYTEST)
+
+release-check: $(VENV)/.installed-test   ## dvc.lock, metrics and reports belong to this commit
+	$(ACTIVATE) && python -m pytest tests/release_check.py
 
 lint: $(VENV)/.installed-test   ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -7,7 +7,6 @@ Nothing heavy is imported before a command runs, so ``--help`` is instant.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ from stages.commands.estimate import estimate
 from stages.commands.export import export
 from stages.commands.generate import generate
 from stages.commands.options import (
-    PRESETS,
-    check_classes,
-    check_features,
     device_option,
     download_option,
     load_params,
+    load_preset,
     params_option,
+    presets,
     scratch_option,
     training_options,
     workers_option,
@@ -76,7 +74,7 @@ class Pipeline(click.Group):
 @click.group(cls=Pipeline, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="featuregan", message="%(package)s %(version)s")
 def main() -> None:
-    """FeatureGAN: cache a frozen backbone's features, learn to generate more of them, train a better decoder.
+    r"""FeatureGAN: cache a frozen backbone's features, generate more, train a better decoder.
 
     The stages run in this order; `dvc repro` runs those whose inputs changed:
 
@@ -87,40 +85,36 @@ def main() -> None:
       train-decoder  one variant, one seed        -> models/decoders/VARIANT-SEED/
       report         tables, curves, pictures     -> reports/
 
-    What is computed is in params.yaml (`init` writes one); options say how this machine computes it.
+    params.yaml says what is computed (`init` writes one); options say how this machine computes it.
     """
 
 
 @main.command(short_help="Write params.yaml from a preset.")
-@click.argument("preset", required=False)
+@click.argument("preset", default="quickstart")
 @click.option("--list", "list_them", is_flag=True, help="List the presets and stop.")
 @click.option("--force", is_flag=True, help="Replace a params.yaml that is there.")
 @params_option
-def init(preset: str | None, list_them: bool, force: bool, params: Path) -> None:
-    """Write params.yaml from PRESET (quickstart, if none is named)."""
-    presets = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
+def init(preset: str, list_them: bool, force: bool, path: Path) -> None:
+    """Write params.yaml from PRESET (default: quickstart), with a comment on every key."""
+    titles = {name: file.read_text("utf-8").splitlines()[0] for name, file in presets().items()}
     if list_them:
-        for name, path in presets.items():
-            first = path.read_text(encoding="utf-8").splitlines()[0]
-            click.echo(f"{name:16} {first.removeprefix('# ')}")
+        for name, title in titles.items():
+            click.echo(f"{name:16} {title.removeprefix('# ')}")
         return
-    name = preset or "quickstart"
-    if name not in presets:
-        raise click.UsageError(f"unknown preset {name!r}; choose from {', '.join(presets)}")
-    if params.exists() and not force:
-        raise click.UsageError(f"{params} is there already; add --force to replace it")
+    params = load_preset(preset)
+    if path.exists() and not force:
+        raise click.UsageError(f"{path} is there already; add --force to replace it")
+    from stages.commands.params import as_yaml
+
     kept = ""
-    if params.exists() and params.read_bytes() not in [
-        path.read_bytes() for path in presets.values()
-    ]:
-        before = params.with_name(params.name + ".bak")
-        params.replace(before)
+    written = [as_yaml(load_preset(name), title) for name, title in titles.items()]
+    if path.exists() and path.read_text("utf-8") not in written:
+        before = path.with_name(path.name + ".bak")
+        path.replace(before)
         kept = f" (the old one is {before})"
-    params.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(presets[name], params)
-    click.echo(
-        f"wrote {params} from preset {name}{kept}; next: `dvc repro`, or `python pipeline.py prepare`"
-    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(as_yaml(params, titles[preset]), "utf-8")
+    click.echo(f"wrote {path} from preset {preset}{kept}; next: `dvc repro`")
 
 
 @main.command(short_help="Find or draw images and masks; check them all.")
@@ -128,21 +122,16 @@ def init(preset: str | None, list_them: bool, force: bool, params: Path) -> None
 @scratch_option
 @workers_option
 @download_option
-def prepare(params: Path, scratch: Path, workers: int, download: bool) -> None:
+def prepare(path: Path, scratch: Path, workers: int, download: bool) -> None:
     """Find or draw the images and masks, check every one, write dataset/manifest.csv."""
-    sections = load_params(params)
+    params = load_params(path)
     from stages.prepare import run
 
-    summary = run(
-        sections["prepare"], out=DATASET, scratch=scratch, workers=workers, download=download
-    )
+    summary = run(params.prepare, out=DATASET, scratch=scratch, workers=workers, download=download)
     sizes = ", ".join(f"{split} {part['images']}" for split, part in summary["splits"].items())
-    click.echo(
-        f"{DATASET}: {summary['images']} images ({sizes}), {len(summary['classes'])} classes, all checked"
-    )
-    check_classes(
-        sections, summary["classes"]
-    )  # what would stop a later stage, after the features and the GAN
+    classes = len(summary["classes"])
+    click.echo(f"{DATASET}: {summary['images']} images ({sizes}), {classes} classes, all checked")
+    params.check_classes(summary["classes"])  # before features and a GAN are made in vain
 
 
 @main.command(short_help="Cache the frozen backbone's features.")
@@ -150,16 +139,16 @@ def prepare(params: Path, scratch: Path, workers: int, download: bool) -> None:
 @scratch_option
 @workers_option
 @device_option
-def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
+def extract(path: Path, scratch: Path, workers: int, device: str) -> None:
     """Run the frozen backbone once over every image; write features and masks to features/."""
     # Before PyTorch is loaded: its threads must not spin for work while others decode and write.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sections = load_params(params, device)
+    params = load_params(path, device)
     from stages.common.runtime import first_process
     from stages.extract import run
 
     stores = run(
-        sections["extract"],
+        params.extract,
         dataset=DATASET,
         out=FEATURES,
         scratch=scratch,
@@ -168,28 +157,27 @@ def extract(params: Path, scratch: Path, workers: int, device: str) -> None:
     )
     for store in stores.values() if first_process() else ():
         size = sum(record.bytes for record in store.records)
-        click.echo(
-            f"{store.path}: {len(store)} samples of {' x '.join(map(str, store.spec.feature_shape))}, {size / 1e6:.1f} MB"
-        )
+        shape = " x ".join(map(str, store.spec.feature_shape))
+        click.echo(f"{store.path}: {len(store)} samples of {shape}, {size / 1e6:.1f} MB")
 
 
 @main.command("train-gan", short_help="Train FeatureGAN on cached features.")
 @training_options
-def train_gan(params: Path, **machine: Any) -> None:
-    """Train FeatureGAN alone on the cached features (Algorithm 1, the first frozen_epochs epochs)."""
-    sections = load_params(params, machine["device"])
+def train_gan(path: Path, **machine: Any) -> None:
+    """Train FeatureGAN on cached features (Algorithm 1, the first frozen_epochs epochs)."""
+    params = load_params(path, machine["device"])
     from stages.common.runtime import Machine, check_precision, first_process
     from stages.train_gan import run
 
     check_precision(
         machine["device"],
-        sections["train_decoder"].mixed_precision,
+        params.train_decoder.mixed_precision,
         "train_decoder.mixed_precision",
     )
-    check_features(sections, FEATURES, ("train", "val"))
+    params.check_features(FEATURES, ("train", "val"))
     losses = run(
-        sections["train_gan"],
-        sections["monitor"],
+        params.train_gan,
+        params.monitor,
         features=FEATURES,
         out=GAN,
         metrics=METRICS / "train-gan",
@@ -211,25 +199,25 @@ def train_gan(params: Path, **machine: Any) -> None:
     type=click.IntRange(0, 2**32 - 1),
     default=0,
     show_default=True,
-    help="Of initial weights, order and noise.",
+    help="Seed of initial weights, order and noise.",
 )
 @training_options
-def train_decoder(variant: str, seed: int, params: Path, **machine: Any) -> None:
+def train_decoder(variant: str, seed: int, path: Path, **machine: Any) -> None:
     """Train the decoder of one entry of section `variants`, with one seed."""
-    sections = load_params(params, machine["device"])
-    if variant not in sections["variants"]:
+    params = load_params(path, machine["device"])
+    if variant not in params.variants:
         raise click.UsageError(
-            f"unknown variant {variant!r}; {params} describes {', '.join(sections['variants'])}"
+            f"unknown variant {variant!r}; {path} describes {', '.join(params.variants)}"
         )
     from stages.common.runtime import Machine, first_process
     from stages.train_decoder import run
 
-    check_features(sections, FEATURES, ("train", "val", "test"))
+    params.check_features(FEATURES, ("train", "val", "test"))
     name = f"{variant}-{seed}"
     scores = run(
-        sections["train_decoder"],
-        sections["variants"][variant],
-        sections["monitor"],
+        params.train_decoder,
+        params.variants[variant],
+        params.monitor,
         name=variant,
         seed=seed,
         features=FEATURES,
@@ -242,22 +230,21 @@ def train_decoder(variant: str, seed: int, params: Path, **machine: Any) -> None
     if not first_process():
         return
     absent = f" (absent from test: {', '.join(scores.absent)})" if scores.absent else ""
-    click.echo(
-        f"{DECODERS / name}: test PA {100 * scores.pixel_accuracy:.2f}, mIoU {100 * scores.miou:.2f}{absent}"
-    )
+    accuracy, miou = 100 * scores.pixel_accuracy, 100 * scores.miou
+    click.echo(f"{DECODERS / name}: test PA {accuracy:.2f}, mIoU {miou:.2f}{absent}")
 
 
 @main.command(short_help="Compare the decoders: table, curves, pictures.")
 @params_option
 @device_option
-def report(params: Path, device: str) -> None:
-    """Compare the decoders: reports/index.html, comparison.json and .csv, and the table on this terminal."""
-    sections = load_params(params, device)
+def report(path: Path, device: str) -> None:
+    """Compare the decoders: reports/index.html, comparison.json and .csv, and a table here."""
+    params = load_params(path, device)
     from stages.report import run
 
     table = run(
-        sections["report"],
-        sections["compare"],
+        params.report,
+        params.compare,
         features=FEATURES,
         gan=GAN,
         decoders=DECODERS,

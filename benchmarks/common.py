@@ -1,26 +1,26 @@
-"""What the benchmarks share: real images, a line about the machine, tables."""
+"""Real images, a backbone, a line about the machine and tables, for all benchmarks."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 import torch
 from PIL import Image
 
-from stages.backbones.backbone import Backbone, build_backbone
+from stages.backbones.backbone import Backbone
+from stages.backbones.build import build_backbone
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def read_images(folder: Path, count: int, size: int) -> Iterator[np.ndarray]:
-    """``count`` images of a folder as (size, size, 3) uint8, over again from the first where there are fewer."""
+    """Yield ``count`` images of a folder as (size, size, 3) uint8; repeats them if need be."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
         raise SystemExit(f"{folder}: no images here; name a folder that holds some with --folder")
@@ -30,7 +30,7 @@ def read_images(folder: Path, count: int, size: int) -> Iterator[np.ndarray]:
 
 
 def backbone_for(name: str, scratch: Path) -> Backbone:
-    """The named backbone; a ResNet gets random weights (no download), which do not change what it costs."""
+    """Build a backbone; a ResNet gets random weights, which need no download and cost as much."""
     weights = "default"
     if name.startswith("resnet"):
         import torchvision
@@ -40,15 +40,14 @@ def backbone_for(name: str, scratch: Path) -> Backbone:
         state = torchvision.models.get_model(name, weights=None).state_dict()
         for key in state:
             if key.endswith("bn3.weight"):
-                state[key].fill_(
-                    0.25
-                )  # else the sum of so many random blocks leaves float16's range
+                state[key].fill_(0.25)  # else the sum of the random blocks leaves float16's range
         torch.save(state, weights)
-    return build_backbone(name=name, weights=weights).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    backbone = build_backbone(name=name, weights=weights)
+    return backbone.to(memory_format=torch.channels_last)
 
 
 def read_back(files: list[Path]) -> None:
-    """Drop files from the page cache and read them back: the kernel keeps them in the same way then, however they were written."""
+    """Drop files from the page cache and read them back, so that the kernel keeps all alike."""
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -58,7 +57,7 @@ def read_back(files: list[Path]) -> None:
 
 
 def machine() -> str:
-    """One line: processor, threads, versions."""
+    """Describe processor, threads and versions in one line."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -72,11 +71,12 @@ def machine() -> str:
         )
     device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     versions = f"torch {torch.__version__}, numpy {np.__version__}, h5py {h5py.__version__}"
-    return f"{model}, {torch.get_num_threads()} threads{device}; Python {platform.python_version()}, {versions}"
+    python = f"Python {platform.python_version()}"
+    return f"{model}, {torch.get_num_threads()} threads{device}; {python}, {versions}"
 
 
-def report(rows: Sequence[dict[str, Any]], columns: Sequence[str], file: Path | None) -> None:
-    """Print rows as a Markdown table, and write them as JSON where a file is named."""
+def report(rows: Sequence[Mapping[str, object]], columns: Sequence[str], file: Path | None) -> None:
+    """Print rows as a Markdown table; with a file, also write them as JSON."""
     cells = [[_shown(row.get(column)) for column in columns] for row in rows]
     widths = [
         max(len(line[number]) for line in [list(columns), *cells]) for number in range(len(columns))
@@ -91,7 +91,7 @@ def report(rows: Sequence[dict[str, Any]], columns: Sequence[str], file: Path | 
         file.write_text(json.dumps(list(rows), indent=1) + "\n", encoding="utf-8")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 10 else f"{value:,.0f}"
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

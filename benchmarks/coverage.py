@@ -1,11 +1,14 @@
-"""How often ``compare``'s 95% intervals hold the true difference, were the test images of a study all the images that there are.
+"""Measure how often the 95% intervals of ``compare`` contain the true difference.
 
-    python -m benchmarks.coverage RESULTS... --variant NAME [--class NAME] [--baseline NAME] [--splits 300] [--json FILE]
+    python -m benchmarks.coverage RESULTS... --variant NAME [--class NAME] [--baseline NAME]
+        [--splits 300] [--json FILE]
 
-From a study's test images as many are drawn with replacement, again and again; on each such split the bootstrap gives an
-interval, and the difference on the images they were drawn from is the truth (a nested bootstrap, Efron and Tibshirani 1993,
-section 18.2). RESULTS are those of ``compare``, and so are its options. ``below`` and ``above`` are the percentages of splits
-where the truth lies below or above the interval, ``width`` is the intervals' mean width in points of mIoU.
+The test images of a study are taken as the population: the difference on all of them is the truth.
+Test splits of the same size are drawn from them with replacement, and the bootstrap gives an
+interval for each split (a nested bootstrap, Efron and Tibshirani 1993, section 18.2). RESULTS and
+options are those of ``compare``. ``below`` and ``above`` are the percentages of splits where the
+truth is below or above the interval. ``width`` is the mean width of the intervals in points of
+mIoU.
 """
 
 from __future__ import annotations
@@ -25,38 +28,31 @@ RESAMPLES = 500  # of each split
 
 
 def shared_seeds(group: Group, variant: str, baseline: str) -> list[int]:
-    """Those of which both have a run."""
-    ours, theirs = (
-        {run["seed"] for run in group.runs.get(name, [])} for name in (variant, baseline)
-    )
-    return sorted(ours & theirs)
+    """List the seeds of which both variants have a run."""
+    return sorted(group.seeds(variant) & group.seeds(baseline))
 
 
 def coverage(
     group: Group, variant: str, baseline: str, means: dict[str, list[str]], splits: int
 ) -> list[dict[str, Any]]:
-    """A row for each of ``means``, names of classes by what their mean is called."""
-    by_seed = [{run["seed"]: run for run in group.runs[name]} for name in (variant, baseline)]
-    paired = [
-        tuple(runs[seed] for runs in by_seed) for seed in shared_seeds(group, variant, baseline)
+    """Measure one row for each of ``means``: names of classes, by the name of their mean."""
+    seeds = shared_seeds(group, variant, baseline)
+    sides = [
+        tables.counts_of([run for run in group.runs[name] if run["seed"] in seeds])
+        for name in (variant, baseline)
     ]
-    names, ids = list(paired[0][0]["iou"]), sorted(paired[0][0]["images"])
-    ours, theirs = (
-        [Counts.of(run["images"], ids, len(names)) for run in side]
-        for side in zip(*paired, strict=True)
-    )
+    first = group.runs[variant][0]
+    names, images = list(first["iou"]), len(first["images"])
     classes = [[names.index(name) for name in mean] for mean in means.values()]
-    truths = [
-        interval.value for interval in paired_intervals(ours, theirs, *classes, resamples=1)[0]
-    ]
+    truths = [interval.value for interval in paired_intervals(*sides, *classes, resamples=1)[0]]
 
     rng = np.random.default_rng(0)
     below, above, wide = np.zeros((3, len(means)))
     for _ in range(splits):
-        chosen = rng.integers(0, len(ids), len(ids))
+        chosen = rng.integers(0, images, images)
         parts = (
             [Counts(*(counts[chosen] for counts in vars(one).values())) for one in side]
-            for side in (ours, theirs)
+            for side in sides
         )
         for number, interval in enumerate(
             paired_intervals(*parts, *classes, resamples=RESAMPLES)[0]
@@ -80,18 +76,18 @@ def coverage(
 
 @click.command(help=__doc__)
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--variant", required=True, help="The variant whose difference is looked at.")
+@click.option("--variant", required=True, help="Variant whose difference is measured.")
 @click.option(
     "--class",
     "classes",
     multiple=True,
-    help="Mean over this class, and others named so, beside that over all.",
+    help="Mean over this class; repeat for several. Means over all classes are measured, too.",
 )
 @click.option(
     "--baseline",
     default="baseline",
     show_default=True,
-    help="The variant that it is compared with.",
+    help="Variant that it is compared with.",
 )
 @click.option("--splits", type=click.IntRange(1), default=300, show_default=True)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
@@ -103,10 +99,11 @@ def main(
     splits: int,
     file: Path | None,
 ) -> None:
+    """Measure each group of runs that has both variants."""
     groups = [group for group in read_groups(results) if shared_seeds(group, variant, baseline)]
     if not groups:
         raise click.UsageError(
-            f"nowhere do the results have both {variant!r} and {baseline!r} with the same seed"
+            f"no group of results has {variant!r} and {baseline!r} with the same seed"
         )
     rows = []
     for group in groups:

@@ -1,8 +1,9 @@
-"""A decoder's training step against torchvision's head, interpolation and PyTorch's cross-entropy, the same weights on the same features.
+"""Time a decoder's training step against torchvision's head and PyTorch's cross-entropy.
 
     python -m benchmarks.decoder [--precision bf16] [--rounds 5] [--json FILE]
 
-Both take turns in one process; the median step counts. The step is that of the baseline: forward, backward, Adam.
+Both use equal weights and features, and take turns in one process; the median step counts. The step
+is that of the baseline: forward, backward, Adam.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -35,18 +35,18 @@ SHAPES = (  # batch, channels, height, width, channels of the head
 )
 
 
-def torchvisions(ours: Decoder, channels: int, width: int) -> nn.Module:
-    """torchvision's head with our weights."""
-    head = nn.Sequential(
-        ASPP(channels, list(RATES), width), *(copy.deepcopy(layer) for layer in list(ours.head)[1:])
-    )
-    head.load_state_dict(ours.head.state_dict())
+def torchvision_head(decoder: Decoder, channels: int, width: int) -> nn.Module:
+    """Build torchvision's head with the weights of a decoder."""
+    layers = (copy.deepcopy(layer) for layer in list(decoder.head)[1:])
+    head = nn.Sequential(ASPP(channels, list(RATES), width), *layers)
+    head.load_state_dict(decoder.head.state_dict())
     return head
 
 
 def time_shape(
     shape: tuple[int, int, int, int, int], precision: str, rounds: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
+    """Time one shape; seconds are medians over rounds."""
     batch, channels, height, across, width = shape
     accelerator = make_accelerator("cpu", precision)
     rng = torch.Generator().manual_seed(0)
@@ -58,13 +58,13 @@ def time_shape(
     masks = torch.randint(
         0, CLASSES, (batch, height * STRIDE, across * STRIDE), generator=rng, dtype=torch.uint8
     )
-    ours = Decoder(
+    decoder = Decoder(
         head="deeplab", in_channels=channels, num_classes=CLASSES, width=width, atrous_rates=RATES
     )
 
-    def literal(scores: Tensor) -> Tensor:
+    def plain_cross_entropy(logits: Tensor) -> Tensor:
         fine = F.interpolate(
-            scores.float(), size=masks.shape[1:], mode="bilinear", align_corners=False
+            logits.float(), size=masks.shape[1:], mode="bilinear", align_corners=False
         )
         return F.cross_entropy(fine, masks.long(), ignore_index=VOID)
 
@@ -74,23 +74,23 @@ def time_shape(
 
         def take() -> None:
             with accelerator.autocast():
-                scores = network(features)
+                logits = network(features)
             optimizer.zero_grad()
-            loss(scores).backward()  # type: ignore[no-untyped-call]
+            loss(logits).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
         return take
 
     steps = {
-        "torchvision": step(torchvisions(ours, channels, width), literal),
-        "ours": step(ours, lambda some: upsampled_cross_entropy(some, masks)),
+        "torchvision": step(torchvision_head(decoder, channels, width), plain_cross_entropy),
+        "decoder": step(decoder, lambda logits: upsampled_cross_entropy(logits, masks)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
-        for name, take in steps.items():  # in turns
+        for name, take in steps.items():  # taking turns
             start = time.perf_counter()
             take()
-            if number:  # the first warms up
+            if number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     shown = f"{batch} x {channels} x {height} x {across}, {width}"
@@ -98,7 +98,7 @@ def time_shape(
         "shape": shown,
         "precision": precision,
         **medians,
-        "speedup": medians["torchvision"] / medians["ours"],
+        "speedup": medians["torchvision"] / medians["decoder"],
     }
 
 
@@ -107,9 +107,10 @@ def time_shape(
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
 def main(precision: str, rounds: int, file: Path | None) -> None:
+    """Time all shapes and print a table."""
     print(f"{common.machine()}\n")
     rows = [time_shape(shape, precision, rounds) for shape in SHAPES]
-    common.report(rows, ("shape", "precision", "torchvision", "ours", "speedup"), file)
+    common.report(rows, ("shape", "precision", "torchvision", "decoder", "speedup"), file)
 
 
 if __name__ == "__main__":

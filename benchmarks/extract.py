@@ -2,10 +2,10 @@
 
     python -m benchmarks.extract --dataset dataset [--backbone resnet101] [--json FILE]
 
-``--dataset`` is a folder that ``python pipeline.py prepare`` wrote. Its training images are extracted, as many
-times over as it takes, into a scratch folder: N of them, and ten times N. The rate of extraction is the
-difference of the two runs (so starting up does not count), the rate of the backbone the median of batches run before
-and after them. Peak memory is each process's own.
+``--dataset`` is a folder that ``python pipeline.py prepare`` wrote. N of its training images, and
+ten times N, are extracted into a scratch folder, repeated where there are fewer. The rate of
+extraction is that of the difference of the two runs, which leaves the start-up out. The rate of the
+backbone is the median of batches before and after them. Peak memory is measured in each process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.process import answer, in_a_process
 
 
 def extract(config: dict[str, Any], folder: str, device: str, workers: int) -> dict[str, float]:
-    """Seconds of one extraction, and this process's peak memory; runs in a process of its own."""
+    """Measure the seconds of one extraction and this process's peak memory."""
     from stages import extract as stage
 
     work = Path(folder)
@@ -49,10 +49,10 @@ def extract(config: dict[str, Any], folder: str, device: str, workers: int) -> d
 
 
 def bare(config: dict[str, Any], batches: int, device: str) -> dict[str, float]:
-    """Images a second of the backbone alone, the median of some batches; runs in a process of its own."""
+    """Measure images a second of the backbone alone, as the median of ``batches`` batches."""
     import torch
 
-    from stages.backbones.backbone import build_backbone
+    from stages.backbones.build import build_backbone
     from stages.common.runtime import make_accelerator
 
     accelerator = make_accelerator(device, "bf16" if config["compute"] == "bf16" else "no")
@@ -78,7 +78,7 @@ def bare(config: dict[str, Any], batches: int, device: str) -> dict[str, float]:
 
 
 def measure(what: str, config: dict[str, Any], *arguments: Any) -> dict[str, float]:
-    """One of the two."""
+    """Call the measurement of this name; runs in a process of its own."""
     return {"bare": bare, "extract": extract}[what](config, *arguments)
 
 
@@ -135,6 +135,7 @@ def main(
     scratch: Path | None,
     file: Path | None,
 ) -> None:
+    """Measure both and report the rows."""
     from benchmarks import common
 
     work = Path(tempfile.mkdtemp(prefix="extract-", dir=scratch))
@@ -154,9 +155,7 @@ def main(
             "compression": "none",
             "store_images": True,
         }
-        environment = {
-            "OMP_WAIT_POLICY": "PASSIVE"
-        }  # as the extract command sets it; the backbone alone runs the same
+        environment = {"OMP_WAIT_POLICY": "PASSIVE"}  # as the extract command sets it
         print(common.machine(), flush=True)
         batches = max(3, images // batch_size // 2)
         alone, runs = (
@@ -215,7 +214,7 @@ def main(
 
 
 def _write_dataset(source: Path, target: Path, count: int) -> None:
-    """A manifest of ``count`` training images and one for val and test each, over again under new ids."""
+    """Write a manifest of ``count`` training images, repeated under new ids, and 1 of val and test."""
     from stages.data.manifest import SUMMARY_NAME, read_manifest, write_manifest
 
     entries = [entry for entry in read_manifest(source)[0] if entry.split == "train"]

@@ -1,9 +1,9 @@
-"""What eight bits a value cost: decoders trained on the features as they are, and on the same features as ``int8``.
+"""Loss of mIoU by ``int8``: decoders trained on features as stored, and on quantised ones.
 
     python -m benchmarks.int8 features [--seeds 3] [--epochs 12] [--json FILE]
 
-``features`` holds the stores ``train``, ``val`` and ``test``. Every seed trains a decoder on each; each is scored on test
-features as they are and on quantised ones.
+``features`` holds the stores ``train``, ``val`` and ``test``. Every seed trains a decoder on each
+kind of features; each decoder is evaluated on test features of both kinds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import featurestore
 from featurestore.dataset import FeatureLoader
 from stages.augment.registry import NoneConfig
-from stages.common.runtime import make_accelerator
+from stages.common.runtime import Machine, make_accelerator
 from stages.gan.monitor import MonitorConfig
 from stages.segmentation.evaluation import evaluate
 from stages.train_decoder import TrainDecoderConfig, run
@@ -55,11 +55,12 @@ def quantised(source: Path, target: Path) -> None:
 def main(
     features: Path, seeds: int, epochs: int, batch_size: int, precision: str, file: Path | None
 ) -> None:
+    """Run the benchmark."""
     from benchmarks import common
 
     config = TrainDecoderConfig(
         epochs=epochs,
-        passes=1,
+        repeats=1,
         batch_size=batch_size,
         gradient_accumulation=1,
         decoder="deeplab",
@@ -71,11 +72,11 @@ def main(
         mixed_precision=precision,
     )
     thresholds = {
-        "least_variance_ratio": 0,
-        "least_coverage": 0,
-        "least_consistency": 0,
-        "most_frechet": 1,
-        "most_accuracy": 1,
+        "min_variance_ratio": 0,
+        "min_coverage": 0,
+        "min_consistency": 0,
+        "max_frechet": 1,
+        "max_accuracy": 1,
     }
     unwatched = MonitorConfig(
         every=0, samples=1, vectors=200, patience=0, on_collapse="warn", **thresholds
@@ -99,13 +100,7 @@ def main(
                     out=out,
                     metrics=work / "metrics",
                     logs=work / "logs",
-                    scratch=work / "scratch",
-                    device="auto",
-                    workers=2,
-                    cache="none",
-                    compile_networks=False,
-                    sharded=False,
-                    checkpoint_minutes=1e9,
+                    machine=Machine(scratch=work / "scratch", checkpoint_minutes=1e9),
                 )
                 accelerator = make_accelerator("auto", "no")
                 decoder = load_decoder(out).to(accelerator.device)
@@ -125,7 +120,7 @@ def main(
             "trained_on": trained_on,
             "scored_on": scored_on,
             "miou": f"{statistics.fmean(values):.2f}",
-            "difference": f"{statistics.fmean(a - b for a, b in zip(values, plain, strict=True)):+.2f}",
+            "difference": f"{statistics.fmean(values) - statistics.fmean(plain):+.2f}",
             "by_seed": ", ".join(f"{value:.2f}" for value in values),
             "train_store_mb": round(sizes[trained_on] / 1e6),
         }

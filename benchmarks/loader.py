@@ -1,9 +1,9 @@
-"""An epoch of pure reading: the training loader against plain loops and against PyTorch's DataLoader.
+"""An epoch of reading: the training loader, a plain loop and PyTorch's DataLoader.
 
     python -m benchmarks.loader features/train [--batch-size 16] [--json FILE]
 
-Every method reads the same shuffled batches of the same store, features and masks, in a process of its own,
-several epochs, in turns; the median epoch counts, the first is left out.
+Every method reads equal shuffled batches of one store, features and masks, for several epochs, in
+separate processes, in turns. The median epoch counts, without the first.
 """
 
 from __future__ import annotations
@@ -12,16 +12,22 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import click
 import numpy as np
 
 from benchmarks.process import answer, in_a_process
 
+if TYPE_CHECKING:  # imports count as memory of the measured process
+    from featurestore import FeatureStore
 
-def memmap(store: Any, batch_size: int) -> Callable[[int], Iterator[Any]]:
-    """One thread, a raw file of all features and one of all masks, fancy indexing: what a plain script does."""
+Epoch: TypeAlias = Callable[[int], Iterator[object]]  # number of the epoch -> its batches
+Method: TypeAlias = "Callable[[FeatureStore, int], Epoch]"
+
+
+def memmap(store: FeatureStore, batch_size: int) -> Epoch:
+    """Index memory-mapped raw files of features and masks in one thread, as a plain script does."""
     from featurestore.dataset import BatchOrder
 
     arrays = {
@@ -32,7 +38,7 @@ def memmap(store: Any, batch_size: int) -> Callable[[int], Iterator[Any]]:
     }
     order = BatchOrder(len(store), batch_size, seed=0, drop_last=True)
 
-    def epoch(number: int) -> Iterator[Any]:
+    def epoch(number: int) -> Iterator[object]:
         for positions in order.epoch(number):
             yield {name: array[positions] for name, array in arrays.items()}
 
@@ -40,21 +46,23 @@ def memmap(store: Any, batch_size: int) -> Callable[[int], Iterator[Any]]:
 
 
 def raw_files(store: Path) -> dict[str, Path]:
-    """Where the plain script's files lie: beside the store."""
+    """Name the plain script's files, beside the store."""
     return {name: store.with_name(f".{store.name}-{name}.bin") for name in ("features", "masks")}
 
 
-def our_loader(**options: Any) -> Callable[[Any, int], Callable[[int], Iterator[Any]]]:
-    def make(store: Any, batch_size: int) -> Callable[[int], Iterator[Any]]:
+def _feature_loader(workers: int, cache: str = "none") -> Method:
+    def make(store: FeatureStore, batch_size: int) -> Epoch:
         from featurestore.dataset import FeatureLoader
 
-        return FeatureLoader(store, batch_size, seed=0, drop_last=True, **options).epoch
+        return FeatureLoader(
+            store, batch_size, seed=0, drop_last=True, workers=workers, cache=cache
+        ).epoch
 
     return make
 
 
-def torch_loader(workers: int) -> Callable[[Any, int], Callable[[int], Iterator[Any]]]:
-    def make(store: Any, batch_size: int) -> Callable[[int], Iterator[Any]]:
+def _torch_loader(workers: int) -> Method:
+    def make(store: FeatureStore, batch_size: int) -> Epoch:
         from torch.utils.data import DataLoader
 
         from featurestore.dataset import BatchOrder, FeatureDataset
@@ -76,7 +84,7 @@ def torch_loader(workers: int) -> Callable[[Any, int], Callable[[int], Iterator[
             persistent_workers=workers > 0,
         )
 
-        def epoch(number: int) -> Iterator[Any]:
+        def epoch(number: int) -> Iterator[object]:
             batches.number = number
             return iter(loader)
 
@@ -86,18 +94,19 @@ def torch_loader(workers: int) -> Callable[[Any, int], Callable[[int], Iterator[
 
 
 PLAIN = "np.memmap, one thread"
-METHODS: dict[str, Callable[[Any, int], Callable[[int], Iterator[Any]]]] = {
+METHODS: dict[str, Method] = {
     PLAIN: memmap,
-    "FeatureLoader, no thread": our_loader(workers=0),
-    "FeatureLoader, 1 thread": our_loader(workers=1),
-    "FeatureLoader, 2 threads": our_loader(workers=2),
-    "FeatureLoader, 2 threads, cache host": our_loader(workers=2, cache="host"),
-    "DataLoader, no process": torch_loader(0),
-    "DataLoader, 2 processes": torch_loader(2),
+    "FeatureLoader, no thread": _feature_loader(workers=0),
+    "FeatureLoader, 1 thread": _feature_loader(workers=1),
+    "FeatureLoader, 2 threads": _feature_loader(workers=2),
+    "FeatureLoader, 2 threads, cache host": _feature_loader(workers=2, cache="host"),
+    "DataLoader, no process": _torch_loader(0),
+    "DataLoader, 2 processes": _torch_loader(2),
 }
 
 
 def measure(method: str, path: str, batch_size: int, epochs: int) -> list[float]:
+    """Measure the seconds of each epoch of a method, without the first."""
     import featurestore
 
     store = featurestore.open(path)
@@ -128,12 +137,13 @@ def measure(method: str, path: str, batch_size: int, epochs: int) -> list[float]
     "--only",
     multiple=True,
     type=click.Choice(list(METHODS)),
-    help="Measure these methods alone, beside the plain loop.",
+    help="Measure only these methods and the plain loop.",
 )
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
 def main(
     store: Path, batch_size: int, epochs: int, rounds: int, only: tuple[str, ...], file: Path | None
 ) -> None:
+    """Run the benchmark."""
     import featurestore
     from benchmarks import common
 

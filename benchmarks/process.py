@@ -1,4 +1,7 @@
-"""Measuring in a process of its own; light, because its imports would count as the measured process's memory."""
+"""Measurements in separate processes.
+
+Few imports, because they count as memory of the measured process.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 
-def in_a_process(module: str, *arguments: Any, **environment: str) -> Any:
-    """What ``module``'s ``measure`` returns for JSON-ready arguments, in a process of its own: see :func:`answer`."""
+def in_a_process(module: str, *arguments: object, **environment: str) -> Any:
+    """Call ``module``'s ``measure`` in a new process, which calls :func:`answer`."""
     command = [sys.executable, "-m", module, "--measure", json.dumps(arguments)]
     run = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
@@ -21,8 +24,8 @@ def in_a_process(module: str, *arguments: Any, **environment: str) -> Any:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def answer(measure: Callable[..., Any], main: Callable[[], Any]) -> None:
-    """Be the process that :func:`in_a_process` started, or run the benchmark."""
+def answer(measure: Callable[..., object], main: Callable[[], object]) -> None:
+    """Measure in the process that :func:`in_a_process` started; otherwise run the benchmark."""
     if sys.argv[1:2] == ["--measure"]:
         print(json.dumps(measure(*json.loads(sys.argv[2]))))
     else:

@@ -1,11 +1,12 @@
-"""Shuffled reads of dense features: our store against the formats that people use, in one run on the same features.
+"""Shuffled reads of dense features: the feature store and common formats, with equal features.
 
     python -m benchmarks.store --folder FOLDER [--backbone resnet50] [--json FILE]
 
 The features are those of real images (a ResNet's weights are random: nothing is downloaded).
-Every method runs in processes of its own, in turns, and reads all samples in shuffled order, several
-times over, into the same kind of memory: one buffer that is used again. The median pass counts. Files were dropped from
-the page cache and read back into it, so that the kernel keeps all of them alike; ``--cold`` drops them before each pass.
+Every method runs in separate processes, in turns, and reads all samples in shuffled order, in
+several passes, into one reused buffer. The median pass counts. Files are dropped from the page
+cache and read back into it before, so that the kernel keeps all of them alike; ``--cold`` drops
+them before each pass.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import click
 import numpy as np
@@ -32,7 +33,7 @@ Reader = tuple[Callable[[int], np.ndarray], Callable[[list[int], np.ndarray], No
 
 
 def rowwise(read: Callable[[int], np.ndarray]) -> Reader:
-    """A reader of batches made from one of samples: each is copied into its place."""
+    """Make a reader of batches from a reader of samples: each sample is copied."""
 
     def batch(positions: list[int], out: np.ndarray) -> None:
         for row, position in enumerate(positions):
@@ -41,10 +42,10 @@ def rowwise(read: Callable[[int], np.ndarray]) -> Reader:
     return read, batch
 
 
-# -- methods: write(features (N, C, h, w) float16, folder), then open(folder, shape) -> reader ------------
+# -- methods: write(features (N, C, h, w) float16, folder); open(folder, shape) -> reader ----------
 
 
-def write_ours(compression: str) -> Callable[[np.ndarray, Path], None]:
+def _write_store(compression: str) -> Callable[[np.ndarray, Path], None]:
     def write(features: np.ndarray, folder: Path) -> None:
         import featurestore
 
@@ -71,30 +72,34 @@ def write_ours(compression: str) -> Callable[[np.ndarray, Path], None]:
     return write
 
 
-def open_ours(folder: Path, shape: tuple[int, ...]) -> Reader:
+def _open_store(folder: Path, shape: tuple[int, ...]) -> Reader:
     import featurestore
 
     store = featurestore.open(folder / "store")
-    return store.features, lambda positions, out: store.gather("features", positions, out)
+
+    def batch(positions: list[int], out: np.ndarray) -> None:
+        store.gather("features", positions, out)
+
+    return store.features, batch
 
 
-def write_memmap(features: np.ndarray, folder: Path) -> None:
+def _write_memmap(features: np.ndarray, folder: Path) -> None:
     features.tofile(folder / "features.bin")
 
 
-def open_memmap(folder: Path, shape: tuple[int, ...]) -> Reader:
+def _open_memmap(folder: Path, shape: tuple[int, ...]) -> Reader:
     mapped = np.memmap(folder / "features.bin", np.float16, "r", shape=shape)
     return rowwise(mapped.__getitem__)
 
 
-def write_torch(features: np.ndarray, folder: Path) -> None:
+def _write_torch(features: np.ndarray, folder: Path) -> None:
     import torch
 
     for number, sample in enumerate(features):
         torch.save(torch.from_numpy(sample), folder / f"{number}.pt")
 
 
-def open_torch(folder: Path, shape: tuple[int, ...]) -> Reader:
+def _open_torch(folder: Path, shape: tuple[int, ...]) -> Reader:
     import torch
 
     return rowwise(
@@ -102,7 +107,7 @@ def open_torch(folder: Path, shape: tuple[int, ...]) -> Reader:
     )
 
 
-def write_h5py(**options: Any) -> Callable[[np.ndarray, Path], None]:
+def _write_h5py(**options: object) -> Callable[[np.ndarray, Path], None]:
     def write(features: np.ndarray, folder: Path) -> None:
         import h5py
 
@@ -117,14 +122,14 @@ def write_h5py(**options: Any) -> Callable[[np.ndarray, Path], None]:
     return write
 
 
-def open_h5py(folder: Path, shape: tuple[int, ...]) -> Reader:
+def _open_h5py(folder: Path, shape: tuple[int, ...]) -> Reader:
     import h5py
 
     dataset = h5py.File(folder / "features.h5", "r")["features"]
     return rowwise(dataset.__getitem__)
 
 
-def write_zarr(features: np.ndarray, folder: Path) -> None:
+def _write_zarr(features: np.ndarray, folder: Path) -> None:
     import zarr
 
     array = zarr.create_array(
@@ -137,14 +142,14 @@ def write_zarr(features: np.ndarray, folder: Path) -> None:
     array[:] = features
 
 
-def open_zarr(folder: Path, shape: tuple[int, ...]) -> Reader:
+def _open_zarr(folder: Path, shape: tuple[int, ...]) -> Reader:
     import zarr
 
     array = zarr.open_array(folder / "features.zarr", mode="r")
     return rowwise(lambda position: np.asarray(array[position]))
 
 
-def write_lmdb(features: np.ndarray, folder: Path) -> None:
+def _write_lmdb(features: np.ndarray, folder: Path) -> None:
     import lmdb
 
     with (
@@ -155,7 +160,7 @@ def write_lmdb(features: np.ndarray, folder: Path) -> None:
             transaction.put(b"%08d" % number, sample.tobytes())
 
 
-def open_lmdb(folder: Path, shape: tuple[int, ...]) -> Reader:
+def _open_lmdb(folder: Path, shape: tuple[int, ...]) -> Reader:
     import lmdb
 
     transaction = lmdb.open(str(folder), readonly=True, lock=False, readahead=False).begin(
@@ -168,7 +173,7 @@ def open_lmdb(folder: Path, shape: tuple[int, ...]) -> Reader:
     )
 
 
-def write_webdataset(features: np.ndarray, folder: Path) -> None:
+def _write_webdataset(features: np.ndarray, folder: Path) -> None:
     with tarfile.open(folder / "features.tar", "w") as archive:
         for number, sample in enumerate(features):
             content = io.BytesIO()
@@ -179,11 +184,11 @@ def write_webdataset(features: np.ndarray, folder: Path) -> None:
             archive.addfile(entry, content)
 
 
-def open_webdataset(folder: Path, shape: tuple[int, ...]) -> Reader:
-    """A tar is read in its order alone, and shuffled in a buffer: a pass is one over the whole archive, whatever is asked for."""
+def _open_webdataset(folder: Path, shape: tuple[int, ...]) -> Reader:
+    """Open a tar, which is read in its order and shuffled in a buffer, whatever the positions."""
     import webdataset
 
-    def stream() -> Any:
+    def stream() -> Iterator[dict[str, np.ndarray]]:
         while True:
             yield from (
                 webdataset.WebDataset(
@@ -197,7 +202,7 @@ def open_webdataset(folder: Path, shape: tuple[int, ...]) -> Reader:
     return rowwise(lambda position: next(samples)["npy"])
 
 
-def write_litdata(features: np.ndarray, folder: Path) -> None:
+def _write_litdata(features: np.ndarray, folder: Path) -> None:
     from litdata.streaming.writer import BinaryWriter
 
     writer = BinaryWriter(str(folder), chunk_bytes="256MB")
@@ -207,14 +212,14 @@ def write_litdata(features: np.ndarray, folder: Path) -> None:
     writer.merge()
 
 
-def open_litdata(folder: Path, shape: tuple[int, ...]) -> Reader:
+def _open_litdata(folder: Path, shape: tuple[int, ...]) -> Reader:
     from litdata import StreamingDataset
 
     dataset = StreamingDataset(str(folder))
     return rowwise(lambda position: dataset[position]["features"])
 
 
-def write_streaming(features: np.ndarray, folder: Path) -> None:
+def _write_streaming(features: np.ndarray, folder: Path) -> None:
     from streaming import MDSWriter
 
     channels, height, width = features.shape[1:]
@@ -227,7 +232,7 @@ def write_streaming(features: np.ndarray, folder: Path) -> None:
             writer.write({"features": sample})
 
 
-def open_streaming(folder: Path, shape: tuple[int, ...]) -> Reader:
+def _open_streaming(folder: Path, shape: tuple[int, ...]) -> Reader:
     from streaming import StreamingDataset
 
     dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=1)
@@ -237,29 +242,37 @@ def open_streaming(folder: Path, shape: tuple[int, ...]) -> Reader:
 METHODS: dict[
     str, tuple[str, Callable[[np.ndarray, Path], None], Callable[[Path, tuple[int, ...]], Reader]]
 ] = {
-    "featurestore": ("", write_ours("none"), open_ours),
-    "np.memmap": ("", write_memmap, open_memmap),
-    "h5py contiguous": ("", write_h5py(), open_h5py),
-    "h5py chunked, a sample a chunk": ("", write_h5py(chunks="sample"), open_h5py),
-    "h5py chunked, automatic": ("", write_h5py(chunks=True), open_h5py),
-    "torch.load, a file a sample": ("", write_torch, open_torch),
-    "zarr 3": ("zarr", write_zarr, open_zarr),
-    "LMDB": ("lmdb", write_lmdb, open_lmdb),
-    "WebDataset (in order)": ("webdataset", write_webdataset, open_webdataset),
-    "LitData": ("litdata", write_litdata, open_litdata),
-    "MosaicML Streaming": ("streaming", write_streaming, open_streaming),
-    "featurestore zeros": ("numba", write_ours("zeros"), open_ours),
-    "featurestore lz4": ("hdf5plugin", write_ours("lz4"), open_ours),
-    "featurestore zstd": ("hdf5plugin", write_ours("zstd"), open_ours),
-    "featurestore int8 (lossy)": ("numba", write_ours("int8"), open_ours),
-    "h5py gzip": ("", write_h5py(chunks="sample", compression="gzip"), open_h5py),
+    "featurestore": ("", _write_store("none"), _open_store),
+    "np.memmap": ("", _write_memmap, _open_memmap),
+    "h5py contiguous": ("", _write_h5py(), _open_h5py),
+    "h5py chunked, a sample a chunk": ("", _write_h5py(chunks="sample"), _open_h5py),
+    "h5py chunked, automatic": ("", _write_h5py(chunks=True), _open_h5py),
+    "torch.load, a file a sample": ("", _write_torch, _open_torch),
+    "zarr 3": ("zarr", _write_zarr, _open_zarr),
+    "LMDB": ("lmdb", _write_lmdb, _open_lmdb),
+    "WebDataset (in order)": ("webdataset", _write_webdataset, _open_webdataset),
+    "LitData": ("litdata", _write_litdata, _open_litdata),
+    "MosaicML Streaming": ("streaming", _write_streaming, _open_streaming),
+    "featurestore zeros": ("numba", _write_store("zeros"), _open_store),
+    "featurestore lz4": ("hdf5plugin", _write_store("lz4"), _open_store),
+    "featurestore zstd": ("hdf5plugin", _write_store("zstd"), _open_store),
+    "featurestore int8 (lossy)": ("numba", _write_store("int8"), _open_store),
+    "h5py gzip": ("", _write_h5py(chunks="sample", compression="gzip"), _open_h5py),
 }
+
+
+class Measured(TypedDict):
+    """Seconds of each pass, and MB of the process's memory."""
+
+    seconds: list[float]
+    peak_rss_mb: float
+    anonymous_mb: float
 
 
 def measure(
     method: str, read: str, place: str, shape: list[int], passes: int, cold: bool
-) -> dict[str, Any]:
-    """Seconds of each pass over all samples in shuffled order, and this process's memory; runs in a process of its own."""
+) -> Measured:
+    """Measure the seconds of each pass over all samples, shuffled, and this process's memory."""
     folder = Path(place)
     sample, batch = METHODS[method][2](folder, tuple(shape))
     buffer = np.zeros((BATCH, *shape[1:]), np.float16)
@@ -328,7 +341,7 @@ def measure(
 )
 @click.option("--cold", is_flag=True, help="Drop the files from the page cache before each pass.")
 @click.option(
-    "--only", multiple=True, type=click.Choice(list(METHODS)), help="Measure these methods alone."
+    "--only", multiple=True, type=click.Choice(list(METHODS)), help="Measure only these methods."
 )
 @click.option(
     "--scratch",
@@ -348,6 +361,7 @@ def main(
     scratch: Path | None,
     file: Path | None,
 ) -> None:
+    """Run the benchmark."""
     from benchmarks import common
 
     work = Path(tempfile.mkdtemp(prefix="featurestore-", dir=scratch))
@@ -357,13 +371,14 @@ def main(
         shape, state = " x ".join(map(str, features.shape[1:])), "cold" if cold else "in page cache"
         print(common.machine())
         print(
-            f"{samples} samples of {shape} float16 ({backbone}), {zeros:.0%} zeros; {state}; shuffled\n",
+            f"{samples} samples of {shape} float16 ({backbone}),"
+            f" {zeros:.0%} zeros; {state}; shuffled\n",
             flush=True,
         )
         folders = _write_all(features, only or tuple(METHODS), work)
         whole = features.shape
         del features
-        results: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        results: dict[tuple[str, str], list[Measured]] = {}
         for _ in range(rounds):
             for method, folder in folders.items():
                 for read in ("sample", "batch"):
@@ -389,7 +404,7 @@ COLUMNS = (
 
 
 def _features(folder: Path, backbone: str, size: int, samples: int, work: Path) -> np.ndarray:
-    """(N, C, h, w) float16 features of real images."""
+    """Compute (N, C, h, w) float16 features of real images."""
     import torch
 
     from benchmarks import common
@@ -426,11 +441,12 @@ def _write_all(features: np.ndarray, methods: tuple[str, ...], work: Path) -> di
 
 
 def _rows(
-    results: dict[tuple[str, str], list[dict[str, Any]]],
+    results: dict[tuple[str, str], list[Measured]],
     folders: dict[str, Path],
     shape: tuple[int, ...],
-) -> list[dict[str, Any]]:
-    rows = []
+) -> list[dict[str, str | float | None]]:
+    rows: list[dict[str, str | float | None]] = []
+    rates: dict[tuple[str, str], float] = {}
     for (method, read), runs in results.items():
         count = shape[0] if read == "sample" else shape[0] // BATCH * BATCH
         rate = count / statistics.median([second for run in runs for second in run["seconds"]])
@@ -438,20 +454,22 @@ def _rows(
             sum(path.stat().st_size for path in folders[method].rglob("*") if path.is_file())
             / shape[0]
         )
+        rates[method, read] = rate
         rows.append(
             {
                 "method": method,
                 "read": read,
                 "samples_per_s": rate,
+                "to_memmap": None,
                 "gb_per_s": rate * float(np.prod(shape[1:])) * 2 / 1e9,
                 "bytes_per_sample": round(size),
                 "peak_rss_mb": round(max(run["peak_rss_mb"] for run in runs)),
                 "anonymous_mb": round(max(run["anonymous_mb"] for run in runs)),
             }
         )
-    plain = {row["read"]: row["samples_per_s"] for row in rows if row["method"] == "np.memmap"}
-    for row in rows:
-        row["to_memmap"] = row["samples_per_s"] / plain[row["read"]] if plain else None
+    for row, (_, read), rate in zip(rows, rates, rates.values(), strict=True):
+        if ("np.memmap", read) in rates:
+            row["to_memmap"] = rate / rates["np.memmap", read]
     return rows
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from benchmarks import common, literal
 from featurestore.dataset import Batch
+from stages.augment.base import Labelled
 from stages.augment.featuregan import FeatureGANConfig, JointFeatureGAN
 from stages.common.runtime import make_accelerator
 from stages.gan.gan_trainer import GanTrainer
@@ -33,6 +34,8 @@ from stages.gan.networks import build_networks
 from stages.gan.objective import Objective
 from stages.models.decoder import Decoder
 from stages.segmentation.upsampled_loss import upsampled_cross_entropy
+from stages.train_decoder import decoder_losses, weighted_sum
+from stages.training.update import backward, step_optimizers
 
 CLASSES, STRIDE = 21, 8
 
@@ -91,6 +94,13 @@ def our_trainer(size: Size, device: str, precision: str) -> GanTrainer:
     )
 
 
+def gan_step(trainer: GanTrainer, features: Tensor, masks: Tensor, rng: torch.Generator) -> None:
+    """Take one step of Algorithm 1's first branch."""
+    step = trainer.forward(features, masks, None, ratio=1, rng=rng)
+    backward(trainer.accelerator, *trainer.losses(step))
+    step_optimizers(trainer.accelerator, *trainer.optimizers.values())
+
+
 def new_decoder(size: Size) -> Decoder:
     return Decoder(head="deeplab", in_channels=size.channels, num_classes=CLASSES, width=size.width)
 
@@ -104,18 +114,21 @@ def our_steps(
     rng = torch.Generator(trainer.accelerator.device).manual_seed(0)
 
     def gan() -> None:
-        trainer.update(trainer.forward(features, masks, None, ratio=1, rng=rng))
+        gan_step(trainer, features, masks, rng)
 
     def joint(ratio: int) -> None:
-        augmenter = JointFeatureGAN(FeatureGANConfig(augmenter="featuregan", ratio=ratio), trainer)
+        variant = FeatureGANConfig(augmenter="featuregan", ratio=ratio)
+        augmenter = JointFeatureGAN(variant, trainer, Path())
         real = features.float().contiguous(memory_format=torch.channels_last)
-        augmented = augmenter.augment(Batch(torch.arange(len(masks)), real, masks, None), rng)
+        batch = Batch(torch.arange(len(masks)), real, masks, None)
+        added = augmenter.augment(batch, rng)
+        batches = [Labelled.of(batch), *added.batches]
         with trainer.accelerator.autocast():
-            scores = [
-                decoder(some) for some in (real, *(part.features for part in augmented.parts))
-            ]
-            loss = torch.stack([upsampled_cross_entropy(some, masks) for some in scores]).sum()
-        augmenter.update(loss, optimizer)
+            losses = decoder_losses(decoder, decoder, batches, augmenter, variant)
+        loss = weighted_sum(losses, batches, added.loss)
+        parameters = [*decoder.parameters(), *added.parameters]
+        backward(trainer.accelerator, *added.separate_losses, (loss, parameters))
+        step_optimizers(trainer.accelerator, optimizer, *added.optimizers)
 
     return {"gan step": gan, "joint step 1:1": lambda: joint(1), "joint step 2:1": lambda: joint(2)}
 
@@ -266,9 +279,7 @@ def time_epochs(
 
         steps = {
             "decoder epoch": decode,
-            "gan epoch": lambda features: trainer.update(
-                trainer.forward(features, masks, None, ratio=1, rng=rng)
-            ),
+            "gan epoch": lambda features: gan_step(trainer, features, masks, rng),
         }
         rows = []
         for what, step in steps.items():

@@ -1,9 +1,10 @@
-"""Wide 3 x 3 convolutions by Winograd's filtering against PyTorch's own, forward and backward, in float32 on the CPU.
+"""Time Winograd's filtering against PyTorch's convolution, forward and backward, on the CPU.
 
     python -m benchmarks.winograd [--rounds 5] [--json FILE]
 
-The shapes are the generator's, at the thesis's widths and at ``voc2012-lite``'s. The last columns say which of them the
-generator computes the shorter way, and how far its values lie from float64's.
+The shapes are those of the generator, at the widths of the thesis and of ``voc2012-lite``, in
+float32. The last columns: whether the generator uses Winograd's filtering, and its largest error
+against float64, as a fraction of the largest value.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -35,10 +35,12 @@ SHAPES = (  # batch, input channels, output channels, side
 
 
 def direct(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute PyTorch's convolution."""
     return F.conv2d(x, weight, padding=1)
 
 
-def time_shape(shape: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
+def time_shape(shape: tuple[int, int, int, int], rounds: int) -> dict[str, object]:
+    """Time one shape; seconds are medians over rounds."""
     batch, inputs, outputs, side = shape
     rng = torch.Generator().manual_seed(0)
     x, weight, gradient = (
@@ -53,10 +55,10 @@ def time_shape(shape: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
     weight.requires_grad_()
     seconds: dict[str, list[float]] = {}
     for number in range(rounds + 1):
-        for convolve in (direct, winograd_conv2d):  # in turns
+        for convolve in (direct, winograd_conv2d):  # taking turns
             start = time.perf_counter()
             torch.autograd.grad(convolve(x, weight), (x, weight), gradient)
-            if number:  # the first warms up
+            if number:  # the first round warms up
                 seconds.setdefault(convolve.__name__, []).append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     with torch.no_grad():
@@ -76,7 +78,8 @@ def time_shape(shape: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the rows here too.")
 def main(rounds: int, file: Path | None) -> None:
-    make_accelerator("cpu", "no")  # keeps freed memory, as every stage does
+    """Time all shapes and print a table."""
+    make_accelerator("cpu", "no")  # keeps freed memory, as in every stage
     print(f"{common.machine()}\n")
     common.report(
         [time_shape(shape, rounds) for shape in SHAPES],

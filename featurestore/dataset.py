@@ -1,10 +1,12 @@
-"""Feature stores in PyTorch: a map-style data set, an order of batches, and a loader that gathers them ahead."""
+"""Feature stores in PyTorch: a map-style data set, an order of batches, and a training loader."""
 
 from __future__ import annotations
 
+import math
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -12,21 +14,29 @@ import psutil
 import torch
 from torch.utils.data import Dataset
 
-from featurestore.buffers import Buffers
-from featurestore.copying import LARGE, take_rows
-from featurestore.errors import SpecMismatchError, StoreMemoryError
+from featurestore.copying import LARGE, LINE, take_rows
+from featurestore.errors import StoreMemoryError
+from featurestore.layouts import FEATURES, IMAGES, MASKS
 from featurestore.prefetch import prefetch
 from featurestore.reader import FeatureStore
-from featurestore.schema import FEATURES, IMAGES, MASKS
 
 CACHES = ("none", "host", "device")
 
 
 @dataclass
 class Batch:
-    """B samples: features (B, C, h, w) of the store's type, masks (B, H, W) uint8, images (B, 3, H, W) uint8 or None.
+    """B samples.
 
-    ``positions`` (B,) int64 are the samples' places in the store, on the CPU.
+    Attributes
+    ----------
+    positions
+        (B,) int64 positions of the samples in the store, on the CPU.
+    features
+        (B, C, h, w) of the store's type.
+    masks
+        (B, H, W) uint8.
+    images
+        (B, 3, H, W) uint8, channels last in memory; None where they are not read.
     """
 
     positions: torch.Tensor
@@ -37,48 +47,42 @@ class Batch:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def split(self, parts: int) -> list[Batch]:
-        """Batches of equally many samples, ``parts`` of them, that share this one's memory."""
-        size = len(self) // parts
-        starts = range(0, size * parts, size)
-
-        def part(tensor: torch.Tensor, start: int) -> torch.Tensor:
-            return tensor[start : start + size]
-
-        images = [None if self.images is None else part(self.images, start) for start in starts]
+    def split(self, count: int) -> list[Batch]:
+        """Split into ``count`` batches of equal size that share this one's memory."""
+        size = len(self) // count
+        rows = [slice(start, start + size) for start in range(0, size * count, size)]
         return [
             Batch(
-                part(self.positions, start),
-                part(self.features, start),
-                part(self.masks, start),
-                image,
+                self.positions[row],
+                self.features[row],
+                self.masks[row],
+                None if self.images is None else self.images[row],
             )
-            for start, image in zip(starts, images, strict=True)
+            for row in rows
         ]
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on ``device``; copies from pinned memory do not block."""
-        images = None if self.images is None else self.images.to(device, non_blocking=True)
-        return Batch(
-            self.positions,
-            self.features.to(device, non_blocking=True),
-            self.masks.to(device, non_blocking=True),
-            images,
+        """Copy to ``device``, except ``positions``; copies from pinned memory do not block."""
+        return replace(
+            self,
+            features=self.features.to(device, non_blocking=True),
+            masks=self.masks.to(device, non_blocking=True),
+            images=None if self.images is None else self.images.to(device, non_blocking=True),
         )
 
 
 class FeatureDataset(Dataset[Batch]):
-    """A store for a :class:`torch.utils.data.DataLoader` of your own (``collate_fn=lambda batch: batch``).
+    """A store for a :class:`torch.utils.data.DataLoader`, with ``collate_fn=lambda batch: batch``.
 
-    Training uses :class:`FeatureLoader`, which copies a sample once; a DataLoader's
-    worker processes copy it again into shared memory.
+    Training uses :class:`FeatureLoader`, which copies a sample once; a DataLoader's worker
+    processes copy it again into shared memory.
 
     Parameters
     ----------
     store
         The store.
     images
-        Whether to read the images too.
+        Whether to read the images too; default: False.
 
     Raises
     ------
@@ -87,9 +91,10 @@ class FeatureDataset(Dataset[Batch]):
     """
 
     def __init__(self, store: FeatureStore, *, images: bool = False) -> None:
+        if images:
+            store.check_images()
         self.store = store
         self.images = images
-        check_images(store, images)
 
     def __len__(self) -> int:
         return len(self.store)
@@ -98,94 +103,87 @@ class FeatureDataset(Dataset[Batch]):
         return self.__getitems__([position])
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
-        """Batch of the samples at ``positions``, in that order."""
+        """Read the samples at ``positions``, in that order, as one batch."""
         arrays = {name: self.store.gather(name, positions) for name in names_of(self.images)}
-        return as_batch(
+        return _as_batch(
             positions, {name: torch.from_numpy(array) for name, array in arrays.items()}
         )
 
 
+@dataclass(frozen=True)
 class BatchOrder:
-    """Which samples make up which batch: a pure function of seed and epoch, and the same for any number of ranks.
+    """Which samples make up which batch: a function of seed and epoch, for any number of ranks.
 
     Parameters
     ----------
     samples
-        How many there are to choose from.
+        Number of samples to choose from.
     batch_size
         Samples a batch, of all ranks together.
     seed
-        None: in the store's order. Else shuffled anew each epoch.
+        Of the shuffle, which differs in each epoch; None (default): in the store's order.
     drop_last
-        Leave out a last batch that is not full.
-    passes
-        How often an epoch goes over the samples, each time in another order where it shuffles.
+        Leave out a last batch that is not full; default: False.
+    repeats
+        How often an epoch goes over the samples, each time shuffled anew; default: 1.
     views
-        Of each sample, of which every pass takes one at random; more than one wants a seed.
+        Views of each sample, of which each repeat takes one at random; default: 1. More than one
+        needs a seed.
     rank, ranks
-        Which part of each batch is this process's, of how many.
+        Number of this process, and of all that divide each batch; default: 0 of 1.
 
     Raises
     ------
     ValueError
-        When the ranks cannot share the batches evenly, or views cannot be drawn.
+        When the ranks cannot divide the batches evenly, or views cannot be drawn.
     """
 
-    def __init__(
-        self,
-        samples: int,
-        batch_size: int,
-        *,
-        seed: int | None = None,
-        drop_last: bool = False,
-        passes: int = 1,
-        views: int = 1,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> None:
-        if batch_size % ranks:
+    samples: int
+    batch_size: int
+    _: KW_ONLY
+    seed: int | None = None
+    drop_last: bool = False
+    repeats: int = 1
+    views: int = 1
+    rank: int = 0
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.ranks:
             raise ValueError(
-                f"a batch of {batch_size} cannot be divided evenly over {ranks} processes"
+                f"a batch of {self.batch_size} cannot be divided evenly over {self.ranks} processes"
             )
-        if views > 1 and seed is None:
+        if self.views > 1 and self.seed is None:
             raise ValueError("one of several views is drawn at random; give a seed")
-        self.samples = samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.drop_last = drop_last
-        self.passes = passes
-        self.views = views
-        self.rank, self.ranks = rank, ranks
 
     def __len__(self) -> int:
-        seen = self.passes * self.samples
+        seen = self.repeats * self.samples
         return seen // self.batch_size if self.drop_last else -(-seen // self.batch_size)
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """Numbers of each batch of an epoch, this rank's part of them (which a short last batch may leave empty).
+        """List the view numbers of each batch of an epoch, for this rank.
 
-        Of sample s they are s * views to s * views + views - 1. Within a batch, where order means nothing, they ascend: files
-        are read forwards, neighbours at once.
+        The views of sample s have the numbers s * views to s * views + views - 1. Within a batch
+        they ascend: files are read forwards, neighbours at once. In a short last batch a rank's
+        list may be empty.
         """
-        order = np.tile(np.arange(self.samples), self.passes)
+        order = np.tile(np.arange(self.samples), self.repeats)
         if self.seed is not None:
             rng = np.random.default_rng([self.seed, epoch])
-            order = np.concatenate([rng.permutation(self.samples) for _ in range(self.passes)])
+            order = np.concatenate([rng.permutation(self.samples) for _ in range(self.repeats)])
             if self.views > 1:
                 order = order * self.views + rng.integers(self.views, size=len(order))
-        batches = (
-            np.sort(order[number * self.batch_size : (number + 1) * self.batch_size])
-            for number in range(len(self))
-        )
+        starts = range(0, len(self) * self.batch_size, self.batch_size)
+        batches = (np.sort(order[start : start + self.batch_size]) for start in starts)
         return [np.array_split(batch, self.ranks)[self.rank].tolist() for batch in batches]
 
 
 class FeatureLoader:
-    """A store's batches, shuffled each epoch, gathered ahead by threads, on a device.
+    """Batches of a store, shuffled in each epoch, read ahead by threads, on a device.
 
-    Threads and not processes: gathering is copying (or decoding), which runs without
-    Python's lock, and each sample goes straight into the batch's own memory, page-locked
-    where the device is a GPU (``benchmarks/store.py`` compares both).
+    Threads and not processes: copying and decoding run without Python's lock, and each sample
+    goes straight into the batch's memory, page-locked for a GPU (``benchmarks/loader.py``
+    compares both).
 
     Parameters
     ----------
@@ -194,26 +192,28 @@ class FeatureLoader:
     batch_size
         Samples a batch, of all ranks together.
     positions
-        (S,) of the samples that take part; default: all. Or (S, V), each sample's views, of which one is drawn each time.
-    seed, drop_last, passes, rank, ranks
+        (S,) positions of the samples to read; default: all. Or (S, V), the views of each sample,
+        of which each repeat draws one.
+    seed, drop_last, repeats, rank, ranks
         See :class:`BatchOrder`.
     images
-        Whether to read the images too.
+        Whether to read the images too; default: False.
     workers
-        Threads; up to three times as many batches are in memory beside the caller's. Neither order nor contents depend on it.
+        Threads, default 2; up to three times as many batches are in memory beside the caller's.
+        Order and contents do not depend on it.
     device
-        Where the batches are wanted.
+        Device of the batches; default: the CPU.
     cache
-        ``none``: read the files (the operating system keeps what it can in memory). ``host``, ``device``: read the
-        store once into memory of the machine or of the device, then only pick from there; worth it where decoding a
-        compressed store, or the copy to the device, is what training waits for.
+        ``none`` (default) reads the files, which the operating system keeps in memory where it
+        can. ``host`` and ``device`` read the samples once, into the memory of the machine or of
+        the device: worth it where training waits for decoding, or for the copy to the device.
 
     Raises
     ------
     SpecMismatchError
         When there are no images.
     StoreMemoryError
-        When the store does not fit into the memory that is free there.
+        When the samples do not fit into the free memory.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class FeatureLoader:
         seed: int | None = None,
         drop_last: bool = False,
         positions: Sequence[int] | np.ndarray | None = None,
-        passes: int = 1,
+        repeats: int = 1,
         images: bool = False,
         workers: int = 2,
         device: torch.device | str = "cpu",
@@ -232,116 +232,119 @@ class FeatureLoader:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        check_images(store, images)
+        if images:
+            store.check_images()
         self.store = store
         self.positions = np.arange(len(store)) if positions is None else np.asarray(positions)
-        order = partial(BatchOrder, views=self.positions.shape[1] if self.positions.ndim > 1 else 1)
-        self.order = order(
+        self.order = BatchOrder(
             len(self.positions),
             batch_size,
             seed=seed,
             drop_last=drop_last,
-            passes=passes,
+            repeats=repeats,
+            views=self.positions.shape[1] if self.positions.ndim > 1 else 1,
             rank=rank,
             ranks=ranks,
         )
-        self._known = np.unique(self.positions)
+        self._read_positions = np.unique(self.positions)  # by row of the resident tensors
         self.workers = workers
         self.device = torch.device(device)
         self.names = names_of(images)
-        self._buffers = Buffers()
-        self._resident = (
-            None
-            if cache == "none"
-            else self._read_all(self.device if cache == "device" else torch.device("cpu"))
-        )
+        self._buffers = _Buffers()
+        self._resident: dict[str, torch.Tensor] = {}
+        if cache != "none":
+            self._read_all(self.device if cache == "device" else torch.device("cpu"))
 
     def __len__(self) -> int:
-        """Batches an epoch."""
         return len(self.order)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number ``first`` on; without a seed all epochs are the same."""
-        batches = [
-            self.positions.reshape(-1)[batch].tolist() for batch in self.order.epoch(epoch)[first:]
-        ]
+        """Read the batches of an epoch from number ``first`` on.
+
+        Without a seed all epochs are equal.
+        """
+        positions = self.positions.reshape(-1)
+        batches = [positions[batch].tolist() for batch in self.order.epoch(epoch)[first:]]
         ready = prefetch(self._gather, batches, workers=self.workers, ahead=2 * self.workers)
-        yield from (
-            moved(ready, self.device)
-            if self.device.type == "cuda"
-            else map(partial(Batch.to, device=self.device), ready)
-        )
+        if self.device.type == "cuda":
+            return copied_ahead(ready, self.device)
+        return map(partial(Batch.to, device=self.device), ready)
 
     def _gather(self, positions: list[int]) -> Batch:
         tensors: dict[str, torch.Tensor] = {}
-        rows = np.searchsorted(self._known, positions).astype(np.int64)  # of what is resident
+        rows = np.searchsorted(self._read_positions, positions).astype(np.int64)
         for name in self.names:
-            if self._resident is not None and self._resident[name].device.type != "cpu":
-                whole = self._resident[name]
-                tensors[name] = whole[torch.from_numpy(rows).to(whole.device)]
+            resident = self._resident.get(name)
+            if resident is not None and resident.device.type != "cpu":
+                tensors[name] = resident[torch.from_numpy(rows).to(resident.device)]
                 continue
-            tensors[name] = self._memory(name, len(positions))
+            tensors[name] = self._empty(name, len(positions))
             out = tensors[name].numpy()
-            if self._resident is None:
+            if resident is None:
                 self.store.gather(name, positions, out=out)
-            else:  # not by PyTorch: its own threads would come on top of ours
-                take_rows(self._resident[name].numpy(), rows, out, past_caches=out.nbytes >= LARGE)
-        return as_batch(positions, tensors)
+            else:  # PyTorch would start threads of its own beside the loader's
+                take_rows(resident.numpy(), rows, out, past_caches=out.nbytes >= LARGE)
+        return _as_batch(positions, tensors)
 
-    def _memory(self, name: str, samples: int) -> torch.Tensor:
-        """Uninitialised memory of this machine for a batch of a dataset, page-locked where it goes on to a GPU."""
+    def _empty(self, name: str, samples: int) -> torch.Tensor:
+        """Uninitialised host memory for a batch of a dataset, page-locked if it goes to a GPU."""
         shape, dtype = self.store.spec.row(name)
-        if self.device.type == "cuda":  # PyTorch keeps page-locked memory that it used before
+        if self.device.type == "cuda":  # PyTorch uses page-locked memory again by itself
             return torch.empty((samples, *shape), dtype=getattr(torch, dtype), pin_memory=True)
         return torch.from_numpy(self._buffers.take((samples, *shape), dtype))
 
-    def _read_all(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """All samples that take part as tensors on ``device``, a few at a time."""
-        rows = {name: self.store.spec.row(name) for name in self.names}
-        count = len(self._known)
-        needed = count * sum(
-            int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in rows.values()
-        )
-        if device.type == "cuda":
-            where, free = "the device", torch.cuda.mem_get_info(device)[0]
-        else:  # each of torchrun's processes on this machine reads all
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            where = (
-                "memory"
-                if processes == 1
-                else f"this process's share of memory, one of {processes}"
-            )
-            free = psutil.virtual_memory().available // processes
+    def _read_all(self, device: torch.device) -> None:
+        """Read all samples into tensors on ``device``, a few at a time."""
+        count = len(self._read_positions)
+        row = {name: self.store.spec.row(name) for name in self.names}
+        row_bytes = (math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in row.values())
+        needed = count * sum(row_bytes)
+        place, free = _free_memory(device)
         if needed > 0.9 * free:
-            message = f"{needed / 1e9:.1f} GB do not fit into {where} ({free / 1e9:.1f} GB are free); use --cache none"
-            raise StoreMemoryError(message, path=self.store.path, expected=needed, actual=free)
-        whole = {
+            raise StoreMemoryError(
+                f"{needed / 1e9:.1f} GB do not fit into {place} ({free / 1e9:.1f} GB are free);"
+                " use --cache none",
+                path=self.store.path,
+                expected=needed,
+                actual=free,
+            )
+        self._resident = {
             name: torch.empty((count, *shape), dtype=getattr(torch, dtype), device=device)
-            for name, (shape, dtype) in rows.items()
+            for name, (shape, dtype) in row.items()
         }
 
         def read(rows: slice) -> None:
-            for name, tensor in whole.items():
-                if device.type == "cpu":
-                    self.store.gather(name, self._known[rows], out=tensor[rows].numpy())
-                else:
-                    tensor[rows].copy_(torch.from_numpy(self.store.gather(name, self._known[rows])))
+            for name, tensor in self._resident.items():
+                on_cpu = tensor[rows].numpy() if device.type == "cpu" else None
+                read = self.store.gather(name, self._read_positions[rows], out=on_cpu)
+                if on_cpu is None:
+                    tensor[rows].copy_(torch.from_numpy(read))
 
-        parts = [slice(start, min(start + 8, count)) for start in range(0, count, 8)]
-        for _ in prefetch(read, parts, workers=self.workers):
-            pass
-        return whole
+        pieces = [slice(start, min(start + 8, count)) for start in range(0, count, 8)]
+        list(prefetch(read, pieces, workers=self.workers))
 
 
-def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Batches on a CUDA device; the next one is copied while the caller computes with this one.
+def _free_memory(device: torch.device) -> tuple[str, int]:
+    """Name a device's memory for a message, and count its free bytes for this process."""
+    if device.type == "cuda":
+        return "the device", torch.cuda.mem_get_info(device)[0]
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun; each reads all samples
+    free = psutil.virtual_memory().available // processes
+    if processes == 1:
+        return "memory", free
+    return f"this process's share of memory, one of {processes}", free
 
-    On the stream that computes, a copy would wait for what was asked for before it, and all that comes after would wait for the copy.
+
+def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Copy batches to a CUDA device, the next one while the caller computes with this one.
+
+    The copies have a stream of their own. On the stream that computes, a copy would wait for
+    earlier computations, and later computations for the copy.
     """
-    copying = torch.cuda.Stream(device)
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     waiting: tuple[Batch, torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(copying):
@@ -354,43 +357,52 @@ def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 
 
 def _arrived(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Batch:
-    """A batch that the current stream may use: what is asked of it from now on waits for the copy."""
-    using = torch.cuda.current_stream(device)
-    using.wait_event(copied)
+    """Make the current stream's later work wait for the copy of a batch."""
+    computing = torch.cuda.current_stream(device)
+    computing.wait_event(copied)
     for tensor in (batch.features, batch.masks, batch.images):
-        if tensor is not None:
-            tensor.record_stream(
-                using
-            )  # its memory is the other stream's, which must not use it again before this one is done
+        if tensor is not None:  # the copying stream must not reuse its memory before this stream
+            tensor.record_stream(computing)
     return batch
 
 
 def names_of(images: bool) -> tuple[str, ...]:
-    """Datasets of a batch."""
+    """Name the datasets of a batch."""
     return (FEATURES, MASKS, IMAGES) if images else (FEATURES, MASKS)
 
 
-def as_batch(positions: Sequence[int], tensors: dict[str, torch.Tensor]) -> Batch:
-    """A batch of the tensors by name; images (B, H, W, 3) become (B, 3, H, W), channels last in memory."""
+def _as_batch(positions: Sequence[int], tensors: dict[str, torch.Tensor]) -> Batch:
+    """Make a batch of tensors by name; (B, H, W, 3) images become a (B, 3, H, W) view."""
     images = tensors.get(IMAGES)
-    where = torch.tensor(positions, dtype=torch.int64)
     return Batch(
-        where,
+        torch.tensor(positions, dtype=torch.int64),
         tensors[FEATURES],
         tensors[MASKS],
         None if images is None else images.permute(0, 3, 1, 2),
     )
 
 
-def check_images(store: FeatureStore, images: bool) -> None:
-    """Refuse a store without images where they are wanted.
+class _Buffers:
+    """Memory for batches that is used again once no array or tensor refers to it.
 
-    Raises
-    ------
-    SpecMismatchError
-        When there are none.
+    New memory costs a page fault every 4 KB, which takes as long as the copy into it.
     """
-    if images and not store.spec.has_images:
-        raise SpecMismatchError(
-            "this store has no images; extract with store_images: true", path=store.path
-        )
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[tuple[int, ...], np.dtype], list[np.ndarray]] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """Return an uninitialised array that starts on a cache line, in any thread."""
+        free = self._free.setdefault((shape, np.dtype(dtype)), [])
+        try:
+            memory = free.pop()  # atomic: threads need no lock
+        except IndexError:
+            # NumPy asks the kernel for huge pages where an array is large; PyTorch does not.
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            raw = np.empty(size + LINE, np.uint8)
+            start = -raw.ctypes.data % LINE
+            memory = raw[start : start + size].view(dtype).reshape(shape)
+        array = memory.view()
+        # Whatever shares the memory, tensors too, keeps this view alive.
+        weakref.finalize(array, free.append, memory).atexit = False
+        return array

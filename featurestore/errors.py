@@ -1,33 +1,45 @@
-"""Everything that can be wrong with a feature store, as exceptions with attributes."""
+"""Errors of a feature store, as exceptions with attributes."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 
-class FeatureStoreError(Exception):
-    """Base of all errors of this package; its text is one line that names the path.
+class OneLineError(Exception):
+    """Base of errors whose text is the one line that a user is shown: place, problem, remedy.
+
+    Attributes
+    ----------
+    expected, actual
+        The allowed value and the one that was met, where both can be named.
+    """
+
+    def __init__(
+        self, place: object, message: str, *, expected: object = None, actual: object = None
+    ) -> None:
+        super().__init__(f"{place}: {message}")
+        self.expected = expected
+        self.actual = actual
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle text and attributes; unpickling must not call ``__init__``, which needs others."""
+        return type(self).__new__, (type(self), *self.args), self.__dict__
+
+
+class FeatureStoreError(OneLineError):
+    """Base of all errors of this package; the text starts with the path.
 
     Attributes
     ----------
     path
-        The file or folder that is wrong.
-    expected, actual
-        What was wanted there and what was met, where that can be said.
+        The file or folder with the problem.
     """
 
     def __init__(
-        self, message: str, *, path: str | Path, expected: Any = None, actual: Any = None
+        self, message: str, *, path: str | Path, expected: object = None, actual: object = None
     ) -> None:
-        super().__init__(f"{path}: {message}")
+        super().__init__(path, message, expected=expected, actual=actual)
         self.path = Path(path)
-        self.expected = expected
-        self.actual = actual
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Travel between processes whole."""
-        return _restore, (type(self), self.args, self.__dict__)
 
 
 class StoreNotFoundError(FeatureStoreError):
@@ -35,15 +47,15 @@ class StoreNotFoundError(FeatureStoreError):
 
 
 class StoreExistsError(FeatureStoreError):
-    """There is something at the path that a new store was to be written to."""
+    """There is already something at the path of a new store."""
 
 
 class StoreBusyError(FeatureStoreError):
-    """Another process is writing this very store."""
+    """Another process is writing this store."""
 
 
 class IncompleteStoreError(FeatureStoreError):
-    """The index is missing or unreadable, or a shard that it lists is missing or has another size."""
+    """The index is missing or unreadable, or a listed shard is missing or has another size."""
 
 
 class FormatVersionError(FeatureStoreError):
@@ -51,11 +63,11 @@ class FormatVersionError(FeatureStoreError):
 
 
 class ShardCorruptError(FeatureStoreError):
-    """A shard's bytes or datasets are not what its index says."""
+    """A shard's bytes or datasets differ from its index or attributes."""
 
 
 class StoreReadError(FeatureStoreError):
-    """A shard could not be read here, which says nothing about what is in it: the system refused, or a filter is missing."""
+    """A shard cannot be read for a reason outside it: an error of the OS, a missing filter."""
 
 
 class SpecMismatchError(FeatureStoreError):
@@ -63,20 +75,12 @@ class SpecMismatchError(FeatureStoreError):
 
 
 class StoreWriteError(FeatureStoreError):
-    """The file system did not take what was written: it is full, read-only, or gone."""
+    """The file system refused to write: it is full, read-only, or gone."""
 
 
 class StoreMemoryError(FeatureStoreError):
-    """The store does not fit into the memory that it was to be kept in."""
+    """The store does not fit into the free memory."""
 
 
 class SampleError(FeatureStoreError):
-    """A sample that was to be written does not fit the store's spec."""
-
-
-def _restore(
-    kind: type[FeatureStoreError], args: tuple[Any, ...], attributes: dict[str, Any]
-) -> FeatureStoreError:
-    error = kind.__new__(kind, *args)
-    error.__dict__.update(attributes)
-    return error
+    """A sample to be written does not fit the store's spec."""

@@ -1,4 +1,4 @@
-"""Files: steps that happen wholly or not at all, and hashes."""
+"""Files: writing and moving that is finished or has no effect, and hashes."""
 
 from __future__ import annotations
 
@@ -10,50 +10,65 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from featurestore.errors import StoreWriteError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit of file sizes
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say in one line that the file system refused, and that nothing is lost."""
+    """Turn an error of the file system into one line that names ``path`` and a remedy.
+
+    Raises
+    ------
+    StoreWriteError
+        When the block raises an ``OSError``, or a ``RuntimeError``: h5py raises either where a
+        disk is full, and does not always name the reason.
+    """
     try:
         yield
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # h5py raises either when a disk is full, and not always says so
+    except (OSError, RuntimeError) as error:
         raise not_written(path, error) from error
 
 
 def not_written(path: Path | str, error: OSError | RuntimeError) -> StoreWriteError:
-    """What to say when a file could not be written."""
+    """Build the error of a file that could not be written."""
     number = error.errno if isinstance(error, OSError) else None
     reason = os.strerror(number) if number else " ".join(str(error).split())[:200]
-    remedy = (
-        "make room or choose another folder" if number in (None, *FULL) else "choose another folder"
-    )
+    room = "make room or " if number in (None, *FULL) else ""
     return StoreWriteError(
-        f"cannot be written ({reason}); {remedy}, and start again", path=path, actual=reason
+        f"cannot be written ({reason}); {room}choose another folder, and start again",
+        path=path,
+        actual=reason,
     )
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a binary file for writing that appears at ``path`` once all its bytes are on disk.
+
+    A block that raises leaves ``path`` as it was, and the bytes so far in ``path`` + ``.partial``.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync(path.parent)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under its final name only once all its bytes are on disk."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with atomic_file(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries (new names, renames) to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file's bytes, or a folder's entries (new names, renames), to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -61,19 +76,28 @@ def sync_folder(folder: Path) -> None:
 
 
 def move_into_place(source: Path, target: Path, *, leave_behind: str = "") -> None:
-    """Rename a finished folder to its final name, replacing what is there; across file systems, copy first.
+    """Rename a finished folder to its final name; across file systems, copy it first.
 
-    ``source`` keeps its name until ``target`` has its own, so a kill or an error on the way loses nothing. Files that
-    match the pattern ``leave_behind`` are dropped after that.
+    ``source`` keeps its name until ``target`` has its own: a kill or an error in between loses
+    nothing.
+
+    Parameters
+    ----------
+    source
+        The finished folder.
+    target
+        Its final name; what is there is replaced.
+    leave_behind
+        Pattern of files that are removed after the move; default: none.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    replaced, arrived = _on_the_way(target)
-    _remove(arrived)
+    replaced, copied = _waypoints(target)
+    _remove(copied)
     whole = source
-    if not _can_be_renamed(source, arrived):
-        shutil.copytree(source, arrived, copy_function=_copy_synced)
-        sync_folder(arrived)
-        whole = arrived
+    if not _can_be_renamed(source, copied):
+        shutil.copytree(source, copied, copy_function=_copy_synced)
+        sync(copied)
+        whole = copied
     if os.path.lexists(target):
         _remove(replaced)
         os.rename(target, replaced)
@@ -83,25 +107,25 @@ def move_into_place(source: Path, target: Path, *, leave_behind: str = "") -> No
         if os.path.lexists(replaced):
             os.rename(replaced, target)
         raise
-    sync_folder(target.parent)
+    sync(target.parent)
     clear_after_move(source, target, leave_behind=leave_behind)
 
 
 def clear_after_move(source: Path, target: Path, *, leave_behind: str = "") -> None:
-    """Remove what :func:`move_into_place` no longer needs once ``target`` has its name; a killed one leaves it there."""
+    """Remove what :func:`move_into_place` leaves when it is killed after the last rename."""
     for file in target.glob(leave_behind) if leave_behind else ():
         file.unlink()
-    for leftover in (source, *_on_the_way(target)):
+    for leftover in (source, *_waypoints(target)):
         _remove(leftover)
 
 
-def _on_the_way(target: Path) -> tuple[Path, Path]:
-    """Where the old folder waits, and where a copy from another file system arrives."""
+def _waypoints(target: Path) -> tuple[Path, Path]:
+    """Name where the old folder waits, and where a copy from another file system is made."""
     return target.with_name(f".{target.name}.replaced"), target.with_name(f".{target.name}.arrived")
 
 
 def _can_be_renamed(source: Path, target: Path) -> bool:
-    """Whether a rename does, or a copy is needed. Two mounts of one disk have one device number, so an empty folder is to try it."""
+    """Try with an empty folder whether a rename works: two mounts of a disk have one number."""
     probe = Path(tempfile.mkdtemp(dir=source.parent))
     try:
         os.rename(probe, target)
@@ -115,7 +139,6 @@ def _can_be_renamed(source: Path, target: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, a file or a link, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -123,14 +146,26 @@ def _remove(path: Path) -> None:
 
 
 def _copy_synced(source: str, target: str) -> None:
-    """Copy a file and wait until it is on disk: its source is removed next."""
+    """Copy a file and wait until it is on disk, because its source is removed next."""
     shutil.copyfile(source, target)
-    with open(target, "rb") as file:
-        os.fsync(file.fileno())
+    sync(Path(target))
 
 
 def file_sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
-    """sha256 of a file's bytes, in hexadecimal; ``progress`` is called with the number of bytes of each block."""
+    """Hash a file's bytes with sha256.
+
+    Parameters
+    ----------
+    path
+        The file.
+    progress
+        Called with the number of bytes of each block that was read.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+    """
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

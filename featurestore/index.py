@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from featurestore.errors import FormatVersionError, IncompleteStoreError
-from featurestore.files import write_atomically
-from featurestore.schema import FORMAT_VERSION, StoreSpec
+from featurestore.errors import IncompleteStoreError
+from featurestore.schema import FORMAT_VERSION, StoreSpec, check_version
 from featurestore.statistics import Statistics
 
 INDEX_NAME = "index.json"
@@ -20,7 +17,19 @@ INDEX_NAME = "index.json"
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One shard as the index lists it: file name, number of samples, size in bytes, sha256 of all its bytes."""
+    """One shard as the index lists it.
+
+    Attributes
+    ----------
+    file
+        Name of the file in the store's folder.
+    samples
+        Number of samples.
+    bytes
+        Size of the file.
+    sha256
+        Hash of all its bytes; empty for a single shard that was opened without an index.
+    """
 
     file: str
     samples: int
@@ -43,8 +52,8 @@ class Index:
         return sum(shard.samples for shard in self.shards)
 
     def to_text(self) -> str:
-        """The one text that stands for this index: canonical, and closed by a digest of itself."""
-        body: dict[str, Any] = {
+        """Return the only text that stands for this index: canonical, with a digest of itself."""
+        body: dict[str, object] = {
             "format": "featurestore",
             "format_version": FORMAT_VERSION,
             "samples": self.samples,
@@ -57,42 +66,39 @@ class Index:
         return json.dumps(body, indent=1) + "\n"
 
 
-def write_index(folder: Path, index: Index) -> None:
-    """Write ``index.json`` into ``folder``, whole or not at all."""
-    write_atomically(folder / INDEX_NAME, index.to_text().encode())
-
-
 def read_index(folder: Path) -> Index:
     """Read ``folder/index.json``.
 
     Raises
     ------
     IncompleteStoreError
-        When it is missing, or differs from what was written by as little as a byte.
+        When it is missing, or a byte of it differs from what was written.
     FormatVersionError
         When another version of the format wrote it.
     """
     path = folder / INDEX_NAME
     try:
         raw = path.read_bytes()
+        body = json.loads(raw)
+        if body["format"] != "featurestore":
+            raise ValueError("not a featurestore index")
+        check_version(body["format_version"], path)
+        index = Index(
+            spec=StoreSpec.from_dict(body["spec"]),
+            fingerprint=str(body["fingerprint"]),
+            shards=tuple(ShardRecord(**record) for record in body["shards"]),
+            statistics=Statistics.from_dict(body["statistics"]),
+        )
+        if any(
+            os.path.basename(shard.file) != shard.file or min(shard.samples, shard.bytes) < 1
+            for shard in index.shards
+        ):
+            raise ValueError("a shard record is out of range")
+        intact = index.to_text().encode() == raw
     except OSError as error:
         raise IncompleteStoreError(
             f"cannot be read ({error.strerror}); write the store again", path=path
         ) from error
-    try:
-        body = json.loads(raw)
-        if body["format"] != "featurestore":
-            raise ValueError("not a featurestore index")
-        version = body["format_version"]
-        if version != FORMAT_VERSION:
-            raise FormatVersionError(
-                f"format version {version!r}, but this library reads version {FORMAT_VERSION}; write the store again",
-                path=path,
-                expected=FORMAT_VERSION,
-                actual=version,
-            )
-        index = _parse(body)
-        intact = index.to_text().encode() == raw
     except (
         ValueError,
         KeyError,
@@ -110,18 +116,3 @@ def read_index(folder: Path) -> Index:
             "the index was changed after it was written; write the store again", path=path
         )
     return index
-
-
-def _parse(body: Mapping[str, Any]) -> Index:
-    shards = tuple(ShardRecord(**record) for record in body["shards"])
-    if any(
-        os.path.basename(shard.file) != shard.file or shard.samples < 1 or shard.bytes < 1
-        for shard in shards
-    ):
-        raise ValueError("a shard record is out of range")
-    return Index(
-        spec=StoreSpec.from_dict(body["spec"]),
-        fingerprint=str(body["fingerprint"]),
-        shards=shards,
-        statistics=Statistics.from_dict(body["statistics"]),
-    )

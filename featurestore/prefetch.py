@@ -1,4 +1,4 @@
-"""Work done ahead by threads, its results in order."""
+"""Computing results ahead in threads, in order."""
 
 from __future__ import annotations
 
@@ -19,31 +19,39 @@ def prefetch(
     ahead: int = 1,
     initializer: Callable[[], object] | None = None,
 ) -> Iterator[Result]:
-    """``map(function, items)``, computed by threads before it is asked for.
+    """Compute ``map(function, items)`` in threads, ahead of the caller.
 
-    Threads, not processes: what is done here (copying, hashing, decoding) lets go of
-    Python's lock, and a thread writes its result where it is wanted instead of
-    sending it through a pipe.
+    Threads, not processes: copying, hashing and decoding run without Python's lock, and a thread
+    writes its result to its final place instead of sending it through a pipe.
 
     Parameters
     ----------
+    function
+        Called with each item.
+    items
+        Taken as the results are.
     workers
-        Threads; 0 computes each result when it is asked for.
+        Threads; 0 computes each result when the caller asks for it.
     ahead
-        How many results may wait beyond those in work.
+        Number of results that may wait beyond those being computed; default: 1.
     initializer
         Called by each thread before its first item.
+
+    Yields
+    ------
+    Result
+        In the order of the items.
 
     Raises
     ------
     Exception
-        What ``function`` raised for an item, when that item's turn comes. From the moment it was raised no thread
-        begins another item: one that depends on those before it must not run after a failure.
+        What ``function`` raised for an item, in that item's place. After an error no thread
+        starts another item, because an item may depend on those before it.
     """
     if workers == 0:
         yield from map(function, items)
         return
-    failures: list[BaseException] = []  # the first one is what every later item ends with
+    failures: list[BaseException] = []  # every later item raises the first one
 
     def guarded(item: Item) -> Result:
         if failures:

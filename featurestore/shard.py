@@ -1,44 +1,45 @@
-"""One shard: an HDF5 file of samples, read through a memory map."""
+"""One shard: an HDF5 file of samples. It is read through a memory map, and written row by row."""
 
 from __future__ import annotations
 
 import errno
+import io
 import os
+import secrets
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
+from typing_extensions import Buffer, override
 
-from featurestore import codec
 from featurestore.copying import take_rows
 from featurestore.errors import (
     FeatureStoreError,
-    FormatVersionError,
     ShardCorruptError,
     StoreNotFoundError,
     StoreReadError,
 )
-from featurestore.schema import FEATURES, FORMAT_VERSION, IDS, IMAGES, MASKS, VIEWS, StoreSpec
+from featurestore.files import file_sha256, sync
+from featurestore.index import ShardRecord
+from featurestore.layouts import IMAGES, MASKS, STARTS, VALUES
+from featurestore.schema import IDS, VIEWS, StoreSpec, check_version
+from featurestore.statistics import Statistics
 
-BITS, VALUES, STARTS = (
-    "feature_bits",
-    "feature_values",
-    "feature_starts",
-)  # in place of FEATURES where zeros are packed
-SCALES = "feature_scales"  # beside FEATURES where they are int8
+# Datasets start on a cache line, but not on a memory page. NumPy's buffers start 16 bytes into a
+# page, and a processor that copies to 16 bytes further into a page than it reads from waits for
+# its own writes ("4K aliasing"), at a third of the speed.
+ALIGNMENT = 4096 + 64
+# From this version of the file format on (2016), HDF5's own structures carry checksums: damage in
+# them is an error and not a crash. Chunks carry one through the fletcher32 filter.
+LIBVER = ("v110", "v110")
 
 
 class Shard:
     """A shard that is open for reading.
 
-    All but chunked datasets lie in one memory map (no HDF5 handle stays open, so a fork is
-    harmless); chunked ones (``lz4``, ``zstd``) are read through h5py. Either takes one file descriptor.
-
-    Attributes
-    ----------
-    plain
-        Arrays (N, ...) that lie in the file as they are, by name: ``masks``, and ``features`` and ``images`` where they do.
+    Contiguous datasets are in one memory map, and no HDF5 handle stays open: a fork is harmless.
+    Chunked ones (``lz4``, ``zstd``) are read through h5py. Either takes one file descriptor.
 
     Raises
     ------
@@ -47,9 +48,10 @@ class Shard:
     FormatVersionError
         When another version of the format wrote it.
     ShardCorruptError
-        When it is no HDF5 file, or its datasets are not those of its own attributes.
+        When it is not an HDF5 file, or its datasets differ from its own attributes.
     StoreReadError
-        When the operating system refuses (too many open files, a disk that does not answer), or a filter is not installed.
+        When the operating system refuses (too many open files, a disk that does not answer), or
+        a filter is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,175 +59,296 @@ class Shard:
         if not path.is_file():
             raise StoreNotFoundError("there is no such shard", path=path)
         try:
-            self._open(path)
+            self._open()
         except FeatureStoreError:
             raise
-        except OSError as error:
-            if error.errno is None:  # HDF5's word on the file's content
-                raise ShardCorruptError(
-                    f"cannot be read as a shard ({error}); write the store again", path=path
-                ) from error
-            raise refused(path, error) from error
         except ImportError as error:
             raise StoreReadError(
                 f"is packed by a filter that this Python lacks; pip install {error.name}", path=path
             ) from error
-        except Exception as error:  # h5py raises KeyError, RuntimeError, ... on damaged files
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise read_error(path, error) from error
+            # On damaged files h5py raises KeyError, RuntimeError, OSError without a number, ...
             raise ShardCorruptError(
                 f"cannot be read as a shard ({error}); write the store again", path=path
             ) from error
 
-    def _open(self, path: Path) -> None:
-        file = h5py.File(path, "r")
-        try:
-            version = int(file.attrs["format_version"])
-            if version != FORMAT_VERSION:
-                raise FormatVersionError(
-                    f"format version {version}, but this library reads version {FORMAT_VERSION}; write the store again",
-                    path=path,
-                    expected=FORMAT_VERSION,
-                    actual=version,
-                )
-            self.spec = spec = StoreSpec.from_attributes(file.attrs)
-            chunked = spec.compression in ("lz4", "zstd")
-            if chunked:
-                import hdf5plugin  # noqa: F401  (registers its filters with HDF5)
+    def _open(self) -> None:
+        with ExitStack() as stack:
+            file = stack.enter_context(h5py.File(self.path, "r"))
+            check_version(int(file.attrs["format_version"]), self.path)
+            self.spec = StoreSpec.from_attributes(file.attrs)
+            self._layout = self.spec.layout
             self.ids = [text.decode() for text in file[IDS][()].tolist()]
             self.views = [text.decode() for text in file[VIEWS][()].tolist()]
-            if len(self.views) != len(self.ids):
-                self._refuse(VIEWS, len(self.views), len(self.ids))
-            self._arrays: dict[str, np.ndarray | h5py.Dataset] = {}
-            content = None if chunked else np.asarray(np.memmap(path, np.uint8, "r"))
-            for name, (shape, dtype) in self._layout(file).items():
-                dataset = file[name]
-                found, expected = (dataset.shape, dataset.dtype), (shape, np.dtype(dtype))
-                if found != expected:
-                    self._refuse(name, found, expected)
-                self._arrays[name] = dataset if content is None else _mapped(content, dataset, path)
-            packed = (FEATURES,) if spec.compression == "int8" else ()
-            self.plain = {
-                name: array
-                for name, array in self._arrays.items()
-                if isinstance(array, np.ndarray) and name not in packed
-            }
-        except BaseException:
-            file.close()
-            raise
-        if not chunked:
-            file.close()
+            count = len(self.ids)
+            if len(self.views) != count:
+                raise self._differs(VIEWS, len(self.views), count)
+            expected = self._layout.expected_datasets(file, count)
+            for name in self.spec.pixel_names:
+                shape, dtype = self.spec.row(name)
+                expected[name] = ((count, *shape), dtype)
+            for name, (shape, dtype) in expected.items():
+                if (file[name].shape, file[name].dtype) != (shape, np.dtype(dtype)):
+                    actual = f"{file[name].dtype} {file[name].shape}"
+                    raise self._differs(name, actual, f"{dtype} {shape}")
+            self._arrays: dict[str, h5py.Dataset] = {name: file[name] for name in expected}
+            if self._layout.mapped:
+                content = np.asarray(np.memmap(self.path, np.uint8, "r"))
+                self._arrays = {name: _map(content, file[name]) for name in expected}
+            else:
+                stack.pop_all()  # h5py reads the datasets while the file is open
 
-    def _layout(self, file: h5py.File) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and type of each dataset that the attributes promise."""
-        spec, count = self.spec, len(self.ids)
-        features: dict[str, tuple[tuple[int, ...], str]] = {
-            FEATURES: ((count, *spec.feature_shape), spec.feature_dtype)
-        }
-        if spec.compression == "zeros":
-            self._starts = np.asarray(file[STARTS][()])
-            ordered = (
-                self._starts.shape == (count + 1,)
-                and self._starts[0] == 0
-                and (np.diff(self._starts) >= 0).all()
-            )
-            if not ordered:
-                self._refuse(STARTS, self._starts.shape, (count + 1,))
-            packed = -(-int(np.prod(spec.feature_shape)) // 8)
-            features = {
-                BITS: ((count, packed), "uint8"),
-                VALUES: ((int(self._starts[-1]),), spec.feature_dtype),
-            }
-        elif spec.compression == "int8":
-            codes = "uint8" if spec.nonnegative else "int8"
-            features = {
-                FEATURES: ((count, *spec.feature_shape), codes),
-                SCALES: ((count, spec.feature_shape[0]), "float32"),
-            }
-        layout = {**features, MASKS: ((count, *spec.mask_shape), "uint8")}
-        if spec.has_images:
-            layout[IMAGES] = ((count, *spec.mask_shape, 3), "uint8")
-        return layout
-
-    def _refuse(self, name: str, found: object, expected: object) -> None:
-        message = f"dataset {name!r} is {found}, but the shard's attributes say {expected}; write the store again"
-        raise ShardCorruptError(message, path=self.path, expected=expected, actual=found)
+    def _differs(self, name: str, actual: object, expected: object) -> ShardCorruptError:
+        return ShardCorruptError(
+            f"dataset {name!r} is {actual}, but the shard's attributes say {expected};"
+            " write the store again",
+            path=self.path,
+            expected=expected,
+            actual=actual,
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def read(self, name: str, row: int) -> np.ndarray:
-        """Row ``row`` of ``features``, ``masks`` or ``images``: a read-only view of the file where it lies there as it is.
+        """Read row ``row`` of ``features``, ``masks`` or ``images``.
+
+        Returns
+        -------
+        np.ndarray
+            A read-only view of the file where the layout stores the row as it is; else a copy.
 
         Raises
         ------
         ShardCorruptError
-            When a row cannot be decoded.
+            When the row cannot be decoded.
         """
-        if name in self.plain:
-            return self.plain[name][row]
-        shape, dtype = self.spec.row(name)
-        out = np.empty(shape, dtype)
+        if name in self._layout.in_place:
+            return np.asarray(self._arrays[name][row])
+        out = np.empty(*self.spec.row(name))
         self._decode(name, row, out)
         return out
 
     def gather_into(
         self, name: str, rows: np.ndarray, out: np.ndarray, *, past_caches: bool = False
     ) -> None:
-        """Several rows, copied (see :func:`featurestore.copying.take_rows`) or decoded straight into ``out`` (B, ...), contiguous.
+        """Copy or decode several rows straight into ``out``.
+
+        Parameters
+        ----------
+        name
+            ``features``, ``masks`` or ``images``.
+        rows
+            (B,) int64, numbers of the samples in the shard.
+        out
+            (B, ...) contiguous array of the row's shape and type.
+        past_caches
+            See :func:`featurestore.copying.take_rows`; default: False.
 
         Raises
         ------
         ShardCorruptError
             When a row cannot be decoded.
         """
-        if name in self.plain:
-            take_rows(self.plain[name], rows, out, past_caches=past_caches)
+        if name in self._layout.in_place:
+            take_rows(self._arrays[name], rows, out, past_caches=past_caches)
         else:
             for row, target in zip(rows.tolist(), out, strict=True):
                 self._decode(name, row, target)
 
     def _decode(self, name: str, row: int, out: np.ndarray) -> None:
-        """One row that does not lie in the file as it is.
-
-        Raises
-        ------
-        ShardCorruptError
-            When a row cannot be decoded.
-        """
-        arrays: dict[str, Any] = self._arrays
         try:
-            if name == FEATURES and self.spec.compression == "zeros":
-                codec.unpack_zeros(
-                    arrays[BITS][row],
-                    arrays[VALUES][self._starts[row] : self._starts[row + 1]],
-                    out,
-                )
-            elif name == FEATURES and self.spec.compression == "int8":
-                codec.dequantise(arrays[FEATURES][row], arrays[SCALES][row], out)
-            else:
-                arrays[name].read_direct(out, np.s_[row])
+            self._layout.decode(self._arrays, name, row, out)
         except (OSError, ValueError) as error:
-            message = f"row {row} of {name!r} cannot be decoded ({error}); write the store again"
-            raise ShardCorruptError(message, path=self.path) from error
+            raise ShardCorruptError(
+                f"row {row} of {name!r} cannot be decoded ({error}); write the store again",
+                path=self.path,
+            ) from error
 
 
-def refused(path: Path, error: OSError) -> StoreReadError:
-    """What to say when the operating system did not let a shard be read."""
+def _map(content: np.ndarray, dataset: h5py.Dataset) -> np.ndarray:
+    """Find a contiguous dataset's values in the memory map of the file.
+
+    Raises
+    ------
+    TypeError
+        When the dataset has no place in the file, or reaches past its end.
+    """
+    offset = dataset.id.get_offset() if dataset.size else 0
+    return np.ndarray(dataset.shape, dataset.dtype, content, offset)
+
+
+def read_error(path: Path, error: OSError) -> StoreReadError:
+    """Build the error of a shard that the operating system did not let us read."""
     reason = os.strerror(error.errno or 0)
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        message = f"cannot be opened ({reason}); raise the limit, with `ulimit -n`, above the store's number of shards"
-        return StoreReadError(message, path=path)
-    return StoreReadError(
-        f"cannot be read ({reason}); look at the disk, and start again", path=path
-    )
-
-
-def _mapped(content: np.ndarray, dataset: h5py.Dataset, path: Path) -> np.ndarray:
-    """A contiguous dataset's bytes in the map of its file."""
-    if dataset.size == 0:  # no bytes, so no place in the file
-        return np.empty(dataset.shape, dataset.dtype)
-    offset = dataset.id.get_offset()
-    if offset is None or offset + dataset.nbytes > len(content):
-        raise ShardCorruptError(
-            f"dataset {dataset.name!r} reaches past the end of the file", path=path
+        message = (
+            f"cannot be opened ({reason}); raise the limit, with `ulimit -n`,"
+            " above the store's number of shards"
         )
-    return content[offset : offset + dataset.nbytes].view(dataset.dtype).reshape(dataset.shape)
+    else:
+        message = f"cannot be read ({reason}); look at the disk, and start again"
+    return StoreReadError(message, path=path)
+
+
+class ShardWriter:
+    """A shard that is being written; equal rows give equal bytes.
+
+    Parameters
+    ----------
+    path
+        The shard's final name. Until :meth:`finish` the file has a random name of its own: a
+        writer that was believed dead must not write into the file of its successor.
+    spec
+        Properties of every sample.
+    capacity
+        Number of rows in the file.
+    """
+
+    def __init__(self, path: Path, spec: StoreSpec, capacity: int) -> None:
+        self.path = path
+        self.spec = spec
+        self.capacity = capacity
+        self._layout = spec.layout
+        self._partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+        self._ids: list[str] = []
+        self._views: list[str] = []
+        self._values: list[np.ndarray] = []  # of ``zeros``: their total is known last
+        self._statistics: Statistics | None = None
+        self._bytes = _ErrorKeepingFile(self._partial, "w+")
+        self._file = h5py.File(
+            self._bytes, "w", libver=LIBVER, alignment_threshold=4096, alignment_interval=ALIGNMENT
+        )
+        self._file.attrs.update(spec.to_attributes())
+        self._rows = self._layout.rows | {name: spec.row(name) for name in spec.pixel_names}
+        for name, (shape, dtype) in self._rows.items():
+            options = self._layout.storage_options(shape)
+            self._file.create_dataset(name, (capacity, *shape), dtype, **options)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def append(
+        self, id: str, view: str, features: np.ndarray, mask: np.ndarray, image: np.ndarray | None
+    ) -> None:
+        """Write a row.
+
+        Parameters
+        ----------
+        id, view
+            Name of the sample; ``identity`` or ``hflip``.
+        features
+            (C, h, w) of the spec's type.
+        mask
+            (H, W) uint8.
+        image
+            (H, W, 3) uint8 where the spec has images, else None.
+        """
+        rows = self._layout.encode(features) | {MASKS: mask}
+        if image is not None:
+            rows[IMAGES] = image
+        for name in self._rows:
+            self._write(name, len(self), rows[name])
+        if VALUES in rows:
+            self._values.append(rows[VALUES])
+        self._ids.append(id)
+        self._views.append(view)
+        self._bytes.check()
+        statistics = Statistics.of_sample(self.spec, features, mask)
+        self._statistics = self._statistics.merged(statistics) if self._statistics else statistics
+
+    def _write(self, name: str, row: int, values: np.ndarray) -> None:
+        """Write a row of a dataset.
+
+        The dataset is opened anew each time: closing it writes its chunk, so that chunks are in
+        the file in the order of the rows.
+        """
+        self._file[name].write_direct(np.ascontiguousarray(values), dest_sel=np.s_[row])
+
+    def finish(self) -> tuple[ShardRecord, Statistics]:
+        """Close the shard, bring it to disk, and give it its name.
+
+        Returns
+        -------
+        record
+            Size and sha256 of the finished file.
+        statistics
+            Statistics of its samples.
+        """
+        if len(self) < self.capacity:
+            return self._shortened().finish()
+        assert self._statistics is not None
+        if self._values:
+            starts = np.cumsum([0, *map(len, self._values)], dtype=np.int64)
+            self._file.create_dataset(STARTS, data=starts)
+            self._file.create_dataset(VALUES, data=np.concatenate(self._values))
+        for name, texts in ((IDS, self._ids), (VIEWS, self._views)):
+            encoded = [text.encode() for text in texts]
+            dtype = h5py.string_dtype("utf-8", length=max(map(len, encoded)))
+            self._file.create_dataset(name, data=np.array(encoded, dtype=dtype))
+        self._file.close()
+        self._bytes.check()
+        os.fsync(self._bytes.fileno())
+        self._bytes.close()
+        size, sha256 = self._partial.stat().st_size, file_sha256(self._partial)
+        os.replace(self._partial, self.path)
+        sync(self.path.parent)
+        return ShardRecord(self.path.name, len(self), size, sha256), self._statistics
+
+    def _shortened(self) -> ShardWriter:
+        """Copy the rows into a file of just their number, at the end of an open-ended store."""
+        exact = ShardWriter(self.path, self.spec, len(self))
+        try:
+            for row in range(len(self)):
+                for name in self._rows:
+                    exact._write(name, row, self._file[name][row])
+        except BaseException:
+            exact.discard()
+            raise
+        exact._ids, exact._views, exact._values = self._ids, self._views, self._values
+        exact._statistics = self._statistics
+        self.discard()
+        return exact
+
+    def discard(self) -> None:
+        """Remove what was written, so that its remains do not fill the disk further."""
+        try:
+            self._file.close()
+        finally:
+            self._bytes.close()
+            self._partial.unlink(missing_ok=True)
+
+
+class _ErrorKeepingFile(io.FileIO):
+    """A file that HDF5 can always write to: :meth:`check` raises the disk's first error.
+
+    HDF5 cannot leave a file that it failed to write: closing it fails again, and can crash the
+    process.
+    """
+
+    _error: OSError | None = None
+
+    @override
+    def write(self, content: Buffer) -> int:
+        view, written = memoryview(content), 0
+        try:
+            while written < len(view):
+                written += super().write(view[written:])
+        except OSError as error:
+            self._error = self._error or error
+        return len(view)
+
+    @override
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self._error = self._error or error
+            return size or 0
+
+    def check(self) -> None:
+        """Raise the first error of a write."""
+        if self._error is not None:
+            raise self._error

@@ -1,15 +1,24 @@
-"""Per-channel and per-class statistics of a store, gathered sample by sample and merged shard by shard."""
+"""Statistics of a store's channels and classes, computed by sample and merged by shard."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from featurestore.codec import as_float32
-from featurestore.schema import StoreSpec
+from featurestore.float16 import as_float32
+from featurestore.schema import StoreSpec, Values
+
+ARRAYS = {
+    "mean": np.float64,
+    "variance": np.float64,
+    "minimum": np.float64,
+    "maximum": np.float64,
+    "class_pixels": np.int64,
+    "class_samples": np.int64,
+}
 
 
 @dataclass
@@ -21,11 +30,11 @@ class Statistics:
     count
         Number of samples.
     mean, variance, minimum, maximum
-        (C,) float64, per feature channel, over samples and positions; population variance.
+        (C,) float64, of each feature channel over samples and positions; population variance.
     class_pixels
-        (K,) int64, mask pixels a class.
+        (K,) int64, mask pixels of each class.
     class_samples
-        (K,) int64, samples in which the class occurs.
+        (K,) int64, samples in which each class occurs.
     void_pixels
         Mask pixels without a label.
     """
@@ -41,12 +50,13 @@ class Statistics:
 
     @property
     def std(self) -> np.ndarray:
-        """(C,) float64 standard deviation a channel."""
-        return np.sqrt(self.variance)
+        """(C,) float64 standard deviation of each channel."""
+        deviation: np.ndarray = np.sqrt(self.variance)
+        return deviation
 
     @classmethod
     def of_sample(cls, spec: StoreSpec, features: np.ndarray, mask: np.ndarray) -> Statistics:
-        """Statistics of one sample: features (C, h, w), mask (H, W)."""
+        """Compute the statistics of one sample: features (C, h, w), mask (H, W)."""
         flat = as_float32(features).reshape(features.shape[0], -1)  # (C, h, w) -> (C, h*w)
         mean = flat.mean(axis=1, dtype=np.float64)
         centred = flat - mean[:, None].astype(np.float32)
@@ -63,7 +73,7 @@ class Statistics:
         )
 
     def merged(self, other: Statistics) -> Statistics:
-        """Statistics of both sets of samples together (Chan et al. 1979)."""
+        """Combine the statistics of two sets of samples (Chan et al. 1979)."""
         count = self.count + other.count
         delta = other.mean - self.mean
         weight = other.count / count
@@ -82,43 +92,28 @@ class Statistics:
 
     @staticmethod
     def merge_all(parts: Iterable[Statistics]) -> Statistics:
-        """All parts merged in their order, so that the same parts give the same bits.
+        """Merge in the given order, so that equal parts give equal bits.
 
         Raises
         ------
-        ValueError
+        TypeError
             When there is no part.
         """
-        total: Statistics | None = None
-        for part in parts:
-            total = part if total is None else total.merged(part)
-        if total is None:
-            raise ValueError("no samples, so no statistics")
-        return total
+        return functools.reduce(Statistics.merged, parts)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values; floats survive the round trip exactly."""
-        return {
-            key: value.tolist() if isinstance(value, np.ndarray) else value
-            for key, value in vars(self).items()
-        }
+    def to_dict(self) -> Values:
+        """Return JSON-ready values; floats survive the round trip exactly."""
+        values = vars(self).items()
+        return {key: np.asarray(value).tolist() for key, value in values}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Statistics:
-        """The inverse of :meth:`to_dict`.
+    def from_dict(cls, values: Values) -> Statistics:
+        """Make statistics of what :meth:`to_dict` returned.
 
         Raises
         ------
         KeyError, TypeError, ValueError
             When a value is missing or is no list of numbers.
         """
-        floats = {
-            key: np.asarray(values[key], np.float64)
-            for key in ("mean", "variance", "minimum", "maximum")
-        }
-        counts = {
-            key: np.asarray(values[key], np.int64) for key in ("class_pixels", "class_samples")
-        }
-        return cls(
-            count=int(values["count"]), void_pixels=int(values["void_pixels"]), **floats, **counts
-        )
+        arrays = {key: np.asarray(values[key], dtype) for key, dtype in ARRAYS.items()}
+        return cls(count=int(values["count"]), void_pixels=int(values["void_pixels"]), **arrays)

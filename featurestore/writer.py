@@ -15,6 +15,7 @@ from types import TracebackType
 
 import numpy as np
 
+from featurestore.disk_space import check_disk_space
 from featurestore.errors import IncompleteStoreError, SampleError, StoreExistsError
 from featurestore.files import (
     clear_after_move,
@@ -23,20 +24,18 @@ from featurestore.files import (
     write_atomically,
     writing,
 )
-from featurestore.index import Index, ShardRecord, write_index
+from featurestore.index import INDEX_NAME, Index, ShardRecord
 from featurestore.lock import WriterLock
 from featurestore.prefetch import prefetch
-from featurestore.room import check_room
 from featurestore.schema import StoreSpec
-from featurestore.shard_writer import ShardWriter
+from featurestore.shard import ShardWriter
 from featurestore.statistics import Statistics
-from featurestore.validation import checked_features
 
-SHARD_BYTES = 256 << 20  # uncompressed target size of a shard
-OUR_FILES = re.compile(
+SHARD_BYTES = 256 << 20  # size at which a shard is full, before packing
+SCRATCH_FILES = re.compile(
     r"shard-\d+\.h5(\.[0-9a-f]{8}\.partial|\.finished\.json(\.partial)?)?|index\.json(\.partial)?"
 )
-RECEIPT_SUFFIX = ".finished.json"  # beside a finished shard, until the store is whole
+RECEIPT_SUFFIX = ".finished.json"  # of the file beside a finished shard, until the store is whole
 
 
 def create(
@@ -58,30 +57,33 @@ def create(
     Parameters
     ----------
     path
-        Folder of the finished store. It appears whole when the block ends without an exception, or not at all.
+        Folder of the finished store. It appears whole when the block ends without an exception,
+        or not at all.
     spec
-        What every sample looks like.
+        Properties of every sample.
     scratch
-        Folder for shards until the store is whole; on the same file system as ``path`` the end is one rename.
-        Default: a hidden folder beside ``path``.
+        Folder for shards until the store is whole; on the file system of ``path`` publishing is
+        one rename. Default: a hidden folder beside ``path``.
     fingerprint
-        Identity of everything the store is made from (:func:`featurestore.fingerprint`). With it, shards that an
-        interrupted writer of the same fingerprint left in ``scratch`` can be taken over (:meth:`StoreWriter.resume`).
+        Identity of everything the store is made from (:func:`featurestore.fingerprint`). With
+        it, :meth:`StoreWriter.resume` reuses the shards that an interrupted writer of an equal
+        fingerprint left in ``scratch``. Default: none, nothing is reused.
     samples_per_shard
-        Default: as many as make 256 MB uncompressed.
+        Default: as many as make 256 MB before packing.
     overwrite
-        Replace what is at ``path`` once the new store is whole.
+        Replace what is at ``path`` once the new store is whole. Default: False.
     rank, ranks
-        This process, of how many that write the store together into one scratch folder (with a fingerprint, and
-        :meth:`StoreWriter.resume`): shard i belongs to rank i mod ``ranks``. Rank 0 must be created first, holds the
-        lock and publishes; its block must end after the others' last sample.
+        Number of this process, and of all processes that write the store together into one
+        scratch folder; shard i belongs to rank i mod ``ranks``. More than one need a fingerprint
+        and :meth:`StoreWriter.resume`. Rank 0 must be created first, holds the lock and
+        publishes; its block must end after the last sample of the others. Default: 0 of 1.
 
     Raises
     ------
     StoreExistsError
         When there is something at ``path`` and ``overwrite`` is off.
     StoreBusyError
-        When another writer is at work on ``path`` or in ``scratch``.
+        When another writer is writing ``path`` or into ``scratch``.
     """
     return StoreWriter(
         Path(path),
@@ -98,10 +100,9 @@ def create(
 class StoreWriter:
     """Collects samples into shards; see :func:`create`.
 
-    Samples go to disk as they come, so memory does not depend on their number (the values
-    of one shard stay in it where zeros are packed). A
-    shard is renamed once it is full, and a small JSON file beside it then records its
-    hash and statistics. So a killed writer loses the shard it was filling and nothing else.
+    Samples go to disk one by one, so memory does not depend on their number (with ``zeros`` it
+    holds the values of one shard). A full shard is renamed, and a small JSON file beside it, its
+    receipt, records its hash and statistics: a killed writer loses only the unfinished shard.
     """
 
     def __init__(
@@ -126,49 +127,46 @@ class StoreWriter:
         self.samples_per_shard = samples_per_shard
         self.rank, self.ranks = rank, ranks
         self.scratch = scratch or path.with_name(f".{path.name}.unfinished")
-        self._locks: list[WriterLock] = []
-        try:
-            with writing(self.scratch):
-                for folder in (
-                    (path, self.scratch) if rank == 0 else ()
-                ):  # one writer makes the store, and works in scratch
-                    self._locks.append(_lock(folder))
-                if self.scratch.exists():
-                    self._clear_scratch()
-                self.scratch.mkdir(parents=True, exist_ok=True)
-        except BaseException:
-            self._unlock()
-            raise
-        self._number: int | None = None
-        self._shard: ShardWriter | None = None
-        self._statistics: Statistics | None = None
-        self._finished: dict[int, tuple[ShardRecord, Statistics]] = {}
-        self._announced: int | None = None
-        self._spans: list[range] = []  # positions of the announced samples, by shard
-        self._samples_left = 0  # of all ranks
-        self._missing: Iterator[tuple[int, int]] = (
-            (number, samples_per_shard) for number in itertools.count()
+        with writing(self.scratch), ExitStack() as locks:
+            for folder in (path, self.scratch) if rank == 0 else ():
+                locks.callback(_lock(folder).release)
+            if self.scratch.exists():
+                self._clear_scratch()
+            self.scratch.mkdir(parents=True, exist_ok=True)
+            self._locks = locks.pop_all()
+        # A shard is known by its span, the positions of its samples in the store.
+        self._spans: list[range] = []  # of all shards of all ranks, once announced
+        self._announced: int | None = None  # samples
+        self._samples_missing = 0  # of all ranks
+        self._finished: dict[range, tuple[ShardRecord, Statistics]] = {}
+        self._missing: Iterator[range] = (
+            range(first, first + samples_per_shard)
+            for first in itertools.count(step=samples_per_shard)
         )
+        self._shard: ShardWriter | None = None
         self._next_shard()
 
     def _clear_scratch(self) -> None:
-        """Remove what nobody can take over; refuse a folder of other things."""
+        """Remove what nobody can reuse; refuse a folder of other files."""
         files = [file for file in self.scratch.iterdir() if not file.name.startswith(".")]
-        foreign = [file.name for file in files if not OUR_FILES.fullmatch(file.name)]
+        foreign = [file.name for file in files if not SCRATCH_FILES.fullmatch(file.name)]
         if foreign:
-            message = f"holds {foreign[0]!r}, which no writer left; choose another scratch folder"
-            raise StoreExistsError(message, path=self.scratch, actual=foreign[0])
-        if not self.fingerprint:  # nothing that lies there can be told to be ours
+            raise StoreExistsError(
+                f"holds {foreign[0]!r}, which no writer left; choose another scratch folder",
+                path=self.scratch,
+                actual=foreign[0],
+            )
+        if not self.fingerprint:  # no file can be recognized as part of this store
             shutil.rmtree(self.scratch)
-        elif self.rank == 0:  # before the other ranks begin theirs
+        elif self.rank == 0:  # before the other ranks start
             for file in files:
                 if file.suffix == ".partial":
                     file.unlink()
 
-    # -- filling ---------------------------------------------------------------------------------
+    # -- samples ---------------------------------------------------------------------------------
 
     def resume(self, samples: int) -> list[range]:
-        """Say how many samples there will be, and take over the finished shards that lie in ``scratch``.
+        """Announce the number of samples, and reuse the finished shards in ``scratch``.
 
         Parameters
         ----------
@@ -178,42 +176,42 @@ class StoreWriter:
         Returns
         -------
         list of range
-            The positions (0 to ``samples`` - 1) of the samples still to be appended, one range a missing shard, in
-            the order in which :meth:`append` then expects them.
+            Positions (0 to ``samples`` - 1) of the samples that are still to be appended, one
+            range a missing shard, in the order in which :meth:`append` then expects them.
 
         Raises
         ------
         StoreWriteError
-            When the disk has no room for them.
+            When they do not fit on the disk.
         """
+        size = self.samples_per_shard
         self._announced = samples
         self._spans = [
-            range(start, min(start + self.samples_per_shard, samples))
-            for start in range(0, samples, self.samples_per_shard)
+            range(first, min(first + size, samples)) for first in range(0, samples, size)
         ]
-        ours = range(self.rank, len(self._spans), self.ranks)
-        found = prefetch(partial(self._finished_before, hashed=True), ours, workers=2)
+        assigned = self._spans[self.rank :: self.ranks]
+        shards = prefetch(partial(self._reusable, hashed=True), assigned, workers=2)
         self._finished = {
-            number: shard for number, shard in zip(ours, found, strict=True) if shard is not None
+            span: shard for span, shard in zip(assigned, shards, strict=True) if shard is not None
         }
-        missing = [number for number in ours if number not in self._finished]
+        missing = [span for span in assigned if span not in self._finished]
         if self.rank == 0:
-            of_others = [
-                number
-                for number in range(len(self._spans))
-                if number not in ours and not self._receipt(number).exists()
-            ]
-            self._samples_left = sum(len(self._spans[number]) for number in (*missing, *of_others))
-            check_room([self])
-        self._missing = iter([(number, len(self._spans[number])) for number in missing])
+            of_others = (span for i, span in enumerate(self._spans) if i % self.ranks)
+            unfinished = [span for span in of_others if not self._receipt(span).exists()]
+            self._samples_missing = sum(map(len, missing + unfinished))
+            check_disk_space([self])
+        self._missing = iter(missing)
         self._next_shard()
-        return [self._spans[number] for number in missing]
+        return missing
 
     @property
     def bytes_announced(self) -> tuple[int, int]:
-        """Bytes of the samples that rank 0 found missing, of all ranks, and of all samples; 0 where lossless packing hides them."""
-        size = self.spec.sample_bytes if self.spec.compression in ("none", "int8") else 0
-        return self._samples_left * size, (self._announced or 0) * size
+        """Bytes of the missing samples of all ranks, and of all samples, as rank 0 knows them.
+
+        Both are 0 where the size of a packed sample is not known before it is written.
+        """
+        size = self.spec.sample_bytes if self.spec.layout.exact_size else 0
+        return self._samples_missing * size, (self._announced or 0) * size
 
     def append(
         self,
@@ -229,96 +227,92 @@ class StoreWriter:
         Parameters
         ----------
         id
-            Name of the sample; together with ``view`` it is meant to be unique.
+            Name of the sample; id and view together should be unique.
         features
-            (C, h, w) numbers that are finite and fit the spec's type.
+            (C, h, w) finite numbers that fit the spec's type.
         mask
             (H, W) uint8, class indices or the void value.
         image
-            (H, W, 3) uint8, exactly where the spec has images.
+            (H, W, 3) uint8 where the spec has images, else None.
         view
-            ``identity`` or ``hflip``.
+            ``identity`` (default) or ``hflip``.
 
         Raises
         ------
         SampleError
-            When the sample does not fit the spec; the text names the sample.
+            When the sample does not fit the spec; the text starts with the sample's id.
         StoreWriteError
             When a shard is full and the disk does not take it.
         """
         if self.ranks > 1 and self._announced is None:
             raise ValueError(
-                "several writers of one store call resume() first: it says which samples are whose"
+                "several writers of one store call resume(), which divides the samples, first"
             )
-        if self._number is None:
+        if self._span is None:
             raise SampleError(
                 f"sample {id!r} comes after the last one that resume() announced", path=self.path
             )
-        stored = checked_features(
-            self.spec, id=id, features=features, mask=mask, image=image, view=view, path=self.path
+        stored = self.spec.checked_features(
+            id=id, view=view, features=features, mask=mask, image=image, path=self.path
         )
-        path = self.scratch / shard_name(self._number)
+        path = self._file(self._span)
         with writing(path):
             if self._shard is None:
-                self._shard = ShardWriter(path, self.spec, self._capacity)
+                self._shard = ShardWriter(path, self.spec, len(self._span))
             self._shard.append(id, view, stored, mask, image)
-        part = Statistics.of_sample(self.spec, stored, mask)
-        self._statistics = part if self._statistics is None else self._statistics.merged(part)
-        if len(self._shard) == self._capacity:
-            self._finish_shard()
+        if len(self._shard) == len(self._span):
+            self._finish_shard(self._span, self._shard)
 
     # -- shards ----------------------------------------------------------------------------------
 
-    def _next_shard(self) -> None:
-        """Turn to the next missing shard; its file is made with its first sample."""
-        self._number, self._capacity = next(self._missing, (None, 0))
-        self._shard = None
-        self._statistics = None
+    def _file(self, span: range) -> Path:
+        return self.scratch / f"shard-{span.start // self.samples_per_shard:05d}.h5"
 
-    def _finish_shard(self) -> None:
-        assert self._number is not None
-        assert self._shard is not None
-        assert self._statistics is not None
-        with writing(self._shard.path):
-            record = self._shard.finish()
+    def _receipt(self, span: range) -> Path:
+        file = self._file(span)
+        return file.with_name(file.name + RECEIPT_SUFFIX)
+
+    def _next_shard(self) -> None:
+        self._span = next(self._missing, None)
+        self._shard = None  # the first sample creates its file
+
+    def _finish_shard(self, span: range, shard: ShardWriter) -> None:
+        with writing(shard.path):
+            record, statistics = shard.finish()
             receipt = {
                 "fingerprint": self.fingerprint,
-                "first": self._number * self.samples_per_shard,
+                "first": span.start,
                 "shard": asdict(record),
-                "statistics": self._statistics.to_dict(),
+                "statistics": statistics.to_dict(),
             }
-            write_atomically(self._receipt(self._number), json.dumps(receipt).encode())
-        self._finished[self._number] = (record, self._statistics)
+            write_atomically(self._receipt(span), json.dumps(receipt).encode())
+        self._finished[span] = record, statistics
         self._next_shard()
 
-    def _finished_before(
-        self, number: int, *, hashed: bool
-    ) -> tuple[ShardRecord, Statistics] | None:
-        """An announced shard if it is finished, of just its samples, and as long, or ``hashed`` unchanged, as it was written."""
-        file, positions = self.scratch / shard_name(number), self._spans[number]
+    def _reusable(self, span: range, *, hashed: bool) -> tuple[ShardRecord, Statistics] | None:
+        """Read the receipt of a finished shard; None where it is missing, damaged or of others.
+
+        Parameters
+        ----------
+        span
+            The shard.
+        hashed
+            Whether to compare the file's sha256 too, and not only its size.
+        """
+        file = self._file(span)
         try:
-            receipt = json.loads(self._receipt(number).read_bytes())
+            receipt = json.loads(self._receipt(span).read_bytes())
             record = ShardRecord(**receipt["shard"])
             statistics = Statistics.from_dict(receipt["statistics"])
-            ours = receipt["fingerprint"] == self.fingerprint != ""
-            just_these = (receipt["first"], record.samples) == (positions.start, len(positions))
-            if (
-                not (ours and just_these)
-                or file.stat().st_size != record.bytes
-                or (hashed and file_sha256(file) != record.sha256)
-            ):
-                return None
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-        ):  # no receipt, or a damaged one: the shard is made again
+            reusable = (
+                receipt["fingerprint"] == self.fingerprint != ""
+                and (receipt["first"], record.samples) == (span.start, len(span))
+                and file.stat().st_size == record.bytes
+                and (not hashed or file_sha256(file) == record.sha256)
+            )
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        return record, statistics
-
-    def _receipt(self, number: int) -> Path:
-        return self.scratch / (shard_name(number) + RECEIPT_SUFFIX)
+        return (record, statistics) if reusable else None
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -335,72 +329,59 @@ class StoreWriter:
             if kind is None:
                 self._publish()
         finally:
-            if self._shard is not None:  # unfinished
-                with suppress(
-                    OSError, RuntimeError
-                ):  # the error that brought us here says what is wrong
+            if self._shard is not None:  # unfinished; the error of the block is the one to raise
+                with suppress(OSError, RuntimeError):
                     self._shard.discard()
                 self._shard = None
-            if not self.fingerprint:  # nobody could take over what is left
+            if not self.fingerprint:  # nobody can reuse what is left
                 shutil.rmtree(self.scratch, ignore_errors=True)
-            self._unlock()
-
-    def _unlock(self) -> None:
-        for lock in self._locks:
-            lock.release()
+            self._locks.close()
 
     def _publish(self) -> None:
-        if self._shard is not None and self._announced is None:
-            self._finish_shard()  # the last shard of an open-ended store may be short
+        if self._announced is None and self._span is not None and self._shard is not None:
+            self._finish_shard(self._span, self._shard)  # the last shard may be short
         if self.rank != 0:
             return
-        for number in range(
-            len(self._spans)
-        ):  # those of other ranks, which they wrote just now, or took over by their hashes
-            if (
-                number not in self._finished
-                and (shard := self._finished_before(number, hashed=False)) is not None
-            ):
-                self._finished[number] = shard
-        numbers = sorted(self._finished)
-        samples = sum(self._finished[number][0].samples for number in numbers)
+        for span in self._spans:  # other ranks wrote the rest just now, or checked its hashes
+            if span not in self._finished and (shard := self._reusable(span, hashed=False)):
+                self._finished[span] = shard
+        shards = [self._finished[span] for span in sorted(self._finished, key=lambda s: s.start)]
+        samples = sum(record.samples for record, _ in shards)
         if self._announced not in (None, samples):
-            missing = (
-                self._announced - samples - (len(self._shard) if self._shard is not None else 0)
-            )
-            message = f"{missing} of the {self._announced} samples that resume() announced were not appended"
+            missing = self._announced - samples - (len(self._shard) if self._shard else 0)
             raise IncompleteStoreError(
-                message, path=self.path, expected=self._announced, actual=samples
+                f"{missing} of the {self._announced} samples that resume() announced"
+                " were not appended",
+                path=self.path,
+                expected=self._announced,
+                actual=samples,
             )
-        if not numbers:
+        if not shards:
             raise IncompleteStoreError(
                 "no sample was appended; a store needs at least one", path=self.path
             )
         index = Index(
             spec=self.spec,
             fingerprint=self.fingerprint,
-            shards=tuple(self._finished[number][0] for number in numbers),
-            statistics=Statistics.merge_all(self._finished[number][1] for number in numbers),
+            shards=tuple(record for record, _ in shards),
+            statistics=Statistics.merge_all(statistics for _, statistics in shards),
         )
         with writing(self.path):
-            known = {
-                path
-                for number in numbers
-                for path in (self.scratch / shard_name(number), self._receipt(number))
-            }
-            for file in set(self.scratch.iterdir()) - known:
-                file.unlink()  # left by a killed writer, or by one of other inputs
-            write_index(self.scratch, index)
+            names = {record.file for record in index.shards}
+            for file in self.scratch.iterdir():
+                if file.name.removesuffix(RECEIPT_SUFFIX) not in names:
+                    file.unlink()  # of a killed writer, or of other inputs
+            write_atomically(self.scratch / INDEX_NAME, index.to_text().encode())
             move_into_place(self.scratch, self.path, leave_behind="*" + RECEIPT_SUFFIX)
 
 
 def clear_after_publication(path: Path, scratch: Path) -> None:
-    """Remove what the writer of a finished store left behind if it was killed just after the store got its name.
+    """Remove what the writer of a finished store leaves if it is killed just after publishing.
 
     Raises
     ------
     StoreBusyError
-        When a writer is at work on ``path``, or in ``scratch``.
+        When a writer is writing ``path`` or into ``scratch``.
     """
     with writing(path), ExitStack() as locks:
         for folder in (path, scratch):
@@ -410,8 +391,3 @@ def clear_after_publication(path: Path, scratch: Path) -> None:
 
 def _lock(folder: Path) -> WriterLock:
     return WriterLock(folder.with_name(f".{folder.name.lstrip('.')}.lock"))
-
-
-def shard_name(number: int) -> str:
-    """File name of shard ``number``, counted from 0."""
-    return f"shard-{number:05d}.h5"

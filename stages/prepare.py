@@ -1,4 +1,4 @@
-"""prepare: find or draw the images and masks, check every one of them, write the manifest."""
+"""prepare: find or draw the images and masks, check each of them, write the manifest."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ from stages.datasets import (
 )
 from stages.datasets.config import PrepareConfig
 from stages.datasets.download import download_data
-from stages.datasets.layout import Found
+from stages.datasets.layout import DatasetLayout
 from stages.datasets.relabel import write_indices
 from stages.datasets.splits import assign
 
-# Each has ``find(root, config) -> Found`` and ``WHERE``, which says where to get it; ``archives(root, config)`` where we may.
+# Each has ``find(root, config)`` and ``WHERE`` (where to get it); ``archives(root, config)`` only
+# where the owners allow a download.
 DATASETS: dict[str, ModuleType] = {
     "voc": voc,
     "cityscapes": cityscapes,
@@ -47,12 +48,13 @@ DATASETS: dict[str, ModuleType] = {
     "camvid": camvid,
     "folder": folder,
 }
+Summary = dict[str, Any]  # what summary.json holds
 
 
 def run(
     config: PrepareConfig, *, out: Path, scratch: Path, workers: int, download: bool = False
-) -> dict[str, Any]:
-    """Write ``out/manifest.csv`` and ``out/summary.json`` (and wastesim's pictures, and masks that had to be converted).
+) -> Summary:
+    """Write ``out/manifest.csv`` and ``out/summary.json``, wastesim's images and converted masks.
 
     Parameters
     ----------
@@ -61,11 +63,12 @@ def run(
     out
         Folder of the result; it appears whole or not at all.
     scratch
-        Where it is put together, and where a full list of problems is left.
+        Folder in which the result is put together, and a list of all problems is left.
     workers
-        Threads that read, convert and check files.
+        Number of threads that read, convert and check files.
     download
-        Get the data set first, where ``config.root`` does not hold it yet and its owners allow it.
+        Download the data set first, where ``config.root`` does not hold it yet and its owners
+        allow it.
 
     Returns
     -------
@@ -75,95 +78,79 @@ def run(
     Raises
     ------
     ConfigError
-        When the data set is to be downloaded and cannot be; the text says where to get it.
+        When the data set cannot be downloaded; the error says where to get it.
     DataError
         When any image or mask is missing, damaged or does not fit; nothing is written then.
     """
-    root = Path(config.root)
+    root, building = Path(config.root), scratch / "prepare"
     if download:
-        _download(config, root, scratch)
-
-    building = scratch / "prepare"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-
-    # Which pairs there are.
+        _download(config, root, scratch / "downloads")
     if not root.is_dir():
         raise DataError(
             root,
-            f"there is no such folder; set prepare.root to the folder of your data set{_way_to_get(config)}",
+            "there is no such folder; set prepare.root to the folder of your data set"
+            f"{_where_to_get(config)}",
         )
-    found = _find(config, root, building, workers)
-    classes = found.classes
-    _check_ids(root, found.pairs)
-    pairs = _with_fewer_for_training(found.pairs, config)
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
 
-    # Every file is read, decoded and checked, masks of other values are converted, and all problems are gathered before
-    # the first one is reported.
-    def checked(pair: Pair) -> tuple[Entry, np.ndarray] | DataError:
+    layout = _find(config, root, building, workers)
+    _check_ids(root, layout.pairs)
+    pairs = _with_fraction_for_training(layout.pairs, config)
+
+    # All problems are collected before the first one is reported.
+    def check(pair: Pair) -> tuple[Entry, np.ndarray] | DataError:
         try:
-            return _check_pair(_converted(pair, found, building), pair.mask, classes, out, building)
+            return _check_pair(pair, layout, out, building)
         except DataError as problem:
             return problem
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        results = list(
-            tqdm(
-                pool.map(checked, pairs), "prepare: checking", len(pairs), unit="pair", disable=None
-            )
-        )
+        checked = pool.map(check, pairs)
+        results = list(tqdm(checked, "prepare: checking", len(pairs), unit="pair", disable=None))
     problems = [result for result in results if isinstance(result, DataError)]
     if problems:
         raise _all_problems(problems, scratch / "problems.txt")
-    entries, pixels = zip(
-        *(result for result in results if not isinstance(result, DataError)), strict=True
-    )
+    good = [result for result in results if not isinstance(result, DataError)]
+    entries = [entry for entry, _ in good]
 
-    # The manifest, the summary, and the folder's final name.
-    summary = _summary(config, list(entries), np.stack(pixels), classes)
+    summary = _summary(config, entries, np.stack([pixels for _, pixels in good]), layout.classes)
     _check_labels(root, summary)
-    write_manifest(building, list(entries), summary)
+    write_manifest(building, entries, summary)
     move_into_place(building, out)
     return summary
 
 
-def _check_labels(root: Path, summary: dict[str, Any]) -> None:
-    """Refuse splits without a label, and training masks of one class alone; name classes that are in none of them."""
-    for split, part in summary["splits"].items():
-        if part["void_share"] == 1:
-            raise DataError(
-                root,
-                f"the masks of split {split!r} hold not one labelled pixel; check prepare.void_index and the split",
-            )
-    images = summary["splits"]["train"]["images_with_class"]
-    absent = [name for name, count in images.items() if not count]
-    if len(absent) == len(images) - 1:
-        only = next(name for name, count in images.items() if count)
-        message = (
-            f"the training masks hold one class alone, {only!r} ({summary['void_index']} means no label: "
-            "where it is your object, write its number); check the masks"
+def _download(config: PrepareConfig, root: Path, downloads: Path) -> None:
+    """Download the data set; refuse where its owners do not allow it and it is absent."""
+    archives = getattr(DATASETS.get(config.dataset), "archives", None)
+    if archives is not None:
+        for archive in archives(root, config):
+            download_data(archive, downloads)
+    elif not root.is_dir():
+        remedy = (
+            f"get it yourself{_where_to_get(config)}"
+            if config.dataset in DATASETS
+            else "it is drawn; prepare.root holds its objects.csv"
         )
-        raise DataError(root, message, expected="two classes", actual=only)
-    if absent:
-        tqdm.write(f"prepare: no training mask has a pixel of {', '.join(absent)}")
+        raise ConfigError(
+            "prepare.dataset",
+            f"{config.dataset} cannot be downloaded: {remedy}",
+            actual=config.dataset,
+        )
 
 
-def _with_fewer_for_training(pairs: list[Pair], config: PrepareConfig) -> list[Pair]:
-    """Pairs with ``train_fraction`` of those for training: chosen by chance, and a smaller share is part of a larger one."""
-    training = [pair.id for pair in pairs if pair.split == "train"]
-    by_chance = sorted(
-        training, key=lambda id: hashlib.sha256(f"{config.split_seed} {id}".encode()).digest()
-    )
-    kept = set(by_chance[: math.ceil(round(config.train_fraction * len(training), 6))])
-    return [pair for pair in pairs if pair.split != "train" or pair.id in kept]
+def _where_to_get(config: PrepareConfig) -> str:
+    dataset = DATASETS.get(config.dataset)
+    return f" ({dataset.WHERE})" if dataset is not None else ""
 
 
-def _find(config: PrepareConfig, root: Path, building: Path, workers: int) -> Found:
-    """The pairs in their final splits; wastesim's are drawn here."""
+def _find(config: PrepareConfig, root: Path, building: Path, workers: int) -> DatasetLayout:
+    """Find the pairs and put them into their final splits; draw those of wastesim."""
     if config.dataset == "wastesim":
         scenes = config.wastesim
         counts = {"train": scenes.train, "val": scenes.val, "test": scenes.test}
-        objects = (scenes.fewest_objects, scenes.most_objects)
+        objects = (scenes.min_objects, scenes.max_objects)
         size, seed = scenes.size, scenes.seed
         pairs = wastesim.write_pairs(
             building,
@@ -174,49 +161,14 @@ def _find(config: PrepareConfig, root: Path, building: Path, workers: int) -> Fo
             seed=seed,
             workers=workers,
         )
-        return Found(pairs, wastesim.CLASSES)
-    found: Found = DATASETS[config.dataset].find(root, config)
-    return replace(
-        found,
-        pairs=assign(found.pairs, split=config.split, ratios=config.ratios, seed=config.split_seed),
-    )
-
-
-def _download(config: PrepareConfig, root: Path, scratch: Path) -> None:
-    """Get the data set where it may be downloaded; refuse where it may not and is not there."""
-    module = DATASETS.get(config.dataset)
-    if module is not None and hasattr(module, "archives"):
-        for archive in module.archives(root, config):
-            download_data(archive, scratch / "downloads")
-    elif not root.is_dir():
-        way = (
-            f"get it yourself{_way_to_get(config)}"
-            if module is not None
-            else "it is drawn; prepare.root holds its objects.csv"
-        )
-        raise ConfigError(
-            "prepare.dataset",
-            f"{config.dataset} cannot be downloaded: {way}",
-            actual=config.dataset,
-        )
-
-
-def _way_to_get(config: PrepareConfig) -> str:
-    module = DATASETS.get(config.dataset)
-    return f" ({module.WHERE})" if module is not None else ""
-
-
-def _converted(pair: Pair, found: Found, building: Path) -> Pair:
-    """The pair with a mask of our own indices: a new file, where the owners' is anything else."""
-    mask = found.convert(pair) if found.convert is not None else None
-    if mask is None:
-        return pair
-    path = building / "masks" / f"{pair.id}.png"
-    write_indices(path, mask, found.classes)
-    return replace(pair, mask=path)
+        return DatasetLayout(pairs, wastesim.CLASSES)
+    layout: DatasetLayout = DATASETS[config.dataset].find(root, config)
+    pairs = assign(layout.pairs, split=config.split, ratios=config.ratios, seed=config.split_seed)
+    return replace(layout, pairs=pairs)
 
 
 def _check_ids(root: Path, pairs: list[Pair]) -> None:
+    """Refuse equal ids, names that are not in UTF-8, and empty splits."""
     if not pairs:
         raise DataError(root, "holds no images with masks")
     for path in (path for pair in pairs for path in (pair.image, pair.mask)):
@@ -225,48 +177,70 @@ def _check_ids(root: Path, pairs: list[Pair]) -> None:
         except UnicodeEncodeError:
             raise DataError(
                 root,
-                f"the name {path.name!r} is not in UTF-8, as manifests and stores are; rename the file",
+                f"the name {path.name!r} is not in UTF-8, as manifests and stores are; "
+                "rename the file",
             ) from None
-    twice = [id for id, count in Counter(pair.id for pair in pairs).items() if count > 1]
-    if twice:
+    id, count = Counter(pair.id for pair in pairs).most_common(1)[0]
+    if count > 1:
         raise DataError(
-            root,
-            f"id {twice[0]} occurs twice; ids must be unique",
-            expected="unique ids",
-            actual=twice[0],
+            root, f"id {id} occurs twice; ids must be unique", expected="unique ids", actual=id
         )
-    sizes = Counter(pair.split for pair in pairs)
     for split in SPLITS:
-        if not sizes[split]:
-            message = f"no images for the split {split!r} ({len(pairs)} in all); check prepare.split and prepare.ratios"
-            raise DataError(root, message, expected="at least 1", actual=0)
+        if not any(pair.split == split for pair in pairs):
+            raise DataError(
+                root,
+                f"no images for the split {split!r} ({len(pairs)} in all); "
+                "check prepare.split and prepare.ratios",
+                expected="at least 1",
+                actual=0,
+            )
+
+
+def _with_fraction_for_training(pairs: list[Pair], config: PrepareConfig) -> list[Pair]:
+    """Keep a random ``train_fraction`` of the training pairs; smaller fractions are subsets."""
+    training = [pair.id for pair in pairs if pair.split == "train"]
+    training.sort(key=lambda id: hashlib.sha256(f"{config.split_seed} {id}".encode()).digest())
+    kept = set(training[: math.ceil(round(config.train_fraction * len(training), 6))])
+    return [pair for pair in pairs if pair.split != "train" or pair.id in kept]
 
 
 def _check_pair(
-    pair: Pair, owners_mask: Path, classes: Classes, out: Path, building: Path
+    pair: Pair, layout: DatasetLayout, out: Path, building: Path
 ) -> tuple[Entry, np.ndarray]:
-    """The pair's manifest entry, and its mask's pixels by value (256,); errors name the file that the mask was made of."""
-    image_bytes, mask_bytes = read_bytes(pair.image, "image"), read_bytes(pair.mask, "mask")
+    """Read, convert and check a pair; errors name the owners' mask, not the converted one.
+
+    Returns
+    -------
+    Entry, (256,) int
+        The line of the manifest, and the number of the mask's pixels by value.
+    """
+    classes, mask_path = layout.classes, pair.mask
+    converted = layout.convert(pair) if layout.convert is not None else None
+    if converted is not None:
+        mask_path = building / "masks" / f"{pair.id}.png"
+        write_indices(mask_path, converted, classes)
+    image_bytes, mask_bytes = read_bytes(pair.image, "image"), read_bytes(mask_path, "mask")
     image = decode_image(image_bytes, pair.image)
     mask = decode_mask(
-        mask_bytes, pair.mask, num_classes=len(classes.names), void_index=classes.void_index
+        mask_bytes, mask_path, num_classes=len(classes.names), void_index=classes.void_index
     )
+    height, width = mask.shape
     if (image.height, image.width) != mask.shape:
-        sizes = [
-            f"{width} x {height}" for height, width in (mask.shape, (image.height, image.width))
-        ]
-        message = f"the mask is {sizes[0]} pixels, its image {pair.image} is {sizes[1]}; they must be of one size"
         raise DataError(
-            owners_mask, message, expected=(image.height, image.width), actual=mask.shape
+            pair.mask,
+            f"the mask is {width} x {height} pixels, its image {pair.image} is "
+            f"{image.width} x {image.height}; they must be of one size",
+            expected=(image.height, image.width),
+            actual=mask.shape,
         )
-    image_path, mask_path = (
+    final_image, final_mask = (
         out / path.relative_to(building) if path.is_relative_to(building) else path
-        for path in (pair.image, pair.mask)
+        for path in (pair.image, mask_path)
     )
     entry = Entry(
         id=pair.id,
-        image=image_path.as_posix(),
-        mask=mask_path.as_posix(),
+        image=final_image.as_posix(),
+        mask=final_mask.as_posix(),
         split=pair.split,
         width=image.width,
         height=image.height,
@@ -277,19 +251,24 @@ def _check_pair(
 
 
 def _all_problems(problems: list[DataError], report: Path) -> DataError:
-    """The first problem, with a word on where the others are listed."""
+    """Return the first problem; where there are more, it names a file that lists all of them."""
     first = problems[0]
     if len(problems) == 1:
         return first
     report.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8")
-    message = str(first).removeprefix(f"{first.path}: ")
-    rest = f"{message} [and {len(problems) - 1} more problems, all listed in {report}]"
-    return DataError(first.path, rest, expected=first.expected, actual=first.actual)
+    return DataError(
+        first.path,
+        f"{str(first).removeprefix(f'{first.path}: ')} "
+        f"[and {len(problems) - 1} more problems, all listed in {report}]",
+        expected=first.expected,
+        actual=first.actual,
+    )
 
 
 def _summary(
     config: PrepareConfig, entries: list[Entry], pixels: np.ndarray, classes: Classes
-) -> dict[str, Any]:
+) -> Summary:
+    """Summarise the classes and splits; ``pixels`` is (images, 256), by value."""
     splits = {}
     for split in SPLITS:
         rows = pixels[[entry.split == split for entry in entries]]
@@ -312,3 +291,28 @@ def _summary(
         "void_index": classes.void_index,
         "splits": splits,
     }
+
+
+def _check_labels(root: Path, summary: Summary) -> None:
+    """Refuse splits without labels and training masks of one class; name absent classes."""
+    for split, content in summary["splits"].items():
+        if content["void_share"] == 1:
+            raise DataError(
+                root,
+                f"the masks of split {split!r} hold not one labelled pixel; "
+                "check prepare.void_index and the split",
+            )
+    images = summary["splits"]["train"]["images_with_class"]
+    present = [name for name, count in images.items() if count]
+    absent = [name for name, count in images.items() if not count]
+    if len(present) == 1:
+        raise DataError(
+            root,
+            f"the training masks hold one class alone, {present[0]!r} "
+            f"({summary['void_index']} means no label: where it is your object, write its number); "
+            "check the masks",
+            expected="two classes",
+            actual=present[0],
+        )
+    if absent:
+        tqdm.write(f"prepare: no training mask has a pixel of {', '.join(absent)}")

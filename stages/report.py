@@ -1,54 +1,83 @@
-"""report: the comparison table, the curves and the pictures, in one self-contained HTML file and as CSV and JSON."""
+"""report: tables, curves and pictures in one self-contained HTML file, and as CSV and JSON."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jinja2
 import numpy as np
+import pandas as pd
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 import featurestore
 from featurestore import FeatureStore
-from stages.common.config import Config, Once, Seed
+from featurestore.files import write_atomically
+from stages.common.config import Config, Listed, Once, Seed
 from stages.common.runtime import generator as random_generator
 from stages.common.runtime import make_accelerator, write_json
 from stages.gan.fidelity import DIMENSIONS
 from stages.reporting import charts, pictures, tables
 from stages.reporting.curves import read_curves
-from stages.reporting.feature_grid import normalised_pair, subsample_channels
-from stages.reporting.projection import project, sample_vectors
-from stages.reporting.verdict import answer
+from stages.reporting.features import (
+    normalised_pair,
+    project,
+    sample_vectors,
+    subsample_channels,
+)
+from stages.reporting.verdict import verdict
 from stages.training.models import load_decoder, load_generator
 
-VECTORS_A_SAMPLE = (
-    10  # in the projection; vectors of one photograph resemble each other, so few of many
-)
-WEIGHTS = {"before": "generator-initial", "after": "generator"}  # of the GAN's own training
+VECTORS_A_SAMPLE = 10  # in the projection; vectors of one image resemble each other
+BATCH_SIZE = 8  # samples whose features are in memory together
+WEIGHTS = {"before": "generator-initial", "after": "generator"}  # of the GAN's pretraining
 
 
 class CompareConfig(Config):
     """Section ``compare`` of params.yaml: which variants are trained, each with which seeds."""
 
-    variants: Annotated[tuple[str, ...], Field(strict=False, min_length=1), Once]
-    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1), Once]
+    variants: Annotated[tuple[str, ...], Listed, Once] = Field(
+        ("baseline",), description="variants that read features only"
+    )
+    gan_variants: Annotated[tuple[str, ...], Listed, Once] = Field(
+        ("featuregan-1x", "featuregan-2x"), description="variants that read models/gan"
+    )
+    seeds: Annotated[tuple[Seed, ...], Listed, Field(min_length=1), Once] = Field(
+        (0, 1, 2), description="every variant is trained with every seed"
+    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All variants, in the order of tables."""
+        return self.variants + self.gan_variants
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.names:
+            raise ValueError("variants and gan_variants are both empty; name at least one variant")
+        return self
 
 
 class ReportConfig(Config):
     """Section ``report`` of params.yaml."""
 
-    headline_classes: Annotated[tuple[str, ...], Field(strict=False), Once]
-    block_length: int = Field(ge=1)
-    pictures: int = Field(ge=1, le=50)
-    umap_points: int = Field(ge=50)
-    umap_neighbors: int = Field(ge=2)
-    umap_min_dist: float = Field(ge=0, le=1)
-    grid_samples: int = Field(ge=1, le=32)
-    grid_channels: int = Field(ge=1)
-    seed: Seed
+    headline_classes: Annotated[tuple[str, ...], Listed, Once] = Field(
+        (), description="classes of the mIoU; empty: all"
+    )
+    block_length: int = Field(
+        1, ge=1, description="consecutive test images a bootstrap block; about 20 for video"
+    )
+    pictures: int = Field(4, ge=1, le=50, description="test images with predictions shown")
+    umap_points: int = Field(1000, ge=50, description="feature vectors, real and generated each")
+    umap_neighbors: int = Field(15, ge=2, description="neighbors in UMAP")
+    umap_min_dist: float = Field(0.1, ge=0, le=1, description="smallest distance in UMAP")
+    grid_samples: int = Field(8, ge=1, le=32, description="masks in the feature grids")
+    grid_channels: int = Field(12, ge=1, description="channels in the feature grids")
+    seed: Seed = Field(0, description="seed of the choices above")
 
 
 def run(
@@ -69,12 +98,12 @@ def run(
     config, compared
         What is shown, of which decoders.
     features, gan, decoders, metrics
-        What the other stages left.
+        Outputs of the other stages.
     out
-        Folder of ``index.html``, ``comparison.json``, ``comparison.csv``, ``comparison.txt``, ``metrics.json``,
-        ``per_class.csv`` and ``val_miou.csv``.
+        Folder of ``index.html``, ``comparison.json``, ``comparison.csv``, ``comparison.txt``,
+        ``metrics.json``, ``per_class.csv``, ``val_miou.csv`` and ``val_miou_gan.csv``.
     device
-        Where features are generated and masks predicted.
+        Device that generates features and predicts masks.
 
     Returns
     -------
@@ -86,144 +115,139 @@ def run(
     ConfigError, DataError, FeatureStoreError
         A class that does not exist; a missing or damaged result.
     """
-    # The tables.
-    results = tables.read_results(metrics, compared.variants, compared.seeds)
+    results = tables.read_results(metrics, compared.names, compared.seeds)
     rows = tables.compare(results, config.headline_classes, block_length=config.block_length)
-    by_class = tables.per_class(results)
+    text = tables.as_text(rows)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "comparison.txt").write_text(text + "\n", encoding="utf-8")
+    accelerator = make_accelerator(device, "no")
+    train, test = featurestore.open(features / "train"), featurestore.open(features / "test")
+    template = resources.files("stages.reporting").joinpath("report.html")
+    page = jinja2.Template(template.read_text(encoding="utf-8"), autoescape=True).render(
+        config=config,
+        seeds=compared.seeds,
+        train=train,
+        test=test,
+        palette=[charts.css_colour(colour) for colour in test.spec.palette],
+        mixtures=min(DIMENSIONS, train.spec.feature_shape[0]),
+        charts=charts,
+        verdict=verdict(rows, len(test), config.block_length),
+        predictions=_predictions(config, compared, test, decoders, accelerator.device),
+        **_tables(rows, tables.per_class(results), out),
+        **_curves(compared, metrics, out),
+        **_generated(config, train, gan, accelerator.device),
+    )
+    write_atomically(out / "index.html", page.encode())  # a new file: DVC may link the old one
+    return text
+
+
+def _tables(rows: Sequence[tables.Row], by_class: pd.DataFrame, out: Path) -> dict[str, object]:
+    """Write the tables, and prepare those of the page."""
     write_json(out / "comparison.json", rows)
     write_json(out / "metrics.json", {row["variant"]: tables.headline(row) for row in rows})
     tables.flat(rows).to_csv(out / "comparison.csv", index=False, float_format="%.4f")
     by_class.to_csv(out / "per_class.csv", float_format="%.4f")
-    text = tables.as_text(rows)
-    (out / "comparison.txt").write_text(text + "\n", encoding="utf-8")
+    return {
+        "differences": charts.differences(rows),
+        "headings": tables.HEADINGS,
+        "rows": [zip(tables.cells(row), tables.sort_keys(row), strict=True) for row in rows],
+        "absent": sorted({name for row in rows for name in row["absent_classes"]}),
+        "all_classes": [(row["variant"], f"{row['miou_all']['mean']:.2f}") for row in rows],
+        "by_class": by_class,
+        "class_intervals": {row["variant"]: row["iou_intervals_by_class"] for row in rows},
+        "isnan": np.isnan,
+    }
 
-    # The charts and pictures.
-    accelerator = make_accelerator(device, "no")
-    train, test = featurestore.open(features / "train"), featurestore.open(features / "test")
-    gan_run = read_curves(metrics / "train-gan")
+
+def _curves(compared: CompareConfig, metrics: Path, out: Path) -> dict[str, object]:
+    """Draw the curves of all trainings, and write the mean mIoU on the validation split."""
+    gan = read_curves(metrics / "train-gan")
     runs = {
         name: [read_curves(metrics / f"{name}-{seed}") for seed in compared.seeds]
-        for name in compared.variants
+        for name in compared.names
     }
-    charts.mean_over_seeds(runs, "val/miou").to_csv(out / "val_miou.csv", float_format="%.4f")
-    palette = list(
-        zip(test.spec.class_names, map(charts.css_colour, test.spec.palette), strict=True)
-    )
-    shown = {
-        "answer": answer(rows, len(test), config.block_length),
-        "differences": charts.differences(rows),
-        "predictions": _predictions(config, compared, test, decoders, accelerator.device),
+    miou = charts.mean_over_seeds(runs, "val/miou")
+    files = {"val_miou.csv": compared.variants, "val_miou_gan.csv": compared.gan_variants}
+    for file, names in files.items():
+        miou[list(names)].to_csv(out / file, float_format="%.4f")
+    first = {name: seeds[0] for name, seeds in runs.items()}
+    return {
         "decoder_curves": charts.decoder_curves(runs),
-        "gan_curves": charts.gan_curves(gan_run),
-        "monitor": charts.monitor_curves(
-            {"train-gan": gan_run, **{name: seeds[0] for name, seeds in runs.items()}}
-        ),
-        **_generated(config, train, gan, accelerator.device),
+        "gan_curves": charts.gan_curves(gan),
+        "monitor": charts.monitor_curves({"train-gan": gan, **first}),
     }
-
-    # One file.
-    template = jinja2.Template(
-        resources.files("stages.reporting").joinpath("report.html").read_text(encoding="utf-8"),
-        autoescape=True,
-    )
-    page = template.render(
-        **shown,
-        series=list(zip(charts.SERIES, charts.DARK, strict=True)),
-        headings=tables.HEADINGS,
-        rows=[list(zip(tables.cells(row), tables.sort_keys(row), strict=True)) for row in rows],
-        headline_classes=config.headline_classes,
-        block_length=config.block_length,
-        absent=sorted({name for row in rows for name in row["absent_classes"]}),
-        all_classes=[(row["variant"], f"{row['miou_all']['mean']:.2f}") for row in rows],
-        by_class=by_class,
-        class_intervals={row["variant"]: row["iou_intervals_by_class"] for row in rows},
-        isnan=np.isnan,
-        palette=palette,
-        legend=[charts.Key(name, colour, "mark") for name, colour in palette],
-        train=train,
-        test=test,
-        mixtures=min(DIMENSIONS, train.spec.feature_shape[0]),
-        seeds=compared.seeds,
-    )
-    (out / "index.html").unlink(missing_ok=True)  # it may be a hard link into DVC's cache
-    (out / "index.html").write_text(page, encoding="utf-8")
-    return text
 
 
 def _generated(
     config: ReportConfig, store: FeatureStore, gan: Path, device: torch.device
-) -> dict[str, Any]:
-    """UMAP before and after the GAN's training, by class too, and the feature grids; all of training masks."""
+) -> dict[str, object]:
+    """Draw UMAP before and after the GAN's pretraining, and feature grids, of training masks."""
+    wanted = max(config.grid_samples, -(-config.umap_points // VECTORS_A_SAMPLE))
+    chosen = np.random.default_rng(config.seed).choice(
+        len(store), size=min(wanted, len(store)), replace=False
+    )
+    vectors, classes, maps = _sample(config, store, gan, device, chosen)
+    real, before, after = project(
+        [vectors[name] for name in ("real", *WEIGHTS)],
+        neighbors=config.umap_neighbors,
+        min_dist=config.umap_min_dist,
+        seed=config.seed,
+    )
+    spec, shown = store.spec, chosen[: config.grid_samples]
+    channels = subsample_channels(spec.feature_shape[0], config.grid_channels)
+    grids = normalised_pair(*(maps[name][: len(shown), channels] for name in ("real", "after")))
+    masks = pictures.colour_masks(store.gather("masks", shown), spec.palette)
+    images = store.gather("images", shown) if spec.has_images else None
+    return {
+        "umap": charts.projections(real, before, after),
+        "umap_classes": charts.projections_by_class(
+            (real, classes), (after, classes), spec.class_names, spec.palette
+        ),
+        "strips": [
+            pictures.feature_strip(name, grid, masks, images)
+            for name, grid in zip(("Real", "Generated"), grids, strict=True)
+        ],
+    }
+
+
+def _sample(
+    config: ReportConfig, store: FeatureStore, gan: Path, device: torch.device, chosen: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
+    """Sample real features, and features generated before and after the GAN's pretraining.
+
+    Returns
+    -------
+    tuple
+        By kind of features: vectors (n, C) at the same random positions, in the GAN's scale.
+        Their classes (n,). By kind: feature maps (B, C, h, w) of the first samples.
+    """
     generators = {
         name: load_generator(gan, weights=weights).to(device) for name, weights in WEIGHTS.items()
     }
     draws = {name: random_generator(device, config.seed) for name in generators}
     scale = generators["after"].feature_scale.cpu().numpy()
-    wanted = max(config.grid_samples, -(-config.umap_points // VECTORS_A_SAMPLE))
-    chosen = np.random.default_rng(config.seed).choice(
-        len(store), size=min(wanted, len(store)), replace=False
-    )
-
-    # A few samples at a time: vectors at the same random positions of each group, scaled as the GAN sees them.
-    groups: dict[str, list[np.ndarray]] = {"real": [], "before": [], "after": []}
-    vectors: dict[str, list[np.ndarray]] = {name: [] for name in groups}
-    classes: list[np.ndarray] = []
-    for part in np.array_split(chosen, -(-len(chosen) // 8)):
-        masks = np.stack([store.mask(position) for position in part])
-        features = {
-            "real": np.stack([store.features(position) for position in part]).astype(np.float32)
-        }
+    sampled: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
+    shown: list[dict[str, np.ndarray]] = []
+    for batch in np.array_split(chosen, -(-len(chosen) // BATCH_SIZE)):
+        masks = store.gather("masks", batch)
+        features = {"real": store.gather("features", batch).astype(np.float32)}
         for name, network in generators.items():
-            features[name] = (
-                network.generate(torch.from_numpy(masks).to(device), generator=draws[name])
-                .float()
-                .cpu()
-                .numpy()
-            )
-        for name, group in features.items():
-            sampled, found = sample_vectors(
-                group / scale, masks, VECTORS_A_SAMPLE * len(part), np.random.default_rng(part)
-            )
-            vectors[name].append(sampled)
-            if sum(map(len, groups[name])) < config.grid_samples:
-                groups[name].append(group)
-        classes.append(found)
-    points = dict(
-        zip(
-            vectors,
-            project(
-                [np.concatenate(parts) for parts in vectors.values()],
-                neighbors=config.umap_neighbors,
-                min_dist=config.umap_min_dist,
-                seed=config.seed,
-            ),
-            strict=True,
+            made = network.generate(torch.from_numpy(masks).to(device), generator=draws[name])
+            features[name] = made.float().cpu().numpy()
+        count = VECTORS_A_SAMPLE * len(batch)
+        sampled.append(
+            {
+                name: sample_vectors(maps / scale, masks, count, np.random.default_rng(batch))
+                for name, maps in features.items()
+            }
         )
+        if sum(len(maps["real"]) for maps in shown) < config.grid_samples:
+            shown.append(features)
+    return (
+        {name: np.concatenate([batch[name][0] for batch in sampled]) for name in sampled[0]},
+        np.concatenate([batch["real"][1] for batch in sampled]),
+        {name: np.concatenate([maps[name] for maps in shown]) for name in shown[0]},
     )
-
-    # Grids of the first samples.
-    few = chosen[: config.grid_samples]
-    channels = subsample_channels(store.spec.feature_shape[0], config.grid_channels)
-    real, generated = normalised_pair(
-        *(np.concatenate(groups[name])[: len(few), channels] for name in ("real", "after"))
-    )
-    images = (
-        np.stack([store.image(position) for position in few]) if store.spec.has_images else None
-    )
-    names, palette = store.spec.class_names, store.spec.palette
-    labels = np.concatenate(classes)
-    masks = pictures.colour_masks(np.stack([store.mask(position) for position in few]), palette)
-    return {
-        "umap": charts.projections(points["real"], points["before"], points["after"]),
-        "umap_classes": charts.projections_by_class(
-            (points["real"], labels), (points["after"], labels), names, palette
-        ),
-        "strips": [
-            pictures.feature_strip(name, some, masks, images)
-            for name, some in (("Real", real), ("Generated", generated))
-        ],
-    }
 
 
 @torch.no_grad()
@@ -234,29 +258,28 @@ def _predictions(
     decoders: Path,
     device: torch.device,
 ) -> list[tuple[str, list[pictures.Picture]]]:
-    """Masks predicted by each variant's first seed on evenly spaced test images (not chosen by their looks): id, and pictures in a row."""
+    """Predict masks by each variant's first seed, on evenly spaced test images.
+
+    Returns
+    -------
+    list of tuple
+        An image's id, and its pictures: image, true mask, a mask a variant.
+    """
     positions = np.linspace(0, len(store) - 1, min(config.pictures, len(store))).round().astype(int)
-    palette = store.spec.palette
-    rows: list[list[pictures.Picture]] = []
-    for position in positions:
-        known = (
-            [pictures.photograph("photograph", store.image(position))]
-            if store.spec.has_images
-            else []
-        )
-        rows.append(
-            [
-                *known,
-                pictures.drawing("truth", pictures.colour_masks(store.mask(position), palette)),
-            ]
-        )
-    features = torch.from_numpy(
-        np.stack([store.features(position) for position in positions]).astype(np.float32)
-    ).to(device)
-    for variant in compared.variants:
+    features = torch.from_numpy(store.gather("features", positions).astype(np.float32)).to(device)
+    masks = {"truth": store.gather("masks", positions)}
+    for variant in compared.names:
         decoder = load_decoder(decoders / f"{variant}-{compared.seeds[0]}").to(device)
-        predicted = decoder(features, store.spec.mask_shape).argmax(1).to(torch.uint8).cpu().numpy()
-        for row, mask in zip(rows, pictures.colour_masks(predicted, palette), strict=True):
-            row.append(pictures.drawing(variant, mask))
-    ids = store.ids
-    return [(ids[position], row) for position, row in zip(positions, rows, strict=True)]
+        logits = decoder(features, store.spec.mask_shape)
+        masks[variant] = logits.argmax(1).to(torch.uint8).cpu().numpy()
+    coloured = {
+        name: pictures.colour_masks(values, store.spec.palette) for name, values in masks.items()
+    }
+    rows = [
+        [pictures.as_png(name, pixels[number]) for name, pixels in coloured.items()]
+        for number in range(len(positions))
+    ]
+    if store.spec.has_images:
+        for image, row in zip(store.gather("images", positions), rows, strict=True):
+            row.insert(0, pictures.as_jpeg("image", image))
+    return [(store.ids[position], row) for position, row in zip(positions, rows, strict=True)]

@@ -28,11 +28,9 @@ from stages.augment.base import (
 )
 from stages.augment.hflip_views import training_views
 from stages.augment.registry import build_augmenter
-from stages.common.config import Beta, Config
-from stages.common.errors import ConfigError
+from stages.common.config import Beta, Config, Listed
 from stages.common.runtime import (
     Machine,
-    check_batch_divides,
     distribute,
     seed_everything,
     verify_stores,
@@ -45,28 +43,32 @@ from stages.segmentation.evaluation import evaluate, evaluate_images
 from stages.segmentation.metrics import IMAGES_NAME, Scores, score, total
 from stages.segmentation.upsampled_loss import upsampled_cross_entropy
 from stages.training.models import CONFIG_NAME, save_weights
-from stages.training.session import Session, Stateful
+from stages.training.session import Session, Stateful, check_batch
 from stages.training.update import backward, parameters_of, step_optimizers
 
 
 class TrainDecoderConfig(Config):
     """Section ``train_decoder`` of params.yaml: what all decoders have in common."""
 
-    epochs: int = Field(ge=1)
-    passes: int = Field(ge=1)  # over the training samples, an epoch
+    epochs: int = Field(50, ge=1, description="epochs; after the GAN's frozen_epochs")
+    repeats: int = Field(1, ge=1, description="repeats of the training samples an epoch")
     batch_size: int = Field(
-        ge=2
-    )  # one sample cannot be batch-normalised after ASPP's global pooling
-    gradient_accumulation: int = Field(ge=1)
-    decoder: Literal["deeplab", "fcn"]
-    width: int = Field(ge=1)
+        32, ge=2, description="samples a step; BatchNorm after global pooling needs two"
+    )
+    gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step, to save memory")
+    decoder: Literal["deeplab", "fcn"] = Field("deeplab", description="head")
+    width: int = Field(256, ge=1, description="channels of the deeplab head")
     atrous_rates: Annotated[
-        tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)
-    ]
-    lr: float = Field(gt=0)
-    lr_schedule: Literal["constant", "poly"]
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)]
-    mixed_precision: Literal["no", "bf16", "fp16"]
+        tuple[Annotated[int, Field(ge=1)], ...], Listed, Field(min_length=1)
+    ] = Field((12, 24, 36), description="rates of the deeplab head; [6, 12] for 16 x 16 maps")
+    lr: float = Field(5e-4, gt=0, description="learning rate")
+    lr_schedule: Literal["constant", "poly"] = Field(
+        "constant", description="poly: falls to 0 with the steps"
+    )
+    betas: Annotated[tuple[Beta, Beta], Listed] = Field((0.9, 0.999), description="of Adam")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="of the decoder and of a GAN trained with it; fp16 needs a GPU"
+    )
 
 
 def run(
@@ -113,7 +115,7 @@ def run(
         decoder.compile()
     wrapped = distribute(accelerator, decoder)
     optimizer = torch.optim.Adam(decoder.parameters(), config.lr, config.betas, fused=True)
-    steps = config.epochs * (config.passes * len(train.positions("identity")) // config.batch_size)
+    steps = config.epochs * (config.repeats * len(train.positions("identity")) // config.batch_size)
     context = Context(name, accelerator, train, decoder, gan, seed, steps, machine)
     augmenter, best = build_augmenter(variant, context), Best()
     loader = session.loader(
@@ -122,7 +124,7 @@ def run(
         seed=seed,
         drop_last=True,
         positions=training_views(train, variant.view),
-        passes=config.passes,
+        repeats=config.repeats,
         images=augmenter.needs_images,
     )
     validation = session.loader(stores["val"], config.batch_size)
@@ -157,7 +159,7 @@ def run(
                     else:
                         added = repeat_real(samples, variant.added_weights)
                     batches = [Labelled.of(samples), *added.batches]
-                    batches = augment_features(variant.perturb, batches, rng(2, rank))
+                    batches = augment_features(variant.augment, batches, rng(2, rank))
                     with accelerator.autocast():
                         losses = decoder_losses(wrapped, decoder, batches, augmenter, variant)
                     loss = weighted_sum(losses, batches, added.loss)
@@ -316,9 +318,6 @@ def open_stores(
     FeatureStoreError
         When a store is missing or damaged.
     """
-    check_batch_divides(
-        config.batch_size, processes, config.gradient_accumulation, "train_decoder.batch_size"
-    )
     stores = {split: featurestore.open(features / split) for split in ("train", "val", "test")}
     train = stores["train"]
     for store in stores.values():
@@ -330,15 +329,7 @@ def open_stores(
         if not store.stats.class_pixels.any():
             message = "its masks have no labelled pixel: nothing to learn or to score"
             raise SpecMismatchError(message, path=store.path)
-    samples = config.passes * len(train.positions("identity"))
-    if samples < config.batch_size:
-        message = (
-            f"{config.batch_size} is more than the {samples} samples that an epoch takes from"
-            f" {train.path}; lower it, or raise passes"
-        )
-        raise ConfigError(
-            "train_decoder.batch_size", message, expected=samples, actual=config.batch_size
-        )
+    check_batch(config, train, processes, "train_decoder")
     verify_stores(*stores.values(), workers=machine.workers)
     return stores
 

@@ -1,4 +1,4 @@
-"""train-gan: Algorithm 1's first branch, the first ``frozen_epochs`` epochs, generator and discriminator alone."""
+"""train-gan: generator and discriminator without a decoder (Algorithm 1, first branch)."""
 
 from __future__ import annotations
 
@@ -12,70 +12,87 @@ from typing_extensions import Self
 
 import featurestore
 from featurestore import FeatureStore, SpecMismatchError
-from stages.common.config import Beta, Config, Once, Seed
+from stages.common.config import Beta, Config, Listed, Once, Seed
 from stages.common.errors import ConfigError
-from stages.common.runtime import Machine, check_batch_divides, seed_everything, verify_stores
+from stages.common.runtime import Machine, seed_everything, verify_stores
 from stages.common.runtime import generator as random_generator
 from stages.gan.families import build_trainer, create_networks
 from stages.gan.monitor import MEASURED, MonitorConfig
 from stages.models.generator import UPSAMPLING
 from stages.segmentation.transforms import Transform
 from stages.training.models import save_gan, save_weights
-from stages.training.session import Session
+from stages.training.session import Session, check_batch
 from stages.training.update import backward, step_optimizers
 
 
 class TrainGanConfig(Config):
     """Section ``train_gan`` of params.yaml."""
 
-    family: Literal["gan", "flow"]
-    flow_components: int = Field(ge=1)
-    flow_width: int = Field(ge=2)
-    flow_steps: int = Field(ge=1)
-    frozen_epochs: int = Field(ge=1)
-    passes: int = Field(ge=1)
-    batch_size: int = Field(ge=2)
-    gradient_accumulation: int = Field(ge=1)
-    z_dim: int = Field(ge=0)
-    noise: Literal["vector", "spatial"]
-    prior: Literal["none", "class-means"]
-    ngf: int = Field(ge=1)
-    spade_hidden: int = Field(ge=1)
-    norm: Literal["batch", "instance"]
-    ndf: int = Field(ge=1)
-    discriminator_layers: int = Field(ge=2, le=5)
-    discriminator_scales: int = Field(ge=1, le=2)
-    projection_channels: int = Field(ge=0)
-    image_encoder: bool
-    nef: int = Field(ge=1)
-    init_gain: float = Field(gt=0)
-    feature_scale: Literal["channel", "global", "none"]
+    family: Literal["gan", "flow"] = Field("gan", description="flow: flow matching")
+    flow_components: int = Field(64, ge=1, description="principal components that a flow models")
+    flow_width: int = Field(64, ge=2, description="channels of a flow's blocks")
+    flow_steps: int = Field(16, ge=1, description="steps of a flow's integration")
+    frozen_epochs: int = Field(75, ge=1, description="epochs before any decoder is trained")
+    repeats: int = Field(1, ge=1, description="repeats of the training samples an epoch")
+    batch_size: int = Field(32, ge=2, description="samples a step")
+    gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step, to save memory")
+    z_dim: int = Field(256, ge=0, description="length of the noise vector; 0: no noise")
+    noise: Literal["vector", "spatial"] = Field(
+        "vector", description="spatial: z beside the classes at every pixel"
+    )
+    prior: Literal["none", "class-means"] = Field(
+        "none", description="class-means: the generator adds to the means of the mask's classes"
+    )
+    ngf: int = Field(64, ge=1, description="generator width; its blocks have 16 * ngf channels")
+    spade_hidden: int = Field(128, ge=1, description="hidden channels of SPADE")
+    norm: Literal["batch", "instance"] = Field("batch", description="normalization inside SPADE")
+    ndf: int = Field(64, ge=1, description="discriminator width")
+    discriminator_layers: int = Field(3, ge=2, le=5, description="layers of a discriminator")
+    discriminator_scales: int = Field(
+        1, ge=1, le=2, description="discriminators, each at half size"
+    )
+    projection_channels: int = Field(
+        0, ge=0, description="random mixtures that the discriminator sees; 0: all channels"
+    )
+    image_encoder: bool = Field(False, description="draw z from the image (VAE)")
+    nef: int = Field(64, ge=1, description="image encoder width")
+    init_gain: float = Field(0.02, gt=0, description="gain of the weights' initialization")
+    feature_scale: Literal["channel", "global", "none"] = Field(
+        "channel", description="features are divided by deviations before the GAN"
+    )
     adversarial_loss: Literal[
         "hinge", "non-saturating", "wasserstein-clip", "wasserstein-gp", "segmentation"
-    ]
-    lambda_feat: float = Field(ge=0)
-    lambda_kld: float = Field(ge=0)
-    lambda_rec: float = Field(ge=0)
-    r1_gamma: float = Field(ge=0)
-    diffaugment: Annotated[tuple[Transform, ...], Field(strict=False), Once]
-    ema_decay: float = Field(ge=0, lt=1)
-    generator_lr: float = Field(gt=0)
-    discriminator_lr: float = Field(gt=0)
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)]
-    mixed_precision: Literal["no", "bf16", "fp16"]
-    seed: Seed
+    ] = Field("hinge", description="adversarial loss")
+    lambda_feat: float = Field(7.0, ge=0, description="weight of feature matching")
+    lambda_kld: float = Field(0.05, ge=0, description="weight of the image encoder's divergence")
+    lambda_rec: float = Field(
+        0.0, ge=0, description="weight of the squared difference from the real features; 0: off"
+    )
+    r1_gamma: float = Field(0.0, ge=0, description="weight of R1; 0: off")
+    diffaugment: Annotated[tuple[Transform, ...], Listed, Once] = Field(
+        (), description="transforms before the discriminator"
+    )
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="decay of the generator's average a step; 0: off"
+    )
+    generator_lr: float = Field(2e-4, gt=0, description="learning rate of the generator")
+    discriminator_lr: float = Field(8e-4, gt=0, description="learning rate of the discriminator")
+    betas: Annotated[tuple[Beta, Beta], Listed] = Field((0.0, 0.9), description="of Adam")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="fp16 needs a GPU")
+    seed: Seed = Field(0, description="seed of weights, order and noise")
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        if self.adversarial_loss == "segmentation" and (
-            self.r1_gamma or self.discriminator_scales > 1
-        ):
+        patch_keys = self.r1_gamma or self.discriminator_scales > 1
+        if self.adversarial_loss == "segmentation" and patch_keys:
             raise ValueError(
-                "r1_gamma and discriminator_scales belong to a patch discriminator; adversarial_loss segmentation has none"
+                "r1_gamma and discriminator_scales belong to a patch discriminator;"
+                " adversarial_loss segmentation has none"
             )
         if self.image_encoder and (not self.z_dim or self.noise == "spatial"):
             raise ValueError(
-                "the image encoder gives a noise vector; set z_dim above 0 and noise to vector, or image_encoder to false"
+                "the image encoder gives a noise vector; set z_dim above 0 and noise to vector,"
+                " or image_encoder to false"
             )
         if self.noise == "spatial" and not self.z_dim:
             raise ValueError(
@@ -83,7 +100,8 @@ class TrainGanConfig(Config):
             )
         if self.family == "flow" and (self.image_encoder or self.r1_gamma or self.diffaugment):
             raise ValueError(
-                "image_encoder, r1_gamma and diffaugment are a GAN's; turn them off (false, 0, []), or set family to gan"
+                "image_encoder, r1_gamma and diffaugment are a GAN's; turn them off"
+                " (false, 0, []), or set family to gan"
             )
         return self
 
@@ -127,7 +145,7 @@ def run(
     config, monitoring
         Networks, losses, schedule; how training is monitored.
     features
-        Folder of the stores ``train`` and ``val``; the monitor compares with the features of ``val``.
+        Folder of the stores ``train`` and ``val``; the monitor compares with ``val``.
     out
         Folder of ``generator``, ``discriminator``, ``image_encoder`` (``.safetensors``), the
         untrained ``generator-initial``, ``optimizers.pt`` and ``config.json``.
@@ -159,7 +177,7 @@ def run(
         seed=config.seed,
         drop_last=True,
         positions=store.positions("identity"),
-        passes=config.passes,
+        repeats=config.repeats,
         images=config.image_encoder,
     )
 
@@ -213,43 +231,30 @@ def check_store(config: TrainGanConfig, store: FeatureStore, processes: int = 1)
     Raises
     ------
     ConfigError
-        When the feature map does not divide by the generator's up-sampling, or an epoch has fewer samples than a batch.
+        When the feature map does not divide by the generator's up-sampling, a batch does not divide
+        over the processes, or there are fewer samples or channels than the parameters need.
     SpecMismatchError
         When the image encoder needs images and the store has none.
     """
-    check_batch_divides(
-        config.batch_size, processes, config.gradient_accumulation, "train_gan.batch_size"
-    )
+    check_batch(config, store, processes, "train_gan")
     check_input_size(store.spec.mask_shape, store.spec.output_stride)
-    smallest, found = 2 * config.discriminator_scales * UPSAMPLING, store.spec.feature_shape[1:]
-    if min(found) < smallest:
-        message = f"{config.discriminator_scales} scales need features of {smallest} x {smallest} or more, found {found}"
-        raise ConfigError(
-            "train_gan.discriminator_scales", message, expected=smallest, actual=found
-        )
-    seen = config.passes * len(store.positions("identity"))
-    if seen < config.batch_size:
-        message = f"{config.batch_size} is more than the {seen} samples that an epoch takes from {store.path}; lower it, or raise passes"
-        raise ConfigError("train_gan.batch_size", message, expected=seen, actual=config.batch_size)
-    channels = store.spec.feature_shape[0]
-    if config.family == "flow" and config.flow_components > channels:
-        message = f"{config.flow_components} is more than the {channels} channels of {store.path}; lower it"
-        raise ConfigError(
-            "train_gan.flow_components", message, expected=channels, actual=config.flow_components
-        )
-    if config.projection_channels > channels:
-        message = f"{config.projection_channels} is more than the {channels} channels of {store.path}; lower it, or 0 to see all"
-        raise ConfigError(
-            "train_gan.projection_channels",
-            message,
-            expected=channels,
-            actual=config.projection_channels,
-        )
+    channels, *size = store.spec.feature_shape
+    scales = config.discriminator_scales
+    least = 2 * scales * UPSAMPLING
+    if min(size) < least:
+        message = f"{scales} scales need features of {least} x {least} or more, found {size}"
+        raise ConfigError("train_gan.discriminator_scales", message, expected=least, actual=size)
+    limited = {"projection_channels": "lower it, or 0 to see all"}
+    if config.family == "flow":
+        limited["flow_components"] = "lower it"
+    for key, remedy in limited.items():
+        value = getattr(config, key)
+        if value > channels:
+            message = f"{value} is more than the {channels} channels of {store.path}; {remedy}"
+            raise ConfigError(f"train_gan.{key}", message, expected=channels, actual=value)
     if config.image_encoder and not store.spec.has_images:
-        raise SpecMismatchError(
-            "train_gan.image_encoder needs images; set extract.store_images to true",
-            path=store.path,
-        )
+        message = "train_gan.image_encoder needs images; set extract.store_images to true"
+        raise SpecMismatchError(message, path=store.path)
 
 
 def check_input_size(size: tuple[int, int], output_stride: int) -> None:
@@ -258,18 +263,20 @@ def check_input_size(size: tuple[int, int], output_stride: int) -> None:
     Raises
     ------
     ConfigError
-        When H or W is no multiple of the backbone's stride times the generator's up-sampling.
+        When H or W is no multiple of the backbone's stride times the generator's up-sampling, or
+        the discriminator would see a single pixel.
     """
     step = output_stride * UPSAMPLING
-    if (
-        size[0] % step or size[1] % step or min(size) < 2 * step
-    ):  # smaller maps leave the discriminator a single pixel
-        message = f"must be a multiple of {step} from {2 * step} on (backbone stride times the generator's up-sampling), found {size}"
+    if size[0] % step or size[1] % step or min(size) < 2 * step:
+        message = (
+            f"must be a multiple of {step} from {2 * step} on (backbone stride times the"
+            f" generator's up-sampling), found {size}"
+        )
         raise ConfigError("extract.input_size", message, expected=step, actual=size)
 
 
 def describe(config: TrainGanConfig, store: FeatureStore) -> dict[str, Any]:
-    """Everything that :func:`stages.gan.networks.build_networks` needs, JSON-ready."""
+    """Collect what :func:`stages.gan.networks.build_networks` needs, JSON-ready."""
     spec = store.spec
     chosen = {key: value for key, value in config.model_dump().items() if key in ARCHITECTURE}
     return {

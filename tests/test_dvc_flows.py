@@ -1,4 +1,4 @@
-"""DVC as a team uses it: shards shared over a remote, trained from without the images; experiments run, shown and compared."""
+"""DVC in a team: shards shared over a remote and used without the images; experiments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import run
+from tests.factories import run
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,7 @@ EPOCHS = 3  # of the experiment; the committed run has 2
 
 @pytest.fixture(scope="module")
 def team(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository whose results are committed and pushed to a folder. The images are in neither: they stay on one machine."""
+    """Return a repository with committed results, pushed to a folder; neither holds the images."""
     folder = tmp_path_factory.mktemp("team")
     origin = folder / "origin"
     shutil.copytree(project, origin, symlinks=True)
@@ -34,7 +34,7 @@ def team(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def clone(team: Path, target: Path) -> Path:
-    """A colleague's machine: no images, and no package with the backbone's weights."""
+    """Clone as on another machine: no images, and no package with the backbone's weights."""
     run("git", "clone", "-q", str(team), str(target), cwd=team)
     run("git", "config", "user.email", "test@example.org", cwd=target)
     run("git", "config", "user.name", "test", cwd=target)
@@ -49,7 +49,7 @@ def clone(team: Path, target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def experiment(team: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A colleague's clone in which one experiment has run, and what it printed."""
+    """Return a clone in which one experiment has run, and what the experiment printed."""
     mine = clone(team, tmp_path_factory.mktemp("mine") / "clone")
     settings = ("-S", f"train_decoder.epochs={EPOCHS}", "--name", "longer")
     printed = run("dvc", "exp", "run", "--pull", "--allow-missing", *settings, cwd=mine)
@@ -73,7 +73,7 @@ def test_pulled_shards_are_the_pushed_ones_and_train_a_gan(team: Path, tmp_path:
 
 
 def test_without_images_repro_needs_to_be_told(team: Path, tmp_path: Path) -> None:
-    """Plain ``dvc repro`` wants to look at the images; ``--allow-missing`` takes prepare and extract as they are in dvc.lock."""
+    """``dvc repro`` reads the images; with ``--allow-missing`` it trusts dvc.lock instead."""
     mine = clone(team, tmp_path / "clone")
     refused = run("dvc", "repro", "--dry", cwd=mine, check=False)
     assert refused.returncode != 0
@@ -98,7 +98,7 @@ def test_an_experiment_pulls_what_it_needs_and_runs_what_changed(
     mine, printed = experiment
     for stage in ("prepare", "extract", "train-gan"):
         assert f"Stage '{stage}' didn't change, skipping" in printed
-    for stage in ("train-decoder@baseline-0", "train-decoder@featuregan-1x-0", "report"):
+    for stage in ("train-decoder@baseline-0", "train-decoder-gan@featuregan-1x-0", "report"):
         assert f"Running stage '{stage}'" in printed
     assert not (mine / "dataset").exists()  # no stage that ran needs it
     curve = (mine / "metrics" / "baseline-0" / "plots" / "metrics" / "val" / "miou.tsv").read_text()
@@ -196,7 +196,9 @@ def test_plots_have_titles_axes_and_curves(experiment: tuple[Path, str], tmp_pat
             .splitlines()[1:]
         )
         drawn_curve = [
-            (value["epoch"], float(value[variant])) for value in curves if value["field"] == variant
+            (value["epoch"], float(value[variant]))
+            for value in curves
+            if value["filename::field"].endswith(f"::{variant}")
         ]
         assert [epoch for epoch, _ in drawn_curve] == [
             str(number) for number in range(1, EPOCHS + 1)

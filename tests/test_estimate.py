@@ -1,22 +1,24 @@
-"""What a run will take: sizes are those of stores that were extracted, operations those of the steps that train."""
+"""Sizes are those of extracted stores; operations are those of the steps that train."""
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from pydantic import TypeAdapter
+from ruamel.yaml import YAML
 from torch.utils.flop_counter import FlopCounterMode
 
 import pipeline
 from benchmarks.train import Size, our_steps
-from stages.augment.registry import Variant
-from stages.backbones.backbone import build_backbone
-from stages.commands.options import load_params
+from stages.augment import registry
+from stages.backbones.build import build_backbone
+from stages.commands.estimate import _store_spec
+from stages.commands.params import PARAMS
+from stages.common.config import parse
 from stages.common.errors import ConfigError
 from stages.estimate import step_cost as operations
 from stages.estimate.sizes import (
@@ -24,10 +26,10 @@ from stages.estimate.sizes import (
     joint_ratios,
     memory_rows,
     split_sizes,
-    store_spec,
     work_rows,
 )
-from tests.conftest import tiny_params
+from stages.estimate.step_cost import Setup
+from tests.factories import tiny_params
 from tests.imports import ROOT
 
 
@@ -35,10 +37,12 @@ def call(*arguments: str) -> Result:
     return CliRunner().invoke(pipeline.main, ["estimate", *arguments])
 
 
-def sections(tmp_path: Path) -> dict:
-    path = tmp_path / "params.yaml"
-    path.write_text(tiny_params())
-    return load_params(path)
+def setup(ratios: Sequence[int] = (), **gan: object) -> Setup:
+    """The tiny parameters' networks, with changes of the GAN."""
+    params = parse(PARAMS, YAML(typ="safe", pure=True).load(tiny_params()))
+    head = {"head": "deeplab", "width": params.train_decoder.width, "atrous_rates": (12, 24, 36)}
+    settings = {**params.train_gan.model_dump(), "prior": "none", **gan}
+    return Setup("efficientnet_lite0", (64, 64), settings, head, num_classes=21, ratios=ratios)
 
 
 @pytest.fixture
@@ -69,14 +73,9 @@ def test_sizes_are_those_of_the_extracted_stores(
     assert about == pytest.approx(models, rel=0.2)
 
 
-def test_operations_are_those_of_the_steps_that_train(tmp_path: Path) -> None:
+def test_operations_are_those_of_the_steps_that_train() -> None:
     """Counted on real tensors in the trainer itself, and on fake ones."""
-    found = sections(tmp_path)
-    decoder = found["train_decoder"].model_copy(
-        update={"atrous_rates": (12, 24, 36)}
-    )  # as the benchmark's
-    gan = found["train_gan"].model_copy(update={"prior": "none"})
-    costs, shape = operations.count(found["extract"], gan, decoder, num_classes=21, ratios=(1, 2))
+    costs, shape = operations.count(setup((1, 2)))
     assert shape == (320, 8, 8)
     size = Size("efficientnet_lite0", 320, operations.BATCH, 8, 1, 8, 4, 8, side=8)
     features, masks = torch.rand(2, 320, 8, 8), torch.randint(0, 21, (2, 64, 64), dtype=torch.uint8)
@@ -96,14 +95,7 @@ def test_operations_are_those_of_the_steps_that_train(tmp_path: Path) -> None:
 def test_the_untrained_backbone_is_the_backbone(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = operations.untrained_backbone(name)
-    state = network.state_dict()
-    if name == "resnet50":  # numbered parts in place of torchvision's names
-        parts = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-        state = OrderedDict(
-            (f"{parts[int(key.split('.')[0])]}.{key.split('.', 1)[1]}", value)
-            for key, value in state.items()
-        )
-    torch.save(state, tmp_path / "weights.pth")
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
     built = build_backbone(name=name, weights=str(tmp_path / "weights.pth"))
     images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     with torch.inference_mode():
@@ -111,22 +103,19 @@ def test_the_untrained_backbone_is_the_backbone(name: str, tmp_path: Path) -> No
     torch.testing.assert_close(ours[-1] if isinstance(ours, list) else ours, built(images))
 
 
-def test_counting_leaves_nothing_fake_behind(tmp_path: Path) -> None:
+def test_counting_leaves_nothing_fake_behind() -> None:
     from stages.segmentation.upsampled_loss import upsampled_cross_entropy
 
-    found = sections(tmp_path)
-    networks = [found[name] for name in ("extract", "train_gan", "train_decoder")]
-    operations.count(*networks, num_classes=7)
+    operations.count(setup())
     loss = upsampled_cross_entropy(
         torch.zeros(2, 7, 8, 8), torch.zeros(2, 64, 64, dtype=torch.uint8)
     )
     assert float(loss) == pytest.approx(1.9459, abs=1e-4)  # log 7
+    assert torch.nn.Linear(1, 1).to(torch.float64).weight.dtype == torch.float64
 
 
-def test_memory_grows_with_what_is_kept(tmp_path: Path) -> None:
-    found = sections(tmp_path)
-    networks = [found[name] for name in ("extract", "train_gan", "train_decoder")]
-    costs, _ = operations.count(*networks, num_classes=7, ratios=(1, 2))
+def test_memory_grows_with_what_is_kept() -> None:
+    costs, _ = operations.count(setup((1, 2)))
     assert costs["backbone"].weight_bytes == costs["backbone"].activation_bytes == 0
     assert costs["decoder"].activation_bytes > 320 * 8 * 8 * 4  # the features themselves, at least
     assert (
@@ -151,44 +140,55 @@ CHANGES = [
 ]
 
 
+def gan_operations(**changes: object) -> float:
+    costs, _ = operations.count(setup(**changes))
+    return costs["gan"].operations
+
+
+@pytest.fixture(scope="module")
+def operations_of_the_quickstart() -> float:
+    return gan_operations()
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_every_kind_of_gan_is_counted(tmp_path: Path, change: dict) -> None:
-    found = sections(tmp_path)
-    gan = found["train_gan"].model_copy(update={**change, "flow_components": 16, "flow_width": 8})
-    costs, _ = operations.count(found["extract"], gan, found["train_decoder"], num_classes=7)
-    assert costs["gan"].operations > 0
+def test_every_kind_of_gan_is_counted(change: dict, operations_of_the_quickstart: float) -> None:
+    changed = gan_operations(**change, flow_components=16, flow_width=8)
+    ratio = changed / operations_of_the_quickstart
+    if "family" in change:
+        assert 0 < ratio < 1  # a small flow, and no discriminator
+    elif change.get("adversarial_loss") in ("wasserstein-clip", "non-saturating"):
+        assert ratio >= 1
+    else:
+        assert 1 < ratio < 20
 
 
-def test_work_adds_up(tmp_path: Path) -> None:
-    found = sections(tmp_path)
-    names = (
-        "baseline",
-        "duplicate-2x",
-        "featuregan-2x",
-        "featuregan-frozen",
-        "featuregan-edited",
-        "featuregan-varied",
-    )
-    variants = {name: found["variants"][name] for name in names}
-    frozen = {"augmenter": "featuregan", "generator": "frozen"}
-    described = {
-        "augmenter": "combined",
-        "of": [{"augmenter": "isda"}, frozen, {"augmenter": "noise"}],
+FROZEN = {"augmenter": "featuregan", "generator": "frozen"}
+SWAPPED = {**FROZEN, "new_masks": ["swap"], "class_swap": True}
+VARIANTS = registry.VARIANTS.validate_python(
+    {
+        "baseline": {"augmenter": "none"},
+        "duplicate-2x": {"augmenter": "duplicate", "ratio": 2},
+        "featuregan-2x": {"augmenter": "featuregan", "ratio": 2},
+        "featuregan-frozen": FROZEN,
+        "featuregan-edited": SWAPPED,
+        "featuregan-varied": {**FROZEN, "vary": 0.5},
+        "combined": {
+            "augmenter": "combined",
+            "of": [{"augmenter": "isda"}, FROZEN, {"augmenter": "noise"}],
+        },
+        "until": {"augmenter": "featuregan", "ratio": 2, "until": 0.25},
+        "edited until": {**SWAPPED, "until": 0.25},
     }
-    variants["combined"] = TypeAdapter(Variant).validate_python(described)
-    variants["until"] = variants["featuregan-2x"].model_copy(update={"until": 0.25})
-    variants["edited until"] = variants["featuregan-edited"].model_copy(update={"until": 0.25})
-    assert joint_ratios(variants) == [2]
+)
+
+
+def test_work_adds_up() -> None:
+    assert joint_ratios(VARIANTS) == [2]
     kinds = ("backbone", "decoder", "gan", "joint 2:1", "generator")
     cost = {name: operations.Cost(float(number), 0, 0) for number, name in enumerate(kinds, 1)}
-    counts = {"samples": {"train": 10, "val": 3, "test": 2}, "train_images": 10}
-    sizes = {
-        "gan": found["train_gan"],
-        "decoder": found["train_decoder"],
-        "variants": variants,
-        "seeds": 3,
-    }
-    *rows, everything = work_rows(cost, None, 1e-12, **counts, **sizes)
+    counts = {"extract": 15, "gan": 20, "decoder": 60}
+    rows = work_rows(cost, None, 1e-12, samples=counts, family="gan", variants=VARIANTS)
+    *rows, everything = rows
     assert [row["samples"] for row in rows] == [15, 20, *[60] * 9]
     once = [
         2,
@@ -203,45 +203,38 @@ def test_work_adds_up(tmp_path: Path) -> None:
     ]
     assert [row["gflop_a_sample"] * 1e9 for row in rows] == pytest.approx([1, 3, *once])
     assert everything["hours"] == pytest.approx((15 + 60 + 60 * sum(once)) / 3600)
-    sizes["gan"] = found["train_gan"].model_copy(update={"family": "flow"})
-    assert work_rows(cost, None, None, **counts, **sizes)[6][
-        "gflop_a_sample"
-    ] * 1e9 == pytest.approx(2 * 2 + 5)  # a flow's edits
+    flow = work_rows(cost, None, None, samples=counts, family="flow", variants=VARIANTS)
+    swapped = next(row for row in flow if row["part"] == "train-decoder: featuregan-edited")
+    assert swapped["gflop_a_sample"] * 1e9 == pytest.approx(2 * 2 + 5)
+    assert "hours" not in flow[-1]
 
 
-def test_memory_is_that_of_the_variant_that_adds_most(tmp_path: Path) -> None:
-    found = sections(tmp_path)
+def test_memory_is_that_of_the_variant_that_adds_most() -> None:
     cost = {
+        "gan": operations.Cost(0.0, 200, 30.0),
         "decoder": operations.Cost(0.0, 100, 10.0),
         "joint 2:1": operations.Cost(0.0, 300, 20.0),
     }
-    names = ("baseline", "duplicate-2x", "featuregan-2x")
-    for chosen, batches in ((names[:1], 1), (names, 3)):
-        variants = {name: found["variants"][name] for name in chosen}
-        alone, joint, _ = memory_rows(cost, found["train_gan"], found["train_decoder"], variants, 0)
-        assert alone["bytes"] == 100 + found["train_decoder"].batch_size * 10 * batches
-        assert joint["bytes"] == 300 + found["train_decoder"].batch_size * 20
+    for chosen, batches in ((["baseline"], 1), (["baseline", "duplicate-2x", "featuregan-2x"], 3)):
+        variants = {name: VARIANTS[name] for name in chosen}
+        gan, alone, joint, cached = memory_rows(cost, {"gan": 2, "decoder": 4}, variants, 7)
+        assert gan["bytes"] == 200 + 2 * 30
+        assert alone["bytes"] == 100 + 4 * 10 * batches
+        assert joint["bytes"] == 300 + 4 * 20
+        assert cached["bytes"] == 7
 
 
-def test_a_cache_holds_decoded_training_and_validation_features(tmp_path: Path) -> None:
-    found = sections(tmp_path)
-    images = {"train": 10, "val": 3, "test": 4}
-    pixels, compressed = (
-        256 * 256,
-        found["extract"].model_copy(update={"compression": "int8", "input_size": (256, 256)}),
-    )
-    spec = store_spec(compressed, (320, 32, 32), 21)
+def test_a_cache_holds_decoded_training_and_validation_features() -> None:
+    images, pixels = {"train": 10, "val": 3, "test": 4}, 256 * 256
+    changed = {"extract.compression": "int8", "extract.input_size": 256}
+    params = parse(PARAMS, YAML(typ="safe", pure=True).load(tiny_params(changed)))
+    spec = _store_spec(params, (320, 32, 32), 21)
     sample = 2 * 320 * 32 * 32 + pixels
-    plain = {"baseline": found["variants"]["baseline"]}
-    assert cache_bytes(spec, images, found["train_gan"], plain) == 13 * sample
-    assert (
-        cache_bytes(
-            spec, images, found["train_gan"], {"hflip-views": found["variants"]["hflip-views"]}
-        )
-        == 23 * sample
-    )
-    encoding = found["train_gan"].model_copy(update={"image_encoder": True})
-    assert cache_bytes(spec, images, encoding, plain) == 13 * (sample + 3 * pixels)
+    plain = {"baseline": VARIANTS["baseline"]}
+    mirrored = registry.VARIANTS.validate_python({"hflip-views": {"augmenter": "hflip-views"}})
+    assert cache_bytes(spec, images, False, plain) == 13 * sample
+    assert cache_bytes(spec, images, False, mirrored) == 23 * sample
+    assert cache_bytes(spec, images, True, plain) == 13 * (sample + 3 * pixels)
 
 
 def test_a_network_without_dense_features_is_refused_in_one_line() -> None:
@@ -276,9 +269,8 @@ def test_a_summary_of_another_data_set_is_left_alone(folder: Path) -> None:
 
 def test_both_views_double_the_training_store(folder: Path) -> None:
     one = json.loads(call("--images", "100", "--json").stdout)["stores"]
-    (folder / "params.yaml").write_text(
-        tiny_params().replace("views: [identity] ", "views: [identity, hflip] ")
-    )
+    both = {"extract.views": ["identity", "hflip"]}
+    (folder / "params.yaml").write_text(tiny_params(both))
     two = json.loads(call("--images", "100", "--json").stdout)["stores"]
     assert [row["bytes"] for row in two] == [2 * one[0]["bytes"], one[1]["bytes"], one[2]["bytes"]]
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from featurestore import FeatureStore
 from stages import extract
 from stages.data.manifest import read_manifest
 from stages.datasets import camvid
 from stages.prepare import run as prepare
-from tests.stages.test_extract import config as extract_config
-from tests.stages.test_prepare import config as prepare_config
+from tests.factories import extract_config, prepare_config
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -41,7 +41,7 @@ def test_voc_whole(real_data: Path, tmp_path: Path) -> None:
 
 
 def test_camvid_whole(real_data: Path, tmp_path: Path) -> None:
-    """SegNet's copy is read, and the split that we give the owners' frames by their names is the copy's."""
+    """SegNet's copy is read; the splits by the owners' frame names equal the copy's."""
     settings = prepare_config(real_data / "camvid", dataset="camvid")
     summary = prepare(settings, out=tmp_path / "dataset", scratch=tmp_path / "scratch", workers=2)
     assert {split: part["images"] for split, part in summary["splits"].items()} == {
@@ -53,13 +53,13 @@ def test_camvid_whole(real_data: Path, tmp_path: Path) -> None:
     assert shares["road"] == pytest.approx(0.317 / (1 - 0.039), abs=2e-3)
     assert shares["bicyclist"] == pytest.approx(0.003 / (1 - 0.039), abs=1e-3)
     entries, _ = read_manifest(tmp_path / "dataset")
-    assert all(camvid.split_of(entry.id) == entry.split for entry in entries)
+    assert all(camvid.split_of(Path(entry.image)) == entry.split for entry in entries)
 
 
 def test_camvid_extracts_and_a_linear_probe_sees_its_classes(
     real_data: Path, tmp_path: Path
 ) -> None:
-    """A few real frames: features of the real backbone separate sky, road and buildings even linearly."""
+    """Features of a few real frames separate sky, road and buildings linearly."""
     for kind, suffix in (("images", "jpg"), ("masks", "png")):
         for split, count in (("train", 12), ("val", 2), ("test", 4)):
             folder = tmp_path / "camvid" / kind / split
@@ -87,7 +87,7 @@ def test_camvid_extracts_and_a_linear_probe_sees_its_classes(
     )
     np.testing.assert_array_equal(train.mask(0), np.where(first == 11, 255, first))
 
-    def vectors(store) -> tuple[torch.Tensor, torch.Tensor]:
+    def vectors(store: FeatureStore) -> tuple[torch.Tensor, torch.Tensor]:
         features = torch.cat(
             [
                 torch.from_numpy(store.features(n).astype(np.float32)).flatten(1).T

@@ -1,4 +1,4 @@
-"""The report: right figures, an answer in words that they bear out, pictures that show something."""
+"""The report: its numbers, the verdict that follows from them, its charts and pictures."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from PIL import Image
 
 from stages.common.errors import ConfigError, DataError
 from stages.reporting import charts, pictures, tables
-from stages.reporting.feature_grid import feature_grid, normalised_pair, subsample_channels
-from stages.reporting.projection import project as umap_project
-from stages.reporting.projection import sample_vectors
-from stages.reporting.verdict import answer
+from stages.reporting.features import (
+    feature_grid,
+    normalised_pair,
+    project,
+    sample_vectors,
+    subsample_channels,
+)
+from stages.reporting.verdict import verdict
 
 
 def result(variant: str, seed: int, iou: dict[str, float | None], pa: float) -> dict:
@@ -53,7 +57,7 @@ def metrics(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_comparison_by_hand(metrics: Path) -> None:
+def test_comparison_equals_hand_computed_values(metrics: Path) -> None:
     rows = tables.compare(
         tables.read_results(metrics, ["baseline", "featuregan-1x"], [0, 1]), ["a", "b"]
     )
@@ -79,13 +83,13 @@ def test_a_missing_result_or_class_is_named(metrics: Path) -> None:
         tables.compare(tables.read_results(metrics, ["baseline"], [0]), ["dragon"])
 
 
-def test_per_class_means_leave_absent_ones_empty(metrics: Path) -> None:
+def test_per_class_means_are_empty_for_absent_classes(metrics: Path) -> None:
     frame = tables.per_class(tables.read_results(metrics, ["baseline", "featuregan-1x"], [0, 1]))
     assert frame.loc["a", "baseline"] == pytest.approx(55)
     assert np.isnan(frame.loc["c", "baseline"])
 
 
-def test_feature_grid_stacks_channels_and_lines_samples_up() -> None:
+def test_feature_grid_has_channels_down_and_samples_across() -> None:
     features = np.arange(2 * 3 * 2 * 2).reshape(2, 3, 2, 2)
     grid = feature_grid(features)
     assert grid.shape == (6, 4)
@@ -101,7 +105,7 @@ def test_feature_grid_stacks_channels_and_lines_samples_up() -> None:
     assert generated.max() <= 1
 
 
-def test_sampled_vectors_carry_their_positions_class() -> None:
+def test_sampled_vectors_have_the_class_of_their_position() -> None:
     masks = (
         np.random.default_rng(0)
         .integers(0, 3, (2, 2, 3))
@@ -118,14 +122,13 @@ def test_sampled_vectors_carry_their_positions_class() -> None:
 
 
 @pytest.mark.slow
-def test_umap_separates_what_differs_and_repeats_itself() -> None:
+def test_umap_separates_groups_and_is_deterministic() -> None:
     rng = np.random.default_rng(0)
     groups = [rng.standard_normal((40, 10)), rng.standard_normal((40, 10)) + 20]
-    first, second = umap_project(groups, neighbors=10, min_dist=0.1, seed=0)
+    first, second = project(groups, neighbors=10, min_dist=0.1, seed=0)
     assert np.linalg.norm(first.mean(0) - second.mean(0)) > 3 * max(first.std(), second.std()) / 2
-    np.testing.assert_array_equal(
-        umap_project(groups, neighbors=10, min_dist=0.1, seed=0)[0], first
-    )
+    again, _ = project(groups, neighbors=10, min_dist=0.1, seed=0)
+    np.testing.assert_array_equal(again, first)
 
 
 def row(
@@ -146,7 +149,7 @@ BASELINE_ROW = row("baseline", [], None)
 
 
 @pytest.mark.parametrize(
-    ("others", "verdict", "words"),
+    ("others", "outcome", "words"),
     [
         ([], "open", "Nothing to compare with"),
         ([row("a", [1.0, 2.0], (0.5, 2.5))], "helps", "Yes: a is 1.50 points of mIoU above"),
@@ -163,7 +166,8 @@ BASELINE_ROW = row("baseline", [], None)
         (
             [row("a", [2.0], (0.5, 2.5))],
             "unclear",
-            "Not clear: a is 2.00 points of mIoU above the baseline, with one seed, which may be chance",
+            "Not clear: a is 2.00 points of mIoU above the baseline, with one seed, which may be"
+            " chance",
         ),
         ([row("a", [1.0], (-0.5, 2.5))], "unclear", "Not clear: a is 1.00 points of mIoU above"),
         (
@@ -185,16 +189,16 @@ BASELINE_ROW = row("baseline", [], None)
         ([row("a", [1.0], None)], "open", "Not known: a is 1.00"),
     ],
 )
-def test_the_answer_says_what_interval_and_seeds_say(
-    others: list[dict], verdict: str, words: str
+def test_the_verdict_follows_from_interval_and_seeds(
+    others: list[dict], outcome: str, words: str
 ) -> None:
-    found = answer([BASELINE_ROW, *others], 100)
-    assert found.verdict == verdict
+    found = verdict([BASELINE_ROW, *others], 100)
+    assert found.outcome == outcome
     assert words in found.headline
 
 
-def test_the_answer_says_what_it_rests_on() -> None:
-    one = answer([BASELINE_ROW, row("a", [1.0], (0.5, 2.5)), row("b", [0.0], (-1.0, 1.0))], 100)
+def test_the_verdict_names_images_seeds_and_variants() -> None:
+    one = verdict([BASELINE_ROW, row("a", [1.0], (0.5, 2.5)), row("b", [0.0], (-1.0, 1.0))], 100)
     assert dict(one.figures) == {
         "baseline, mIoU": "40.00 %",
         "a, mIoU": "41.00 %",
@@ -203,17 +207,17 @@ def test_the_answer_says_what_it_rests_on() -> None:
     }
     assert "100 test images, for one seed" in one.certainty
     assert "picked" not in one.certainty
-    alike = answer(
+    alike = verdict(
         [BASELINE_ROW, row("a", [1.0, 2.0], (0.5, 2.5)), row("b", [0.0, 1.0], (-1.0, 1.0))], 100, 20
     )
     assert "over the 100 test images in blocks of 20, for these 2 seeds" in alike.certainty
     assert "picked from 2 variants" in alike.certainty
-    two = answer([BASELINE_ROW, row("a", [-1.0, -3.0], (-4.0, -1.0))], 100)
+    two = verdict([BASELINE_ROW, row("a", [-1.0, -3.0], (-4.0, -1.0))], 100)
     assert "for these 2 seeds; by seed the difference is −1.00, −3.00" in two.certainty
     assert "picked" not in two.certainty
 
 
-def test_charts_take_the_colours_of_the_page_and_repeat_their_bytes() -> None:
+def test_charts_use_the_pages_colours_and_are_deterministic() -> None:
     curve = pd.Series([0.3, 0.2, 0.1])
     runs = {
         f"variant $_{number}": [{"decoder/ce_real": curve, "val/miou": 1 - curve}]
@@ -238,14 +242,14 @@ def test_charts_take_the_colours_of_the_page_and_repeat_their_bytes() -> None:
     assert "a &amp; &lt;b&gt;</text>" in shown.panels[0].svg
 
 
-def test_pictures_hold_the_pixels() -> None:
+def test_pictures_keep_every_pixel() -> None:
     mask = pictures.colour_masks(
         np.array([[0, 1], [255, 1]], np.uint8).repeat(4, 0).repeat(4, 1),
         [(1, 2, 3), (200, 100, 50)],
     )
     decoded = Image.open(
         io.BytesIO(
-            base64.b64decode(pictures.drawing("m", mask).uri.removeprefix("data:image/png;base64,"))
+            base64.b64decode(pictures.as_png("m", mask).uri.removeprefix("data:image/png;base64,"))
         )
     )
     np.testing.assert_array_equal(np.asarray(decoded), mask)
@@ -259,7 +263,7 @@ def test_pictures_hold_the_pixels() -> None:
 
 
 @pytest.mark.slow
-def test_the_page_holds_the_figures(project: Path) -> None:
+def test_the_page_shows_the_numbers_of_the_result_files(project: Path) -> None:
     page = (project / "reports" / "index.html").read_text()
     rows = json.loads((project / "reports" / "comparison.json").read_text())
     assert [row["variant"] for row in rows] == ["baseline", "featuregan-1x", "featuregan-2x"]
@@ -270,7 +274,7 @@ def test_the_page_holds_the_figures(project: Path) -> None:
         assert row["miou"]["values"] == [pytest.approx(100 * stored["miou"])]
     found = re.findall(r"data:image/(?:png|jpeg);base64,([^\"]+)", page)
     images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
-    # Four rows of photograph, truth and three variants; two strips of three; four charts of points.
+    # Four rows of image, truth and three variants; two strips of three; four charts of points.
     assert len(images) == 4 * 5 + 2 * 3 + 4
     assert all(image[..., :3].std() > 5 for image in images if image.shape[-1] == 3)
     assert all(

@@ -1,4 +1,7 @@
-"""The report as a browser shows it: readable, sortable, whole in itself, on a desk and on a telephone, by day and by night."""
+"""The report in a browser: readable, sortable and self-contained.
+
+Tested on a wide and a narrow screen, in the light and the dark scheme.
+"""
 
 from __future__ import annotations
 
@@ -22,32 +25,48 @@ pytestmark = [
     ),
 ]
 
-# Contrast of every visible piece of text with the first opaque ground behind it (WCAG 2.2: (L1 + 0.05) / (L2 + 0.05)).
+# Contrast of every visible text with the first opaque ground behind it.
+# WCAG 2.2: (L1 + 0.05) / (L2 + 0.05).
 CONTRASTS = """() => {
   const numbers = text => text.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+  const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const luminance = ([r, g, b]) => [r, g, b].map(v => linear(v / 255))
     .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const ground = node => { for (; node; node = node.parentElement) {
-    const [r, g, b, a = 1] = numbers(getComputedStyle(node).backgroundColor); if (a === 1) return [r, g, b]; } return [255, 255, 255]; };
-  const found = [];
+  const ground = node => {
+    for (; node; node = node.parentElement) {
+      const [r, g, b, a = 1] = numbers(getComputedStyle(node).backgroundColor);
+      if (a === 1) return [r, g, b];
+    }
+    return [255, 255, 255];
+  };
+  const contrasts = [];
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
-    const text = texts.currentNode.textContent.trim(), node = texts.currentNode.parentElement, style = getComputedStyle(node);
+    const text = texts.currentNode.textContent.trim();
+    const node = texts.currentNode.parentElement, style = getComputedStyle(node);
     if (!text || node.closest("script")) continue;
-    const [one, two] = [light(numbers(node.closest("svg") ? style.fill : style.color)), light(ground(node))].sort((a, b) => b - a);
-    found.push([text, (one + 0.05) / (two + 0.05)]);
+    const colour = numbers(node.closest("svg") ? style.fill : style.color);
+    const [one, two] = [luminance(colour), luminance(ground(node))].sort((a, b) => b - a);
+    contrasts.push([text, (one + 0.05) / (two + 0.05)]);
   }
-  return found;
+  return contrasts;
 }"""
-COLUMN = """([table, column]) => [...document.querySelectorAll("table")[table].tBodies[0].rows].map(row => row.cells[column].innerText.trim())"""
+COLUMN = """([table, column]) =>
+  [...document.querySelectorAll("table")[table].tBodies[0].rows]
+    .map(row => row.cells[column].innerText.trim())"""
+SMALLEST_CHART_TEXT = """Math.min(...[...document.querySelectorAll("svg text")]
+  .map(text => text.getBoundingClientRect().height))"""
+SMALLEST_LEGEND_TEXT = """Math.min(...[...document.querySelectorAll(".legend li")]
+  .map(key => parseFloat(getComputedStyle(key).fontSize)))"""
+REFERENCES = """[...document.querySelectorAll("[src],[href]")]
+  .map(node => node.getAttribute("src") ?? node.getAttribute("href"))"""
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[object]:
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox"]
-        )  # root may not have a sandbox
+        # root may not have a sandbox
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield chromium
         chromium.close()
 
@@ -55,7 +74,7 @@ def browser() -> Iterator[object]:
 def open_page(
     browser: object, path: Path, width: int = 1200, scheme: str = "light"
 ) -> tuple[object, list[str]]:
-    """The report in a window, and a list that fills with what the browser complains of and asks the network for."""
+    """Open the report; the list collects messages of the browser and requests to the network."""
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     trouble: list[str] = []
     page.on("console", lambda message: trouble.append(message.text))
@@ -72,7 +91,7 @@ def open_page(
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 400])
-def test_nothing_is_hidden_empty_or_pale(
+def test_everything_is_visible_with_enough_contrast(
     browser: object, project: Path, width: int, scheme: str
 ) -> None:
     page, trouble = open_page(browser, project, width, scheme)
@@ -88,18 +107,8 @@ def test_nothing_is_hidden_empty_or_pale(
     pale = [(text, round(ratio, 2)) for text, ratio in contrasts if ratio < 4.5]
     assert not pale
     # Type in charts shrinks with them; legends, which are HTML, do not.
-    assert (
-        page.evaluate(
-            "Math.min(...[...document.querySelectorAll('svg text')].map(text => text.getBoundingClientRect().height))"
-        )
-        >= 9
-    )
-    assert (
-        page.evaluate(
-            "Math.min(...[...document.querySelectorAll('.legend li')].map(key => parseFloat(getComputedStyle(key).fontSize)))"
-        )
-        >= 12
-    )
+    assert page.evaluate(SMALLEST_CHART_TEXT) >= 9
+    assert page.evaluate(SMALLEST_LEGEND_TEXT) >= 12
     assert page.evaluate(
         "[...document.images].every(image => image.complete && image.naturalWidth > 0 && image.alt)"
     )
@@ -107,7 +116,7 @@ def test_nothing_is_hidden_empty_or_pale(
     page.close()
 
 
-def test_what_is_seen_first_is_the_answer(browser: object, project: Path) -> None:
+def test_the_verdict_is_at_the_top(browser: object, project: Path) -> None:
     page, _ = open_page(browser, project, 400)
     box = page.locator("h1").bounding_box()
     assert box["y"] + box["height"] < 400
@@ -152,12 +161,10 @@ def test_tables_sort_by_mouse_and_by_keyboard(browser: object, project: Path) ->
     page.close()
 
 
-def test_the_file_is_whole_in_itself(browser: object, project: Path) -> None:
-    """It names nothing outside, and the browser would refuse to load it: a picture put in by hand stays empty."""
+def test_the_page_is_self_contained(browser: object, project: Path) -> None:
+    """The page refers to nothing outside, and the browser refuses to load what a script adds."""
     page, trouble = open_page(browser, project)
-    named = page.evaluate(
-        "[...document.querySelectorAll('[src],[href]')].map(node => node.getAttribute('src') ?? node.getAttribute('href'))"
-    )
+    named = page.evaluate(REFERENCES)
     assert named
     assert all(name.startswith(("data:", "#")) for name in named)
     assert not trouble

@@ -9,7 +9,7 @@ import pytest
 
 from stages.commands.studies import compare as command
 from stages.studies import compare as comparison
-from stages.studies.markdown import as_markdown
+from stages.studies.tables import as_markdown
 from tests.imports import ROOT
 
 SECTION = re.compile(
@@ -19,7 +19,7 @@ TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 
 
 def sections() -> list[tuple[str, str]]:
-    """Each ``compare`` command of the page that names a study, and the text up to the next one or the next heading."""
+    """Each ``compare`` command of the page, and the text up to the next command or heading."""
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     starts = list(SECTION.finditer(page))
     ends = [*(start.start() for start in starts[1:]), len(page)]
@@ -33,7 +33,7 @@ def sections() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("written", "text"), sections(), ids=[written.split(" --")[0] for written, _ in sections()]
 )
-def test_tables_below_a_command_are_those_it_writes(
+def test_the_page_has_the_tables_that_its_commands_write(
     written: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)

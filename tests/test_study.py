@@ -1,4 +1,4 @@
-"""A study makes one result file a run, goes on from those that are there, and shares what runs have in common."""
+"""A study writes one result file a run, resumes, and shares features and GANs between runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from pydantic import TypeAdapter
 
 import featurestore
 import pipeline
-from stages.commands.options import check_params
-from stages.common.config import parse_section, read_params
+from stages.commands.options import load_preset
+from stages.commands.params import PARAMS
+from stages.common.config import parse, read_params, with_settings
 from stages.common.errors import ConfigError, DataError
 from stages.data.manifest import SPLITS, Entry, write_manifest
-from stages.studies.plan import StudyConfig, plan, with_settings
-from stages.studies.runner import Workshop, data_content
-from tests.conftest import run, write_photos
-from tests.featurestore.test_store import SPEC
+from stages.studies.plan import Run, StudyConfig, plan
+from stages.studies.runner import Runner, data_content
+from tests.factories import SPEC, flat, run, write_photos
 from tests.imports import ROOT
 
 STUDY = """
@@ -55,20 +57,23 @@ experiments:
 """
 
 
-def planned(text: str, tmp_path: Path, **overrides):
+STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
+
+
+def runs_of(file: Path, **overrides: object) -> list[Run]:
+    """Plan a study file."""
+    config = parse(TypeAdapter(StudyConfig), read_params(file), "study")
+    return plan(config, load_preset(config.preset).plain(), overrides, partial(parse, PARAMS))
+
+
+def planned(text: str, tmp_path: Path, **overrides: object) -> list[Run]:
     file = tmp_path / "study.yaml"
     file.write_text(text)
-    config = parse_section({"study": read_params(file)}, "study", StudyConfig)
-    return plan(
-        config,
-        read_params(ROOT / "stages" / "presets" / "quickstart.yaml"),
-        overrides,
-        check_params,
-    )
+    return runs_of(file, **overrides)
 
 
 @pytest.mark.slow
-def test_a_study_runs_once_and_goes_on_from_its_results(
+def test_a_study_resumes_from_its_result_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -79,7 +84,7 @@ def test_a_study_runs_once_and_goes_on_from_its_results(
     (tmp_path / "other.yaml").write_text("")
     run(
         *command, cwd=tmp_path, PYTHONPATH=str(ROOT), FEATUREGAN_PARAMS=str(tmp_path / "other.yaml")
-    )  # runs have parameters of their own
+    )  # is not read by runs
     results = tmp_path / "results" / "tiny"
     files = {
         path.relative_to(results).as_posix(): path.read_bytes() for path in results.rglob("*.json")
@@ -160,7 +165,7 @@ def test_a_study_runs_once_and_goes_on_from_its_results(
     assert "prepare failed with exit code 1" in failed.stderr
 
 
-def test_stages_run_the_code_of_the_study_whatever_is_installed(tmp_path: Path) -> None:
+def test_stages_run_the_code_of_the_study_not_the_installed_one(tmp_path: Path) -> None:
     for name in ("featurestore", "stages"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pipeline.py", tmp_path)
@@ -184,7 +189,7 @@ def test_stages_run_the_code_of_the_study_whatever_is_installed(tmp_path: Path) 
     assert "this is the copy" in failed.stderr
 
 
-def test_runs_come_seed_by_seed_and_share_what_they_have_in_common(tmp_path: Path) -> None:
+def test_runs_are_ordered_by_seed_and_share_digests(tmp_path: Path) -> None:
     text = STUDY.replace("    seeds: [0]\n", "")
     runs = planned(text, tmp_path)
     assert [run.seed for run in runs] == [0, 0, 0, 1, 1, 1]
@@ -199,10 +204,10 @@ def test_runs_come_seed_by_seed_and_share_what_they_have_in_common(tmp_path: Pat
     each = planned(text.replace("gan: once", "gan: per-seed"), tmp_path)
     assert len({run.digests["gan"] for run in each if run.needs_gan}) == 2
     assert {run.params["train_gan"]["seed"] for run in each} == {0, 1}
-    # Where the data lie changes no digest; what the GAN is trained with changes those of runs with it.
+    # The folder of the data changes no digest; GAN settings change those of runs with a GAN.
     elsewhere = planned(text, tmp_path, **{"prepare.root": "elsewhere"})
     assert [run.digests for run in elsewhere] == [run.digests for run in runs]
-    # The order of the classes is what mask values mean.
+    # Mask values are positions in the list of classes.
     names = [{"belt": [0, 0, 0]}, {"can": [9, 9, 9]}]
     orders = [
         planned(text, tmp_path, **{"prepare.classes": classes}) for classes in (names, names[::-1])
@@ -210,7 +215,7 @@ def test_runs_come_seed_by_seed_and_share_what_they_have_in_common(tmp_path: Pat
     assert orders[0][0].digests["data"] != orders[1][0].digests["data"]
     with pytest.raises(ConfigError, match="prepare.classes: must be a list"):
         planned(text, tmp_path, **{"prepare.classes": {"belt": [0, 0, 0]}})
-    with pytest.raises(ConfigError, match="a class of classes stands twice"):
+    with pytest.raises(ConfigError, match="a class of classes is listed twice"):
         planned(text, tmp_path, **{"prepare.classes": [names[0], names[0]]})
     other_gan = planned(text, tmp_path, **{"train_gan.lambda_feat": 1.0})
     changed = {
@@ -221,7 +226,7 @@ def test_runs_come_seed_by_seed_and_share_what_they_have_in_common(tmp_path: Pat
     assert changed == {"featuregan-frozen"}
 
 
-def test_a_result_of_other_settings_counts_as_missing_and_a_damaged_one_is_named(
+def test_results_of_other_settings_are_missing_and_damaged_ones_are_errors(
     tmp_path: Path,
 ) -> None:
     first = planned(STUDY, tmp_path)[0]
@@ -235,6 +240,60 @@ def test_a_result_of_other_settings_counts_as_missing_and_a_damaged_one_is_named
     path.write_text("[]")
     with pytest.raises(DataError, match="is no result of a study"):
         first.is_done(tmp_path)
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_a_study_plans_the_runs_that_it_planned_before(file: Path) -> None:
+    """The snapshot was taken when presets described all variants."""
+    kept = json.loads((ROOT / "tests/data/studies.json").read_text())[file.stem]
+    preset = flat(load_preset(read_params(file)["preset"]).plain())
+    expected = {
+        (experiment, label, seed): (changes["changes"], kept["variants"][number])
+        for experiment, changes in kept["experiments"].items()
+        for label, number in changes["variants"].items()
+        for seed in changes["seeds"]
+    }
+    found = {}
+    for each in runs_of(file):
+        params = parse(PARAMS, each.params)
+        sections = params.model_dump(mode="json", exclude={"variants", "compare", "report"})
+        del sections["prepare"]["root"]
+        changes = {key: value for key, value in flat(sections).items() if value != preset[key]}
+        variant = params.variants[each.variant]
+        found[each.experiment, each.label, each.seed] = changes, variant.model_dump(mode="json")
+    assert found == expected
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_every_committed_result_counts_as_done(file: Path) -> None:
+    folder = ROOT / "results" / file.stem
+    done = {each.result(folder) for each in runs_of(file) if each.is_done(folder)}
+    assert done == set(folder.rglob("*.json"))
+
+
+def test_committed_results_pair_where_their_settings_do() -> None:
+    """Data are those of the settings, so each protocol of a plan is one protocol of files."""
+    pairs, files = set(), 0
+    for file in STUDIES:
+        folder = ROOT / "results" / file.stem
+        for each in runs_of(file):
+            if (path := each.result(folder)).exists():
+                pairs.add((each.protocol, json.loads(path.read_text())["protocol"]))
+                files += 1
+    assert files == len(list((ROOT / "results").rglob("*.json")))
+    assert len(pairs) == len({planned for planned, _ in pairs}) == len({kept for _, kept in pairs})
+    assert len(pairs) > 8
+
+
+def test_a_later_key_with_a_default_changes_no_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = planned(STUDY, tmp_path)[0]
+    explicit = {"train_gan.r1_gamma": 0.0, "train_decoder.lr_schedule": "constant"}
+    assert planned(STUDY, tmp_path, **explicit)[0].digests == before.digests
+    changed = planned(STUDY, tmp_path, **{"train_decoder.lr_schedule": "poly"})[0]
+    assert changed.digests["run"] != before.digests["run"]
+    assert changed.digests["data"] == before.digests["data"]
 
 
 @pytest.mark.parametrize(
@@ -259,11 +318,11 @@ def test_a_result_of_other_settings_counts_as_missing_and_a_damaged_one_is_named
         ),
         ("extract.input_size: 64", "extract.weights: none.pth", "there is no file none.pth"),
         ("gan: once", "gan: twice", "study.gan"),
-        ("seeds: [0, 1]", "seeds: [0, 0]", "study.seeds: 0 stands twice"),
+        ("seeds: [0, 1]", "seeds: [0, 0]", "study.seeds: 0 is listed twice"),
         ("gan: once", "gan: once\nruns: 3", "study.runs: unknown key"),
     ],
 )
-def test_mistakes_are_named_before_anything_runs(
+def test_mistakes_in_a_study_are_found_before_it_runs(
     tmp_path: Path, before: str, after: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
@@ -285,7 +344,7 @@ def store_of(path: Path, seed: int, label: int) -> featurestore.FeatureStore:
     return featurestore.open(path)
 
 
-def test_results_are_paired_by_their_data_not_by_the_code_that_extracted_them(
+def test_the_protocol_depends_on_images_and_masks_not_on_features(
     tmp_path: Path,
 ) -> None:
     entries = [
@@ -315,15 +374,15 @@ def test_results_are_paired_by_their_data_not_by_the_code_that_extracted_them(
     assert data_content(tmp_path, stores) != before
 
 
-def test_a_run_that_waits_for_a_gan_lets_the_others_go_first(tmp_path: Path) -> None:
+def test_runs_that_need_no_gan_go_before_those_that_wait_for_one(tmp_path: Path) -> None:
     rows = "variants: {a: featuregan-frozen, b: featuregan-1x, c: baseline}"
     runs = planned(STUDY.replace("variants: [baseline, featuregan-frozen]", rows), tmp_path)
-    gan, started, others = Workshop.shared(runs[0])[1], [], threading.Semaphore(0)
-    for folder in {Workshop.shared(each)[0] for each in runs}:  # features are there
+    gan, started, others = Runner.shared_folders(runs[0])[1], [], threading.Semaphore(0)
+    for folder in {Runner.shared_folders(each)[0] for each in runs}:  # features are there
         (tmp_path / "work" / folder).mkdir(parents=True)
         (tmp_path / "work" / folder / "done").touch()
 
-    class Recording(Workshop):
+    class Recording(Runner):
         def run(self, run):
             started.append(run.label)
             if run.label == "a":  # its GAN takes as long as two runs without one
@@ -334,14 +393,12 @@ def test_a_run_that_waits_for_a_gan_lets_the_others_go_first(tmp_path: Path) -> 
                 others.release()
             return self.root
 
-    with Recording.open(tmp_path / "work", tmp_path / "results", 1) as workshop:
-        assert [future.result() for future in workshop.work(runs, 2)] == [workshop.root] * 4
+    with Recording.open(tmp_path / "work", tmp_path / "results", 1) as runner:
+        assert [future.result() for future in runner.run_all(runs, 2)] == [runner.root] * 4
     assert started == ["a", "c", "plain", "b"]
 
 
-def test_runs_at_a_time_share_the_threads_that_the_study_may_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parallel_runs_divide_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a SLURM job or a container, not the machine's."""
     (tmp_path / "study.yaml").write_text(STUDY)
     command = [
@@ -356,29 +413,29 @@ def test_runs_at_a_time_share_the_threads_that_the_study_may_use(
     ]
     found: list[int] = []
 
-    def opened(work: Path, results: Path, threads: int, done: list) -> Workshop:
+    def opened(work: Path, results: Path, threads: int, done: list) -> Runner:
         found.append(threads)
         raise DataError(work, "enough")
 
-    monkeypatch.setattr(Workshop, "open", opened)
+    monkeypatch.setattr(Runner, "open", opened)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     for jobs in ("1", "2", "8"):
         assert CliRunner().invoke(pipeline.main, [*command, "--jobs", jobs]).exit_code == 1
     assert found == [6, 3, 1]
 
 
-def test_two_studies_do_not_work_in_one_folder(tmp_path: Path) -> None:
+def test_two_studies_cannot_share_a_scratch_folder(tmp_path: Path) -> None:
     with (
-        Workshop.open(tmp_path, tmp_path / "results", 1),
+        Runner.open(tmp_path, tmp_path / "results", 1),
         pytest.raises(DataError, match="another study works here"),
-        Workshop.open(tmp_path, tmp_path / "results", 1),
+        Runner.open(tmp_path, tmp_path / "results", 1),
     ):
         pass
-    with Workshop.open(tmp_path, tmp_path / "results", 1):
+    with Runner.open(tmp_path, tmp_path / "results", 1):
         pass
 
 
-def test_settings_change_one_key_of_a_copy() -> None:
+def test_with_settings_changes_a_copy() -> None:
     params = {"a": {"b": 1, "c": 2}, "variants": {}}
     changed = with_settings(params, {"a.b": 5, "variants.new": {"augmenter": "none"}})
     assert changed == {"a": {"b": 5, "c": 2}, "variants": {"new": {"augmenter": "none"}}}

@@ -1,4 +1,4 @@
-"""predict and evaluate: a trained decoder on photographs and on stores."""
+"""predict and evaluate: a trained decoder on images and on stores."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ from stages.common.errors import DataError
 from stages.datasets.class_list import as_classes, read_labels
 from stages.reporting.confusion import confusion
 from stages.reporting.overlay import legend, overlay
-from stages.use import evaluate as scoring
-from stages.use import predict as predictions
-from stages.use.segmenter import Segmenter
+from stages.use import Segmenter, predict
+from stages.use import evaluate as evaluation
+from tests.factories import call, one_line
 from tests.imports import ROOT
-from tests.test_cli import call, one_line
 
 BASELINE = "models/decoders/baseline-0"
 
 
 @pytest.fixture
 def project_copy(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the trained decoder and three photographs of different sizes, as the current one."""
+    """Make a working directory with the trained decoder and three images of different sizes."""
     shutil.copytree(trained / BASELINE, tmp_path / BASELINE)
     rng = np.random.default_rng(0)
     source = sorted((trained / "photos" / "images" / "test").glob("*.jpg"))
@@ -45,18 +44,18 @@ def project_copy(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ):
         (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.open(file).resize(size).save(tmp_path / "photos" / name)
-    (tmp_path / "photos" / "notes.txt").write_text("no photograph")
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
     (tmp_path / "photos" / ".1.jpg").write_bytes(rng.bytes(10))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def predict(*arguments: str) -> Result:
+def call_predict(*arguments: str) -> Result:
     return call("predict", BASELINE, *arguments, "--device", "cpu")
 
 
 def files(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Contents and times of change by path."""
+    """Read contents and times of change by path."""
     found = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {
         path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
@@ -64,13 +63,13 @@ def files(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-# -- predict ------------------------------------------------------------------------------------------
+# -- predict ---------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_photographs(project_copy: Path) -> None:
-    result = predict("photos", "--out", "out", "--probabilities")
+def test_a_folder_of_images(project_copy: Path) -> None:
+    result = call_predict("photos", "--out", "out", "--probabilities")
     assert result.exit_code == 0, result.output
-    assert "out: 3 of 3 photographs segmented\n" in result.output
+    assert "out: 3 of 3 images segmented\n" in result.output
     assert set(files(Path("out"))) == {
         *("classes.csv", "legend.png", "predictions.json"),
         *(f"masks/{name}.png" for name in ("1", "a/1", "a/b.c")),
@@ -108,7 +107,7 @@ def test_files_and_patterns(project_copy: Path) -> None:
         (["photos/[a-z]"], None),
     ):
         shutil.rmtree("out", ignore_errors=True)
-        result = predict(
+        result = call_predict(
             *inputs, "--out", "out", "--no-overlay", "--mode", "slide", "--workers", "0"
         )
         if names is None:
@@ -120,27 +119,23 @@ def test_files_and_patterns(project_copy: Path) -> None:
             assert not Path("out/overlays").exists()
 
 
-def test_predictions_inside_the_folder_of_photographs_are_not_photographs(
-    project_copy: Path,
-) -> None:
-    assert "3 of 3" in predict("photos", "--out", "photos/out").output
+def test_predictions_inside_the_folder_of_images_are_no_images(project_copy: Path) -> None:
+    assert "3 of 3" in call_predict("photos", "--out", "photos/out").output
     assert (
-        "3 of 3 photographs segmented, all of them before"
-        in predict("photos", "--out", "photos/out").output
+        "3 of 3 images segmented, all of them before"
+        in call_predict("photos", "--out", "photos/out").output
     )
-    assert "3 of 3" in predict("photos/**/*.*", "--out", "photos/out").output
+    assert "3 of 3" in call_predict("photos/**/*.*", "--out", "photos/out").output
 
 
-def test_what_is_finished_is_left_as_it_is(
-    project_copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    predict("photos", "--out", "out")
+def test_finished_images_are_skipped(project_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call_predict("photos", "--out", "out")
     before = files(Path("out"))
     with monkeypatch.context() as patch:
         patch.setattr(Segmenter, "load", None)  # nothing is left to do, so no network is built
         assert (
-            "3 of 3 photographs segmented, all of them before"
-            in predict("photos", "--out", "out").output
+            "3 of 3 images segmented, all of them before"
+            in call_predict("photos", "--out", "out").output
         )
     made = ("masks", "overlays")
     assert {name: state for name, state in files(Path("out")).items() if name.startswith(made)} == {
@@ -150,8 +145,8 @@ def test_what_is_finished_is_left_as_it_is(
     def made_anew() -> set[str]:
         state = files(Path("out"))
         assert (
-            "3 of 3 photographs segmented, 2 of them before"
-            in predict("photos", "--out", "out").output
+            "3 of 3 images segmented, 2 of them before"
+            in call_predict("photos", "--out", "out").output
         )
         return {
             name
@@ -159,83 +154,81 @@ def test_what_is_finished_is_left_as_it_is(
             if name.startswith(made) and changed != state[name][1]
         }
 
-    Image.new("RGB", (40, 40)).save("photos/1.jpg")  # another photograph
+    Image.new("RGB", (40, 40)).save("photos/1.jpg")  # another image
     assert made_anew() == {"masks/1.png", "overlays/1.jpg"}
     Path("out/overlays/a/1.jpg").write_bytes(b"")
     Path("out/masks/a/1.png").write_bytes(Path("out/masks/a/1.png").read_bytes()[:20])
     assert made_anew() == {"masks/a/1.png", "overlays/a/1.jpg"}
     assert (
-        "3 of 3 photographs segmented\n"
-        in predict("photos", "--out", "out", "--probabilities").output
+        "3 of 3 images segmented\n"
+        in call_predict("photos", "--out", "out", "--probabilities").output
     )
 
 
 def test_other_settings_or_decoders_need_force(project_copy: Path) -> None:
     best = Path(BASELINE, "decoder-best.safetensors")
     save_file({name: tensor + 0.1 for name, tensor in load_file(best).items()}, best)
-    predict("photos", "--out", "out")
+    call_predict("photos", "--out", "out")
     before = files(Path("out"))
     for arguments, words in (
         (["--mode", "slide"], "out: holds predictions of mode resize, not slide; add --force"),
         (["--weights", "decoder-best"], "out: holds predictions of another decoder"),
     ):
-        result = predict("photos", "--out", "out", *arguments)
+        result = call_predict("photos", "--out", "out", *arguments)
         assert result.exit_code == 1
         assert words in one_line(result)
     assert files(Path("out")) == before
     assert (
-        "all of them before" in predict("photos", "--out", "out", "--overlap", "0.5").output
+        "all of them before" in call_predict("photos", "--out", "out", "--overlap", "0.5").output
     )  # one window overlaps no other
     assert (
-        "3 of 3 photographs segmented\n"
-        in predict("photos", "--out", "out", "--mode", "slide", "--force").output
+        "3 of 3 images segmented\n"
+        in call_predict("photos", "--out", "out", "--mode", "slide", "--force").output
     )
     np.testing.assert_array_equal(
         Image.open("out/masks/a/b.c.png"),
         Segmenter.load(BASELINE)("photos/a/b.c.png", mode="slide"),
     )
-    assert "all of them before" in predict("photos", "--out", "out", "--mode", "slide").output
-    result = predict("photos", "--out", "out", "--mode", "slide", "--overlap", "0.5")
+    assert "all of them before" in call_predict("photos", "--out", "out", "--mode", "slide").output
+    result = call_predict("photos", "--out", "out", "--mode", "slide", "--overlap", "0.5")
     assert result.exit_code == 1
     assert "out: holds predictions of overlap 0.25, not 0.5" in one_line(result)
     Path("out/predictions.json").write_text("{")
-    assert "predictions.json: cannot be read" in one_line(predict("photos", "--out", "out"))
+    assert "predictions.json: cannot be read" in one_line(call_predict("photos", "--out", "out"))
 
 
-def test_nothing_of_another_decoder_or_photograph_stays_beside_a_mask(project_copy: Path) -> None:
-    predict("photos", "--out", "out", "--probabilities")
+def test_files_of_another_decoder_or_image_are_removed(project_copy: Path) -> None:
+    call_predict("photos", "--out", "out", "--probabilities")
     before = files(Path("out")).keys()
-    predict("photos", "--out", "out", "--no-overlay")
+    call_predict("photos", "--out", "out", "--no-overlay")
     assert files(Path("out")).keys() == before  # of the same decoder: nothing goes
     os.utime("photos/1.jpg")  # replaced
-    predict("photos", "--out", "out", "--no-overlay")
+    call_predict("photos", "--out", "out", "--no-overlay")
     assert before - files(Path("out")).keys() == {"overlays/1.jpg", "probabilities/1.npz"}
-    predict("photos/1.jpg", "--out", "out", "--mode", "slide", "--force", "--no-overlay")
+    call_predict("photos/1.jpg", "--out", "out", "--mode", "slide", "--force", "--no-overlay")
     assert {path for path in files(Path("out")) if "/" in path} == {"masks/1.png"}
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_damaged_photographs_are_named_and_the_others_done(
-    project_copy: Path, workers: str
-) -> None:
+def test_damaged_images_are_named_and_the_others_done(project_copy: Path, workers: str) -> None:
     content = Path("photos/a/1.jpg").read_bytes()
     Path("photos/a/0.jpg").write_bytes(content[:300])
     Path("photos/a/2.jpg").write_bytes(b"")
     for _ in range(2):
-        result = predict("photos", "--out", "out", "--workers", workers)
+        result = call_predict("photos", "--out", "out", "--workers", workers)
         assert result.exit_code == 1
         *failed, error = result.stderr.splitlines()
         assert [line.split(": not a readable image")[0] for line in failed] == [
             "Failed: photos/a/0.jpg",
             "Failed: photos/a/2.jpg",
         ]
-        assert error == "Error: out: 2 of 5 photographs could not be read; the others are done"
-        assert "3 of 5 photographs segmented" in result.stdout
+        assert error == "Error: out: 2 of 5 images could not be read; the others are done"
+        assert "3 of 5 images segmented" in result.stdout
         assert {path.stem for path in Path("out/masks").rglob("*.png")} == {"1", "b.c"}
     Path("photos/a/0.jpg").write_bytes(content)
     Path("photos/a/2.jpg").unlink()
     assert (
-        "4 of 4 photographs segmented, 3 of them before" in predict("photos", "--out", "out").output
+        "4 of 4 images segmented, 3 of them before" in call_predict("photos", "--out", "out").output
     )
 
 
@@ -257,18 +250,18 @@ def test_mistakes_are_one_line_before_any_work(
             2,
             "photos/a/1.jpg: would have the same output, 1.png, as photos/1.jpg",
         ),
-        (["empty", "--out", "out"], 2, "empty: there is no photograph (.jpg, "),
+        (["empty", "--out", "out"], 2, "empty: there is no image (.jpg, "),
         (["nowhere", "--out", "out"], 2, "nowhere: no such file or folder"),
         (
             ["nowhere/*.jpg", "--out", "out"],
             2,
             "nowhere/*.jpg: no such file or folder, nor a pattern of one",
         ),
-        (["photos/a", "--out", "out", "--scale", "0.5"], 2, "scale: is of mode slide"),
+        (["photos/a", "--out", "out", "--scale", "0.5"], 2, "scale: should be 1 in mode resize"),
         (["photos/a", "--out", "mine"], 1, "mine: is not empty, and no folder of predictions"),
         (["photos/a", "--out", "photos/1.jpg"], 2, "is a file"),
     ):
-        result = predict(*arguments)
+        result = call_predict(*arguments)
         assert result.exit_code == code
         assert words in one_line(result)
         assert not Path("out").exists()
@@ -288,11 +281,12 @@ def test_mistakes_are_one_line_before_any_work(
     for folder, words in (
         (
             f"{BASELINE}/decoder.safetensors",
-            "is a file; name the folder of the trained model that it lies in",
+            "is a file; name the folder of the trained model that holds it",
         ),
         (
             "models/gan",
-            "models/gan: holds a trained model, but no decoder; name a folder that train-decoder left",
+            "models/gan: holds a trained model, but no decoder; "
+            "name a folder that train-decoder wrote",
         ),
     ):
         result = call("evaluate", folder, str(trained / "features/test"))
@@ -302,25 +296,25 @@ def test_mistakes_are_one_line_before_any_work(
 
 
 def test_a_full_disk_is_one_line(project_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = predictions.write_atomically
+    write = predict.write_atomically
 
     def refuse(path: Path, content: bytes) -> None:
         if path.parent.name == "masks":
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(predictions, "write_atomically", refuse)
-    result = predict("photos", "--out", "out")
+    monkeypatch.setattr(predict, "write_atomically", refuse)
+    result = call_predict("photos", "--out", "out")
     assert result.exit_code == 1
     assert "out/masks/1.png: cannot be written (No space left on device)" in one_line(result)
 
 
 @pytest.mark.slow
 def test_kill_9_and_the_same_command_again(project_copy: Path) -> None:
-    """What was finished is whole and is not made again; in the end everything is as if nothing had happened."""
+    """Finished masks are whole and are skipped; the results equal those of one run."""
     for number in range(40):
         shutil.copy("photos/a/1.jpg", f"photos/{number:03}.jpg")
-    assert predict("photos", "--out", "undisturbed", "--batch-size", "1").exit_code == 0
+    assert call_predict("photos", "--out", "undisturbed", "--batch-size", "1").exit_code == 0
     command = [
         sys.executable,
         str(ROOT / "pipeline.py"),
@@ -349,8 +343,8 @@ def test_kill_9_and_the_same_command_again(project_copy: Path) -> None:
     killed = files(Path("out/masks"))
     finished = {name: state for name, state in killed.items() if name.endswith(".png")}
     assert 12 <= len(finished) < 43
-    result = predict("photos", "--out", "out")
-    assert f"43 of 43 photographs segmented, {len(finished)} of them before" in result.output
+    result = call_predict("photos", "--out", "out")
+    assert f"43 of 43 images segmented, {len(finished)} of them before" in result.output
     after = files(Path("out/masks"))
     assert {name: after[name] for name in finished} == finished
     for folder in ("masks", "overlays"):
@@ -361,16 +355,16 @@ def test_kill_9_and_the_same_command_again(project_copy: Path) -> None:
 
 
 @pytest.mark.real
-def test_real_photographs(real_data: Path, project_copy: Path) -> None:
-    photographs = sorted((real_data / "voc2012-partial" / "JPEGImages").glob("*.jpg"))[:3]
+def test_real_images(real_data: Path, project_copy: Path) -> None:
+    images = sorted((real_data / "voc2012-partial" / "JPEGImages").glob("*.jpg"))[:3]
     for mode in ("resize", "slide"):
-        result = predict(*map(str, photographs), "--out", mode, "--mode", mode)
+        result = call_predict(*map(str, images), "--out", mode, "--mode", mode)
         assert result.exit_code == 0, result.output
-        for file in photographs:
+        for file in images:
             assert Image.open(f"{mode}/masks/{file.stem}.png").size == Image.open(file).size
 
 
-# -- what is drawn ------------------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------------------
 
 
 def test_overlays_colour_classes_and_leave_black_ones_as_photographed() -> None:
@@ -398,7 +392,7 @@ def test_confusion_and_legend_are_drawn_for_few_and_many_classes(
     )
 
 
-# -- evaluate -----------------------------------------------------------------------------------------
+# -- evaluate --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -407,7 +401,7 @@ def in_trained(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return trained
 
 
-def evaluate(*arguments: str) -> Result:
+def call_evaluate(*arguments: str) -> Result:
     return call("evaluate", BASELINE, *arguments, "--device", "cpu")
 
 
@@ -418,7 +412,7 @@ def test_the_numbers_are_those_of_training(in_trained: Path, tmp_path: Path) -> 
         (["features/val"], expected["val"]),
         (["features/test", "--weights", "decoder-best"], expected["best_on_val"]),
     ):
-        result = evaluate(*arguments, "--out", str(tmp_path / "out"), "--batch-size", "4")
+        result = call_evaluate(*arguments, "--out", str(tmp_path / "out"), "--batch-size", "4")
         assert result.exit_code == 0, result.output
         found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
         for key in ("pixel_accuracy", "miou", "iou"):
@@ -434,18 +428,18 @@ def test_the_numbers_are_those_of_training(in_trained: Path, tmp_path: Path) -> 
 
 def test_the_mean_over_some_classes(in_trained: Path) -> None:
     iou = json.loads(Path("metrics/baseline-0/test.json").read_text())["iou"]
-    result = evaluate("features/test", "--class", "belt", "--class", "paper")
+    result = call_evaluate("features/test", "--class", "belt", "--class", "paper")
     assert (
         f"mIoU {100 * (iou['belt'] + (iou['paper'] or 0)) / 2:.2f} over belt, paper"
         in result.output
     )
-    result = evaluate("features/test", "--class", "cat")
+    result = call_evaluate("features/test", "--class", "cat")
     assert result.exit_code == 2
     assert "--class: 'cat' is no class of this decoder (belt, paper" in one_line(result)
 
 
 def copy_store(source: Path, target: Path, repeat: int = 1, **changes: object) -> None:
-    """A store with another spec; with ``repeat``, its maps are that many times as wide."""
+    """Write a store with another spec; ``repeat`` multiplies the width of its maps."""
     store = featurestore.open(source)
     spec = dataclasses.replace(store.spec, has_images=False, **changes)
     with featurestore.create(target, spec, fingerprint="other") as writer:
@@ -467,7 +461,7 @@ def test_stores_of_other_sizes_are_scored_and_of_other_features_refused(
         resize="pad",
         palette=((1, 2, 3),) * 7,
     )
-    assert "4 photographs" in evaluate(str(tmp_path / "wide")).output
+    assert "4 images" in call_evaluate(str(tmp_path / "wide")).output
     names = featurestore.open(source).spec.class_names
     for number, (changes, words) in enumerate(
         (
@@ -484,14 +478,14 @@ def test_stores_of_other_sizes_are_scored_and_of_other_features_refused(
         )
     ):
         copy_store(source, tmp_path / str(number), **changes)
-        result = evaluate(str(tmp_path / str(number)))
+        result = call_evaluate(str(tmp_path / str(number)))
         assert result.exit_code == 1
         assert words in one_line(result)
     for arguments, words in (
         (("nowhere",), "there is no feature store here"),
         (("features",), "no index.json in this folder"),
     ):
-        result = evaluate(*arguments)
+        result = call_evaluate(*arguments)
         assert result.exit_code == 1
         assert words in one_line(result)
 
@@ -501,8 +495,8 @@ def test_a_decoder_of_an_older_version_says_so(trained: Path, tmp_path: Path) ->
     config = json.loads((tmp_path / "decoder" / "config.json").read_text())
     del config["mixed_precision"]
     (tmp_path / "decoder" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match="does not say in which precision"):
-        scoring.evaluate_decoder(
+    with pytest.raises(DataError, match="does not name the precision of its training"):
+        evaluation.run(
             tmp_path / "decoder",
             trained / "features" / "test",
             weights="decoder",

@@ -17,7 +17,7 @@ from typing_extensions import Self, override
 
 from featurestore import FeatureStore
 from featurestore.dataset import Batch
-from stages.common.config import Config, Once
+from stages.common.config import Config, Listed, Once
 from stages.common.runtime import Machine
 from stages.models.decoder import Decoder
 from stages.models.feature_generator import FeatureGenerator
@@ -33,10 +33,18 @@ class VariantConfig(Config):
     """Keys of every entry of section ``variants``; each augmenter adds further keys."""
 
     augmenter: str
-    perturb: Annotated[tuple[Transform, ...], Field(strict=False), Once] = ()
-    view: Literal["identity", "random"] = "identity"  # random: mirrored or not, by chance
-    statistics: Literal["all", "real"] = "all"  # batches that update running BatchNorm statistics
-    until: float = Field(default=1.0, gt=0, le=1)  # fraction of the steps that add features
+    augment: Annotated[tuple[Transform, ...], Listed, Once] = Field(
+        (), description="transforms of real and added features, before the decoder"
+    )
+    view: Literal["identity", "random"] = Field(
+        "identity", description="random: each real sample is mirrored with probability 0.5"
+    )
+    statistics: Literal["all", "real"] = Field(
+        "all", description="batches in the decoder's running BatchNorm statistics"
+    )
+    until: float = Field(
+        1.0, gt=0, le=1, description="fraction of the steps with added batches; then real ones"
+    )
 
     @model_validator(mode="after")
     def _adds_batches(self) -> Self:
@@ -85,7 +93,7 @@ class VariantConfig(Config):
 class SourceConfig(VariantConfig):
     """Keys of the augmenters that add features."""
 
-    weight: float = Field(default=1.0, gt=0)  # of the added cross-entropy; the real one weighs 1
+    weight: float = Field(1.0, gt=0, description="weight of the added features' loss; real ones: 1")
 
     @property
     @override

@@ -20,9 +20,11 @@ class CalibrationConfig(SourceConfig):
     """Variant ``calibration``."""
 
     augmenter: Literal["calibration"]
-    rare: float = Field(default=0.1, gt=0, lt=1)  # share of the images, below which a class is rare
-    neighbours: int = Field(default=2, ge=1)  # k
-    spread: float = Field(default=0.0, ge=0)  # alpha, added to every element of the covariance
+    rare: float = Field(
+        0.1, gt=0, lt=1, description="fraction of the images below which a class is rare"
+    )
+    neighbours: int = Field(2, ge=1, description="k, the nearest frequent classes")
+    spread: float = Field(0.0, ge=0, description="alpha, added to every element of the covariance")
 
 
 class Calibration(FeatureAugmenter):

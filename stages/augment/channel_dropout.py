@@ -19,7 +19,7 @@ class ChannelDropoutConfig(SourceConfig):
     """Variant ``channel-dropout``."""
 
     augmenter: Literal["channel-dropout"]
-    share: float = Field(default=0.3, gt=0, lt=1)
+    fraction: float = Field(0.3, gt=0, lt=1, description="probability that a channel is dropped")
 
 
 class ChannelDropout(FeatureAugmenter):
@@ -29,6 +29,6 @@ class ChannelDropout(FeatureAugmenter):
 
     @override
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        size, dropped = (*batch.features.shape[:2], 1, 1), self.config.share
+        size, dropped = (*batch.features.shape[:2], 1, 1), self.config.fraction
         kept = torch.rand(size, generator=rng, device=batch.features.device) >= dropped
         return self.add(batch.masks, batch.features * kept / (1 - dropped))

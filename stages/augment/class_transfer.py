@@ -20,9 +20,9 @@ class ClassTransferConfig(SourceConfig):
     """Variant ``class-transfer``."""
 
     augmenter: Literal["class-transfer"]
-    share: float = Field(
-        default=1.0, gt=0, le=1
-    )  # of the samples that it happens to; the others are added as they are
+    fraction: float = Field(
+        1.0, gt=0, le=1, description="fraction of the samples changed; the others are added as real"
+    )
 
     needs_classes: ClassVar[int] = 3  # two classes of objects, and the background
 
@@ -43,7 +43,7 @@ class ClassTransfer(FeatureAugmenter):
         self.means = F.pad(statistics.means, (0, 0, 0, VOID + 1 - self.spec.num_classes))
         # A class that has only slivers may have no feature pixel, and no mean.
         known = (statistics.pixels > 0).cpu().numpy()
-        fraction = self.config.share
+        fraction = self.config.fraction
         self.new_masks = NewMasks(["swap"], self.store, context.positions, fraction, known)
 
     @override

@@ -23,9 +23,9 @@ class CVAEConfig(SourceConfig):
     """Variant ``cvae``."""
 
     augmenter: Literal["cvae"]
-    latent: int = Field(default=16, ge=1)
-    hidden: int = Field(default=256, ge=1)
-    fit_steps: int = Field(default=1000, ge=1)
+    latent: int = Field(16, ge=1, description="latent dimensions")
+    hidden: int = Field(256, ge=1, description="hidden units")
+    fit_steps: int = Field(1000, ge=1, description="training steps before the decoder's")
 
 
 class CVAE(nn.Module):

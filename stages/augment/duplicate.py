@@ -19,7 +19,7 @@ class DuplicateConfig(SourceConfig):
     """Variants ``duplicate*``."""
 
     augmenter: Literal["duplicate"]
-    ratio: int = Field(default=1, ge=1, le=16)  # copies of the batch
+    ratio: int = Field(1, ge=1, le=16, description="copies of the batch")
 
     @model_validator(mode="after")
     def _adds_to_the_end(self) -> Self:

@@ -21,7 +21,7 @@ class ExtrapolateConfig(SourceConfig):
     """Variant ``extrapolate``."""
 
     augmenter: Literal["extrapolate"]
-    strength: float = Field(default=0.5, gt=0)  # lambda
+    strength: float = Field(0.5, gt=0, description="lambda")
 
 
 class Extrapolate(RegionAugmenter):

@@ -22,7 +22,7 @@ from featurestore import SpecMismatchError
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, FeatureAugmenter, SourceConfig, State
 from stages.augment.new_masks import Change, NewMasks
-from stages.common.config import Once
+from stages.common.config import Listed, Once
 from stages.common.errors import ConfigError
 from stages.gan.families import build_trainer
 from stages.gan.networks import Networks
@@ -41,21 +41,29 @@ class FeatureGANConfig(SourceConfig):
     """Variants ``featuregan-*``."""
 
     augmenter: Literal["featuregan"]
-    generator: Literal["joint", "frozen"] = "joint"
-    ratio: int = Field(default=1, ge=1, le=16)  # draws a mask
-    segmentation_loss: bool = (
-        True  # whether it reaches a joint generator (Algorithm 1), or the decoder alone
+    generator: Literal["joint", "frozen"] = Field(
+        "joint", description="joint: the GAN is trained with the decoder (Algorithm 1)"
     )
-    new_masks: Annotated[
-        tuple[Change, ...], Field(strict=False), Once
-    ] = ()  # what is done to the masks; none: they are the batch's own
-    share: float = Field(
-        default=1.0, gt=0, le=1
-    )  # of the masks, that new_masks changes; edits of the others are real features
-    edit: bool = False  # the batch's real features, changed as the generator says that the change of the mask changes them
+    ratio: int = Field(1, ge=1, le=16, description="generated samples a mask")
+    segmentation_loss: bool = Field(
+        True, description="whether the decoder's loss trains a joint generator (Algorithm 1)"
+    )
+    new_masks: Annotated[tuple[Change, ...], Listed, Once] = Field(
+        (), description="changes of the masks; empty: the masks of the batch"
+    )
+    fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="fraction of the masks that new_masks changes; "
+        "with class_swap the others keep their real features",
+    )
+    class_swap: bool = Field(
+        False, description="add the generator's change of the mask to the real features"
+    )
     vary: float = Field(
-        default=0.0, ge=0, le=1
-    )  # the batch's real features, by this share turned to noise and carried back; 0: off
+        0.0, ge=0, le=1, description="fraction of noise mixed into real features by a flow; 0: off"
+    )
 
     needs_gan: ClassVar[bool] = True
 
@@ -75,17 +83,17 @@ class FeatureGANConfig(SourceConfig):
                 " generator: frozen",
             ),
             (
-                self.share < 1 and not self.new_masks,
-                "share is of the masks that new_masks changes; name some, or leave it out",
+                self.fraction < 1 and not self.new_masks,
+                "fraction applies to the masks that new_masks changes; name some, or leave it out",
             ),
             (
-                self.edit and (joint or not self.new_masks or moves_objects),
-                "edit needs generator: frozen and new_masks of paste and swap alone: real features"
-                " stay where they are",
+                self.class_swap and (joint or not self.new_masks or moves_objects),
+                "class_swap needs generator: frozen and new_masks of paste and swap alone: real"
+                " features stay where they are",
             ),
             (
-                self.vary and (joint or self.edit or moves_objects),
-                "vary needs generator: frozen, no edit, and no new_masks but paste and swap",
+                self.vary and (joint or self.class_swap or moves_objects),
+                "vary needs generator: frozen, no class_swap, and no new_masks but paste and swap",
             ),
         )
         for applies, message in refused:
@@ -108,7 +116,7 @@ class FeatureGANConfig(SourceConfig):
     @override
     def needs_family(self) -> str | None:
         # Joint training needs a discriminator; a flow swaps classes in one way, whatever it draws.
-        if self.generator == "joint" or (self.edit and self.ratio > 1):
+        if self.generator == "joint" or (self.class_swap and self.ratio > 1):
             return "gan"
         return "flow" if self.vary else None
 
@@ -120,18 +128,18 @@ class JointFeatureGAN(FeatureAugmenter):
     ----------
     config
         The variant.
-    context
-        What augmenters are built from.
     trainer
         Pretrained networks with their optimizers.
+    pretrained
+        Folder that they came from.
     """
 
     config: FeatureGANConfig
     shares_noise = True
 
-    def __init__(self, config: FeatureGANConfig, context: Context, trainer: Trainer) -> None:
-        super().__init__(config, context)
-        self.trainer, self.pretrained = trainer, context.gan
+    def __init__(self, config: FeatureGANConfig, trainer: Trainer, pretrained: Path) -> None:
+        self.config, self.accelerator = config, trainer.accelerator
+        self.trainer, self.pretrained = trainer, pretrained
         self.needs_images = trainer.networks.image_encoder is not None
         self.modules = tuple(trainer.modules.values())
         self.monitored = trainer.generator
@@ -185,7 +193,7 @@ class FrozenFeatureGAN(FeatureAugmenter):
         )
         self.encoder = None if encoder is None else encoder.to(device).eval()
         self.needs_images = encoder is not None
-        self.new_masks = NewMasks(config.new_masks, self.store, context.positions, config.share)
+        self.new_masks = NewMasks(config.new_masks, self.store, context.positions, config.fraction)
 
     @override
     @torch.no_grad()
@@ -198,7 +206,7 @@ class FrozenFeatureGAN(FeatureAugmenter):
                 assert batch.images is not None
                 mu, logvar = (part.float().repeat(ratio, 1) for part in self.encoder(batch.images))
                 z = sample_z(mu, logvar, z)
-            if self.config.edit:
+            if self.config.class_swap:
                 generated = self._swap_classes(batch, masks, z)
             elif self.config.vary:
                 real, wanted = batch.features.repeat(ratio, 1, 1, 1), masks.repeat(ratio, 1, 1)
@@ -257,12 +265,12 @@ def featuregan(config: FeatureGANConfig, context: Context) -> Augmenter:
     family, needed = trained["training"]["family"], config.needs_family
     if needed not in (None, family):
         message = (
-            f"this variant works only with a {needed}, and the GAN in {context.gan} is a {family};"
-            " set train_gan.family and run train-gan again"
+            f"variant {context.variant!r} works only with a {needed}, and {context.gan} holds a"
+            f" {family}; set it to {needed} and run train-gan again"
         )
-        raise ConfigError(f"variants.{context.variant}.generator", message)
+        raise ConfigError("train_gan.family", message)
     if config.generator == "frozen":
         return FrozenFeatureGAN(config, context, networks)
     trainer = build_trainer(context.accelerator, networks, trained["training"], context.machine)
     trainer.load_training_state(load_training_state(context.gan))
-    return JointFeatureGAN(config, context, trainer)
+    return JointFeatureGAN(config, trainer, context.gan)

@@ -23,7 +23,7 @@ class InterpolateConfig(SourceConfig):
     """Variant ``interpolate``."""
 
     augmenter: Literal["interpolate"]
-    strength: float = Field(default=0.5, gt=0, le=1)  # lambda
+    strength: float = Field(0.5, gt=0, le=1, description="lambda")
 
 
 class Interpolate(RegionAugmenter):

@@ -21,7 +21,7 @@ class ISDAConfig(VariantConfig):
     """Variant ``isda``."""
 
     augmenter: Literal["isda"]
-    strength: float = Field(default=2.5, gt=0)  # lambda_0, reached at the end of training
+    strength: float = Field(2.5, gt=0, description="lambda_0, reached at the last step")
 
 
 class ISDA(Augmenter):

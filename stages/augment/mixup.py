@@ -17,13 +17,13 @@ class MixupConfig(SourceConfig):
     """Variant ``mixup``."""
 
     augmenter: Literal["mixup"]
-    alpha: float = Field(default=0.2, gt=0)  # of the Beta distribution
+    alpha: float = Field(0.2, gt=0, description="parameter of the Beta distribution")
 
     @model_validator(mode="after")
     def _one_mask(self) -> Self:
-        if "copy_paste" in self.perturb:
+        if "copy_paste" in self.augment:
             raise ValueError(
-                "perturb: copy_paste pastes by one mask, and mixup has two; leave one of them out"
+                "augment: copy_paste pastes by one mask, and mixup has two; leave one of them out"
             )
         return self
 

@@ -22,10 +22,10 @@ class NoiseConfig(SourceConfig):
     """Variant ``noise``."""
 
     augmenter: Literal["noise"]
-    additive: float = Field(default=0.5, ge=0)  # standard deviations of the channel
-    multiplicative: float = Field(default=0.1, ge=0)
-    deviation: Literal["channel", "class"] = (
-        "channel"  # of all pixels, or of those of the pixel's class
+    additive: float = Field(0.5, ge=0, description="in standard deviations of the channel")
+    multiplicative: float = Field(0.1, ge=0, description="deviation of the factor")
+    deviation: Literal["channel", "class"] = Field(
+        "channel", description="deviation over all pixels, or over those of the pixel's class"
     )
 
 

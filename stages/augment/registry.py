@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from typing_extensions import Self, override
 
 from stages.augment.base import Augmenter, Context, VariantConfig
@@ -24,7 +24,7 @@ from stages.augment.linear_delta import LinearDelta, LinearDeltaConfig
 from stages.augment.mixup import Mixup, MixupConfig
 from stages.augment.noise import Noise, NoiseConfig
 from stages.augment.upsample import Upsample, UpsampleConfig
-from stages.common.config import reason
+from stages.common.config import Listed, reason
 
 
 class NoneConfig(VariantConfig):
@@ -59,7 +59,7 @@ class CombinedConfig(VariantConfig):
     """Variants that combine several augmenters."""
 
     augmenter: Literal["combined"]
-    of: Annotated[tuple[Member, ...], Field(strict=False, min_length=2)]
+    of: Annotated[tuple[Member, ...], Listed, Field(min_length=2)]
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -75,7 +75,7 @@ class CombinedConfig(VariantConfig):
                     "a joint generator learns with its own decoder alone; set generator: frozen"
                 )
             # What applies to all members must suit each of them.
-            common = {"perturb": self.perturb, "view": self.view}
+            common = {"augment": self.augment, "view": self.view}
             try:
                 type(member)(**member.model_dump(exclude_unset=True), **common)
             except ValidationError as error:
@@ -94,6 +94,7 @@ class CombinedConfig(VariantConfig):
 
 # One entry of section ``variants``: its key ``augmenter`` says which of these it is.
 Variant: Any = Annotated[Union[(*AUGMENTERS, CombinedConfig)], Field(discriminator="augmenter")]
+VARIANTS: TypeAdapter[dict[str, VariantConfig]] = TypeAdapter(dict[str, Variant])
 
 
 def build_augmenter(config: VariantConfig, context: Context) -> Augmenter:

@@ -22,8 +22,12 @@ class UpsampleConfig(SourceConfig):
 
     augmenter: Literal["upsample"]
     threshold: float = Field(
-        default=1.0, gt=0, le=1
-    )  # share of the images, below which a class is rare; 1: the rarer the more
+        1.0,
+        gt=0,
+        le=1,
+        description="fraction of the images below which a class is rare; "
+        "1: weight every class by its rarity",
+    )
 
 
 def repeat_factors(store: FeatureStore, positions: np.ndarray, threshold: float) -> np.ndarray:

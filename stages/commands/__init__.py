@@ -1,1 +1,1 @@
-"""The command line's parts beside the stages: options, and commands that look at what the stages made. Light to import."""
+"""Options of the command line, parameters, and commands that are no stages; light to import."""

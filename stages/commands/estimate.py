@@ -1,14 +1,28 @@
-"""What a run will take, before it runs."""
+"""The command that estimates disk, memory and time of a run before it starts."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from stages.commands.options import PRESETS, device_option, load_params, option, params_option
+from stages.commands.options import (
+    device_option,
+    load_params,
+    load_preset,
+    option,
+    params_option,
+)
+from stages.common.text_table import markdown
+
+if TYPE_CHECKING:
+    from featurestore import StoreSpec
+    from stages.commands.params import Params
+    from stages.estimate.step_cost import Cost
 
 SUMMARY = Path("dataset/summary.json")
 CLASSES = 21  # where nothing says how many
@@ -42,7 +56,7 @@ CLASSES = 21  # where nothing says how many
 @option("--json", "as_json", is_flag=True, help="Print JSON in place of tables.")
 @device_option
 def estimate(
-    params: Path,
+    path: Path,
     preset: str | None,
     sizes: tuple[int, ...],
     classes: int | None,
@@ -53,116 +67,132 @@ def estimate(
 ) -> None:
     """Say how much disk, memory and time the parameters' stages will take, by number of images.
 
-    Bytes of uncompressed stores are exact; operations are counted on networks without values, in seconds; memory is
-    rough; hours are an estimate: operations over --tflops, which is what your device sustains in training (a third of its peak is
-    common), or measured steps times their number.
+    Bytes of uncompressed stores are exact. Operations are counted, without computing them. Memory
+    is approximate. Hours are an estimate: operations over --tflops, the rate that your device
+    sustains in training (often a third of its peak), or measured steps times their number.
     """
     if tflops is not None and measure:
         raise click.UsageError("--tflops assumes a rate and --measure measures it; leave one out")
-    if preset is not None:
-        params = PRESETS / f"{preset}.yaml"
-        if not params.exists():
-            raise click.UsageError(
-                f"unknown preset {preset!r}; choose from {', '.join(sorted(path.stem for path in PRESETS.glob('*.yaml')))}"
-            )
-    sections = load_params(params, device)
-    cases = [_found(sections, images, classes) for images in sizes or (None,)]
+    params = load_params(path, device) if preset is None else load_preset(preset)
+    cases = [_data(params, images, classes) for images in sizes or (None,)]
 
     from stages.estimate import step_cost
     from stages.estimate.sizes import joint_ratios
 
-    networks = [sections[name] for name in ("extract", "train_gan", "train_decoder")]
-    variants = {name: sections["variants"][name] for name in sections["compare"].variants}
-    kinds: dict[str, Any] = {"num_classes": cases[0]["classes"], "ratios": joint_ratios(variants)}
-    costs, shape = step_cost.count(*networks, **kinds)
-    seconds = step_cost.measure(*networks, **kinds, device=_device(device)) if measure else None
-    results = [
-        _estimate(found, sections, variants, costs, shape, seconds, tflops) for found in cases
-    ]
+    gan, decoder = params.train_gan, params.train_decoder
+    setup = step_cost.Setup(
+        backbone=params.extract.backbone,
+        input_size=params.extract.input_size,
+        gan=gan.model_dump(),
+        head={
+            "head": decoder.decoder,
+            "width": decoder.width,
+            "atrous_rates": decoder.atrous_rates,
+        },
+        num_classes=cases[0].classes,
+        ratios=joint_ratios(params.compared),
+    )
+    costs, shape = step_cost.count(setup)
+    seconds = None
+    if measure:
+        batches = {
+            "backbone": params.extract.batch_size,
+            "gan": gan.batch_size,
+            "decoder": decoder.batch_size,
+        }
+        precisions = {
+            "backbone": "no",
+            "gan": gan.mixed_precision,
+            "decoder": decoder.mixed_precision,
+        }
+        seconds = step_cost.measure(setup, batches, precisions, device=_device(device))
+    results = [_estimate(data, params, costs, shape, seconds, tflops) for data in cases]
     hours = "hours, measured" if measure else f"hours at {tflops:g} TFLOP/s" if tflops else None
     if as_json:
         click.echo(json.dumps(results if len(results) > 1 else results[0], indent=1))
     else:
         click.echo(
-            _by_size(results, hours) if len(results) > 1 else _as_text(results[0], sections, hours)
+            _by_size(results, hours) if len(results) > 1 else _as_text(results[0], params, hours)
         )
 
 
-def _found(sections: dict[str, Any], images: int | None, classes: int | None) -> dict[str, Any]:
-    """Images a split and number of classes: those asked for, those that prepare found, or those that wastesim will draw."""
-    from stages.common.errors import DataError
+@dataclass(frozen=True)
+class Data:
+    """Images a split, and the number of classes."""
+
+    images: dict[str, int]
+    classes: int
+
+
+def _data(params: Params, images: int | None, classes: int | None) -> Data:
+    """Return the data set asked for, or found by prepare, or the scenes that wastesim will draw."""
     from stages.estimate.sizes import split_sizes
 
-    prepare = sections["prepare"]
-    summary: dict[str, Any] = {}
-    if SUMMARY.exists():
-        try:
-            read = json.loads(SUMMARY.read_text(encoding="utf-8"))
-            if read["dataset"] == prepare.dataset:  # or it is of other parameters
-                summary = {
-                    "images": {split: part["images"] for split, part in read["splits"].items()},
-                    "classes": len(read["classes"]),
-                }
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                SUMMARY,
-                f"cannot be read ({error!r}); run the prepare stage again, or name --images and --classes",
-            ) from error
+    prepare, drawn = params.prepare, params.prepare.wastesim
+    is_wastesim = prepare.dataset == "wastesim"
+    prepared = _prepared(prepare.dataset)
     if images is not None:
         ratios = prepare.ratios if prepare.split == "random" else (0.7, 0.15, 0.15)
         counts = split_sizes(images, ratios, prepare.train_fraction)
-    elif summary:
-        counts = summary["images"]
-    elif prepare.dataset == "wastesim":
-        drawn = prepare.wastesim
+    elif prepared:
+        counts = prepared.images
+    elif is_wastesim:
         counts = {"train": drawn.train, "val": drawn.val, "test": drawn.test}
     else:
         raise click.UsageError(
             f"prepare has not counted images of {prepare.dataset} yet; name them with --images"
         )
-    return {
-        "images": counts,
-        "classes": classes
-        or summary.get("classes", 7 if prepare.dataset == "wastesim" else CLASSES),
-    }
+    known = prepared.classes if prepared else 7 if is_wastesim else CLASSES
+    return Data(counts, classes or known)
+
+
+def _prepared(dataset: str) -> Data | None:
+    """Return what prepare found, unless it was of another data set or has not run."""
+    from stages.common.errors import DataError
+
+    if not SUMMARY.exists():
+        return None
+    try:
+        read = json.loads(SUMMARY.read_text(encoding="utf-8"))
+        images = {split: part["images"] for split, part in read["splits"].items()}
+        return Data(images, len(read["classes"])) if read["dataset"] == dataset else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = (
+            f"cannot be read ({error!r}); run the prepare stage again, "
+            "or name --images and --classes"
+        )
+        raise DataError(SUMMARY, message) from error
 
 
 def _estimate(
-    found: dict[str, Any],
-    sections: dict[str, Any],
-    variants: dict[str, Any],
-    costs: Any,
+    data: Data,
+    params: Params,
+    costs: Mapping[str, Cost],
     shape: tuple[int, ...],
-    seconds: dict[str, float] | None,
+    seconds: Mapping[str, float] | None,
     tflops: float | None,
 ) -> dict[str, Any]:
-    """Everything that is said of one number of images."""
-    from stages.estimate.sizes import (
-        cache_bytes,
-        memory_rows,
-        model_bytes,
-        store_rows,
-        store_spec,
-        work_rows,
-    )
+    """Return all that is said of one number of images."""
+    from stages.estimate import sizes
 
-    extract, gan, decoder = (sections[name] for name in ("extract", "train_gan", "train_decoder"))
-    seeds, training = len(sections["compare"].seeds), found["images"]["train"]
-    spec = store_spec(extract, shape, found["classes"])
-    stores = store_rows(spec, extract, found["images"])
-    samples, features = (
-        {row["split"]: row["samples"] for row in stores},
-        sum(row["bytes"] for row in stores),
-    )
-    models = model_bytes(costs, variants, seeds)
-    settings: dict[str, Any] = {
-        "gan": gan,
-        "decoder": decoder,
-        "variants": variants,
-        "seeds": seeds,
+    extract, gan, decoder = params.extract, params.train_gan, params.train_decoder
+    variants, seeds = params.compared, len(params.compare.seeds)
+    spec = _store_spec(params, shape, data.classes)
+    stores = sizes.store_rows(spec, len(extract.views), data.images)
+    features = sum(row["bytes"] for row in stores)
+    models = sizes.model_bytes(costs, variants, seeds)
+    cached = sizes.cache_bytes(spec, data.images, gan.image_encoder, variants)
+    micro_batches = {
+        "gan": gan.batch_size / gan.gradient_accumulation,
+        "decoder": decoder.batch_size / decoder.gradient_accumulation,
+    }
+    samples = {
+        "extract": sum(row["samples"] for row in stores),
+        "gan": gan.frozen_epochs * gan.repeats * data.images["train"],
+        "decoder": decoder.epochs * decoder.repeats * data.images["train"] * seeds,
     }
     return {
-        **found,
+        **asdict(data),
         "features": list(shape),
         "compression": extract.compression,
         "stores": stores,
@@ -172,13 +202,37 @@ def _estimate(
             {"what": "DVC's cache, if it can link", "bytes": 0},
             {"what": "DVC's cache, if it must copy", "bytes": features + models},
         ],
-        "memory": memory_rows(
-            costs, gan, decoder, variants, cache_bytes(spec, found["images"], gan, variants)
-        ),
-        "work": work_rows(
-            costs, seconds, tflops, samples=samples, train_images=training, **settings
+        "memory": sizes.memory_rows(costs, micro_batches, variants, cached),
+        "work": sizes.work_rows(
+            costs, seconds, tflops, samples=samples, family=gan.family, variants=variants
         ),
     }
+
+
+def _store_spec(params: Params, feature_shape: tuple[int, ...], num_classes: int) -> StoreSpec:
+    """Return the spec of the stores that extract will write, as far as sizes depend on it."""
+    from featurestore import StoreSpec
+    from stages.backbones.backbone import OUTPUT_STRIDE
+
+    extract = params.extract
+    channels, height, width = feature_shape
+    return StoreSpec(
+        feature_shape=(channels, height, width),
+        mask_shape=extract.input_size,
+        class_names=tuple(map(str, range(num_classes))),
+        palette=((0, 0, 0),) * num_classes,
+        backbone=extract.backbone,
+        weights_digest="",
+        output_stride=OUTPUT_STRIDE,
+        normalization_mean=(0, 0, 0),
+        normalization_std=(1, 1, 1),
+        resize=extract.resize,
+        compute=extract.compute,
+        nonnegative=False,
+        feature_dtype=extract.feature_dtype,
+        has_images=extract.store_images,
+        compression=extract.compression,
+    )
 
 
 def _device(device: str) -> str:
@@ -187,90 +241,63 @@ def _device(device: str) -> str:
     return "cpu" if on_cpu(device) else "cuda"
 
 
-def _as_text(result: dict[str, Any], sections: dict[str, Any], hours: str | None) -> str:
-    """Tables for a terminal, and for Markdown."""
+def _as_text(result: dict[str, Any], params: Params, hours: str | None) -> str:
+    """Format tables for a terminal and for Markdown."""
     from stages.estimate.sizes import EXACT
 
-    extract, seeds = sections["extract"], len(sections["compare"].seeds)
+    extract, seeds = params.extract, len(params.compare.seeds)
     images = ", ".join(f"{split} {count:,}" for split, count in result["images"].items())
-    exact = (
-        "exactly"
-        if extract.compression in EXACT
-        else f"about, at most: {extract.compression} takes less as a rule"
-    )
-    lines = [
-        f"images: {images}; {result['classes']} classes",
-        f"features: {' x '.join(map(str, result['features']))} {extract.feature_dtype}, views {', '.join(extract.views)},"
-        f" {'with' if extract.store_images else 'without'} images, compression {extract.compression} ({exact})\n",
-        _table(
-            ("store", "samples", "size"),
-            [
-                (row["split"], f"{row['samples']:,}", _size(row["bytes"]))
-                for row in result["stores"]
-            ],
-        ),
-        _table(("disk", "size"), [(row["what"], _size(row["bytes"])) for row in result["disk"]]),
-        _table(
-            ("memory, about, in float32", "size"),
-            [(row["what"], _size(row["bytes"])) for row in result["memory"]],
-        ),
+    exact = "exactly"
+    if extract.compression not in EXACT:
+        exact = f"about, at most: {extract.compression} takes less as a rule"
+    stores = [
+        (row["split"], f"{row['samples']:,}", _size(row["bytes"])) for row in result["stores"]
     ]
-    rows = []
-    for row in result["work"]:
-        gflop, samples = row.get("gflop_a_sample"), row.get("samples")
-        cells = [
+    disk, memory = (
+        [(row["what"], _size(row["bytes"])) for row in result[key]] for key in ("disk", "memory")
+    )
+    work = [
+        (
             row["part"],
-            _number(gflop),
-            "" if samples is None else f"{samples:,}",
+            _number(row.get("gflop_a_sample")),
+            f"{row['samples']:,}" if "samples" in row else "",
             _number(row["pflop"]),
-        ]
-        rows.append((*cells, *([_number(row["hours"])] if hours else [])))
-    lines.append(
-        _table(("work", "GFLOP a sample", "samples", "PFLOP", *([hours] if hours else [])), rows)
-    )
+            *([_number(row["hours"])] if hours else []),
+        )
+        for row in result["work"]
+    ]
+    heads = ("work", "GFLOP a sample", "samples", "PFLOP", *([hours] if hours else []))
     estimated = "Hours are an estimate; e" if hours else "E"
-    lines.append(
-        f"For {seeds} {'seed' if seeds == 1 else 'seeds'}. {estimated}valuation, the monitor and the report are not counted."
+    return "\n".join(
+        [
+            f"images: {images}; {result['classes']} classes",
+            f"features: {' x '.join(map(str, result['features']))} {extract.feature_dtype},"
+            f" views {', '.join(extract.views)}, {'with' if extract.store_images else 'without'}"
+            f" images, compression {extract.compression} ({exact})\n",
+            f"{markdown(('store', 'samples', 'size'), stores, aligned=True)}\n",
+            f"{markdown(('disk', 'size'), disk, aligned=True)}\n",
+            f"{markdown(('memory, about, in float32', 'size'), memory, aligned=True)}\n",
+            f"{markdown(heads, work, aligned=True)}\n",
+            f"For {seeds} {'seed' if seeds == 1 else 'seeds'}. {estimated}valuation, the monitor"
+            " and the report are not counted.",
+        ]
     )
-    return "\n".join(lines)
 
 
 def _by_size(results: list[dict[str, Any]], hours: str | None) -> str:
-    """A row a number of images: what grows with it."""
-    heads = ("images", "features/", "DVC's copy, if any", "PFLOP", *([hours] if hours else []))
-    rows = []
-    for result in results:
-        features, copied, work = result["disk"][0], result["disk"][-1], result["work"][-1]
-        cells = [
+    """Format what grows with the number of images, one row a number."""
+    rows = [
+        (
             f"{sum(result['images'].values()):,}",
-            _size(features["bytes"]),
-            _size(copied["bytes"]),
-            _number(work["pflop"]),
-        ]
-        rows.append((*cells, *([_number(work["hours"])] if hours else [])))
-    return _table(heads, rows).rstrip()
-
-
-def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
-
-    def line(row: tuple[str, ...]) -> str:
-        first, *others = zip(row, widths, strict=True)
-        return (
-            "| "
-            + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])
-            + " |"
+            _size(result["disk"][0]["bytes"]),
+            _size(result["disk"][-1]["bytes"]),
+            _number(result["work"][-1]["pflop"]),
+            *([_number(result["work"][-1]["hours"])] if hours else []),
         )
-
-    rule = (
-        "|"
-        + "|".join(
-            "-" * (widths[0] + 2) if column == 0 else "-" * (width + 1) + ":"
-            for column, width in enumerate(widths)
-        )
-        + "|"
-    )
-    return "\n".join([line(heads), rule, *map(line, rows)]) + "\n"
+        for result in results
+    ]
+    heads = ("images", "features/", "DVC's copy, if any", "PFLOP", *([hours] if hours else []))
+    return markdown(heads, rows, aligned=True)
 
 
 def _size(count: float) -> str:

@@ -1,4 +1,4 @@
-"""The command that hands a trained decoder to other programs."""
+"""The command that exports a trained decoder to other programs."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ FORMATS = ("torchvision", "torch-export", "onnx")
     "--backbone-weights",
     default="default",
     show_default=True,
-    help="As extract.weights: `default`, or a state dict's file.",
+    help="Value of extract.weights: `default`, or the file of a state dict.",
 )
 @click.option(
     "--size",
     type=click.IntRange(1),
     nargs=2,
     metavar="H W",
-    help="Pictures of this size alone. Default: of any size.",
+    help="Only images of this size. Default: any size.",
 )
 @weights_option
-@click.option("--force", is_flag=True, help="Replace a file that is there.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
 def export(
     decoder: Path,
     format: str,
@@ -44,9 +44,10 @@ def export(
     weights: str,
     force: bool,
 ) -> None:
-    """Write DECODER, a folder that train-decoder left, with its backbone as one file.
+    """Write DECODER, a folder that train-decoder wrote, with its backbone as one file.
 
-    Images go in, scores for every pixel come out. The file is compared with PyTorch's own scores before it gets its name.
+    The file takes images and returns logits of every pixel. Its logits are compared with PyTorch's
+    before the file gets its name.
     """
     if out.exists() and not force:
         raise click.UsageError(f"{out} is there already; add --force to replace it")
@@ -62,6 +63,5 @@ def export(
     )
     sizes = " and ".join(f"{height} x {width}" for height, width in done.sizes)
     click.echo(f"{out}: {done.bytes / 1e6:.1f} MB, checked at {sizes}")
-    click.echo(
-        f"its scores, up to {done.largest:.3g}, differ from PyTorch's by {done.difference:.1e} at most"
-    )
+    difference = f"differ from PyTorch's by {done.difference:.1e} at most"
+    click.echo(f"its logits, up to {done.largest:.3g}, {difference}")

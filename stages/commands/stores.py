@@ -16,43 +16,35 @@ def inspect(store: Path) -> None:
     import featurestore
 
     opened = featurestore.open(store)
-    spec, stats = opened.spec, opened.stats
-    size = sum(record.bytes for record in opened.records)
-    channels, height, width = spec.feature_shape
-    click.echo(
-        f"{store}: {len(opened)} samples in {len(opened.records)} shards, {size / 1e6:.1f} MB"
-    )
-    click.echo(
-        f"  features    {channels} x {height} x {width} {spec.feature_dtype}{', >= 0' if spec.nonnegative else ''}"
-    )
-    click.echo(
-        f"  masks       {spec.mask_shape[0]} x {spec.mask_shape[1]} uint8, void {spec.void_index}"
-    )
-    click.echo(f"  images      {'yes' if spec.has_images else 'no'}")
-    click.echo(
-        f"  backbone    {spec.backbone}, weights {spec.weights_digest[:12]}, {spec.compute}, output stride {spec.output_stride}"
-    )
-    if spec.generator:
-        click.echo(
-            f"  generator   {spec.generator}: these features are generated, like the backbone's above"
-        )
-    click.echo(f"  resize      {spec.resize}")
-    click.echo(f"  compression {spec.compression}")
-    click.echo(
-        f"  values      {stats.minimum.min():.3g} to {stats.maximum.max():.3g}, mean {stats.mean.mean():.3g}"
-    )
+    spec, stats, records = opened.spec, opened.stats, opened.records
+    size = sum(record.bytes for record in records)
+    shape, (height, width) = " x ".join(map(str, spec.feature_shape)), spec.mask_shape
+    smallest, largest, mean = stats.minimum.min(), stats.maximum.max(), stats.mean.mean()
+    facts = {
+        "features": f"{shape} {spec.feature_dtype}{', >= 0' if spec.nonnegative else ''}",
+        "masks": f"{height} x {width} uint8, void {spec.void_index}",
+        "images": "yes" if spec.has_images else "no",
+        "backbone": f"{spec.backbone}, weights {spec.weights_digest[:12]}, {spec.compute}, "
+        f"output stride {spec.output_stride}",
+        "generator": spec.generator and f"{spec.generator}; these features are generated",
+        "resize": spec.resize,
+        "compression": spec.compression,
+        "values": f"{smallest:.3g} to {largest:.3g}, mean {mean:.3g}",
+    }
+    click.echo(f"{store}: {len(opened)} samples in {len(records)} shards, {size / 1e6:.1f} MB")
+    for name, fact in facts.items():
+        if fact:
+            click.echo(f"  {name:11} {fact}")
     labelled = max(1, int(stats.class_pixels.sum()))
     click.echo(f"\n  {'class':20} {'pixels':>8} {'samples':>8}")
-    for name, pixels, samples in zip(
-        spec.class_names, stats.class_pixels, stats.class_samples, strict=True
-    ):
+    rows = zip(spec.class_names, stats.class_pixels, stats.class_samples, strict=True)
+    for name, pixels, samples in rows:
         click.echo(f"  {name:20} {pixels / labelled:8.2%} {samples:8d}")
     click.echo(f"  {'(void)':20} {stats.void_pixels / (labelled + stats.void_pixels):8.2%}")
     click.echo(f"\n  {'shard':20} {'samples':>8} {'MB':>8}  sha256")
-    for record in opened.records:
-        click.echo(
-            f"  {record.file:20} {record.samples:8d} {record.bytes / 1e6:8.1f}  {record.sha256[:16]}"
-        )
+    for record in records:
+        megabytes, digest = record.bytes / 1e6, record.sha256[:16]
+        click.echo(f"  {record.file:20} {record.samples:8d} {megabytes:8.1f}  {digest}")
 
 
 @click.command(short_help="Compare a store's every byte with its index.")
@@ -65,9 +57,8 @@ def verify(store: Path, workers: int) -> None:
     import featurestore
 
     opened = featurestore.open(store)
-    size = sum(record.bytes for record in opened.records)
+    shards, size = len(opened.records), sum(record.bytes for record in opened.records)
     with tqdm(total=size, desc=f"verify: {store}", unit="B", unit_scale=True, disable=None) as bar:
         opened.verify(workers=workers, progress=bar.update)
-    click.echo(
-        f"{store}: {len(opened.records)} shards, {len(opened)} samples, {size / 1e6:.1f} MB: every byte as written"
-    )
+    counts = f"{shards} shards, {len(opened)} samples, {size / 1e6:.1f} MB"
+    click.echo(f"{store}: {counts}: every byte as written")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 
-from stages.commands.options import PRESETS, check_params, option, scratch_option
+from stages.commands.options import load_preset, option, scratch_option
 
 
-def _setting(
+def _settings(
     context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
-) -> dict[str, Any]:
-    """``KEY=VALUE`` options as a dictionary, each value read as YAML."""
+) -> dict[str, object]:
+    """Parse ``KEY=VALUE`` options; each value is YAML."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -25,9 +25,8 @@ def _setting(
         try:
             settings[key] = YAML(typ="safe", pure=True).load(value)
         except YAMLError as error:
-            raise click.BadParameter(
-                f"the value of {key} is not valid YAML ({' '.join(str(error).split())})"
-            ) from error
+            problem = " ".join(str(error).split())
+            raise click.BadParameter(f"the value of {key} is not valid YAML ({problem})") from error
     return settings
 
 
@@ -37,26 +36,26 @@ def _setting(
     "--results",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("results"),
-    help="Where result files belong.",
+    help="Folder of the result files.",
 )
 @option(
     "--set",
     "overrides",
     multiple=True,
-    callback=_setting,
-    help="KEY=VALUE, such as prepare.root=FOLDER; any other changes results.",
+    callback=_settings,
+    help="KEY=VALUE, such as prepare.root=FOLDER; other keys change the results.",
 )
 @option(
     "--jobs",
     type=click.IntRange(1),
     default=1,
-    help="Runs at a time; the threads (OMP_NUM_THREADS, or the cores) are divided among them.",
+    help="Runs at a time; they divide the threads (OMP_NUM_THREADS, or the cores).",
 )
 @click.option(
     "--experiment",
     "experiments",
     multiple=True,
-    help="Only this one of the study's experiments; several may be named.",
+    help="Only this experiment of the study; repeat for several.",
 )
 @click.option("--force", is_flag=True, help="Replace results that were made with other settings.")
 @click.option("--dry-run", is_flag=True, help="List what would run and stop.")
@@ -64,63 +63,59 @@ def _setting(
 def study(
     file: Path,
     results: Path,
-    overrides: dict[str, Any],
+    overrides: dict[str, object],
     jobs: int,
     experiments: tuple[str, ...],
     force: bool,
     dry_run: bool,
     scratch: Path,
 ) -> None:
-    """Train the decoders that FILE describes, each into a result file results/STUDY/EXPERIMENT/VARIANT-SEED.json.
+    """Train the decoders that FILE describes.
 
-    Runs that have their result file already are left out: interrupt it, and the same command goes on. A run that fails is
-    named at the end; the others go on.
+    Each run writes one result file, results/STUDY/EXPERIMENT/VARIANT-SEED.json. Runs that have a
+    result file are skipped: interrupt the command, and the next call resumes. A run that fails is
+    named at the end, and does not stop the others.
     """
     import torch
+    from pydantic import TypeAdapter
     from tqdm import tqdm
 
-    from stages.common.config import parse_section, read_params
+    from stages.commands.params import PARAMS
+    from stages.common.config import parse, read_params
     from stages.common.errors import DataError
     from stages.studies.plan import StudyConfig, plan
-    from stages.studies.runner import Workshop
+    from stages.studies.runner import Runner
 
-    config: StudyConfig = parse_section({"study": read_params(file)}, "study", StudyConfig)
-    presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    if config.preset not in presets:
+    config = parse(TypeAdapter(StudyConfig), read_params(file), "study")
+    preset = load_preset(config.preset).plain()
+    unknown = [name for name in experiments if name not in config.experiments]
+    if unknown:
         raise click.UsageError(
-            f"{file}: unknown preset {config.preset!r}; choose from {', '.join(presets)}"
+            f"{file}: there is no experiment {unknown[0]!r};"
+            f" choose from {', '.join(config.experiments)}"
         )
-    for name in experiments:
-        if name not in config.experiments:
-            raise click.UsageError(
-                f"{file}: there is no experiment {name!r}; choose from {', '.join(config.experiments)}"
-            )
     folder = results / file.stem
-    runs = plan(config, read_params(PRESETS / f"{config.preset}.yaml"), overrides, check_params)
+    runs = plan(config, preset, overrides, partial(parse, PARAMS))
     runs = [run for run in runs if run.experiment in experiments or not experiments]
     done = [run for run in runs if run.is_done(folder)]
     waiting = [run for run in runs if run not in done]
+    other = [run.result(folder) for run in waiting if run.result(folder).exists()]
     click.echo(f"{file}: {len(runs)} runs, {len(done)} done")
     if dry_run:
-        for run in waiting:
-            click.echo(f"  {run.result(folder)}")
+        click.echo("".join(f"  {run.result(folder)}\n" for run in waiting), nl=False)
     if dry_run or not waiting:
         return
-    other = [run.result(folder) for run in waiting if run.result(folder).exists()]
     if other and not force:
-        message = f"{other[0]} was made with other settings ({len(other)} such files); add --force to replace it, or name another --results"
-        raise click.UsageError(message)
-    failed = []
+        raise click.UsageError(
+            f"{other[0]} was made with other settings ({len(other)} such files);"
+            " add --force to replace it, or name another --results"
+        )
+    threads, failed = max(1, torch.get_num_threads() // jobs), []
     with (
-        Workshop.open(
-            scratch.resolve() / "study",
-            folder.resolve(),
-            max(1, torch.get_num_threads() // jobs),
-            done,
-        ) as workshop,
+        Runner.open(scratch.resolve() / "study", folder.resolve(), threads, done) as runner,
         tqdm(total=len(waiting), desc=file.stem, unit="run", disable=None) as bar,
     ):
-        for future in workshop.work(waiting, jobs):
+        for future in runner.run_all(waiting, jobs):
             try:
                 click.echo(f"{future.result()}")
             except DataError as error:
@@ -139,26 +134,26 @@ def study(
     "--class",
     "classes",
     multiple=True,
-    help="Mean over this class, and others named so; means over all classes stand beside it.",
+    help="Mean over this class; repeat for several. Means over all classes are shown, too.",
 )
-@option("--baseline", default="baseline", help="The variant that others are compared with.")
+@option("--baseline", default="baseline", help="Variant that the others are compared with.")
 @option(
     "--seed",
     "seeds",
     multiple=True,
     type=int,
-    help="Only runs of this seed, and of others named so.",
+    help="Only runs of this seed; repeat for several.",
 )
 @option(
     "--block-length",
     type=click.IntRange(1),
     default=1,
-    help="Draw so many test images together, next in name; of a video's frames some 20.",
+    help="Bootstrap block length in consecutive images; use about 20 for video.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Write tables (.md, .csv, .json) and pictures here.",
+    help="Folder for tables (.md, .csv, .json) and figures.",
 )
 def compare(
     results: tuple[Path, ...],
@@ -168,23 +163,26 @@ def compare(
     block_length: int,
     out: Path | None,
 ) -> None:
-    """Compare the runs of RESULTS, result files of studies or folders of them, variant by variant.
+    """Compare the runs of RESULTS, result files of studies or folders of them, by variant.
 
-    Differences are to the baseline of the same seed: their mean, ± their standard deviation over seeds, and the mean's
-    95% interval by a paired bootstrap over the test images, for the decoders of these seeds. Where images resemble their
-    neighbours, as frames of a video do, --block-length keeps such intervals from being too narrow.
-    Means are over the classes that the test images have. Runs on different data, or with decoders trained in other
-    ways, are compared apart from each other. Where there are several numbers of training images, and one test
-    split, --out also gets curve.png, the gain by their number.
+    Differences are to the baseline of the same seed: mean, ± standard deviation over seeds, and
+    the mean's 95% interval by a paired bootstrap over the test images, for the decoders of these
+    seeds. Intervals are too narrow where images resemble their neighbours, as frames of a video
+    do; --block-length corrects for this.
+
+    Means are over the classes that the test images have. Runs on different data, or of decoders
+    trained in other ways, are in separate tables. Where groups of runs differ in the number of
+    training images only, --out also gets curve.png: the gain by number of training images.
     """
     from stages.studies import compare as comparison
+    from stages.studies import tables
 
     if twice := [name for name in classes if classes.count(name) > 1]:
-        raise click.UsageError(f"--class {twice[0]} stands twice")
+        raise click.UsageError(f"--class {twice[0]} is given twice")
     groups = comparison.read_groups(results, seeds)
-    tables = comparison.compare(groups, classes, baseline, block_length)
-    click.echo(comparison.as_text(tables))
+    compared = comparison.compare(groups, classes, baseline, block_length)
+    click.echo(tables.as_text(compared))
     for line in comparison.left_out(groups, baseline):
         click.echo(f"Left out: {line}", err=True)
     if out is not None:
-        click.echo(f"\nwrote {', '.join(comparison.write(tables, out))} into {out}")
+        click.echo(f"\nwrote {', '.join(tables.write(compared, out))} into {out}")

@@ -1,4 +1,4 @@
-"""Commands that put a trained decoder to use."""
+"""Commands that use a trained decoder: predict and evaluate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stages.commands.options import device_option, option, weights_option, worke
 decoder_argument = click.argument("decoder", type=click.Path(path_type=Path))
 
 
-@click.command(short_help="Segment photographs with a trained decoder.")
+@click.command(short_help="Segment images with a trained decoder.")
 @decoder_argument
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @click.option(
@@ -24,50 +24,51 @@ decoder_argument = click.argument("decoder", type=click.Path(path_type=Path))
     "--mode",
     type=click.Choice(["resize", "slide"]),
     default="resize",
-    help="resize: whole photographs, scaled as in training; slide: windows of the training's size over them at their own resolution.",
+    help="resize: whole images, resized as in training; "
+    "slide: windows of the training's size over images at their resolution.",
 )
 @option(
     "--overlap",
     type=click.FloatRange(0, 0.9),
     default=0.25,
-    help="Share of a window's side that neighbours have in common, at least.",
+    help="Least fraction of a window's side that neighbouring windows share.",
 )
 @option(
     "--scale",
     type=click.FloatRange(0, min_open=True),
     default=1.0,
-    help="Of the photographs before windows slide over them.",
+    help="Factor by which images are resized before windows slide over them.",
 )
 @option(
     "--batch-size",
     type=click.IntRange(1),
     default=8,
-    help="Windows that pass the networks at once.",
+    help="Windows a batch.",
 )
 @option(
     "--overlay/--no-overlay",
     "overlays",
     default=True,
-    help="Write the classes in colour over the photographs, too.",
+    help="Also write the classes in colour over the images.",
 )
 @option(
     "--probabilities",
     is_flag=True,
-    help="Write every class's probability at every pixel, too: large files.",
+    help="Also write every class's probability at every pixel: large files.",
 )
 @weights_option
 @option(
     "--backbone-weights",
     metavar="[default|FILE]",
     default="default",
-    help="What extract.weights was in training.",
+    help="Value of extract.weights in training.",
 )
 @device_option
 @workers_option
 @click.option(
     "--force",
     is_flag=True,
-    help="Replace predictions that were made with another decoder or in another way.",
+    help="Replace predictions of another decoder, or with other options.",
 )
 def predict(
     decoder: Path,
@@ -85,56 +86,48 @@ def predict(
     workers: int,
     force: bool,
 ) -> None:
-    """Segment photographs with DECODER, a folder such as models/decoders/baseline-0.
+    """Segment images with DECODER, a folder such as models/decoders/baseline-0.
 
-    INPUT is a photograph, a folder (with all below it) or a quoted pattern such as 'photos/**/*.jpg'. Of photos/a/1.jpg in
-    the folder photos this makes
+    INPUT is an image, a folder (searched recursively) or a quoted pattern such as
+    'photos/**/*.jpg'. For photos/a/1.jpg in the folder photos this writes
 
     \b
-      OUT/masks/a/1.png          class indices, 0 the first class, with the classes' colours as palette
-      OUT/overlays/a/1.jpg       the classes in colour over the photograph
-      OUT/probabilities/a/1.npz  with --probabilities: `probabilities`, float16 (classes, height, width)
+      OUT/masks/a/1.png          class indices, 0 the first class; the palette has their colours
+      OUT/overlays/a/1.jpg       the classes in colour over the image
+      OUT/probabilities/a/1.npz  with --probabilities: `probabilities`, float16
+                                 (classes, height, width)
       OUT/classes.csv            names and colours by class index; legend.png shows them
 
-    all of the photograph's own size. Interrupt it, and the same command goes on: photographs that are finished and did not
-    change are left out. Photographs that cannot be read are named at the end, with exit code 1; the others are done.
+    at the size of the image. After an interruption the same command resumes: finished images that
+    did not change are skipped. Images that cannot be read are named at the end, with exit code 1;
+    the others are done.
     """
     from stages.common.errors import DataError
-    from stages.common.runtime import check_device
-    from stages.use.predict import Predictions, find_photographs
-    from stages.use.predict import predict as run
-    from stages.use.segmenter import Segmenter
+    from stages.use.predict import run
     from stages.use.windows import View
 
-    view = View(mode, overlap, scale)
-    check_device(device)
-    jobs = find_photographs(inputs, out)
-    predictions = Predictions.open(
-        out,
-        decoder=decoder,
-        weights=weights,
-        view=view,
+    images, finished, failed = run(
+        decoder,
+        inputs,
+        out=out,
+        view=View(mode, overlap, scale),
         overlays=overlays,
         probabilities=probabilities,
+        weights=weights,
+        backbone_weights=backbone_weights,
+        batch_size=batch_size,
+        device=device,
+        workers=workers,
         force=force,
     )
-    waiting = [job for job in jobs if not predictions.is_finished(job)]
-    failed: list[DataError] = []
-    if waiting:
-        segmenter = Segmenter.load(
-            decoder, weights=weights, backbone_weights=backbone_weights, device=device
-        )
-        failed = run(
-            waiting, predictions, segmenter, view=view, batch_size=batch_size, workers=workers
-        )
     for error in failed:
         click.echo(f"Failed: {error}", err=True)
-    before = len(jobs) - len(waiting)
-    were = f", {before if waiting else 'all'} of them before" if before else ""
-    click.echo(f"{out}: {len(jobs) - len(failed)} of {len(jobs)} photographs segmented{were}")
+    before = "all" if finished == images else finished
+    were = f", {before} of them before" if finished else ""
+    click.echo(f"{out}: {images - len(failed)} of {images} images segmented{were}")
     if failed:
         raise DataError(
-            out, f"{len(failed)} of {len(jobs)} photographs could not be read; the others are done"
+            out, f"{len(failed)} of {images} images could not be read; the others are done"
         )
 
 
@@ -146,11 +139,9 @@ def predict(
     "classes",
     metavar="NAME",
     multiple=True,
-    help="Class of the mean IoU; several may be named. Default: all.",
+    help="Class of the mean IoU; repeat for several. Default: all.",
 )
-@option(
-    "--batch-size", type=click.IntRange(1), default=8, help="Samples that pass the decoder at once."
-)
+@option("--batch-size", type=click.IntRange(1), default=8, help="Samples a batch.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
@@ -171,12 +162,12 @@ def evaluate(
 ) -> None:
     """Score DECODER, a folder such as models/decoders/baseline-0, on STORE, such as features/test.
 
-    The store's features must come from the backbone, with the weights, that the decoder was trained on; its size, its photographs and
-    how they were resized may differ.
+    The store's features must come from the backbone, with the weights, that the decoder was trained
+    on; its images, their size and their resize rule may differ.
     """
-    from stages.use import evaluate as scoring
+    from stages.use.evaluate import as_text, run, write
 
-    found = scoring.evaluate_decoder(
+    evaluation = run(
         decoder,
         store,
         weights=weights,
@@ -186,8 +177,8 @@ def evaluate(
         workers=workers,
     )
     click.echo(
-        f"{found.decoder} on {store}: {found.samples} photographs\n\n{scoring.as_text(found)}"
+        f"{evaluation.decoder} on {store}: {evaluation.samples} images\n\n{as_text(evaluation)}"
     )
     if out is not None:
-        scoring.write(found, out)
+        write(evaluation, out)
         click.echo(f"\nwrote {out}/evaluation.json and confusion.png")

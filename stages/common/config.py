@@ -1,41 +1,67 @@
-"""params.yaml: one section a stage, each read into a frozen, typed object with exact errors."""
+"""Parameters: plain values of YAML files, and the frozen, typed objects that they become."""
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from stages.common.errors import ConfigError
 
+Plain = dict[str, Any]  # values of a YAML file
+Parsed = TypeVar("Parsed")
+Value = TypeVar("Value")
+
 
 class Config(BaseModel):
     """Base of all sections: frozen, no unknown keys, no silent conversion ("12" is no number)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: object) -> object:
+        """Refuse an unknown key before any other check: a misspelt one explains the rest."""
+        for key in values if isinstance(values, dict) else ():
+            if key not in cls.model_fields:
+                known = list(cls.model_fields)
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+                context = {"key": key, "hint": hint}
+                raise PydanticCustomError("unknown_key", "unknown key; {hint}", context)
+        return values
 
 
-def _once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _once(values: tuple[Value, ...]) -> tuple[Value, ...]:
     for value in values:
         if values.count(value) > 1:
-            raise ValueError(f"{value} stands twice")
+            raise ValueError(f"{value} is listed twice")
     return values
 
 
-Once = AfterValidator(_once)  # of a list: no value stands in it twice
-Section = TypeVar("Section")
+Once = AfterValidator(_once)  # a list without repeated values
+Listed = Field(strict=False)  # a tuple that YAML writes as a list
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]  # of Adam
 
 
-def read_params(path: Path) -> dict[str, Any]:
-    """params.yaml (YAML 1.2, so ``5e-4`` is a number) as plain values.
+def read_params(path: Path) -> Plain:
+    """Read a YAML file of named sections (YAML 1.2: ``5e-4`` is a number) as plain values.
 
     Raises
     ------
@@ -45,125 +71,98 @@ def read_params(path: Path) -> dict[str, Any]:
     try:
         values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            str(path), "there is no such file; `python pipeline.py init` writes one"
-        ) from None
+        message = "there is no such file; `python pipeline.py init` writes one"
+        raise ConfigError(str(path), message) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), f"cannot be read ({error})") from error
     except YAMLError as error:
-        raise ConfigError(
-            str(path), f"is not valid YAML: {' '.join(str(error).split())}"
-        ) from error
+        message = f"is not valid YAML: {' '.join(str(error).split())}"
+        raise ConfigError(str(path), message) from error
     if not isinstance(values, dict):
-        raise ConfigError(
-            str(path), "must hold one section a stage; `python pipeline.py init` writes a whole one"
-        )
+        message = "must hold named sections; `python pipeline.py init` writes a whole file"
+        raise ConfigError(str(path), message)
     return values
 
 
-def parse_section(params: Mapping[str, Any], name: str, kind: type[Section] | Any) -> Any:
-    """Section ``name`` of the parameters as an object of type ``kind``.
+def with_settings(params: Mapping[str, Any], changes: Mapping[str, Any]) -> Plain:
+    """Return a copy of plain parameters with each ``section.key: value`` changed.
 
     Raises
     ------
     ConfigError
-        For the first wrong key: its name, what is wrong with it, and what would be right.
+        For a key that the parameters do not have; new names are allowed only in ``variants``.
     """
-    if name not in params:
-        raise ConfigError(
-            name,
-            "this section is missing from the parameters; `python pipeline.py init` writes a whole file",
-        )
+    changed = copy.deepcopy(dict(params))
+    for key, value in changes.items():
+        *way, last = key.split(".")
+        place: Any = changed
+        for name in way:
+            place = place.get(name) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or (last not in place and way[0] != "variants"):
+            raise ConfigError(key, "there is no such parameter; params.yaml lists them all")
+        place[last] = value
+    return changed
+
+
+def parse(kind: TypeAdapter[Parsed], values: object, name: str = "") -> Parsed:
+    """Turn plain values into an object of a type.
+
+    Parameters
+    ----------
+    kind
+        Adapter of the type.
+    values
+        As YAML holds them.
+    name
+        Section of the values, for error messages. Default: the values are sections.
+
+    Raises
+    ------
+    ConfigError
+        For the first wrong key: its name, what is wrong, and what is allowed.
+    """
     try:
-        return TypeAdapter(kind).validate_python(params[name])
+        return kind.validate_python(values)
     except ValidationError as error:
-        raise _first_error(name, kind, params[name], error) from error
+        problems = error.errors(include_url=False)
+        more = f" (and {len(problems) - 1} more wrong keys)" if len(problems) > 1 else ""
+        keys, message = _explain(problems[0], values)
+        key = ".".join(map(str, [name, *keys] if name else keys))
+        raise ConfigError(key, f"{message}{more}", actual=problems[0]["input"]) from error
 
 
-def _first_error(section: str, kind: Any, value: Any, error: ValidationError) -> ConfigError:
-    problems = error.errors(include_url=False)
-    # A misspelt key is both unknown and missing; the former says more.
-    first = next(
-        (problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0]
-    )
-    key = ".".join([section, *(str(part) for part in _place(value, first["loc"]))])
-    more = f" (and {len(problems) - 1} more wrong keys)" if len(problems) > 1 else ""
-    found = first["input"]
-    if first["type"] == "extra_forbidden":
-        known = sorted(_fields_at(kind, first["loc"][:-1]))
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
-        return ConfigError(key, f"unknown key; {hint}{more}", expected=known, actual=found)
-    if first["type"] == "missing":
-        return ConfigError(key, f"this key is missing{more}")
-    if first["type"].startswith("union_tag"):
-        context = first["ctx"]
-        key = f"{key}.{context['discriminator'].strip(chr(39))}"
-        if first["type"] == "union_tag_not_found":
-            return ConfigError(key, f"this key is missing{more}")
-        return ConfigError(
-            key,
-            f"should be {context['expected_tags']}, found {context['tag']!r}{more}",
-            actual=context["tag"],
-        )
-    return ConfigError(
-        key, f"{reason(first)}, found {found!r}{more}", expected=first["msg"], actual=found
-    )
+def _explain(problem: ErrorDetails, values: object) -> tuple[list[int | str], str]:
+    """Return the keys that lead to a wrong value, and what is wrong with it."""
+    keys, context = _way(values, problem["loc"]), problem.get("ctx", {})
+    text = reason(problem)
+    match problem["type"]:
+        case "unknown_key":
+            return [*keys, context["key"]], text
+        case "missing":
+            return keys, "this key is missing"
+        case "union_tag_not_found":
+            return [*keys, context["discriminator"].strip("'")], "this key is missing"
+        case "union_tag_invalid":
+            key, allowed = context["discriminator"].strip("'"), context["expected_tags"]
+            return [*keys, key], f"should be {allowed}, found {context['tag']!r}"
+        case _:
+            return keys, f"{text}, found {problem['input']!r}"
 
 
 def reason(problem: ErrorDetails) -> str:
     """Say what pydantic found wrong, as it is written in an error message."""
     text = problem["msg"].removeprefix("Value error, ")
-    return text[0].lower() + text[1:]
+    return f"{text[0].lower()}{text[1:]}"
 
 
-def _place(value: Any, location: tuple[int | str, ...]) -> list[int | str]:
-    """The keys on the way to a wrong one: pydantic names the chosen kind of a union among them, which no file holds."""
+def _way(values: object, location: tuple[int | str, ...]) -> list[int | str]:
+    """Drop names from a location that no file holds: pydantic adds the kind chosen of a union."""
     keys: list[int | str] = []
-    for part in location:
-        if isinstance(value, dict) and part not in value and part in value.values():
+    place: Any = values
+    for name in location:
+        if isinstance(place, dict) and name not in place and name in place.values():
             continue  # such as featuregan in {augmenter: featuregan}
-        keys.append(part)
-        inside = (
-            isinstance(part, int)
-            if isinstance(value, list)
-            else isinstance(value, dict) and part in value
-        )
-        value = value[part] if inside else None
+        keys.append(name)
+        inside = isinstance(place, list) or (isinstance(place, dict) and name in place)
+        place = place[name] if inside else None
     return keys
-
-
-def _fields_at(kind: Any, location: tuple[int | str, ...]) -> set[str]:
-    """Names of the keys that are allowed at a place inside a section."""
-    for part in location:
-        if isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
-            kind = kind.model_fields[str(part)].annotation
-        elif get_origin(kind) is dict:
-            kind = get_args(kind)[1]
-        else:
-            inside = list(_configs(kind))
-            kind = next(
-                (item for item in inside if part in _names(item)),
-                inside[0] if len(inside) == 1 else kind,
-            )
-    return (
-        set(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else set()
-    )
-
-
-def _configs(kind: Any) -> Iterator[type[Config]]:
-    """The sections' types that a container or a union of them holds."""
-    if isinstance(kind, type) and issubclass(kind, Config):
-        yield kind
-    for item in get_args(kind):
-        yield from _configs(item)
-
-
-def _names(kind: type[Config]) -> set[Any]:
-    """Values by which a union tells this type from the others."""
-    return {
-        name
-        for field in kind.model_fields.values()
-        if get_origin(field.annotation) is Literal
-        for name in get_args(field.annotation)
-    }

@@ -1,4 +1,4 @@
-"""Training in several processes: what must be summed over all of them so that they compute what one process would."""
+"""Training in several processes: sums over all of them, so that they compute what one would."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Choice = TypeVar("Choice")
 
 
 def several_processes() -> bool:
-    """Whether this process is one of several that train together."""
+    """Return whether this process is one of several that train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def average_over_processes(value: Tensor) -> Tensor:
-    """A tensor's mean over processes; itself where there is one. No gradient passes."""
+    """Average a tensor over processes, without a gradient."""
     if not several_processes():
         return value
     total = value.detach().clone()
@@ -32,7 +32,7 @@ def average_over_processes(value: Tensor) -> Tensor:
 
 
 def agree(choice: Choice) -> Choice:
-    """The first process's choice, in all of them."""
+    """Return the first process's choice in all processes."""
     if not several_processes():
         return choice
     chosen: list[Any] = [choice]
@@ -41,7 +41,7 @@ def agree(choice: Choice) -> Choice:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, in order."""
+    """Return the values of all processes, in their order."""
     if not several_processes():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -50,28 +50,28 @@ def gather(value: Any) -> list[Any]:
 
 
 def all_equal(value: Any) -> bool:
-    """Whether all processes have the same value."""
+    """Return whether all processes have the same value."""
     return all(other == value for other in gather(value))
 
 
 def draw_noise(
     rng: torch.Generator, ratio: int, batch: int, z_dim: int, device: torch.device
 ) -> Tensor:
-    """(k*B, z_dim) from N(0, I), k draws a mask, row j*B + i for draw j of mask i.
+    """Draw (k*B, z_dim) from N(0, I), k draws a mask, row j*B + i for draw j of mask i.
 
-    ``rng`` is the same in all processes. Each takes its part of what is drawn for the batch of all, so that a mask's noise
-    does not depend on how many share it.
+    ``rng`` is the same in all processes. Each draws the noise of the whole batch and takes its own
+    rows, so that the noise of a mask does not depend on the number of processes.
     """
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if several_processes() else (1, 0)
     noise = torch.randn(ratio, ranks * batch, z_dim, generator=rng, device=device)
     return noise[:, rank * batch : (rank + 1) * batch].flatten(0, 1)
 
 
-# -- networks that are divided over the processes --------------------------------------------------------
+# -- networks in several processes ---------------------------------------------------------------
 
 
 def replicate(network: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of a network in every process, gradients averaged (DDP). Buffers are alike already, so none is sent round."""
+    """Copy a network to every process and average gradients (DDP); buffers are equal already."""
     name = (
         "forward_sync_buffers"
         if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
@@ -85,7 +85,7 @@ def replicate(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def shard(network: nn.Module, device: torch.device) -> nn.Module:
-    """Divide a network's weights over the processes (FSDP), in place; its blocks are put together one after the other."""
+    """Divide a network's weights over the processes (FSDP), in place, block by block."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
         fully_shard,  # a second to import, which only those pay who divide
@@ -102,7 +102,7 @@ def shard(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def is_sharded(value: Any) -> TypeGuard[DTensor]:
-    """Whether a tensor's parts lie in several processes."""
+    """Return whether several processes hold parts of a tensor."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
     from torch.distributed.tensor import DTensor
@@ -111,7 +111,7 @@ def is_sharded(value: Any) -> TypeGuard[DTensor]:
 
 
 def full_state(state: Any) -> Any:
-    """A state dict with the parts of all processes put together; itself where nothing is divided. All processes must call it."""
+    """Collect the sharded tensors of a state dict from all processes, which must all call it."""
     if is_sharded(state):
         return state.full_tensor()
     if isinstance(state, dict):
@@ -120,7 +120,7 @@ def full_state(state: Any) -> Any:
 
 
 def shard_like(state: dict[str, Any], divided: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`full_state`: whole tensors divided as those of the same names are."""
+    """Shard the full tensors of a state dict like the tensors of the same names."""
     from torch.distributed.tensor import distribute_tensor
 
     return {
@@ -132,7 +132,7 @@ def shard_like(state: dict[str, Any], divided: Mapping[str, Any]) -> dict[str, A
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict`` of a whole state, divided where its parameters are."""
+    """Load a full state into an optimizer, sharded like its parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     divided = {
         number: shard_like(
@@ -146,11 +146,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     optimizer.load_state_dict({**state, "state": divided})
 
 
-# -- batch normalisation ---------------------------------------------------------------------------------
+# -- batch normalisation -------------------------------------------------------------------------
 
 
 class _Sum(torch.autograd.Function):
-    """A tensor's sum over processes, and its gradient's."""
+    """Sum a tensor over processes, and its gradient."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -166,13 +166,13 @@ class _Sum(torch.autograd.Function):
 
 
 class SynchronisedBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation with the statistics of all processes' batches; unlike PyTorch's own it runs on the CPU, too.
+    """Normalise with the statistics of all processes' batches; PyTorch's own needs a GPU.
 
-    All processes must have equally many samples.
+    All processes must have the same number of samples.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, h, w) -> the same shape."""
+        """Normalise (B, C, h, w)."""
         if not self.training or not several_processes():
             return super().forward(input)
         x = input.float()
@@ -197,7 +197,7 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronise_batch_norm(network: nn.Module) -> nn.Module:
-    """Turn every batch normalisation below ``network`` into a synchronised one, in place; weights and names stay."""
+    """Replace every batch normalisation by a synchronised one, in place; weights and names stay."""
     for name, child in network.named_children():
         if type(child) is nn.BatchNorm2d:
             replacement = SynchronisedBatchNorm2d(

@@ -1,62 +1,47 @@
-"""What a user can get wrong, as exceptions whose text is the one line that the user is shown."""
+"""Errors that a user can mend, as exceptions whose text is the one line that the user is shown."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from featurestore.errors import OneLineError
 
 
-class ConfigError(Exception):
+class ConfigError(OneLineError):
     """A parameter or an option is wrong; the command line exits with 2.
 
     Attributes
     ----------
     key
         The parameter, such as ``train_gan.batch_size``.
-    expected, actual
-        What was wanted there and what was met, where that can be said.
     """
 
-    def __init__(self, key: str, message: str, *, expected: Any = None, actual: Any = None) -> None:
-        super().__init__(f"{key}: {message}")
+    def __init__(
+        self, key: str, message: str, *, expected: object = None, actual: object = None
+    ) -> None:
+        super().__init__(key, message, expected=expected, actual=actual)
         self.key = key
-        self.expected = expected
-        self.actual = actual
 
 
-class DataError(Exception):
+class DataError(OneLineError):
     """A file that the pipeline was given or made is wrong; the command line exits with 1.
 
     Attributes
     ----------
     path
         The file or folder.
-    expected, actual
-        What was wanted there and what was met, where that can be said.
     """
 
     def __init__(
-        self, path: str | Path, message: str, *, expected: Any = None, actual: Any = None
+        self, path: str | Path, message: str, *, expected: object = None, actual: object = None
     ) -> None:
-        super().__init__(f"{path}: {message}")
+        super().__init__(path, message, expected=expected, actual=actual)
         self.path = Path(path)
-        self.expected = expected
-        self.actual = actual
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Travel between processes whole."""
-        return _restore, (self.args, self.__dict__)
-
-
-def _restore(args: tuple[Any, ...], attributes: dict[str, Any]) -> DataError:
-    error = DataError.__new__(DataError, *args)
-    error.__dict__.update(attributes)
-    return error
 
 
 class CollapseError(Exception):
-    """A GAN's training was stopped because it collapsed; what it had reached is in the scratch folder."""
+    """A GAN's training stopped because it collapsed; its last state is in the scratch folder."""
 
 
 class DivergenceError(Exception):
-    """A training was stopped because a loss was no finite number any more: nothing that it reached is of use."""
+    """A training stopped because a loss was not finite; its networks are of no use."""

@@ -26,6 +26,7 @@ from stages.common.distributed import gather, replicate, shard, synchronise_batc
 from stages.common.errors import ConfigError
 
 Item = TypeVar("Item")
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,6 @@ class Machine:
     scratch: Path = Path("scratch")
 
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # of glibc's malloc.h
-
-
 def check_device(device: str) -> None:
     """Refuse a device that this machine lacks.
 
@@ -71,12 +69,15 @@ def check_device(device: str) -> None:
         When CUDA is asked for and PyTorch finds none.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        message = "PyTorch finds no CUDA device here; use --device cpu or auto, or install a CUDA build of torch and its driver"
+        message = (
+            "PyTorch finds no CUDA device here; use --device cpu or auto, or install a CUDA build"
+            " of torch and its driver"
+        )
         raise ConfigError("--device cuda", message, expected="cuda", actual="cpu")
 
 
 def on_cpu(device: str) -> bool:
-    """Whether networks run on the CPU where this device is asked for."""
+    """Return whether networks run on the CPU with this ``--device``."""
     return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
 
 
@@ -95,7 +96,7 @@ def check_precision(device: str, mixed_precision: str, key: str) -> None:
 
 
 def make_accelerator(device: str, mixed_precision: str, **options: Any) -> Accelerator:
-    """An accelerator on the device asked for; the rest (ranks, launchers) is accelerate's own environment.
+    """Build an accelerator on a device; accelerate reads ranks and launchers from the environment.
 
     Raises
     ------
@@ -106,52 +107,50 @@ def make_accelerator(device: str, mixed_precision: str, **options: Any) -> Accel
     check_precision(device, mixed_precision, "mixed_precision")
     _keep_freed_memory()
     cpu = on_cpu(device)
-    # accelerate keeps the first accelerator's settings for the whole process; a notebook may run stages with others.
+    # accelerate keeps the first settings for the whole process; a notebook may use others later.
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=cpu, mixed_precision=mixed_precision, **options)
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep memory that is freed, for the next allocation, instead of giving it back to the system.
+    """Let glibc keep freed memory for the next allocation instead of returning it to the system.
 
-    By default every large tensor is mapped anew, and each of its pages zeroed, in every step: on two CPU cores that
-    is half of EfficientNet-Lite0's forward pass at 256 x 256. Other C libraries are left as they are.
+    By default every large tensor is mapped again, and its pages are zeroed, in every step: on two
+    CPU cores this takes half of EfficientNet-Lite0's forward pass at 256 x 256. Other C libraries
+    are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and sys.platform == "linux":
-        # Older glibc takes no threshold above 32 MB; setting the others alone would freeze it at 128 KB.
+        # Older glibc takes no threshold above 32 MB; the other settings would freeze it at 128 KB.
         if mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20):
-            mallopt(
-                M_TRIM_THRESHOLD, -1
-            )  # never: 2^31 - 1, the most that fits, is less than a large network frees in a step
+            # Never: a large network frees more than 2^31 - 1 bytes, the largest threshold, a step.
+            mallopt(M_TRIM_THRESHOLD, -1)
             mallopt(M_TOP_PAD, 64 << 20)
             mallopt(M_ARENA_MAX, 1)
 
 
 def distribute(accelerator: Accelerator, network: nn.Module, *, sharded: bool = False) -> nn.Module:
-    """A network on the accelerator's device, as it is to be called in training.
+    """Move a network to the accelerator's device and return what training calls.
 
-    Where several processes train together, batch normalisation takes all their samples in and gradients are
-    averaged: each has a copy (DistributedDataParallel) or, ``sharded``, a part of the weights (FSDP). Else it is the
-    network itself.
+    One process calls the network itself. Several processes share batch statistics and average
+    gradients: each has a copy (DistributedDataParallel) or, with ``sharded``, a part of the weights
+    (FSDP).
     """
-    if sharded:  # FSDP takes weights in PyTorch's default layout alone
+    if sharded:  # FSDP needs weights in PyTorch's default layout
         return shard(synchronise_batch_norm(network).to(accelerator.device), accelerator.device)
     network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return (
-        network
-        if accelerator.num_processes == 1
-        else replicate(synchronise_batch_norm(network), accelerator.device)
-    )
+    if accelerator.num_processes == 1:
+        return network
+    return replicate(synchronise_batch_norm(network), accelerator.device)
 
 
 def scaler_state(accelerator: Accelerator) -> dict[str, Any]:
-    """State of fp16's loss scaling; empty for other precisions."""
+    """Return the state of fp16's loss scale; empty for other precisions."""
     return {} if accelerator.scaler is None else accelerator.scaler.state_dict()
 
 
 def load_scaler_state(accelerator: Accelerator, state: dict[str, Any]) -> None:
-    """The inverse of :func:`scaler_state`."""
+    """Restore what :func:`scaler_state` returned."""
     if accelerator.scaler is not None and state:
         accelerator.scaler.load_state_dict(state)
 
@@ -168,13 +167,14 @@ def check_batch_divides(batch_size: int, processes: int, micro_batches: int, key
     if batch_size % pieces or batch_size // pieces < 2:
         message = (
             f"{batch_size} samples do not divide into {processes} processes times {micro_batches}"
-            f" micro-batches of two or more samples; choose a multiple of {pieces} from {2 * pieces} on"
+            " micro-batches of two or more samples;"
+            f" choose a multiple of {pieces} from {2 * pieces} on"
         )
         raise ConfigError(key, message, expected=2 * pieces, actual=batch_size)
 
 
 def source_digest(*modules: ModuleType) -> str:
-    """sha256 of the source files of modules, and of all files below packages: unfinished work of other code is never taken over."""
+    """Compute the sha256 of modules and packages: work of other code is never resumed."""
     sha = hashlib.sha256()
     for module in modules:
         file = Path(module.__file__ or "")
@@ -184,31 +184,31 @@ def source_digest(*modules: ModuleType) -> str:
 
 
 def seed_everything(*seeds: int) -> None:
-    """Seed the global generators, from which initial weights and dropout come; all other draws have generators of their own."""
+    """Seed the global generators, from which only initial weights and dropout are drawn."""
     torch.manual_seed(_mixed(seeds))
 
 
 def generator(device: torch.device, *seeds: int) -> torch.Generator:
-    """A random generator of its own, for a purpose named by several numbers."""
+    """Build a random generator for a purpose that several numbers name."""
     return torch.Generator(device).manual_seed(_mixed(seeds))
 
 
 def _mixed(seeds: tuple[int, ...]) -> int:
-    """One seed of several. NumPy pads them with zeros to four: up to there (7,) and (7, 0) are the same."""
+    """Mix several seeds into one; NumPy pads with zeros, so (7,) and (7, 0) give the same."""
     return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0])
 
 
 def progress(items: Iterable[Item], what: str, total: int, unit: str) -> tqdm[Item]:
-    """A progress bar with rate and remaining time on a terminal; silent elsewhere, and in all processes but the first."""
+    """Show a progress bar on a terminal, in the first process; silent elsewhere."""
     return tqdm(
         items, what, total, unit=unit, disable=None if first_process() else True, smoothing=0.1
     )
 
 
 def verify_stores(*stores: FeatureStore, workers: int) -> None:
-    """Compare every byte of stores with their indices, which takes seconds, before a night on damaged features.
+    """Compare every byte of stores with their indices before hours of training on them.
 
-    Processes of one machine share the work; what one of them finds ends all.
+    Processes of one machine share the work; an error in one of them ends all.
 
     Raises
     ------
@@ -223,13 +223,12 @@ def verify_stores(*stores: FeatureStore, workers: int) -> None:
             verify_store(store, workers=workers, rank=rank, ranks=processes)
     except FeatureStoreError as error:
         problem = error
-    for found in gather(problem):
-        if found is not None:
-            raise found
+    if problems := [error for error in gather(problem) if error is not None]:
+        raise problems[0]
 
 
 def verify_store(store: FeatureStore, *, workers: int, rank: int = 0, ranks: int = 1) -> None:
-    """:meth:`featurestore.FeatureStore.verify`, with a progress bar where it takes a while."""
+    """Verify a store with a progress bar, if it takes longer than a second."""
     size = sum(record.bytes for record in store.records[rank::ranks])
     quiet = None if first_process() else True
     with tqdm(
@@ -245,12 +244,12 @@ def verify_store(store: FeatureStore, *, workers: int, rank: int = 0, ranks: int
 
 
 def first_process() -> bool:
-    """Whether this is the process that speaks to the user; launchers number them."""
+    """Return whether this is the process that prints; launchers number them."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def write_json(path: Path, values: Any, indent: int | None = 1) -> None:
-    """Write JSON-ready values: whole or not at all."""
+    """Write JSON-ready values, whole or not at all."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(values, indent=indent) + "\n").encode())

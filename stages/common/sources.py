@@ -49,7 +49,7 @@ def imported_sources(module: str) -> list[Path]:
 
 
 def imports_digest(module: str) -> str:
-    """Compute the sha256 of all sources that a module imports; other code never resumes its work."""
+    """Compute the sha256 of all sources that a module imports."""
     sha = hashlib.sha256()
     for path in imported_sources(module):
         sha.update(path.read_bytes())

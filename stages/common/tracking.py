@@ -1,4 +1,4 @@
-"""The numbers of a training, one row an epoch, in DVCLive and TensorBoard through accelerate's trackers."""
+"""The numbers of a training, one row an epoch, in DVCLive and TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ TRACKERS = ("dvclive", "tensorboard")
 
 
 class History:
-    """Writes rows to the trackers, and keeps them so that a resumed run can write them anew.
+    """Write rows to accelerate's trackers and keep them, so that a resumed run writes them again.
 
     Parameters
     ----------
     accelerator
         Made with ``log_with=TRACKERS`` and a ``project_dir`` for TensorBoard.
     name
-        Of the run.
+        Name of the run.
     live
         Folder of DVCLive's ``metrics.json`` and ``plots``; emptied first.
     rows
-        Rows of the epochs that a resumed run has behind it.
+        Rows of the epochs that a resumed run has finished.
 
     Raises
     ------
@@ -52,52 +52,52 @@ class History:
         try:
             accelerator.init_trackers(name, init_kwargs={"dvclive": options})
         except SCMError as error:
-            message = f"DVCLive cannot record this run ({error}); commit something first, or train outside of a git repository"
+            message = (
+                f"DVCLive cannot record this run ({error}); commit something first, or train"
+                " outside of a git repository"
+            )
             raise ConfigError("git", message) from error
         for row in rows:
             self.log(row)
 
     def log(self, row: Mapping[str, float]) -> None:
-        """Append one epoch's numbers."""
+        """Append the numbers of an epoch."""
         self.accelerator.log(dict(row), step=len(self.rows))
         self.rows.append(dict(row))
 
 
 class Means:
-    """Running means of scalars on their device: nothing waits for the device until the end of an epoch.
+    """Mean scalars of an epoch, summed on their device, which is waited for only at the end.
 
     Parameters
     ----------
     state
-        Of an epoch that a resumed run is in the middle of.
+        Sums of an epoch that an interrupted run has begun.
     """
 
     def __init__(self, state: Mapping[str, tuple[Tensor, int]] | None = None) -> None:
         self._sums = {name: (total, count) for name, (total, count) in (state or {}).items()}
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
-        """Add one step's values."""
+        """Add the values of a step."""
         for name, value in terms.items():
             total, count = self._sums.get(name, (torch.zeros(()), 0))
             self._sums[name] = (total.to(value.device) + value.detach().float(), count + 1)
 
     def state(self, device: torch.device) -> dict[str, tuple[Tensor, int]]:
-        """What a resumed run needs: the sums, averaged over processes, all of which must ask for it together.
-
-        ``device`` is what processes talk through; sums of a resumed run lie on the CPU until they are added to.
-        """
+        """Return the sums, averaged over processes on ``device``; all processes must call it."""
         return {
             name: (average_over_processes(total.to(device)), count)
             for name, (total, count) in self._sums.items()
         }
 
     def result(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means, over the steps of all processes.
+        """Return the means over the steps of all processes.
 
         Raises
         ------
         DivergenceError
-            When one is no finite number.
+            When one is not finite.
         """
         names = list(self._sums)
         if not names:
@@ -105,9 +105,11 @@ class Means:
         means = torch.stack(
             [(total / count).to(accelerator.device) for total, count in self._sums.values()]
         )
-        found = dict(zip(names, accelerator.reduce(means, "mean").tolist(), strict=True))
-        for name, value in found.items():
+        result = dict(zip(names, accelerator.reduce(means, "mean").tolist(), strict=True))
+        for name, value in result.items():
             if not math.isfinite(value):
-                message = f"the training diverges: {name} is {value}; lower the learning rate, or set mixed_precision to 'no'"
-                raise DivergenceError(message)
-        return found
+                raise DivergenceError(
+                    f"the training diverges: {name} is {value}; lower the learning rate, or set"
+                    " mixed_precision to 'no'"
+                )
+        return result

@@ -1,12 +1,12 @@
-"""The manifest: which images and masks there are, which split each is in, and what is in them."""
+"""The manifest: which images there are, which split each is in, and which classes they show."""
 
 from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from stages.common.errors import DataError
 
@@ -17,7 +17,7 @@ SUMMARY_NAME = "summary.json"
 
 @dataclass(frozen=True)
 class Classes:
-    """What mask values mean: names and colours (red, green, blue; 0..255) by value, and the value for no label."""
+    """Names and colours (red, green, blue; 0..255) by mask value, and the value for no label."""
 
     names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
@@ -48,7 +48,7 @@ class Entry:
     mask_sha256: str
 
 
-def write_manifest(folder: Path, entries: list[Entry], summary: dict[str, Any]) -> None:
+def write_manifest(folder: Path, entries: list[Entry], summary: Mapping[str, object]) -> None:
     """Write ``manifest.csv`` and ``summary.json`` into a folder."""
     with open(folder / MANIFEST_NAME, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Entry)], lineterminator="\n")
@@ -58,12 +58,12 @@ def write_manifest(folder: Path, entries: list[Entry], summary: dict[str, Any]) 
 
 
 def read_manifest(folder: Path) -> tuple[list[Entry], Classes]:
-    """The entries in order, and the classes.
+    """Read the entries in order, and the classes.
 
     Raises
     ------
     DataError
-        When there is no manifest, or it is not one that ``prepare`` wrote.
+        When there is no manifest, or ``prepare`` did not write it.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -80,10 +80,12 @@ def read_manifest(folder: Path) -> tuple[list[Entry], Classes]:
         )
     except FileNotFoundError as error:
         raise DataError(
-            error.filename, "there is no manifest here; run the prepare stage first"
+            error.filename,
+            "there is no manifest here; run the prepare stage first",
         ) from error
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            path, f"is not a manifest that prepare wrote ({error}); run the prepare stage again"
+            path,
+            f"is not a manifest that prepare wrote ({error}); run the prepare stage again",
         ) from error
     return entries, classes

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from stages.data.images import VOID
-from stages.data.manifest import Classes, Pair
+from stages.data.manifest import Classes
 from stages.datasets.config import PrepareConfig
-from stages.datasets.layout import Found, first_folder
-from stages.datasets.relabel import read_values, relabel
+from stages.datasets.layout import DatasetLayout, first_folder, pairs_by_suffix
+from stages.datasets.relabel import Relabel
 
-WHERE = "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of cityscapes-dataset.com, after registering there"
-IMAGE_END, MASK_END = "_leftImg8bit.png", "_gtFine_labelIds.png"
+WHERE = (
+    "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of cityscapes-dataset.com, "
+    "after registering there"
+)
+IMAGE_SUFFIX, MASK_SUFFIX = "_leftImg8bit.png", "_gtFine_labelIds.png"
 
-# label id: name, colour; in the order of the owners' train ids
+# Name and colour by label id, in the order of the owners' train ids.
 LABELS = {
     7: ("road", (128, 64, 128)),
     8: ("sidewalk", (244, 35, 232)),
@@ -44,44 +45,39 @@ LAST_LABEL = 33
 CLASSES = Classes(
     tuple(name for name, _ in LABELS.values()), tuple(colour for _, colour in LABELS.values())
 )
-TABLE = {
-    **dict.fromkeys(range(LAST_LABEL + 1), VOID),
-    **{label: index for index, label in enumerate(LABELS)},
-}
+convert = Relabel(
+    {
+        **dict.fromkeys(range(LAST_LABEL + 1), VOID),
+        **{label: index for index, label in enumerate(LABELS)},
+    },
+    remedy=(
+        f"is none of Cityscapes' label ids (0 to {LAST_LABEL}); "
+        f"take the *{MASK_SUFFIX} files as their owners ship them"
+    ),
+    name="label id {}".format,
+)
 
 
-def find(root: Path, config: PrepareConfig) -> Found:
-    """All pairs of ``leftImg8bit/SPLIT/CITY/ID_leftImg8bit.png`` and ``gtFine/SPLIT/CITY/ID_gtFine_labelIds.png``.
+def find(root: Path, config: PrepareConfig) -> DatasetLayout:
+    """Find ``leftImg8bit/SPLIT/CITY/ID_leftImg8bit.png`` and ``gtFine/SPLIT/CITY/ID_*.png``.
 
-    ``test`` is left alone: its masks are ones of void, the labels are not public.
+    Split ``test`` is not read: its labels are not public, its masks hold only void.
 
     Raises
     ------
     DataError
         When a folder is missing.
     """
-    pairs = []
-    for split in ("train", "val"):
-        images = first_folder(root, (f"leftImg8bit/{split}",), "images", WHERE)
-        masks = first_folder(root, (f"gtFine/{split}",), "masks", WHERE)
-        # A image without a mask, or the other way round, is reported as missing when the pair is checked.
-        ids = {
-            file.relative_to(images).as_posix().removesuffix(IMAGE_END)
-            for file in images.glob(f"*/*{IMAGE_END}")
-        }
-        ids |= {
-            file.relative_to(masks).as_posix().removesuffix(MASK_END)
-            for file in masks.glob(f"*/*{MASK_END}")
-        }
-        pairs += [
-            Pair(Path(id).name, images / f"{id}{IMAGE_END}", masks / f"{id}{MASK_END}", split)
-            for id in sorted(ids)
-        ]
-    return Found(pairs, CLASSES, _convert)
-
-
-def _convert(pair: Pair) -> np.ndarray:
-    remedy = f"is none of Cityscapes' label ids (0 to {LAST_LABEL}); take the *{MASK_END} files as their owners ship them"
-    return relabel(
-        read_values(pair.mask), TABLE, pair.mask, name="label id {}".format, remedy=remedy
-    )
+    pairs = [
+        pair
+        for split in ("train", "val")
+        for pair in pairs_by_suffix(
+            first_folder(root, (f"leftImg8bit/{split}",), "images", WHERE),
+            first_folder(root, (f"gtFine/{split}",), "masks", WHERE),
+            split,
+            image_suffix=IMAGE_SUFFIX,
+            mask_suffix=MASK_SUFFIX,
+            below="*/",
+        )
+    ]
+    return DatasetLayout(pairs, CLASSES, convert)

@@ -1,4 +1,7 @@
-"""Lists of classes that people write or annotation tools export: ``classes.csv``, and CVAT's ``labelmap.txt``."""
+"""Lists of classes that people write or annotation tools export.
+
+These are ``classes.csv`` and CVAT's ``labelmap.txt``.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +11,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.common.errors import DataError
-from stages.data.images import VOID
 from stages.data.manifest import Classes
 from stages.datasets.palette import Colour, hue_colour
 
 CSV_NAME, LABELMAP_NAME = "classes.csv", "labelmap.txt"
 VOID_NAMES = ("void", "ignore", "ignored", "unlabeled", "unlabelled", "__ignore__", "_ignore_")
-LABELME_VOID = "__ignore__"  # the first line of every list of LabelMe's
+LABELME_VOID = "__ignore__"  # first line of LabelMe's lists; its mask value is -1
 
 
 @dataclass(frozen=True)
 class Label:
-    """One line of a list: a mask value is the number of its line (see :func:`first_value`), a colour the one that stands there."""
+    """One line of a list; the mask value is the line's number, from 0."""
 
     name: str
     colour: Colour | None
 
     @property
     def is_void(self) -> bool:
-        """Whether it stands for pixels without a label."""
+        """Whether pixels of this name or colour have no label."""
         return self.name.lower() in VOID_NAMES
 
 
 def read_labels(root: Path) -> list[Label]:
-    """The list in ``root``: ``classes.csv``, else ``labelmap.txt``.
+    """Read the list in ``root``: ``classes.csv``, else ``labelmap.txt``.
 
     Raises
     ------
@@ -44,22 +46,14 @@ def read_labels(root: Path) -> list[Label]:
     try:
         rows = _csv_rows(path) if path.name == CSV_NAME else _labelmap_rows(path)
     except FileNotFoundError:
-        message = "the class list is missing; write `name` and then one class name a line, mask value 0 first"
-        raise DataError(path, f"{message}, or put CVAT's {LABELMAP_NAME} there") from None
+        raise DataError(
+            path,
+            "the class list is missing; write `name` and then one class name a line, "
+            f"mask value 0 first, or put CVAT's {LABELMAP_NAME} there",
+        ) from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(path, f"the class list cannot be read ({error})") from error
-    labels = []
-    for name, texts in rows:
-        try:
-            parts = tuple(int(text) for text in texts)
-        except ValueError:
-            parts = (-1,)
-        if parts and (len(parts) != 3 or not all(0 <= part <= 255 for part in parts)):
-            raise DataError(
-                path,
-                f"the colour of class {name!r} must be three numbers of 0 to 255, found {texts}",
-            )
-        labels.append(Label(name, (parts[0], parts[1], parts[2]) if parts else None))
+    labels = [Label(name, _colour(path, name, texts)) for name, texts in rows]
     names = [label.name for label in labels]
     if not names or not all(names):
         raise DataError(
@@ -71,12 +65,21 @@ def read_labels(root: Path) -> list[Label]:
 
 
 def as_classes(labels: Sequence[Label], void_index: int, path: Path) -> Classes:
-    """The classes of a list, void left out; those without a colour get one of evenly spread hues.
+    """Return the classes of a list without void; those without a colour get an evenly spread hue.
+
+    Parameters
+    ----------
+    labels
+        Lines of the list.
+    void_index
+        Mask value of pixels without a label, 1..255.
+    path
+        For the error message.
 
     Raises
     ------
     DataError
-        When there are none, or too many to leave the void value free; it names ``path``.
+        When there is no class, or there are more than ``void_index``.
     """
     real = [label for label in labels if not label.is_void]
     if not real:
@@ -87,19 +90,21 @@ def as_classes(labels: Sequence[Label], void_index: int, path: Path) -> Classes:
     return Classes(tuple(label.name for label in real), palette, void_index)
 
 
-def by_line(labels: Sequence[Label]) -> list[int]:
-    """Class index, or 255 for void, by line of the list."""
-    real = [label.name for label in labels if not label.is_void]
-    return [VOID if label.is_void else real.index(label.name) for label in labels]
-
-
-def first_value(labels: Sequence[Label]) -> int:
-    """The mask value of the first line: 0, but -1 where it is LabelMe's ``__ignore__``, so that the line after it is 0."""
-    return -1 if labels[0].name == LABELME_VOID else 0
+def _colour(path: Path, name: str, texts: list[str]) -> Colour | None:
+    if not texts:
+        return None
+    try:
+        red, green, blue = map(int, texts)
+        bytes((red, green, blue))  # refuses numbers outside of 0..255
+    except ValueError:
+        raise DataError(
+            path, f"the colour of class {name!r} must be three numbers of 0 to 255, found {texts}"
+        ) from None
+    return red, green, blue
 
 
 def _csv_rows(path: Path) -> list[tuple[str, list[str]]]:
-    """Names and colours' texts below a header line ``name`` or ``name,red,green,blue``."""
+    """Read names and colours below a header line ``name`` or ``name,red,green,blue``."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file, skipinitialspace=True))
     return [
@@ -112,13 +117,10 @@ def _csv_rows(path: Path) -> list[tuple[str, list[str]]]:
 
 
 def _labelmap_rows(path: Path) -> list[tuple[str, list[str]]]:
-    """The same from lines ``label:red,green,blue:parts:actions``; those that start with # are comments."""
+    """Read names and colours from lines ``label:red,green,blue:parts:actions``; # is a comment."""
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    fields = [line.split(":") for line in lines if line and not line.startswith("#")]
+    fields = [f"{line}:".split(":") for line in lines if line and not line.startswith("#")]
     return [
-        (
-            row[0].strip(),
-            [text for text in row[1].split(",") if text.strip()] if len(row) > 1 else [],
-        )
-        for row in fields
+        (name.strip(), [text for text in colour.split(",") if text.strip()])
+        for name, colour, *_ in fields
     ]

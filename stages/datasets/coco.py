@@ -1,8 +1,11 @@
-"""What the three kinds of COCO masks (Lin et al. 2014) have in common: where images lie, and the annotations' JSON."""
+"""What the three kinds of COCO masks (Lin et al. 2014) share: image folders and annotations."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,56 +16,93 @@ from stages.datasets.layout import first_folder
 IMAGES = "train2017.zip and val2017.zip"
 SITE = "of cocodataset.org, whose terms you accept there"
 SPLITS = (("train2017", "train"), ("val2017", "val"))  # the labels of test are not public
+Entry = dict[str, Any]  # an object of the annotations' JSON
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """An annotation file, with the folder (``train2017`` or ``val2017``) and split of its images.
+
+    Attributes
+    ----------
+    path, folder, split
+        The file, its images' folder and their split.
+    images, annotations, categories
+        Lists of the file; categories are sorted by id.
+    """
+
+    path: Path
+    folder: str
+    split: str
+    images: list[Entry]
+    annotations: list[Entry]
+    categories: list[Entry]
 
 
 def image_folder(root: Path, name: str, where: str) -> Path:
-    """The folder of images ``train2017`` or ``val2017``, in the root itself or in ``images``."""
+    """Return the folder of images ``train2017`` or ``val2017``, in the root or in ``images``."""
     return first_folder(root, (name, f"images/{name}"), "images", where)
 
 
-def read_annotations(path: Path, where: str) -> dict[str, Any]:
-    """An annotation file: lists ``images``, ``annotations`` and ``categories``.
+def read_annotations(root: Path, kind: str, where: str) -> list[Annotations]:
+    """Read ``annotations/KIND_{train,val}2017.json``.
+
+    Parameters
+    ----------
+    root
+        Folder of the data set.
+    kind
+        ``panoptic`` or ``instances``.
+    where
+        For the error message: where to get the files.
 
     Raises
     ------
     DataError
-        When it is missing, damaged or of another kind; ``where`` says where to get it.
+        When a file is missing or damaged, or the categories of the two differ.
     """
+    files = [
+        _read(root / "annotations" / f"{kind}_{folder}.json", folder, split, where)
+        for folder, split in SPLITS
+    ]
+    first, second = (
+        [(category["id"], category["name"]) for category in file.categories] for file in files
+    )
+    if first != second:
+        raise DataError(
+            files[1].path,
+            "has other categories than the annotations of the other split; "
+            "take both from one release",
+        )
+    return files
+
+
+def _read(path: Path, folder: str, split: str, where: str) -> Annotations:
     if not path.is_file():
         raise DataError(path, f"these annotations are missing ({where})")
     try:
         content = json.loads(read_bytes(path, "annotation file"))
-        if all(isinstance(content[key], list) for key in ("images", "annotations", "categories")):
-            return dict(content)
+        images, annotations = content["images"], content["annotations"]
+        categories = sorted(content["categories"], key=lambda category: int(category["id"]))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             path,
             f"is not COCO's JSON, or a truncated one ({type(error).__name__}: {error}); replace it",
         ) from error
-    raise DataError(
-        path, "is not COCO's JSON; it must hold lists named images, annotations and categories"
-    )
+    if not (isinstance(images, list) and isinstance(annotations, list)):
+        raise DataError(
+            path, "is not COCO's JSON; it must hold lists named images, annotations and categories"
+        )
+    return Annotations(path, folder, split, images, annotations, categories)
 
 
-def read_categories(contents: dict[Path, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The categories of all annotation files, by id.
-
-    Raises
-    ------
-    DataError
-        When two files have not the same ones.
-    """
-    first: list[dict[str, Any]] | None = None
-    for path, content in contents.items():
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        names = [(category["id"], category["name"]) for category in categories]
-        if first is not None and names != [
-            (category["id"], category["name"]) for category in first
-        ]:
-            raise DataError(
-                path,
-                "has other categories than the annotations of the other split; take both from one release",
-            )
-        first = categories
-    assert first is not None
-    return first
+@contextmanager
+def complete_entries(path: Path, what: str) -> Iterator[None]:
+    """Report an entry (``what``) of an annotation file that lacks a key, or names no known id."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            path,
+            f"an {what} lacks {error}, or names one that the file does not describe; replace it",
+        ) from error

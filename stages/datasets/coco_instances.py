@@ -1,10 +1,9 @@
-"""COCO's object instances (Lin et al. 2014), drawn into semantic masks: background and 80 things."""
+"""COCO's object instances (Lin et al. 2014) as semantic masks: background and 80 things."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,15 +12,17 @@ from stages.data.images import VOID
 from stages.data.manifest import Classes, Pair
 from stages.datasets import coco
 from stages.datasets.config import PrepareConfig
-from stages.datasets.layout import Found
+from stages.datasets.layout import DatasetLayout
 from stages.datasets.palette import bit_colour
 
 WHERE = f"{coco.IMAGES} and annotations_trainval2017.zip {coco.SITE}"
 BACKGROUND = 0
 
 
-def find(root: Path, config: PrepareConfig) -> Found:
-    """All images of ``annotations/instances_{train,val}2017.json``; those without an object are all background.
+def find(root: Path, config: PrepareConfig) -> DatasetLayout:
+    """Find the images of ``annotations/instances_{train,val}2017.json``.
+
+    An image without an object is all background.
 
     Raises
     ------
@@ -31,57 +32,50 @@ def find(root: Path, config: PrepareConfig) -> Found:
         When a folder or an annotation file is missing or damaged.
     """
     try:
-        import pycocotools.mask  # noqa: F401 - here, so that it is missed before anything is read
+        import pycocotools.mask  # noqa: F401 - so that it is missed before anything is read
     except ImportError as error:
         raise ConfigError(
             "prepare.dataset", "coco-instances needs pycocotools; pip install -e '.[coco]'"
         ) from error
-    contents = {
-        path: coco.read_annotations(path, WHERE)
-        for path in (_annotations(root, folder) for folder, _ in coco.SPLITS)
-    }
-    categories = coco.read_categories(contents)
-    names = ("background", *(category["name"] for category in categories))
-    index = {category["id"]: number for number, category in enumerate(categories, start=1)}
+    files = coco.read_annotations(root, "instances", WHERE)
+    names = ("background", *(category["name"] for category in files[0].categories))
+    index = {category["id"]: number for number, category in enumerate(files[0].categories, 1)}
     sizes: dict[str, tuple[int, int]] = {}
-    objects: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    objects: dict[str, list[coco.Entry]] = defaultdict(list)
     pairs = []
-    for folder, split in coco.SPLITS:
-        path, images = _annotations(root, folder), coco.image_folder(root, folder, WHERE)
-        try:
-            ids = {image["id"]: Path(image["file_name"]).stem for image in contents[path]["images"]}
-            for image in contents[path]["images"]:
-                id = ids[image["id"]]
-                sizes[id] = (image["height"], image["width"])
-                pairs.append(Pair(id, images / Path(image["file_name"]).name, path, split))
-            for annotation in contents[path]["annotations"]:
-                objects[ids[annotation["image_id"]]].append(
+    for file in files:
+        folder = coco.image_folder(root, file.folder, WHERE)
+        with coco.complete_entries(file.path, "entry"):
+            paths = {image["id"]: folder / Path(image["file_name"]).name for image in file.images}
+            for image in file.images:
+                path = paths[image["id"]]
+                sizes[path.stem] = (image["height"], image["width"])
+                pairs.append(Pair(path.stem, path, file.path, file.split))
+            for annotation in file.annotations:
+                objects[paths[annotation["image_id"]].stem].append(
                     {**annotation, "index": index[annotation["category_id"]]}
                 )
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                path,
-                f"an entry lacks {error}, or names one that the file does not describe; replace it",
-            ) from error
 
     def convert(pair: Pair) -> np.ndarray:
         return draw(objects.get(pair.id, []), sizes[pair.id], pair)
 
     classes = Classes(names, tuple(bit_colour(value) for value in range(len(names))))
-    return Found(sorted(pairs, key=lambda pair: pair.id), classes, convert)
+    return DatasetLayout(sorted(pairs, key=lambda pair: pair.id), classes, convert)
 
 
-def draw(objects: list[dict[str, Any]], size: tuple[int, int], pair: Pair) -> np.ndarray:
-    """A mask of instances: crowds lowest, as void; then the larger an object the lower, so that small ones stay visible.
+def draw(objects: list[coco.Entry], size: tuple[int, int], pair: Pair) -> np.ndarray:
+    """Draw a mask of instances: crowds first, as void, then objects from large to small.
+
+    A smaller object stays visible on a larger one.
 
     Parameters
     ----------
     objects
         COCO's annotations (polygons, or run lengths), each with its class as ``index``.
     size
-        (H, W)
+        (H, W) in pixels.
     pair
-        For errors.
+        For error messages.
 
     Returns
     -------
@@ -94,25 +88,23 @@ def draw(objects: list[dict[str, Any]], size: tuple[int, int], pair: Pair) -> np
         try:
             shape = annotation["segmentation"]
             if isinstance(shape, list):  # polygons
-                region = rasteriser.merge(rasteriser.frPyObjects(shape, *size))
-            elif isinstance(shape["counts"], list):
-                region = rasteriser.frPyObjects(shape, *size)
-            else:
-                region = shape
-            inside = rasteriser.decode(region).astype(bool)
+                shape = rasteriser.merge(rasteriser.frPyObjects(shape, *size))
+            elif isinstance(shape["counts"], list):  # run lengths, not compressed
+                shape = rasteriser.frPyObjects(shape, *size)
+            inside = rasteriser.decode(shape).astype(bool)
             if inside.shape != size:
-                raise ValueError(f"of {inside.shape} pixels, in a image of {size}")
+                raise ValueError(f"of {inside.shape} pixels, in an image of {size}")
         except Exception as error:  # pycocotools raises bare Exception among others
-            message = f"the shape of annotation {annotation.get('id')} of {pair.id} cannot be drawn ({error}); replace the file"
-            raise DataError(pair.mask, message, actual=annotation.get("id")) from error
-        regions.append(
-            (not annotation.get("iscrowd"), -int(inside.sum()), annotation["index"], inside)
-        )
+            number = annotation.get("id")
+            raise DataError(
+                pair.mask,
+                f"the shape of annotation {number} of {pair.id} cannot be drawn ({error}); "
+                "replace the file",
+                actual=number,
+            ) from error
+        order = (not annotation.get("iscrowd"), -int(inside.sum()), annotation["index"])
+        regions.append((order, inside))
     mask = np.full(size, BACKGROUND, np.uint8)
-    for labelled, _, index, inside in sorted(regions, key=lambda region: region[:3]):
+    for (labelled, _, index), inside in sorted(regions, key=lambda region: region[0]):
         mask[inside] = index if labelled else VOID
     return mask
-
-
-def _annotations(root: Path, folder: str) -> Path:
-    return root / "annotations" / f"instances_{folder}.json"

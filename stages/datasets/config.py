@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stages.common.config import Config, Seed
+from stages.common.config import Config, Listed, Seed
 
 Channel = Annotated[int, Field(ge=0, le=255)]
-Colour = Annotated[tuple[Channel, Channel, Channel], Field(strict=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Colour = Annotated[tuple[Channel, Channel, Channel], Listed]
+ClassLine = Annotated[dict[str, Colour], Field(min_length=1, max_length=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Literal[
     "wastesim",
     "voc",
@@ -27,50 +28,62 @@ Name = Literal[
 class WastesimConfig(Config):
     """How many belt scenes are drawn, and how."""
 
-    train: int = Field(ge=1)
-    val: int = Field(ge=1)
-    test: int = Field(ge=1)
-    size: int = Field(ge=64, le=2048)
-    fewest_objects: int = Field(ge=1)
-    most_objects: int = Field(ge=1, le=100)
-    seed: Seed
+    train: int = Field(240, ge=1, description="training images")
+    val: int = Field(60, ge=1, description="validation images")
+    test: int = Field(100, ge=1, description="test images")
+    size: int = Field(160, ge=64, le=2048, description="side of a scene in pixels")
+    min_objects: int = Field(2, ge=1, description="fewest objects in a scene")
+    max_objects: int = Field(5, ge=1, le=100, description="most objects in a scene")
+    seed: Seed = Field(0, description="seed of the drawing")
 
     @model_validator(mode="after")
     def _ordered(self) -> WastesimConfig:
-        if self.fewest_objects > self.most_objects:
-            raise ValueError("fewest_objects must not be above most_objects")
+        if self.min_objects > self.max_objects:
+            raise ValueError("min_objects must not be above max_objects")
         return self
 
 
 class PrepareConfig(Config):
     """Section ``prepare`` of params.yaml."""
 
-    dataset: Name
-    root: str
-    split: Literal["official", "random", "sbd"]
-    ratios: Annotated[tuple[Share, Share, Share], Field(strict=False)]
-    split_seed: Seed
-    train_fraction: float = Field(gt=0, le=1)
-    classes: Annotated[
-        tuple[Annotated[dict[str, Colour], Field(min_length=1, max_length=1)], ...],
-        Field(strict=False),
-    ]
-    void_index: int = Field(ge=1, le=255)
-    wastesim: WastesimConfig
+    dataset: Name = Field("voc", description="data set")
+    root: str = Field("data/VOC2012", description="folder of the data set")
+    split: Literal["official", "random", "sbd"] = Field(
+        "random", description="official: its authors'; random: by ratios; sbd: voc with SBD's masks"
+    )
+    ratios: Annotated[tuple[Fraction, Fraction, Fraction], Listed] = Field(
+        (0.7, 0.15, 0.15), description="fractions of train, val and test in a random split"
+    )
+    split_seed: Seed = Field(0, description="seed of the random split and of train_fraction")
+    train_fraction: float = Field(
+        1.0, gt=0, le=1, description="fraction of the training images; smaller ones are nested"
+    )
+    classes: Annotated[tuple[ClassLine, ...], Listed] = Field(
+        (),
+        description="folder: `- name: [red, green, blue]` a line, in the order of mask values; "
+        "empty: read from classes.csv or labelmap.txt in root",
+    )
+    void_index: int = Field(
+        255, ge=1, le=255, description="folder: mask value of pixels without a label"
+    )
+    wastesim: WastesimConfig = Field(WastesimConfig(), description="drawn scenes")
 
     @field_validator("classes", mode="before")
     @classmethod
-    def _in_order(cls, classes: Any) -> Any:
+    def _in_order(cls, classes: object) -> object:
         if isinstance(classes, dict) and classes:
-            message = "must be a list of lines `- name: [red, green, blue]`, because their order is the mask value"
-            raise ValueError(f"{message} and DVC does not see the order of keys")
+            message = (
+                "must be a list of lines `- name: [red, green, blue]`, because their order is the "
+                "mask value and DVC does not see the order of keys"
+            )
+            raise ValueError(message)
         return classes or ()
 
     @model_validator(mode="after")
     def _whole(self) -> PrepareConfig:
         names = [name for line in self.classes for name in line]
         if len(set(names)) < len(names):
-            raise ValueError("a class of classes stands twice; names must differ")
+            raise ValueError("a class of classes is listed twice; names must differ")
         if abs(sum(self.ratios) - 1) > 1e-6:
             raise ValueError("ratios must add up to 1")
         if len(self.classes) > self.void_index:
@@ -78,5 +91,5 @@ class PrepareConfig(Config):
                 f"{len(self.classes)} classes leave no room for void_index {self.void_index}"
             )
         if self.split == "sbd" and self.dataset != "voc":
-            raise ValueError(f"split sbd is for dataset voc alone, not for {self.dataset}")
+            raise ValueError(f"split sbd is only for dataset voc, not for {self.dataset}")
         return self

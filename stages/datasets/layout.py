@@ -1,4 +1,4 @@
-"""What every data set tells ``prepare`` of itself."""
+"""What every data set tells ``prepare`` about itself, and how its files are paired."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from stages.data.manifest import Classes, Pair
 
 
 @dataclass(frozen=True)
-class Found:
-    """A data set as it lies in its folder.
+class DatasetLayout:
+    """The content of a data set's folder.
 
     Attributes
     ----------
     pairs
-        All images with their masks, each in the split that the owners gave it.
+        All images with their masks, each in the split of the data set's owners.
     classes
-        Names and colours by class index, and the void value of masks that are used as they are.
+        Names and colours by class index, and the void value of masks that are used unchanged.
     convert
-        Gives a pair's mask as (H, W) uint8 class indices with 255 for void, or None where the file itself is good. It
-        raises ``DataError`` for a file that cannot be read and for a value that the data set does not know.
+        Returns a pair's mask as (H, W) uint8 class indices with 255 for void, or None where the
+        file holds such indices already. Raises ``DataError`` for a file that cannot be read and
+        for a value that the data set does not define.
     """
 
     pairs: list[Pair]
@@ -35,16 +36,16 @@ class Found:
 
 @dataclass(frozen=True)
 class Archive:
-    """A file that a data set's owners let everyone download.
+    """A file that everyone may download.
 
     Attributes
     ----------
     url, md5
-        Where it lies, and its checksum.
+        Address and checksum.
     inside
-        The folder of the archive that is wanted.
+        Folder of the archive that is needed.
     target
-        Where that folder goes.
+        Destination of that folder.
     has
         A folder that ``target`` holds once the data is there.
     """
@@ -57,58 +58,100 @@ class Archive:
 
 
 def first_folder(root: Path, names: tuple[str, ...], what: str, where: str) -> Path:
-    """The first of several folders below ``root`` that there is: owners and tools unpack the same archive differently.
+    """Return the first existing folder below ``root``; tools unpack one archive differently.
+
+    Parameters
+    ----------
+    root, names
+        Folder of the data set, and paths below it in order of preference.
+    what, where
+        For the error message: the content of the folder, and where to get it.
 
     Raises
     ------
     DataError
-        When there is none; it says what was looked for, and where to get it.
+        When there is none of them.
     """
     for name in names:
         if (root / name).is_dir():
             return root / name
+    others = f", and no {' or '.join(names[1:])} either" if names[1:] else ""
     raise DataError(
         root / names[0],
-        f"there is no such folder{_others(names[1:])}; the {what} belong there ({where})",
+        f"there is no such folder{others}; the {what} belong there ({where})",
     )
 
 
-def _others(names: tuple[str, ...]) -> str:
-    return f", and no {' or '.join(names)} either" if names else ""
+def pairs_by_suffix(
+    images: Path,
+    masks: Path,
+    split: str,
+    *,
+    image_suffix: str = ".jpg",
+    mask_suffix: str = ".png",
+    below: str = "",
+) -> list[Pair]:
+    """Pair files of two folders by the text before their suffixes, which is the id.
+
+    A missing partner is reported when the pair is checked.
+
+    Parameters
+    ----------
+    images, masks
+        Folders of the images and the masks.
+    split
+        ``train``, ``val`` or ``test``.
+    image_suffix, mask_suffix
+        Ends of the file names.
+    below
+        Pattern of folders in between, such as ``*/``; they are not part of the id.
+    """
+    names = {
+        file.relative_to(folder).as_posix().removesuffix(suffix)
+        for folder, suffix in ((images, image_suffix), (masks, mask_suffix))
+        for file in folder.glob(f"{below}*{suffix}")
+    }
+    return [
+        Pair(
+            Path(name).name, images / f"{name}{image_suffix}", masks / f"{name}{mask_suffix}", split
+        )
+        for name in sorted(names)
+    ]
 
 
-def pairs_of(images: Path, masks: Path, split: str, prefix: str = "") -> list[Pair]:
-    """Pairs of files of equal names in two folders; a name that one side lacks is reported as missing when it is checked.
+def pairs_by_stem(images: Path, masks: Path, split: str, prefix: str = "") -> list[Pair]:
+    """Pair files of two folders by their stems, whatever their formats.
+
+    A missing partner is reported when the pair is checked.
 
     Raises
     ------
     DataError
-        When a folder is missing, or two files share a name.
+        When a folder is missing, or two files of a folder share a stem.
     """
-    by_name: dict[str, Path] = {}
-    for folder, suffixes, what in (
-        (images, IMAGE_SUFFIXES, "images"),
-        (masks, MASK_SUFFIXES, "masks"),
-    ):
-        if not folder.is_dir():
-            raise DataError(folder, f"there is no such folder; put the {what} there")
-        for file in sorted(folder.iterdir()):
-            if file.suffix.lower() not in suffixes or file.name.startswith("."):
-                continue
-            key = f"{what}/{file.stem}"
-            if key in by_name:
-                raise DataError(
-                    file,
-                    f"has the same id ({file.stem}) as {by_name[key].name}; rename one of them",
-                )
-            by_name[key] = file
-    names = sorted({key.split("/", 1)[1] for key in by_name})
+    image_files = _by_stem(images, IMAGE_SUFFIXES, "images")
+    mask_files = _by_stem(masks, MASK_SUFFIXES, "masks")
     return [
         Pair(
-            prefix + name,
-            by_name.get(f"images/{name}", images / f"{name}.jpg"),
-            by_name.get(f"masks/{name}", masks / f"{name}.png"),
+            prefix + stem,
+            image_files.get(stem, images / f"{stem}.jpg"),
+            mask_files.get(stem, masks / f"{stem}.png"),
             split,
         )
-        for name in names
+        for stem in sorted({*image_files, *mask_files})
     ]
+
+
+def _by_stem(folder: Path, suffixes: tuple[str, ...], what: str) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise DataError(folder, f"there is no such folder; put the {what} there")
+    files: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in suffixes and not file.name.startswith("."):
+            other = files.setdefault(file.stem, file)
+            if other != file:
+                raise DataError(
+                    file,
+                    f"has the same id ({file.stem}) as {other.name}; rename one of them",
+                )
+    return files

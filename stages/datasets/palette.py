@@ -1,4 +1,4 @@
-"""Colours for classes that have none of their own."""
+"""Colours for classes to which the data set gives none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ Colour = tuple[int, int, int]
 
 
 def bit_colour(value: int) -> Colour:
-    """The colour of a label in Pascal VOC's devkit: its bits, dealt to red, green and blue from the top. All 256 differ."""
+    """Return the colour of a label, 0..255, in Pascal VOC's devkit; all 256 differ.
+
+    The label's bits go to red, green and blue in turn, the lowest to the channels' highest bits.
+    """
     channels = [0, 0, 0]
     for bit in range(8):
         channels[bit % 3] |= (value >> bit & 1) << (7 - bit // 3)
@@ -16,7 +19,7 @@ def bit_colour(value: int) -> Colour:
 
 
 def hue_colour(value: int) -> Colour:
-    """One of evenly spread hues; black for 0. For short lists: bright, and easy to tell apart."""
+    """Return one of evenly spread, bright hues; black for 0. For short lists."""
     if value == 0:
         return 0, 0, 0
     red, green, blue = colorsys.hsv_to_rgb(value * 0.618 % 1, 0.65, 0.95)

@@ -1,4 +1,4 @@
-"""Dividing ids over train, val and test."""
+"""Dividing ids into train, val and test."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from stages.data.manifest import Pair
 
 
 def assign(pairs: Sequence[Pair], *, split: str, ratios: Sequence[float], seed: int) -> list[Pair]:
-    """Pairs in their final splits.
+    """Put pairs into their final splits.
 
     Parameters
     ----------
     pairs
-        In the splits of the data set's owners.
+        Pairs in the splits of the data set's owners.
     split
-        ``random`` pools all pairs and divides them by chance; anything else keeps the owners' splits, and halves val
-        where they keep the labels of test to themselves.
+        ``random`` pools all pairs and divides them at random; any other value keeps the owners'
+        splits, and halves val into val and test where there is no labelled test split.
     ratios
-        Of a random split: train, val, test.
+        Fractions of train, val and test in a random split, each in 0..1; they add up to 1.
     seed
-        Of the chance.
+        Seed of the random division.
     """
     if split == "random":
         names = random_split([pair.id for pair in pairs], ratios, seed)
@@ -35,23 +35,24 @@ def assign(pairs: Sequence[Pair], *, split: str, ratios: Sequence[float], seed: 
 
 
 def random_split(ids: Sequence[str], ratios: Sequence[float], seed: int) -> dict[str, str]:
-    """Split by chance: id -> ``train``, ``val`` or ``test``, in shares ``ratios`` (thesis section 4.1: 0.7, 0.15, 0.15).
+    """Divide ids at random: ``train``, ``val`` or ``test`` by id, in fractions ``ratios``.
 
-    The outcome depends on the set of ids and the seed, not on their order.
+    Thesis section 4.1 uses 0.7, 0.15, 0.15. The result depends on the set of ids and the seed,
+    not on their order.
     """
-    ordered = sorted(ids)
-    order = np.random.default_rng(seed).permutation(len(ordered))
-    first = round(len(ordered) * ratios[0])
-    second = first + round(len(ordered) * ratios[1])
-    names = ["train"] * first + ["val"] * (second - first) + ["test"] * (len(ordered) - second)
-    return {ordered[position]: name for position, name in zip(order, names, strict=False)}
+    train, val = round(len(ids) * ratios[0]), round(len(ids) * ratios[1])
+    return _deal(ids, {"train": train, "val": val, "test": len(ids) - train - val}, seed)
 
 
 def halve(ids: Sequence[str], seed: int) -> dict[str, str]:
-    """Give each of two halves a name, ``val`` and ``test``: for data sets that come without labelled test images."""
+    """Divide ids into halves ``val`` and ``test``, for data sets without labelled test images."""
+    half = (len(ids) + 1) // 2
+    return _deal(ids, {"val": half, "test": len(ids) - half}, seed)
+
+
+def _deal(ids: Sequence[str], counts: dict[str, int], seed: int) -> dict[str, str]:
     ordered = sorted(ids)
     order = np.random.default_rng(seed).permutation(len(ordered))
-    return {
-        ordered[position]: "val" if rank < (len(ordered) + 1) // 2 else "test"
-        for rank, position in enumerate(order)
-    }
+    names = [name for name, count in counts.items() for _ in range(count)]
+    # Two rounded counts may exceed the number of ids by one, so the lengths may differ.
+    return {ordered[position]: name for position, name in zip(order, names, strict=False)}

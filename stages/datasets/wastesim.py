@@ -1,8 +1,8 @@
-"""wastesim: drawn images of a waste-sorting belt, with exact masks; the data set that comes with the project.
+"""wastesim, the data set of the project: drawn images of a waste-sorting belt with exact masks.
 
-Every object is a height map with a material: a silhouette in its own coordinates,
-bent by smooth noise, shaded by one lamp, laid over what is below it with a soft
-shadow. The same seed gives the same pixels.
+Every object is a height map with a material. Its silhouette is given in coordinates of the object,
+bent by smooth noise, shaded by one lamp, and laid over what is below it with a soft shadow. Equal
+seeds give equal pixels.
 """
 
 from __future__ import annotations
@@ -37,7 +37,15 @@ LIGHT = np.array([-0.45, -0.6, 0.66])  # towards the lamp: from the upper left
 
 @dataclass(frozen=True)
 class Abundance:
-    """How a class occurs on the belt: share of the objects, and length from ``smallest`` to ``largest`` of the scene's side."""
+    """Frequency and size of a class.
+
+    Attributes
+    ----------
+    share
+        Fraction of the objects, up to a common factor.
+    smallest, largest
+        Range of the length, as fractions of the scene's side in 0..1.
+    """
 
     share: float
     smallest: float
@@ -45,12 +53,14 @@ class Abundance:
 
 
 def read_abundances(root: Path) -> dict[str, Abundance]:
-    """The belt's mixture, from ``root/objects.csv`` (columns class, share, smallest, largest).
+    """Read the mixture on the belt from ``root/objects.csv``.
+
+    The columns are class, share, smallest, largest.
 
     Raises
     ------
     DataError
-        When the file is missing, or does not give each class but the belt usable numbers.
+        When the file is missing, or lacks usable numbers for a class other than the belt.
     """
     path = root / OBJECT_LIST
     try:
@@ -64,21 +74,20 @@ def read_abundances(root: Path) -> dict[str, Abundance]:
     except OSError as error:
         raise DataError(
             path,
-            f"the belt's mixture cannot be read ({error.strerror}); prepare.root must hold this file",
+            f"the belt's mixture cannot be read ({error.strerror}); "
+            "prepare.root must hold this file",
         ) from error
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             path, f"needs the columns class, share, smallest, largest with numbers ({error})"
         ) from error
     usable = all(row.share >= 0 and 0 < row.smallest <= row.largest <= 1 for row in rows.values())
-    if (
-        tuple(rows) != CLASSES.names[1:]
-        or not usable
-        or sum(row.share for row in rows.values()) <= 0
-    ):
+    total = sum(row.share for row in rows.values())
+    if tuple(rows) != CLASSES.names[1:] or not usable or total <= 0:
         raise DataError(
             path,
-            f"needs one line each for {', '.join(CLASSES.names[1:])}, in this order, with sizes in 0..1",
+            f"needs one line each for {', '.join(CLASSES.names[1:])}, in this order, "
+            "with sizes in 0..1",
         )
     return rows
 
@@ -98,35 +107,34 @@ def write_pairs(
     Parameters
     ----------
     folder
-        Where the pictures go.
+        Destination of the images and masks.
     root
         Folder of ``objects.csv``.
     images
-        Number of scenes a split.
+        Number of scenes by split.
     size
         Side of a scene in pixels.
     objects
-        Fewest and most objects a scene.
+        Smallest and largest number of objects in a scene.
     seed
-        Scene n of a split depends on seed, split and n alone.
+        Seed; scene n of a split depends only on seed, split and n.
     workers
-        Threads that draw.
+        Number of threads that draw.
     """
     abundances = read_abundances(root)
 
     def write(split_number: int, split: str, number: int) -> Pair:
-        names = (
+        pair = Pair(
             f"{split}-{number:04d}",
-            f"images/{split}/{number:04d}.jpg",
-            f"masks/{split}/{number:04d}.png",
+            folder / "images" / split / f"{number:04d}.jpg",
+            folder / "masks" / split / f"{number:04d}.png",
+            split,
         )
-        pair = Pair(names[0], folder / names[1], folder / names[2], split)
-        image, mask = draw_scene(
-            np.random.default_rng([seed, split_number, number]), abundances, size, objects
-        )
+        rng = np.random.default_rng([seed, split_number, number])
+        image, mask = draw_scene(rng, abundances, size, objects)
         Image.fromarray(image).save(pair.image, quality=92)
         labels = Image.fromarray(mask).convert("P")
-        labels.putpalette([part for colour in CLASSES.palette for part in colour])
+        labels.putpalette([channel for colour in CLASSES.palette for channel in colour])
         labels.save(pair.mask)
         return pair
 
@@ -134,8 +142,8 @@ def write_pairs(
         for split in images:
             (folder / kind / split).mkdir(parents=True, exist_ok=True)
     scenes = [
-        (place, split, number)
-        for place, (split, count) in enumerate(images.items())
+        (split_number, split, number)
+        for split_number, (split, count) in enumerate(images.items())
         for number in range(count)
     ]
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -145,7 +153,24 @@ def write_pairs(
 def draw_scene(
     rng: np.random.Generator, abundances: dict[str, Abundance], size: int, objects: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One scene: image (size, size, 3) uint8, mask (size, size) uint8."""
+    """Draw one scene.
+
+    Parameters
+    ----------
+    rng
+        Source of all random numbers.
+    abundances
+        Frequency and size by class; see :func:`read_abundances`.
+    size
+        Side of the scene in pixels, S.
+    objects
+        Smallest and largest number of objects.
+
+    Returns
+    -------
+    (S, S, 3) uint8, (S, S) uint8
+        The image and the mask.
+    """
     canvas = _belt(rng, size)
     mask = np.zeros((size, size), np.uint8)
     shares = np.array([row.share for row in abundances.values()])
@@ -159,15 +184,24 @@ def draw_scene(
         canvas = canvas * (1 - 0.45 * shadow)
         canvas = canvas * (1 - layer.alpha[..., None]) + layer.colour * layer.alpha[..., None]
         mask[layer.inside] = value
-    canvas = gaussian_filter(canvas, (0.5, 0.5, 0)) * rng.uniform(0.85, 1.15) + rng.normal(
-        0, 0.012, canvas.shape
-    )
+    blurred = gaussian_filter(canvas, (0.5, 0.5, 0))
+    canvas = blurred * rng.uniform(0.85, 1.15) + rng.normal(0, 0.012, canvas.shape)
     return (np.clip(canvas, 0, 1) * 255).astype(np.uint8), mask
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A drawn object over the whole scene: colour (S, S, 3) in 0..1, opacity (S, S) in 0..1, silhouette (S, S) bool."""
+    """A drawn object over the whole scene.
+
+    Attributes
+    ----------
+    colour
+        (S, S, 3) in 0..1.
+    alpha
+        (S, S) opacity in 0..1.
+    inside
+        (S, S) bool, the silhouette.
+    """
 
     colour: np.ndarray
     alpha: np.ndarray
@@ -178,7 +212,7 @@ class Layer:
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> np.ndarray:
-    """Smooth noise of mean 0 and standard deviation 1 with bumps of about ``scale`` pixels."""
+    """Draw smooth noise of mean 0, standard deviation 1 and bumps of about ``scale`` pixels."""
     field = gaussian_filter(rng.standard_normal(shape), scale, mode="wrap")
     return field / (field.std() + 1e-9)
 
@@ -186,7 +220,7 @@ def _noise(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> np
 def _object_frame(
     rng: np.random.Generator, size: int, length: float, bend: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates (u along, v across) of every pixel in an object's own frame; the object spans -1..1 along u."""
+    """Return each pixel's coordinates (u along, v across) in an object that spans -1..1 along u."""
     y, x = np.mgrid[:size, :size].astype(np.float64)
     angle = rng.uniform(0, 2 * np.pi)
     x, y = x - rng.uniform(0.08, 0.92) * size, y - rng.uniform(0.08, 0.92) * size
@@ -199,7 +233,7 @@ def _object_frame(
 def _shaded(
     colour: np.ndarray, height: np.ndarray, *, depth: float, gloss: float, sharpness: float = 30.0
 ) -> np.ndarray:
-    """Lambert and Blinn-Phong light on a height map (S, S); ``depth`` scales its slopes."""
+    """Light a height map (S, S) by Lambert and Blinn-Phong; ``depth`` scales its slopes."""
     down, right = np.gradient(height * depth)
     normal = np.stack([-right, -down, np.ones_like(height)], -1)
     normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
@@ -209,15 +243,15 @@ def _shaded(
     return colour * (0.4 + 0.75 * diffuse[..., None]) + gloss * specular[..., None]
 
 
-def _soft(distance: np.ndarray, length: float) -> np.ndarray:
-    """Opacity of a silhouette given by its signed distance (negative inside, in units of half a length): one soft pixel."""
-    return np.clip(0.5 - distance * length / 2, 0, 1)
-
-
 def _layer(
     colour: np.ndarray, distance: np.ndarray, length: float, opacity: float | np.ndarray = 1.0
 ) -> Layer:
-    return Layer(colour, _soft(distance, length) * opacity, distance < 0)
+    """Cut out a silhouette with an edge of one soft pixel.
+
+    ``distance`` is signed, negative inside, in units of half a ``length``.
+    """
+    soft = np.clip(0.5 - distance * length / 2, 0, 1)
+    return Layer(colour, soft * opacity, distance < 0)
 
 
 def _box(u: np.ndarray, v: np.ndarray, half_u: float, half_v: float) -> np.ndarray:
@@ -232,7 +266,7 @@ def _plain(shape: tuple[int, int], colour: np.ndarray) -> np.ndarray:
 
 
 def _belt(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Dark, ribbed, scuffed rubber under an uneven lamp."""
+    """Draw dark, ribbed, scuffed rubber under an uneven lamp."""
     y, x = np.mgrid[:size, :size]
     ribs = 0.035 * (np.sin((y + rng.uniform(0, 20)) * 2 * np.pi / rng.uniform(7, 11)) > 0.75)
     scuffs = (
@@ -246,9 +280,9 @@ def _belt(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _paper(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, length: float) -> Layer:
-    """A crumpled sheet, blank or printed."""
+    """Draw a crumpled sheet, blank or printed."""
     half = rng.uniform(0.45, 0.8)
-    creases = sum(np.abs(_noise(rng, u.shape, length / part)) for part in (5, 9))
+    creases = sum(np.abs(_noise(rng, u.shape, length / count)) for count in (5, 9))
     colour = _plain(
         u.shape, rng.uniform(0.82, 0.97) * np.array([1.0, 0.99, rng.uniform(0.9, 0.98)])
     )
@@ -263,7 +297,7 @@ def _paper(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, length: float
 
 
 def _cardboard(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, length: float) -> Layer:
-    """A torn brown piece with flutes, a fold and at times a strip of tape."""
+    """Draw a torn brown piece with flutes, a fold and at times a strip of tape."""
     half = rng.uniform(0.5, 0.9)
     torn = _box(u, v, 1.0, half) + 0.05 * _noise(rng, u.shape, 2.0)
     flutes = 0.05 * np.sin(u * rng.uniform(40, 60))
@@ -278,17 +312,26 @@ def _cardboard(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, length: f
     return _layer(_shaded(colour, np.minimum(fold, 1.5), depth=1.0, gloss=0.0), torn, length)
 
 
-def _bottle_profile(u: np.ndarray, body: float, neck: float) -> np.ndarray:
-    """Radius of a bottle along its axis: round bottom, body, shoulder, neck (half lengths)."""
+def _bottle(
+    u: np.ndarray, v: np.ndarray, body: float, neck: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shape a bottle with a round bottom, body, shoulder and neck, all in half lengths.
+
+    Returns
+    -------
+    radius, distance, across
+        Each (S, S): the radius along the axis, the signed distance from the silhouette, and the
+        position across the bottle in -1..1.
+    """
     shoulder = body + (neck - body) * np.clip((u - 0.25) / 0.4, 0, 1) ** 1.5
-    return shoulder * np.sqrt(np.clip(1 - np.clip((-0.75 - u) / 0.25, 0, 1) ** 2, 0, 1))
+    radius = shoulder * np.sqrt(np.clip(1 - np.clip((-0.75 - u) / 0.25, 0, 1) ** 2, 0, 1))
+    distance = np.maximum(np.abs(u) - 1, np.abs(v) - radius)
+    return radius, distance, np.clip(v / np.maximum(radius, 0.02), -1, 1)
 
 
 def _plastic_bottle(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, length: float) -> Layer:
-    """A see-through bottle with a coloured cap, often a label, dents."""
-    radius = _bottle_profile(u, rng.uniform(0.3, 0.38), 0.12)
-    distance = np.maximum(np.abs(u) - 1, np.abs(v) - radius)
-    across = np.clip(v / np.maximum(radius, 0.02), -1, 1)
+    """Draw a see-through bottle with a coloured cap, often a label, dents."""
+    radius, distance, across = _bottle(u, v, rng.uniform(0.3, 0.38), 0.12)
     height = (
         np.sqrt(1 - across**2) * radius * length / 2
         + 0.8 * _noise(rng, u.shape, length / 14)
@@ -305,7 +348,7 @@ def _plastic_bottle(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, leng
 
 
 def _plastic_film(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, length: float) -> Layer:
-    """A crumpled, half-transparent bag."""
+    """Draw a crumpled, half-transparent bag."""
     distance = np.hypot(u * 0.95, v * rng.uniform(1.1, 1.6)) - 0.9
     wrinkles = np.abs(_noise(rng, u.shape, length / 14)) + 0.6 * np.abs(
         _noise(rng, u.shape, length / 30)
@@ -325,7 +368,7 @@ def _plastic_film(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, length
 
 
 def _metal_can(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, length: float) -> Layer:
-    """A drinks can on its side, printed, with bare rims, more or less crushed."""
+    """Draw a drinks can on its side, printed, with bare rims, more or less crushed."""
     half = rng.uniform(0.5, 0.58) * (1 - rng.uniform(0, 0.35) * np.exp(-((u / 0.35) ** 2)))
     distance = np.maximum(
         np.abs(u) - 1 + 0.12 * np.clip(np.abs(v) / 0.55, 0, 1) ** 2, np.abs(v) - half
@@ -345,12 +388,10 @@ def _metal_can(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, length: f
 
 
 def _glass(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, length: float) -> Layer:
-    """A green, brown or clear bottle, whole or a shard of one."""
-    radius = _bottle_profile(u, rng.uniform(0.26, 0.32), 0.1)
-    distance = np.maximum(np.abs(u) - 1, np.abs(v) - radius)
+    """Draw a green, brown or clear bottle, whole or a shard of one."""
+    radius, distance, across = _bottle(u, v, rng.uniform(0.26, 0.32), 0.1)
     if rng.random() < 0.4:  # broken: keep one side of a ragged line
         distance = np.maximum(distance, u - rng.uniform(-0.1, 0.4) + 0.12 * np.abs(np.sin(v * 15)))
-    across = np.clip(v / np.maximum(radius, 0.02), -1, 1)
     tint = np.array([(0.1, 0.36, 0.16), (0.36, 0.2, 0.08), (0.5, 0.6, 0.58)][rng.integers(3)])
     walls = 0.55 + 0.6 * np.abs(across) ** 3  # light is caught in the thick edges
     streak = 0.75 * np.exp(-(((across + rng.uniform(0.2, 0.5)) / 0.1) ** 2)) * (np.abs(u) < 0.9)

@@ -1,6 +1,6 @@
-"""What a step of each kind costs: floating-point operations and memory counted without computing anything, or seconds measured.
+"""What a step of each kind costs: operations and memory, counted without computing, or seconds.
 
-Networks are those of a preset, with random weights: weights do not change what a step costs.
+Networks have random weights: weights do not change what a step costs.
 """
 
 from __future__ import annotations
@@ -8,32 +8,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.backbones.backbone import (
-    LITE0,
-    OUTPUT_STRIDE,
-    RESNETS,
-    BackboneError,
-    create_lite0,
-    create_timm,
-)
+from featurestore.dataset import Batch
+from stages.augment.featuregan import FeatureGANConfig, JointFeatureGAN
+from stages.backbones import build
+from stages.backbones.backbone import OUTPUT_STRIDE, BackboneError
 from stages.common.errors import ConfigError
+from stages.common.runtime import Machine, make_accelerator
+from stages.gan.families import build_trainer
 from stages.gan.networks import build_networks
-from stages.gan.objective import Objective, forward
 from stages.models import aspp, winograd
 from stages.models.decoder import Decoder
-from stages.models.flow_generator import FlowGenerator
 from stages.segmentation.upsampled_loss import interpolation, upsampled_cross_entropy
+from stages.training.update import backward
 
 BATCH = 2  # the smallest that batch normalisation takes
 ADAM = 16  # bytes a float32 parameter takes in training: itself, its gradient, two moments
@@ -41,14 +38,14 @@ ADAM = 16  # bytes a float32 parameter takes in training: itself, its gradient, 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one sample in one kind of step.
+    """Cost of one sample in one kind of step.
 
     Attributes
     ----------
     operations
-        Floating-point operations of convolutions and matrix products; a multiplication and an addition are two.
+        Of convolutions and matrix products; a multiplication and an addition are two operations.
     weight_bytes
-        What trained weights, gradients and Adam's moments take, however large the batch.
+        Trained weights, gradients and Adam's moments; they do not depend on the batch.
     activation_bytes
         What back-propagation keeps of a sample, in float32.
     """
@@ -58,190 +55,141 @@ class Cost:
     activation_bytes: float
 
 
-class Workload:
-    """One configuration's networks, and a step of each kind of work on a batch of random numbers.
+@dataclass(frozen=True)
+class Setup:
+    """What the cost of a step depends on.
 
-    Parameters
+    Attributes
     ----------
-    extract, gan, decoder
-        Sections ``extract``, ``train_gan`` and ``train_decoder`` of the parameters.
+    backbone, input_size
+        As in section ``extract`` of the parameters; (H, W) pixels.
+    gan
+        Section ``train_gan``.
+    head
+        Keys ``head``, ``width`` and ``atrous_rates`` of :class:`stages.models.decoder.Decoder`.
     num_classes
         Of the data set.
     ratios
-        Draws a mask of each joint training.
+        Generated samples a mask, of each joint training.
+    """
+
+    backbone: str
+    input_size: tuple[int, int]
+    gan: Mapping[str, Any]
+    head: Mapping[str, Any]
+    num_classes: int
+    ratios: Sequence[int] = ()
+
+
+class Workload:
+    """Networks of one configuration, and a step of each kind on a batch of random numbers.
+
+    Parameters
+    ----------
+    setup
+        The configuration.
     batch
         Samples a step.
     device
-        Where the networks are.
+        Where the networks are: ``cpu`` or ``cuda``.
     """
 
-    def __init__(
-        self,
-        extract: Any,
-        gan: Any,
-        decoder: Any,
-        *,
-        num_classes: int,
-        ratios: Sequence[int],
-        batch: int,
-        device: str,
-    ) -> None:
-        height, width = extract.input_size
-        settings = gan.model_dump()
+    def __init__(self, setup: Setup, batch: int, device: str) -> None:
+        size = (batch, *setup.input_size)
         torch.manual_seed(0)
         with torch.device(device):
-            self.backbone = untrained_backbone(extract.backbone)
-            self.images = torch.rand(batch, 3, height, width)
-            self.masks = torch.randint(0, num_classes, (batch, height, width), dtype=torch.uint8)
-            with torch.no_grad():
-                self.features = self._features()
-            channels, *size = self.features.shape[1:]
-            shape = {
-                "feature_shape": (channels, *size),
+            self.backbone = untrained_backbone(setup.backbone)
+            self.images = torch.rand(batch, 3, *setup.input_size)
+            masks = torch.randint(0, setup.num_classes, size, dtype=torch.uint8)
+            self.extract_step()
+            channels, *rest = self.features.shape[1:]
+            architecture = {
+                **setup.gan,
+                "feature_shape": (channels, *rest),
                 "output_stride": OUTPUT_STRIDE,
                 "nonnegative": True,
+                "num_classes": setup.num_classes,
             }
-            self.networks = build_networks({**settings, **shape, "num_classes": num_classes})
-            head = {
-                "head": decoder.decoder,
-                "width": decoder.width,
-                "atrous_rates": decoder.atrous_rates,
-            }
-            self.decoder = Decoder(**head, in_channels=channels, num_classes=num_classes)
-        self.objective = Objective(
+            networks = build_networks(architecture)
+            self.decoder = Decoder(
+                **setup.head, in_channels=channels, num_classes=setup.num_classes
+            )
+        accelerator = make_accelerator(device, "no")  # the precision is that of the caller
+        self.trainer = build_trainer(accelerator, networks, setup.gan, Machine(device=device))
+        self.trainer.steps = 1  # R1 is added every few steps, not in this one
+        images = (255 * self.images).byte()
+        self.batch = Batch(torch.arange(batch), self.features, masks, images)
+        self.rng = torch.Generator(device).manual_seed(0)
+        self.ratios = setup.ratios
+
+    def kinds(self) -> dict[str, tuple[Callable[[], object], list[nn.Module]]]:
+        """Return a step of each kind, and the networks that it trains, by name."""
+        gans, decoder = list(self.trainer.networks.by_name().values()), self.decoder
+        return {
+            "backbone": (self.extract_step, []),
+            "gan": (self.gan_step, gans),
+            "decoder": (lambda: self.decoder_loss(self.features).backward(), [decoder]),
+            "generator": (self.generate_step, []),
             **{
-                field.name: settings[field.name]
-                for field in fields(Objective)
-                if field.name in settings
-            }
-        )
-        self.ratios, self.precisions = ratios, (gan.mixed_precision, decoder.mixed_precision)
-        self.steps = 1  # R1 is added every so many steps, not in this one
-
-    def kinds(self) -> dict[str, tuple[Callable[[], object], list[nn.Module], str]]:
-        """By name: a step, the networks that it trains, and its precision (``no``, ``bf16`` or ``fp16``)."""
-        gans, decoder = list(self.networks.by_name().values()), self.decoder
-        ours, theirs = self.precisions
-        kinds: dict[str, tuple[Callable[[], object], list[nn.Module], str]] = {
-            "backbone": (self.extract_step, [], "no"),
-            "gan": (self.gan_step, gans, ours),
-            "decoder": (lambda: self.decoder_loss(self.features).backward(), [decoder], theirs),
-            "generator": (self.generate_step, [], theirs),
+                f"joint {ratio}:1": (partial(self.joint_step, ratio), [*gans, decoder])
+                for ratio in self.ratios
+            },
         }
-        for ratio in self.ratios:
-            joint = partial(self.joint_step, ratio)
-            kinds[f"joint {ratio}:1"] = (joint, [*gans, decoder], theirs)
-        return kinds
-
-    def _features(self) -> Tensor:
-        output = self.backbone(self.images)
-        return output[-1] if isinstance(output, (list, tuple)) else output
 
     @torch.no_grad()
     def extract_step(self) -> None:
-        """The frozen backbone, forwards."""
-        self._features()
+        """Run the frozen backbone."""
+        output = self.backbone(self.images)
+        self.features: Tensor = output[-1] if isinstance(output, (list, tuple)) else output
 
     def generate_step(self) -> None:
-        """A finished generator, forwards."""
-        generator = self.networks.generator
-        generator.generate(
-            self.masks, z=torch.randn(len(self.masks), generator.z_dim, device=self.masks.device)
-        )
+        """Run a frozen generator."""
+        generator, masks = self.trainer.networks.generator, self.batch.masks
+        z = torch.randn(len(masks), generator.z_dim, device=masks.device)
+        generator.generate(masks, z=z)
 
     def decoder_loss(self, features: Tensor) -> Tensor:
-        """Cross-entropy on one batch of features."""
-        return upsampled_cross_entropy(self.decoder(features), self.masks)
+        """Compute the cross-entropy of one batch of features."""
+        return upsampled_cross_entropy(self.decoder(features), self.batch.masks)
 
     def gan_step(self) -> None:
-        """Losses and gradients of the first branch of Algorithm 1, or of a flow."""
-        if isinstance(self.networks.generator, FlowGenerator):
-            flow = self.networks.generator
-            target = flow.reduce(self.features / flow.feature_scale)
-            velocity = flow.velocity(
-                flow.start(torch.randn_like(target).flatten(1)),
-                torch.rand(len(target), device=target.device),
-                self.masks,
-            )
-            (velocity - target).square().mean().backward()
-            return
-        self._step(1, lambda fake: [])
+        """Compute losses and gradients of the first branch of Algorithm 1, or of a flow."""
+        batch = self.batch
+        step = self.trainer.forward(
+            batch.features, batch.masks, batch.images, ratio=1, rng=self.rng
+        )
+        backward(self.trainer.accelerator, *self.trainer.losses(step))
 
     def joint_step(self, ratio: int) -> None:
-        """Losses and gradients of the second branch: the decoder sees real and generated features, apart."""
-        scale = self.networks.generator.feature_scale
-        self._step(
-            ratio,
-            lambda fake: [
-                self.decoder_loss(some) for some in (self.features, *(fake * scale).chunk(ratio))
-            ],
-        )
-
-    def _step(self, ratio: int, segment: Callable[[Tensor], list[Tensor]]) -> None:
-        """As :meth:`stages.gan.gan_trainer.GanTrainer.update` does it, without its optimizers."""
-        networks = self.networks
-        assert networks.discriminator is not None
-        step = forward(
-            self.objective,
-            generator=networks.generator,
-            discriminator=networks.discriminator,
-            image_encoder=networks.image_encoder,
-            real=self.features / networks.generator.feature_scale,
-            masks=self.masks,
-            images=(255 * self.images).byte(),
-            noise=torch.randn(
-                ratio * len(self.masks), networks.generator.z_dim, device=self.masks.device
-            ),
-            rng=torch.Generator(self.masks.device).manual_seed(0),
-            step=self.steps,
-        )
-        extra = segment(step.fake)
-        total = step.generator_loss + (torch.stack(extra).sum() if extra else 0)
-        trained = [
-            networks.generator,
-            *([networks.image_encoder] if networks.image_encoder else []),
-            *([self.decoder] if extra else []),
-        ]
-        step.discriminator_loss.backward(
-            inputs=list(networks.discriminator.parameters()), retain_graph=True
-        )
-        total.backward(
-            inputs=[parameter for network in trained for parameter in network.parameters()]
-        )
+        """Compute losses and gradients of the second branch of Algorithm 1."""
+        variant = FeatureGANConfig(augmenter="featuregan", ratio=ratio)
+        added = JointFeatureGAN(variant, self.trainer, Path()).augment(self.batch, self.rng)
+        seen = [self.features, *(each.features for each in added.batches)]
+        losses = torch.stack([self.decoder_loss(features) for features in seen])
+        loss = losses.sum() if added.loss is None else losses.sum() + added.loss
+        trained = [*self.decoder.parameters(), *added.parameters]
+        backward(self.trainer.accelerator, *added.separate_losses, (loss, trained))
 
 
-def count(
-    extract: Any, gan: Any, decoder: Any, *, num_classes: int, ratios: Sequence[int] = ()
-) -> tuple[dict[str, Cost], tuple[int, ...]]:
-    """The cost of every kind of step, and the features' (C, h, w).
+def count(setup: Setup) -> tuple[dict[str, Cost], tuple[int, ...]]:
+    """Count the cost of every kind of step; return it with the features' (C, h, w).
 
-    PyTorch's fake tensors have shapes and no values: nothing is computed, nothing downloaded, no memory taken.
+    PyTorch's fake tensors have shapes and no values: nothing is computed, nothing downloaded, no
+    memory taken.
     """
-    interpolation.cache_clear()  # what it holds is real, and what it will hold is not
+    interpolation.cache_clear()  # it holds real values now, and fake ones later
     try:
         with FakeTensorMode(), _as_on_a_gpu():
-            work = Workload(
-                extract,
-                gan,
-                decoder,
-                num_classes=num_classes,
-                ratios=ratios,
-                batch=BATCH,
-                device="cpu",
-            )
+            work = Workload(setup, BATCH, "cpu")
             costs = {}
-            for name, (step, networks, _) in work.kinds().items():
-                weights = sum(
-                    parameter.numel() for network in networks for parameter in network.parameters()
-                )
-                kept = _Kept()
-                counter = FlopCounterMode(display=False)
+            for name, (step, networks) in work.kinds().items():
+                weights = sum(parameter.numel() for parameter in _parameters(networks))
+                kept, counter = _Kept(), FlopCounterMode(display=False)
                 counter.mod_tracker = _Everything()  # type: ignore[assignment]
                 with counter, kept:
                     step()
-                costs[name] = Cost(
-                    counter.get_total_flops() / BATCH, ADAM * weights, kept.bytes / BATCH
-                )
+                operations = counter.get_total_flops() / BATCH
+                costs[name] = Cost(operations, ADAM * weights, kept.bytes / BATCH)
             return costs, tuple(work.features.shape[1:])
     finally:
         interpolation.cache_clear()
@@ -249,17 +197,21 @@ def count(
 
 @contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    """Only the library's convolutions: what ``aspp`` and ``winograd`` do in their place, they do on a CPU alone."""
-    least, aspp.DENSE = aspp.DENSE, 0.0
+    """Use the library's convolutions: ``aspp`` and ``winograd`` replace them only on a CPU.
+
+    Networks without values stay on the device on which they were made.
+    """
+    dense, to = aspp.DENSE, nn.Module.to
+    aspp.DENSE, nn.Module.to = 0.0, lambda network, *_, **__: network  # type: ignore[method-assign,assignment]
     try:
         with winograd.disabled():
             yield
     finally:
-        aspp.DENSE = least
+        aspp.DENSE, nn.Module.to = dense, to  # type: ignore[method-assign]
 
 
 class _Everything:
-    """In place of the counter's tracker of modules, whose hooks fail where a step takes a gradient of a gradient."""
+    """Replace the counter's tracker of modules: its hooks fail on a gradient of a gradient."""
 
     parents = frozenset({"Global"})
 
@@ -269,16 +221,14 @@ class _Everything:
 
 
 class _Kept(saved_tensors_hooks):
-    """Counts the bytes of what back-propagation keeps, weights aside, each piece of memory once."""
+    """Count the bytes that back-propagation keeps, without weights, each storage once."""
 
     def __init__(self) -> None:
         self._seen: dict[int, int] = {}
         super().__init__(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        whole = (
-            tensor if tensor._base is None else tensor._base
-        )  # a part of a weight is no less a weight
+        whole = tensor if tensor._base is None else tensor._base  # a view of a weight is a weight
         if not whole.is_leaf or not whole.requires_grad:
             storage = tensor.untyped_storage()
             self._seen[storage._cdata] = storage.nbytes()
@@ -290,53 +240,40 @@ class _Kept(saved_tensors_hooks):
 
 
 def measure(
-    extract: Any,
-    gan: Any,
-    decoder: Any,
+    setup: Setup,
+    batches: Mapping[str, int],
+    precisions: Mapping[str, str],
     *,
-    num_classes: int,
-    ratios: Sequence[int],
     device: str,
     seconds: float = 10,
 ) -> dict[str, float]:
-    """Seconds a sample of every kind of step takes on this device, in the parameters' precision.
+    """Measure the seconds that a sample takes in every kind of step on this device.
 
-    Each step runs once on two samples to warm up, then on as many as fit into ``seconds``, at most a batch.
+    Each step runs once on two samples to warm up, then on as many as fit into ``seconds``, at most
+    a batch.
+
+    Parameters
+    ----------
+    batches, precisions
+        Samples of a batch, and ``no``, ``bf16`` or ``fp16``, by kind of step: ``backbone``, ``gan``
+        and, for all others, ``decoder``.
     """
-    batches = {"backbone": extract.batch_size, "gan": gan.batch_size}
-    work = Workload(
-        extract, gan, decoder, num_classes=num_classes, ratios=ratios, batch=BATCH, device=device
-    )
-    least = {
-        name: _time(step, networks, precision, device) / BATCH
-        for name, (step, networks, precision) in work.kinds().items()
-    }
-    found: dict[str, float] = {}
-    for name, guess in least.items():
-        batch = max(
-            BATCH, min(batches.get(name, decoder.batch_size), int(seconds / max(guess, 1e-9)))
-        )
-        work = Workload(
-            extract,
-            gan,
-            decoder,
-            num_classes=num_classes,
-            ratios=ratios,
-            batch=batch,
-            device=device,
-        )
-        step, networks, precision = work.kinds()[name]
-        found[name] = min(_time(step, networks, precision, device) for _ in range(2)) / batch
-    return found
+    measured: dict[str, float] = {}
+    for name in Workload(setup, BATCH, device).kinds():
+        precision = precisions.get(name, precisions["decoder"])
+        guess = _time(setup, name, BATCH, precision, device)
+        most = batches.get(name, batches["decoder"])
+        batch = max(BATCH, min(most, int(seconds / max(guess, 1e-9))))
+        measured[name] = min(_time(setup, name, batch, precision, device) for _ in range(2))
+    return measured
 
 
-def _time(
-    step: Callable[[], object], networks: Sequence[nn.Module], precision: str, device: str
-) -> float:
-    """Seconds of a step and its optimizer."""
-    parameters = [parameter for network in networks for parameter in network.parameters()]
+def _time(setup: Setup, name: str, batch: int, precision: str, device: str) -> float:
+    """Return the seconds a sample of a step and its optimizer."""
+    step, networks = Workload(setup, batch, device).kinds()[name]
+    parameters = _parameters(networks)
     optimizer = torch.optim.Adam(parameters, fused=True) if parameters else None
-    kinds: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     _synchronise(device)
     start = time.perf_counter()
     with torch.autocast(device, kinds.get(precision, torch.bfloat16), enabled=precision in kinds):
@@ -345,7 +282,11 @@ def _time(
         optimizer.step()
         optimizer.zero_grad()
     _synchronise(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / batch
+
+
+def _parameters(networks: Sequence[nn.Module]) -> list[nn.Parameter]:
+    return [parameter for network in networks for parameter in network.parameters()]
 
 
 def _synchronise(device: str) -> None:
@@ -354,22 +295,14 @@ def _synchronise(device: str) -> None:
 
 
 def untrained_backbone(name: str) -> nn.Module:
-    """The network that :func:`stages.backbones.backbone.build_backbone` makes, without its weights.
+    """Build the network of a backbone without its weights.
 
     Raises
     ------
     ConfigError
-        When timm's network of that name gives no dense features.
+        When timm's network of this name gives no dense features.
     """
-    if name in RESNETS:
-        resnet = torchvision.models.get_model(
-            name, weights=None, replace_stride_with_dilation=[False, True, True]
-        )
-        return nn.Sequential(
-            *(module for part, module in resnet.named_children() if part not in ("avgpool", "fc"))
-        ).eval()
     try:
-        network: nn.Module = create_lite0() if name == LITE0 else create_timm(name)
+        return build.untrained_backbone(name)
     except BackboneError as error:
         raise ConfigError("extract.backbone", str(error)) from error
-    return network.eval()

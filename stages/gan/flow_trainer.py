@@ -61,7 +61,7 @@ def principal_components(
 
 
 def mean_amplitude(store: FeatureStore, flow: FlowGenerator, seed: int) -> Tensor:
-    """Compute the root mean squared spectrum of a sample of maps' components: (R, h, w // 2 + 1)."""
+    """Compute the root mean squared spectrum (R, h, w // 2 + 1) of a sample of maps."""
     rng = np.random.default_rng([seed, 2])
     samples = rng.permutation(len(store))[:MAPS]
     power = torch.zeros_like(flow.amplitude)

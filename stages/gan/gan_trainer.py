@@ -61,8 +61,11 @@ class GanTrainer(Trainer):
             }
             for name, chosen in refused.items():
                 if chosen:
-                    message = "does not work with r1_gamma or adversarial_loss wasserstein-gp"
-                    raise ConfigError(name, f"{message}; remove one of them")
+                    message = (
+                        "does not work with r1_gamma or adversarial_loss wasserstein-gp;"
+                        " remove one of them"
+                    )
+                    raise ConfigError(name, message)
         adam = partial(torch.optim.Adam, betas=betas, fused=True)
         self.optimizers = {
             "generator": adam(self.generator_parameters, generator_lr),

@@ -32,8 +32,8 @@ from stages.gan.fidelity import (
     kernel_distance,
     two_sample_accuracy,
 )
+from stages.models.blocks import RandomProjection
 from stages.models.feature_generator import FeatureGenerator
-from stages.models.projection import RandomProjection
 from stages.segmentation.metrics import confusion_matrix, score
 from stages.segmentation.regions import labels_at
 
@@ -45,23 +45,23 @@ SAMPLES = 8  # generated at a time
 # What is a collapse: a setting, how a measure compares with it, and what is said of the measure.
 LIMITS = (
     (
-        "most_accuracy",
+        "max_accuracy",
         gt,
         "the discriminator is right about {:.1%} of real and of generated patches",
     ),
     (
-        "least_variance_ratio",
+        "min_variance_ratio",
         lt,
         "generated features of a class vary {:.3f} times as much as real ones",
     ),
-    ("least_coverage", lt, "generated features come near {:.1%} of the real ones"),
+    ("min_coverage", lt, "generated features come near {:.1%} of the real ones"),
     (
-        "least_consistency",
+        "min_consistency",
         lt,
         "generated features are of their mask's class {:.2f} times as well as real ones (by mIoU)",
     ),
     (
-        "most_frechet",
+        "max_frechet",
         gt,
         "generated features are {:.2f} times as far from real ones as at the start (Fréchet"
         " distance)",
@@ -72,18 +72,28 @@ LIMITS = (
 class MonitorConfig(Config):
     """Section ``monitor`` of params.yaml."""
 
-    every: int = Field(ge=0)  # epochs; 0: never
-    samples: int = Field(ge=1)  # held-out masks
-    vectors: int = Field(ge=200)  # of each side
+    every: int = Field(5, ge=0, description="epochs between two measurements; 0: never")
+    samples: int = Field(64, ge=1, description="masks of val")
+    vectors: int = Field(2000, ge=200, description="feature vectors of each side")
     patience: int = Field(
-        ge=0
-    )  # epochs before a collapse is called one: an untrained generator looks like it
-    on_collapse: Literal["warn", "stop"]
-    least_variance_ratio: float = Field(ge=0, le=1)
-    least_coverage: float = Field(ge=0, le=1)
-    least_consistency: float = Field(ge=0, le=1)  # of that of real features
-    most_frechet: float = Field(ge=1)  # times that at the start
-    most_accuracy: float = Field(ge=0.5, le=1)
+        5, ge=0, description="first epochs without a warning: an untrained GAN looks collapsed"
+    )
+    on_collapse: Literal["warn", "stop"] = Field("warn", description="what a collapse does")
+    min_variance_ratio: float = Field(
+        0.1, ge=0, le=1, description="collapse below it: variance within classes, generated to real"
+    )
+    min_coverage: float = Field(
+        0.02, ge=0, le=1, description="collapse below it: fraction of real features covered"
+    )
+    min_consistency: float = Field(
+        0.25, ge=0, le=1, description="collapse below it: consistency with the masks, to real"
+    )
+    max_frechet: float = Field(
+        1.5, ge=1, description="collapse above it: Fréchet distance, to the one at the start"
+    )
+    max_accuracy: float = Field(
+        0.99, ge=0.5, le=1, description="collapse above it: discriminator accuracy, real and fake"
+    )
 
 
 class _PixelSample:
@@ -338,14 +348,14 @@ class Monitor:
         """Say what is wrong with the measures of an epoch, or None."""
         frechet = row.get("monitor/frechet")  # None: not measured after this epoch
         sides = ("discriminator/accuracy_real", "discriminator/accuracy_fake")
-        measures = {"most_accuracy": min(row.get(side, 0.0) for side in sides)}  # a flow has none
+        measures = {"max_accuracy": min(row.get(side, 0.0) for side in sides)}  # a flow has none
         if frechet is not None and math.isfinite(frechet):
             real_consistency = max(row["monitor/consistency_real"], 1e-12)
             measures |= {
-                "least_variance_ratio": row["monitor/variance_ratio"],
-                "least_coverage": row["monitor/coverage"],
-                "least_consistency": row["monitor/consistency"] / real_consistency,
-                "most_frechet": frechet / max(row["monitor/frechet_start"], 1e-12),
+                "min_variance_ratio": row["monitor/variance_ratio"],
+                "min_coverage": row["monitor/coverage"],
+                "min_consistency": row["monitor/consistency"] / real_consistency,
+                "max_frechet": frechet / max(row["monitor/frechet_start"], 1e-12),
             }
         for setting, exceeds, text in LIMITS:
             limit = getattr(self.config, setting)

@@ -100,23 +100,22 @@ def build_networks(
 
 
 def class_means(store: FeatureStore, scale: Tensor) -> Tensor:
-    """(K + 1, C): the mean of each class's feature vectors in a training store, divided by ``scale`` (C,).
+    """Compute the mean feature vector of each class, (K + 1, C), divided by ``scale`` (C,).
 
     Void, and a class without a pixel, get the mean of all labelled pixels.
     """
-    found = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu"))
-    overall = torch.einsum(
-        "kc,k->c", found.means.double(), found.pixels
-    ) / found.pixels.sum().clamp(min=1)
-    means = torch.where(found.pixels[:, None] > 0, found.means.double(), overall)
+    statistics = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu"))
+    means, pixels = statistics.means.double(), statistics.pixels
+    overall = torch.einsum("kc,k->c", means, pixels) / pixels.sum().clamp(min=1)
+    means = torch.where(pixels[:, None] > 0, means, overall)
     return (torch.cat([means, overall[None]]) / scale).float()
 
 
 def feature_scale(store: FeatureStore, rule: str) -> Tensor:
-    """(C,) by which features are divided before the GAN sees them.
+    """Compute (C,) by which features are divided before the GAN sees them.
 
-    ``channel``: each channel's root mean square, ``global``: that over all channels, ``none``: 1. A channel that is
-    always zero keeps the scale 1.
+    ``channel``: root mean square of each channel; ``global``: of all channels; ``none``: 1. A
+    channel that is always zero keeps the scale 1.
     """
     mean_square = torch.from_numpy(store.stats.mean**2 + store.stats.variance)
     if rule == "none":

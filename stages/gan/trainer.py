@@ -94,7 +94,7 @@ class Trainer(ABC):
 
     @staticmethod
     def fit(networks: Networks, store: FeatureStore, settings: Mapping[str, Any]) -> None:
-        """Fit what fresh networks know of a store's features before the training starts."""  # noqa: B027
+        """Fit what fresh networks know of a store's features before the training starts."""
 
     @classmethod
     @abstractmethod

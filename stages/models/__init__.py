@@ -1,1 +1,1 @@
-"""Networks; these files import torch, torchvision and timm alone."""
+"""Networks; these modules import only torch, torchvision and timm."""

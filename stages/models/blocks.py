@@ -1,18 +1,18 @@
-"""Small parts that several networks share."""
+"""Functions and small layers that several networks use."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOID = 255
+# Normalisation without learned scale and shift; SPADE uses ``batch``.
+NORMS = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
 
 
 def xavier_(module: nn.Module, gain: float) -> nn.Module:
-    """Xavier-normal weights and zero biases for every convolution and linear layer below ``module``."""
+    """Set Xavier-normal weights and zero biases in all convolutions and linear layers."""
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.xavier_normal_(layer.weight, gain)
@@ -24,34 +24,59 @@ def xavier_(module: nn.Module, gain: float) -> nn.Module:
 def one_hot(
     masks: Tensor, num_classes: int, *, dtype: torch.dtype, size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Masks (B, H, W) uint8, 255 = void, as (B, num_classes + 1, h, w), channels last in memory; void is the last channel.
+    """Encode masks as one channel a class; void is the last channel.
 
-    ``size`` (h, w) picks the nearest pixels first, which equals resizing the one-hot map by nearest neighbour.
+    Parameters
+    ----------
+    masks
+        (B, H, W) uint8 class indices, 255 = void.
+    num_classes
+        K, void not counted.
+    dtype
+        Type of the result.
+    size
+        (h, w) of the result: nearest pixels of the masks. Default: (H, W).
+
+    Returns
+    -------
+    Tensor
+        (B, K + 1, h, w), channels last in memory.
     """
     if size is not None and size != masks.shape[-2:]:
         masks = F.interpolate(masks.unsqueeze(1), size=size, mode="nearest").squeeze(1)
     values = torch.arange(num_classes + 1, dtype=torch.uint8, device=masks.device)
     values[-1] = VOID
-    return (
-        (masks.unsqueeze(-1) == values).to(dtype).permute(0, 3, 1, 2)
-    )  # (B, h, w, K+1) -> (B, K+1, h, w)
+    # (B, h, w, K + 1) -> (B, K + 1, h, w)
+    return (masks.unsqueeze(-1) == values).to(dtype).permute(0, 3, 1, 2)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """What convolutions of ``tensor`` compute in: autocast's type where it is on, else the tensor's own."""
+    """Return the type in which convolutions of ``tensor`` compute: autocast's, else its own."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
-def instance_norm(x: Tensor) -> Tensor:
-    """Instance normalisation without parameters; as group normalisation it leaves channels last in memory."""
-    return F.group_norm(x, x.shape[1])
+class RandomProjection(nn.Module):
+    """C channels -> P fixed orthonormal mixtures of them (after Sauer et al. 2021).
 
+    A discriminator that sees few mixtures cannot single out the few channels that give a generator
+    away, and its first layer is smaller by P / C. Sauer et al. (Projected GANs, section 3.2) use
+    random 1 x 1 convolutions; rows are orthonormal here: no direction counts twice, and P features
+    have the variance of C on average.
 
-def parameter_free_norm(kind: str, channels: int) -> nn.Module:
-    """``batch`` (SPADE's choice) or ``instance`` normalisation without learned scale and shift."""
-    makers: dict[str, Callable[[], nn.Module]] = {
-        "batch": lambda: nn.BatchNorm2d(channels, affine=False),
-        "instance": lambda: nn.InstanceNorm2d(channels, affine=False),
-    }
-    return makers[kind]()
+    Parameters
+    ----------
+    channels, mixtures
+        C, and P <= C.
+    """
+
+    weight: Tensor
+
+    def __init__(self, channels: int, mixtures: int) -> None:
+        super().__init__()
+        rows = nn.init.orthogonal_(torch.empty(mixtures, channels))
+        self.register_buffer("weight", rows.view(mixtures, channels, 1, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, P, h, w)."""
+        return F.conv2d(features, self.weight)

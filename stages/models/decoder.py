@@ -1,23 +1,25 @@
-"""Segmentation decoders: features in, class scores for every pixel out."""
+"""Segmentation decoders: features in, class logits for every pixel out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.models.aspp import ASPP
-from stages.models.blocks import xavier_
+from stages.models.blocks import autocast_dtype, xavier_
+
+Adjust = Callable[[Tensor, Tensor, nn.Conv2d], Tensor]
 
 
 class Decoder(nn.Module):
-    """A torchvision head, its scores brought to the masks' size bilinearly.
+    """A torchvision head whose logits are interpolated bilinearly to the size of the masks.
 
-    At ``width`` 256 the ``deeplab`` head's tensors are those of torchvision's
-    ``deeplabv3_resnet*``, under the name ``head`` in place of ``classifier``.
+    At ``width`` 256 the ``deeplab`` head has the tensors of torchvision's ``deeplabv3_resnet*``,
+    named ``head`` instead of ``classifier``.
 
     Parameters
     ----------
@@ -26,11 +28,11 @@ class Decoder(nn.Module):
     in_channels
         C.
     num_classes
-        Scores a pixel.
+        K.
     width
-        Channels of the ASPP's branches.
+        A, channels of the ASPP's branches; ``deeplab`` only.
     atrous_rates
-        Dilations of its 3 x 3 branches.
+        Dilations of the ASPP's 3 x 3 branches; ``deeplab`` only.
     """
 
     def __init__(
@@ -43,12 +45,10 @@ class Decoder(nn.Module):
         atrous_rates: tuple[int, ...] = (12, 24, 36),
     ) -> None:
         super().__init__()
-        if head == "fcn":
-            from torchvision.models.segmentation.fcn import (
-                FCNHead,  # a second to import, for this head alone
-            )
+        if head == "fcn":  # imported here because the import takes a second
+            from torchvision.models.segmentation.fcn import FCNHead
 
-            self.head: nn.Module = FCNHead(in_channels, num_classes)
+            self.head: nn.Sequential = FCNHead(in_channels, num_classes)
         else:
             self.head = nn.Sequential(
                 ASPP(in_channels, width, atrous_rates),
@@ -61,17 +61,23 @@ class Decoder(nn.Module):
 
     @property
     def last(self) -> nn.Conv2d:
-        """The last layer, a 1 x 1 convolution from embeddings to scores."""
-        layer = self.head[-1]  # type: ignore[index]
-        assert isinstance(layer, nn.Conv2d)
-        return layer
+        """The last layer, a 1 x 1 convolution from embeddings (A channels) to logits."""
+        return cast(nn.Conv2d, self.head[-1])
 
     @contextmanager
     def running_statistics(self, *, kept: bool) -> Iterator[None]:
-        """Let BatchNorm normalise by each batch's own statistics, as ever in training, and take them into its running ones or not."""
-        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        """Choose whether training batches update the running statistics of BatchNorm.
+
+        In training BatchNorm normalises by each batch's statistics either way.
+
+        Parameters
+        ----------
+        kept
+            Whether to update them.
+        """
+        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d) and not kept]
         momenta = [norm.momentum for norm in norms]
-        for norm in norms if not kept else []:
+        for norm in norms:
             norm.momentum = 0.0
         try:
             yield
@@ -80,41 +86,31 @@ class Decoder(nn.Module):
                 norm.momentum = momentum
 
     def forward(
-        self,
-        features: Tensor,
-        size: tuple[int, int] | None = None,
-        adjust: Callable[[Tensor, Tensor, nn.Conv2d], Tensor] | None = None,
+        self, features: Tensor, size: tuple[int, int] | None = None, adjust: Adjust | None = None
     ) -> Tensor:
-        """Score every pixel.
+        """Compute the logits of every pixel.
 
         Parameters
         ----------
         features
-            (B, C, h, w) in the backbone's own scale.
+            (B, C, h, w) in the scale of the backbone.
         size
-            (H, W) of the masks; None leaves the scores at the features' (h, w).
+            (H, W) of the masks. Default: the features' (h, w).
         adjust
-            Changes scores (B, K, h, w) in training, given what the last layer made them from, (B, A, h, w), and that layer.
+            Changes the logits in training. It takes the last layer's input (B, A, h, w), its output
+            (B, K, h, w) and the layer.
 
         Returns
         -------
         Tensor
-            (B, K, H, W) or (B, K, h, w) unnormalised scores.
+            (B, K, H, W) or (B, K, h, w) logits.
         """
-        device = features.device.type
-        if torch.is_autocast_enabled(device):
-            features = features.to(
-                torch.get_autocast_dtype(device)
-            )  # once, and not in each of the head's branches
-        if adjust is None:
-            scores = self.head(features)
-        else:
-            embeddings = features
-            for layer in list(self.head.children())[:-1]:
-                embeddings = layer(embeddings)
-            scores = adjust(embeddings, self.last(embeddings), self.last)
-        return (
-            scores
-            if size is None
-            else F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
-        )
+        embeddings = features.to(autocast_dtype(features))  # once for all branches of the head
+        for layer in list(self.head)[:-1]:
+            embeddings = layer(embeddings)
+        logits = self.last(embeddings)
+        if adjust is not None:
+            logits = adjust(embeddings, logits, self.last)
+        if size is None:
+            return logits
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)

@@ -1,13 +1,15 @@
-"""A generator of another family: a flow from noise to features, conditioned on the mask (Lipman et al. 2023).
+"""A flow from noise to features, conditioned on the mask (Lipman et al. 2023).
 
-The thesis names diffusion as future work (chapter 6). A flow is its simplest form: a network learns the velocity
-that carries noise to features along straight lines, and generating is following it. It works on the features' principal
-components, because the velocity of 2048 channels is more than a small network can learn.
+The thesis names diffusion as future work (chapter 6). A flow is its simplest form: a network learns
+the velocity that carries noise to features along straight lines, and generating follows it. It
+works on the principal components of the features, because a small network cannot learn the velocity of
+2048 channels.
 
-Feature maps are smooth. From white noise such a flow first learns to blur, and in few steps it learns little else: what it makes is
-grainy and has too little of what differs from one object to the next. So the noise has the features' own spectrum,
-and the network gives the difference from the velocity that carries such noise to a Gaussian field of the same spectrum (as Karras
-et al. 2022, section 5, let a network of diffusion give the difference from its input). Untrained, the flow makes such fields.
+Feature maps are smooth. From white noise a flow first learns to blur, and in few steps little else:
+generated features are grainy and vary too little between objects. The noise here has the features'
+own spectrum. The network gives the difference from the velocity that carries such noise to a
+Gaussian field of the same spectrum (as Karras et al. 2022, section 5, do for diffusion). An
+untrained flow generates such fields.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ GROUPS = 8  # of the normalisation
 
 
 class _Block(nn.Module):
-    """A residual block that sees the mask as further channels and the time as a shift and a scale."""
+    """A residual block with the mask as further channels and the time as a shift and a scale."""
 
     def __init__(self, channels: int, width: int, label_channels: int, time_width: int) -> None:
         super().__init__()
@@ -109,36 +111,39 @@ class FlowGenerator(FeatureGenerator):
         nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def set_components(self, components: tuple[Tensor, Tensor, Tensor]) -> None:
-        """The principal components of scaled features: mean (C,), directions (C, R), standard deviations (R,) along them."""
+        """Set the principal components of scaled features.
+
+        They are the mean (C,), directions (C, R) and standard deviations (R,).
+        """
         for buffer, value in zip((self.mean, self.basis, self.spread), components, strict=True):
             buffer.copy_(value)
 
     def set_amplitude(self, amplitude: Tensor) -> None:
-        """(R, h, w // 2 + 1): the root of the components' mean squared spectrum, of the orthonormal Fourier transform."""
+        """Set the root mean squared spectrum (R, h, w // 2 + 1) of the components."""
         self.amplitude.copy_(amplitude)
 
     def start(self, z: Tensor) -> Tensor:
-        """(B, z_dim) white noise -> (B, R, h, w) noise of the components' spectrum: where the way to features starts."""
+        """Turn white noise (B, z_dim) into noise (B, R, h, w) with the components' spectrum."""
         waves = torch.fft.rfft2(z.view(-1, *self.shape).float(), norm="ortho") * self.amplitude
         return torch.fft.irfft2(waves, s=self.shape[1:], norm="ortho")
 
     def reduce(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) scaled features -> (B, R, h, w) components of unit variance."""
+        """Project scaled features (B, C, h, w) to components (B, R, h, w) of unit variance."""
         centred = features - self.mean.view(1, -1, 1, 1)
         return torch.einsum("bchw,cr->brhw", centred, self.basis / self.spread)
 
     def restore(self, components: Tensor) -> Tensor:
-        """The inverse of :meth:`reduce`, up to what R components do not hold."""
+        """Invert :meth:`reduce`, up to what R components do not hold."""
         features = torch.einsum(
             "brhw,cr->bchw", components, self.basis * self.spread
         ) + self.mean.view(1, -1, 1, 1)
         return F.relu(features) if self.nonnegative else features
 
     def velocity(self, x: Tensor, time: Tensor, masks: Tensor) -> Tensor:
-        """(B, R, h, w) components at times (B,) in 0..1, and masks (B, H, W) -> their velocity, of the same shape.
+        """Compute the velocity of components (B, R, h, w) at times (B,) in 0..1 under masks.
 
-        Of two Gaussian fields of one spectrum, x_t = (1 - t) x_0 + t x_1 and the mean of x_1 - x_0 given x_t is
-        (2 t - 1) / (t^2 + (1 - t)^2) x_t; the network gives what is to be added.
+        For two Gaussian fields of one spectrum and x_t = (1 - t) x_0 + t x_1, the mean of x_1 - x_0
+        given x_t is (2 t - 1) / (t^2 + (1 - t)^2) x_t; the network adds to it.
         """
         gaussian = ((2 * time - 1) / (time.square() + (1 - time).square())).view(
             -1, 1, 1, 1
@@ -171,12 +176,15 @@ class FlowGenerator(FeatureGenerator):
     @override
     def forward(self, z: Tensor, masks: Tensor) -> Tensor:
         x = self.start(z)
-        return self.restore(self._carried(x, masks.repeat(len(x) // len(masks), 1, 1)))
+        return self.restore(self._integrate(x, masks.repeat(len(x) // len(masks), 1, 1)))
 
-    def _carried(
+    def _integrate(
         self, x: Tensor, masks: Tensor, start: float = 0.0, end: float = 1.0, count: int = 0
     ) -> Tensor:
-        """(B, R, h, w) components at time ``start``, carried to ``end`` by the midpoint rule in ``count`` steps (0: of about 1 / steps)."""
+        """Carry components (B, R, h, w) from time ``start`` to ``end`` by the midpoint rule.
+
+        It takes ``count`` steps; 0: steps of about 1 / ``steps``.
+        """
         count = count or max(1, round(self.steps * abs(end - start)))
         step = (end - start) / count
         for number in range(count):
@@ -187,21 +195,21 @@ class FlowGenerator(FeatureGenerator):
 
     @torch.no_grad()
     def vary(self, features: Tensor, masks: Tensor, *, z: Tensor, strength: float) -> Tensor:
-        """Variations of features: taken part of the way back to noise, and carried forwards again under the masks.
+        """Vary features: add noise part of the way back, and carry them forwards under the masks.
 
-        The source is SDEdit (Meng et al. 2022, section 3), of images; DA-Fusion (Trabucco et al. 2024) augments with it.
-        What the principal components do not hold of the features stays as it is.
+        SDEdit (Meng et al. 2022, section 3) does it to images; DA-Fusion (Trabucco et al. 2024)
+        augments with it. What the principal components do not hold stays as it is.
 
         Parameters
         ----------
         features
             (B, C, h, w) in the backbone's scale.
         masks
-            (B, H, W) uint8, 255 = void: what the variations are to show, the features' own or others.
+            (B, H, W) uint8, 255 = void: what the variations should show.
         z
             (B, z_dim) noise.
         strength
-            0 < strength <= 1: the share of noise where the way forwards starts; with 1 nothing of the components is kept.
+            0 < strength <= 1: fraction of noise at the start; 1 keeps nothing of the components.
 
         Returns
         -------
@@ -209,12 +217,14 @@ class FlowGenerator(FeatureGenerator):
             (B, C, h, w) float32 in the backbone's scale.
         """
         old = self.reduce(features / self.feature_scale).float()
-        new = self._carried(torch.lerp(old, self.start(z), strength), masks, start=1 - strength)
-        return self._moved(features, new - old)
+        new = self._integrate(torch.lerp(old, self.start(z), strength), masks, start=1 - strength)
+        return self._changed(features, new - old)
 
     @override
     @torch.no_grad()
-    def edit(self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor) -> Tensor:
+    def edit(
+        self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor | None = None
+    ) -> Tensor:
         # Back to the noise that the flow makes of the features under the old mask, and forwards
         # under the new one (Su et al. 2023, dual diffusion implicit bridges). Features have their
         # own noise: z is not read, and there is one edit of them. Either way takes half as many
@@ -223,13 +233,13 @@ class FlowGenerator(FeatureGenerator):
         times = len(features) // len(old)
         steps = max(2, math.ceil(self.steps / 2))
         before = self.reduce(features / self.feature_scale).float()
-        noise = self._carried(before, old.repeat(times, 1, 1), start=1.0, end=0.0, count=steps)
-        return self._moved(
-            features, self._carried(noise, new.repeat(times, 1, 1), count=steps) - before
+        noise = self._integrate(before, old.repeat(times, 1, 1), start=1.0, end=0.0, count=steps)
+        return self._changed(
+            features, self._integrate(noise, new.repeat(times, 1, 1), count=steps) - before
         )
 
-    def _moved(self, features: Tensor, change: Tensor) -> Tensor:
-        """(B, C, h, w) features in the backbone's scale and a change (B, R, h, w) of their components -> the same, changed."""
+    def _changed(self, features: Tensor, change: Tensor) -> Tensor:
+        """Change features (B, C, h, w) by a change (B, R, h, w) of their components."""
         moved = (
             features
             + torch.einsum("brhw,cr->bchw", change, self.basis * self.spread).float()

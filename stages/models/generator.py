@@ -16,7 +16,7 @@ UPSAMPLING = 4  # the first block works at h/4 x w/4
 
 
 class Generator(FeatureGenerator):
-    """SPADE blocks at h/4, h/2, h/2 and h with nearest up-sampling between them, then a convolution to C channels.
+    """SPADE blocks at h/4, h/2, h/2 and h with nearest up-sampling, then a convolution.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ class Generator(FeatureGenerator):
         Length of the noise vector; 0: none, features are a function of the mask alone.
     noise
         ``vector``: z becomes the first feature map (SPADE). ``spatial``: z is concatenated to the
-        mask's classes at every pixel, in the first layer and every SPADE layer (OASIS, section 3.3).
+        mask's classes at every pixel, in the first and every SPADE layer (OASIS, section 3.3).
     ngf
         Width: every block has 16 * ngf channels (1024 at the thesis's 64).
     spade_hidden

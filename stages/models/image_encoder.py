@@ -1,4 +1,4 @@
-"""SPADE's image encoder: the style of a image as a distribution over z (thesis figure 3.4)."""
+"""SPADE's image encoder: the style of an image as a distribution over z (thesis figure 3.4)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from stages.models.blocks import xavier_
 from stages.models.spectral import SpectralConv2d
 
-SIDE = 256  # images are brought to this size first, as SPADE does
+SIDE = 256  # images are resized to SIDE x SIDE first, as in SPADE
 
 
 class ImageEncoder(nn.Module):
-    """Six stride-2 convolutions, then two linear layers to the mean and the logarithm of the variance of z.
+    """Six stride-2 convolutions, then a linear layer each for mean and log-variance of z.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ class ImageEncoder(nn.Module):
     nef
         Width of the first convolution; the last has 8 times as many channels.
     init_gain
-        Of the Xavier initialisation.
+        Gain of the Xavier initialisation.
     """
 
     def __init__(self, *, z_dim: int = 256, nef: int = 64, init_gain: float = 0.02) -> None:
@@ -50,5 +50,8 @@ class ImageEncoder(nn.Module):
 
 
 def sample_z(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """z ~ N(mu, sigma) from standard normal ``noise`` (Kingma and Welling 2014); all (B, z_dim)."""
+    """Sample z ~ N(mu, sigma) from standard normal ``noise`` (Kingma and Welling 2014).
+
+    Arguments and result are (B, z_dim).
+    """
     return mu + noise * torch.exp(0.5 * logvar)

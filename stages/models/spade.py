@@ -1,18 +1,20 @@
-"""SPADE: normalisation modulated by a segmentation mask, and the residual block made of it (Park et al. 2019)."""
+"""SPADE: normalisation modulated by a mask, and the residual block of it (Park et al. 2019)."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.models.blocks import parameter_free_norm, xavier_
+from stages.models.blocks import NORMS, xavier_
 from stages.models.spectral import SpectralConv2d
 from stages.models.winograd import WideConv2d
 
 
 class SPADE(nn.Module):
-    """Spatially adaptive denormalisation: ``norm(x) * (1 + gamma(mask)) + beta(mask)`` (Park et al. 2019, eq. 1).
+    """Spatially adaptive denormalisation, ``norm(x) * (1 + gamma(mask)) + beta(mask)`` (eq. 1).
 
     Parameters
     ----------
@@ -23,30 +25,30 @@ class SPADE(nn.Module):
     hidden
         Channels of the mask's embedding.
     norm
-        ``batch`` or ``instance``, without parameters of its own.
+        ``batch`` or ``instance``, without learned scale and shift.
     gain
-        Of the Xavier initialisation.
+        Gain of the Xavier initialisation.
     """
 
     def __init__(
         self, *, channels: int, label_channels: int, hidden: int, norm: str, gain: float
     ) -> None:
         super().__init__()
-        self.norm = parameter_free_norm(norm, channels)
+        self.norm = NORMS[norm](channels, affine=False)
         self.shared = xavier_(nn.Conv2d(label_channels, hidden, 3, padding=1), gain)
-        # gamma and beta in one convolution: the same values as two, in one pass over the embedding.
+        # One convolution for gamma and beta: the values of two, in one pass over the embedding.
         self.gamma_beta = WideConv2d(hidden, 2 * channels, 3, padding=1)
         for half in self.gamma_beta.weight.data.split(channels):
             nn.init.xavier_normal_(half, gain)
         nn.init.zeros_(self.gamma_beta.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Modulate.
+        """Modulate features by masks.
 
         Parameters
         ----------
         x
-            (k*B, C, h, w), k groups of features that share B masks.
+            (k*B, C, h, w), k groups of features of the same B masks.
         labels
             (B, L, h, w) one-hot masks at the features' resolution.
 
@@ -56,14 +58,14 @@ class SPADE(nn.Module):
             (k*B, C, h, w).
         """
         gamma, beta = self.gamma_beta(F.relu(self.shared(labels))).chunk(2, dim=1)
-        x = self.norm(x).unflatten(
-            0, (-1, len(labels))
-        )  # (k*B, ...) -> (k, B, ...): modulation is computed once a mask
+        x = self.norm(x).unflatten(0, (-1, len(labels)))  # (k*B, C, h, w) -> (k, B, C, h, w)
         return torch.addcmul(x + beta, x, gamma).flatten(0, 1)
 
 
 class SPADEResBlk(nn.Module):
-    """Residual block of two SPADE layers and two spectrally normalised convolutions, with a learned shortcut where widths differ.
+    """Residual block of two SPADE layers, each followed by a spectrally normalised convolution.
+
+    The shortcut is learned where the widths differ.
 
     Parameters
     ----------
@@ -84,23 +86,14 @@ class SPADEResBlk(nn.Module):
         gain: float,
     ) -> None:
         super().__init__()
-
-        def spade(channels: int) -> SPADE:
-            return SPADE(
-                channels=channels,
-                label_channels=label_channels,
-                hidden=hidden,
-                norm=norm,
-                gain=gain,
-            )
-
+        spade = partial(SPADE, label_channels=label_channels, hidden=hidden, norm=norm, gain=gain)
         middle = min(in_channels, out_channels)
-        self.spade_0, self.spade_1 = spade(in_channels), spade(middle)
+        self.spade_0, self.spade_1 = spade(channels=in_channels), spade(channels=middle)
         self.conv_0 = SpectralConv2d(in_channels, middle, 3, padding=1, gain=gain)
         self.conv_1 = SpectralConv2d(middle, out_channels, 3, padding=1, gain=gain)
         self.learned_shortcut = in_channels != out_channels
         if self.learned_shortcut:
-            self.spade_s = spade(in_channels)
+            self.spade_s = spade(channels=in_channels)
             self.conv_s = SpectralConv2d(in_channels, out_channels, 1, bias=False, gain=gain)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:

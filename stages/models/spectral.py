@@ -1,4 +1,7 @@
-"""Spectral normalisation (Miyato et al. 2018) of convolutions, for the price of a few passes over their weights less."""
+"""Spectral normalisation of convolutions (Miyato et al. 2018).
+
+It scales the output instead of the weight, which saves passes over large weights.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,24 @@ from torch import Tensor, nn
 from stages.models.blocks import xavier_
 from stages.models.winograd import conv2d
 
-START = 15  # power iterations before the first step, as many as PyTorch's own takes
+START = 15  # power iterations at initialisation, as in PyTorch's spectral_norm
 
 
 class SpectralConv2d(nn.Conv2d):
-    """A convolution whose weight counts as divided by its largest singular value, sigma.
+    """A convolution whose weight is divided by its largest singular value, sigma.
 
-    The output is divided in place of the weight: ``conv(x, W / sigma) + b = conv(x, W) / sigma + b``. At the thesis's widths the
-    weights are many times larger than the activations, and normalising them takes a third to a half of a training step.
-    Values and gradients are those of :func:`torch.nn.utils.parametrizations.spectral_norm`: sigma is ``u' W v`` with vectors
-    from one power iteration a training step, which count as constants.
+    The output is divided instead: ``conv(x, W / sigma) + b = conv(x, W) / sigma + b``. At the
+    thesis's widths weights are many times larger than activations, and normalising weights takes a
+    third to a half of a training step. Values and gradients are those of
+    :func:`torch.nn.utils.parametrizations.spectral_norm`: sigma is ``u' W v``; each training step
+    runs one power iteration for u and v, which count as constants.
 
     Parameters
     ----------
     in_channels, out_channels, kernel_size, stride, padding, bias
-        Of the convolution.
+        As of :class:`torch.nn.Conv2d`.
     gain
-        Of its Xavier initialisation.
+        Gain of the Xavier initialisation.
     """
 
     u: Tensor
@@ -49,7 +53,10 @@ class SpectralConv2d(nn.Conv2d):
         self._iterate(START)
 
     def _matrix(self) -> Tensor:
-        """(out, kh*kw*in): a view where the weight lies with channels last; the order of columns does not change sigma."""
+        """Return the weight as (out, kh*kw*in); the order of columns does not change sigma.
+
+        It is a view if the weight is channels last in memory.
+        """
         return self.weight.permute(0, 2, 3, 1).flatten(1)
 
     @torch.no_grad()
@@ -60,19 +67,19 @@ class SpectralConv2d(nn.Conv2d):
             F.normalize(torch.mv(matrix.T, self.u), dim=0, out=self.v)
 
     def scale(self) -> Tensor:
-        """1 / sigma; in training the vectors take one more power iteration first."""
+        """Return 1 / sigma; in training, after one more power iteration."""
         with torch.autocast(self.weight.device.type, enabled=False):
             if self.training:
                 self._iterate(1)
-            # Cloned: the next call moves them while this one's gradient may still be wanted.
+            # Clones: the next call changes u and v in place, maybe before this call's backward.
             return 1 / torch.dot(self.u.clone(), torch.mv(self._matrix(), self.v.clone()))
 
     def convolve(self, x: Tensor, scale: Tensor) -> Tensor:
-        """:meth:`forward` with a :meth:`scale` that several inputs share."""
+        """Do what :meth:`forward` does, with a :meth:`scale` that several inputs share."""
         return self.rescale(conv2d(x, self.weight, None, self.stride, self.padding), scale)
 
     def rescale(self, y: Tensor, scale: Tensor) -> Tensor:
-        """``y * scale + bias`` for the output of the bare convolution, (B, out, h, w)."""
+        """Compute ``y * scale + bias`` from the output of the bare convolution, (B, out, h, w)."""
         if self.bias is None:
             return y * scale.to(y.dtype)
         return torch.addcmul(self.bias.to(y.dtype).view(1, -1, 1, 1), y, scale.to(y.dtype))

@@ -1,7 +1,8 @@
-"""The report's charts: small SVG panels that lie side by side or below each other, in the page's own colours and type.
+"""The report's charts: small SVG panels in the colours and type of the page.
 
-matplotlib draws them in the colours below; in the page these become CSS variables, so that one drawing serves light and
-dark. Names and legends are HTML around the panels: they wrap where the page is narrow, and do not shrink with the panel.
+matplotlib draws in the colours below. In the page they become CSS variables, so that one drawing
+serves the light and the dark scheme. Titles and legends are HTML around the panels: they wrap on
+a narrow page and keep their size.
 """
 
 from __future__ import annotations
@@ -16,51 +17,40 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
 
+from stages.reporting.tables import Row
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curves = Mapping[str, pd.Series]  # of one training, by name
+Seeds = Sequence[Curves]  # of one variant
 
 INK, SOFT, LINE = "#1c2430", "#566070", "#dfe4ea"
+# fmt: off
 SERIES = (
-    "#2563eb",
-    "#ea580c",
-    "#059669",
-    "#9333ea",
-    "#ca8a04",
-    "#0891b2",
-    "#db2777",
-    "#65a30d",
-    "#78716c",
-    "#dc2626",
+    "#2563eb", "#ea580c", "#059669", "#9333ea", "#ca8a04",
+    "#0891b2", "#db2777", "#65a30d", "#78716c", "#dc2626",
 )
-DARK = (
-    "#60a5fa",
-    "#fb923c",
-    "#34d399",
-    "#c084fc",
-    "#facc15",
-    "#22d3ee",
-    "#f472b6",
-    "#a3e635",
-    "#a8a29e",
-    "#f87171",
+DARK = (  # the series' colours on a dark ground
+    "#60a5fa", "#fb923c", "#34d399", "#c084fc", "#facc15",
+    "#22d3ee", "#f472b6", "#a3e635", "#a8a29e", "#f87171",
 )
-DASHES = ("solid", "dashed", "dotted")  # of the first ten series, the next ten, the rest
-REAL, GENERATED = (
-    "#3b82f6",
-    "#ef4444",
-)  # of points, which are pixels: seen on white and on dark ground
+# fmt: on
+REAL, GENERATED = "#3b82f6", "#ef4444"  # of points, which are pixels: for light and dark grounds
 VARIABLES = {
     INK: "currentColor",
     SOFT: "var(--soft)",
     LINE: "var(--line)",
     **{hue: f"var(--series-{n})" for n, hue in enumerate(SERIES)},
 }
-STYLE: dict[Any, Any] = {
+DASHES = ("solid", "dashed", "dotted")  # of the first ten lines, the next ten, the rest
+OPEN_AXES: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False}
+PNG_STYLE = OPEN_AXES | {"font.size": 9, "figure.dpi": 110}
+SVG_STYLE = OPEN_AXES | {
     "font.size": 10,
     "axes.edgecolor": SOFT,
     "axes.labelcolor": SOFT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": LINE,
@@ -69,15 +59,42 @@ STYLE: dict[Any, Any] = {
     "xtick.color": SOFT,
     "ytick.color": SOFT,
     "lines.linewidth": 1.6,
-    "text.parse_math": False,  # names are names
+    "text.parse_math": False,  # a $ in a name is a $
     "svg.fonttype": "none",  # text stays text, in the page's type
-    "svg.hashsalt": "featuregan",  # the same drawing, the same bytes
+    "svg.hashsalt": "featuregan",  # the same drawing has the same bytes
+}
+GAN_CURVES = {
+    "Discriminator loss": r"discriminator/(?!.*accuracy)",
+    "Discriminator accuracy": r"discriminator/accuracy",
+    "Generator losses": r"generator/",
+}
+MONITOR_CURVES = {
+    "frechet": "Fréchet distance",
+    "coverage": "Coverage",
+    "two_sample_accuracy": "Two-sample accuracy",
+    "variance_ratio": "Variance within classes / real",
+    "diversity": "Diversity over z / real",
+    "consistency": "Consistency (mIoU of the probe)",
+}
+DECODER_CURVES = {
+    "decoder/ce_real": "Cross-entropy on real training features",
+    "val/miou": "mIoU on val",
 }
 
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of a legend: its name, CSS colour, and shape: a line (``solid``, ``dashed``, ``dotted``), a ``mark`` or a ``tick``."""
+    """An entry of a legend.
+
+    Attributes
+    ----------
+    name
+        Text of the entry.
+    colour
+        A CSS colour.
+    shape
+        A line (``solid``, ``dashed``, ``dotted``), a ``mark`` or a ``tick``.
+    """
 
     name: str
     colour: str
@@ -86,7 +103,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing: its title, the SVG, and the legend that belongs to it alone."""
+    """One drawing, with the legend of this panel only."""
 
     title: str
     svg: Markup
@@ -95,185 +112,118 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """Panels that belong together, and the legend of all of them."""
+    """Panels in a row, and their common legend."""
 
     panels: tuple[Panel, ...]
     legend: tuple[Key, ...] = ()
 
 
 def css_colour(colour: tuple[int, int, int]) -> str:
-    """(red, green, blue), each 0..255, as ``#rrggbb``."""
+    """Convert (red, green, blue), each 0..255, to ``#rrggbb``."""
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
-def gan_curves(curves: Mapping[str, pd.Series]) -> Chart:
-    """Losses of the GAN's own training (thesis figure 4.3), and how often the discriminator is right."""
-    found = {
-        "Discriminator loss": [
-            name for name in curves if name.startswith("discriminator/") and "accuracy" not in name
-        ],
-        "Discriminator accuracy": [
-            name for name in curves if name.startswith("discriminator/accuracy")
-        ],
-        "Generator losses": [name for name in curves if name.startswith("generator/")],
-    }
+def gan_curves(curves: Curves) -> Chart:
+    """Draw the losses of the GAN's pretraining (thesis figure 4.3) and discriminator accuracy."""
     panels = []
-    for title, names in found.items():
-        if not names:
-            continue
-        axes = _epochs()
-        for number, name in enumerate(names):
-            axes.plot(curves[name].index + 1, curves[name], **_line(number))
-        labels = [name.split("/")[1].removeprefix("accuracy_").replace("_", " ") for name in names]
-        panels.append(Panel(title, _svg(axes, title), _keys(labels)))
+    for title, pattern in GAN_CURVES.items():
+        names = [name for name in curves if re.match(pattern, name)]
+        labels = (name.split("/")[1].removeprefix("accuracy_").replace("_", " ") for name in names)
+        if names:
+            panels.append(_curve_panel(title, [[curves[name]] for name in names], _keys(labels)))
     return Chart(tuple(panels))
 
 
-def monitor_curves(runs: Mapping[str, Mapping[str, pd.Series]]) -> Chart | None:
-    """Measures of generated features by epoch: the GAN's own training (the first run), then each joint training that goes on from it.
+def monitor_curves(runs: Mapping[str, Curves]) -> Chart | None:
+    """Draw measures of generated features by epoch; None where nothing was measured.
 
-    Dashed: what real features measure. None where nothing was measured.
+    The first run is the GAN's pretraining. The joint trainings that start from it follow on the
+    epoch axis. Dashed: the measure of real features.
     """
-    titles = {
-        "frechet": "Fréchet distance",
-        "coverage": "Coverage",
-        "two_sample_accuracy": "Two-sample accuracy",
-        "variance_ratio": "Variance within classes / real",
-        "diversity": "Diversity over z / real",
-        "consistency": "Consistency (mIoU of the probe)",
-    }
     watched = {run: curves for run, curves in runs.items() if "monitor/frechet" in curves}
     if not watched:
         return None
-    first = next(iter(watched.values()))
+    first, *joint = watched.values()
     pretrained = int(first["monitor/frechet"].index[-1]) + 1
     panels = []
-    for name, title in titles.items():
-        axes = _epochs()
-        for number, curves in enumerate(watched.values()):
-            curve = curves[f"monitor/{name}"]
-            axes.plot(
-                (pretrained if number else 0) + curve.index + 1, curve, marker=".", **_line(number)
-            )
-        reference = first.get(f"monitor/{name}_floor", first.get(f"monitor/{name}_real"))
-        if reference is not None:
-            axes.axhline(reference.iloc[-1], color=SOFT, linestyle="--", linewidth=1)
-        panels.append(Panel(title, _svg(axes, title)))
+    for name, title in MONITOR_CURVES.items():
+        key = f"monitor/{name}"
+        later = (curves[key].rename(lambda epoch: epoch + pretrained) for curves in joint)
+        reference = first.get(f"{key}_floor", first.get(f"{key}_real"))
+        shown = [[curve] for curve in (first[key], *later)]
+        panels.append(_curve_panel(title, shown, reference=reference, marker="."))
     return Chart(tuple(panels), (*_keys(watched), Key("real features", VARIABLES[SOFT], "dashed")))
 
 
-def mean_over_seeds(
-    runs: Mapping[str, Sequence[Mapping[str, pd.Series]]], name: str
-) -> pd.DataFrame:
-    """One curve of every variant, mean over its seeds: a row an epoch (from 1), a column a variant."""
-    means = {
-        variant: pd.concat([run[name] for run in seeds], axis=1).mean(axis=1)
-        for variant, seeds in runs.items()
-    }
-    table = pd.DataFrame(means)
+def mean_over_seeds(runs: Mapping[str, Seeds], name: str) -> pd.DataFrame:
+    """Average a curve over seeds: one row an epoch (from 1), one column a variant."""
+    table = pd.DataFrame(
+        {
+            variant: pd.concat([run[name] for run in seeds], axis=1).mean(axis=1)
+            for variant, seeds in runs.items()
+        }
+    )
     return table.set_axis(table.index + 1).rename_axis("epoch")
 
 
-def decoder_curves(runs: Mapping[str, Sequence[Mapping[str, pd.Series]]]) -> Chart:
-    """Training loss on real features and mIoU on val by variant: the mean over seeds, and each seed faintly."""
-    titles = {
-        "decoder/ce_real": "Cross-entropy on real training features",
-        "val/miou": "mIoU on val",
-    }
-    panels = []
-    for name, title in titles.items():
-        axes = _epochs()
-        for number, seeds in enumerate(runs.values()):
-            table = pd.concat([run[name] for run in seeds], axis=1)
-            if len(seeds) > 1:
-                axes.plot(
-                    table.index + 1, table, **{**_line(number), "alpha": 0.3, "linewidth": 0.8}
-                )
-            axes.plot(table.index + 1, table.mean(axis=1), **_line(number))
-        panels.append(Panel(title, _svg(axes, title)))
+def decoder_curves(runs: Mapping[str, Seeds]) -> Chart:
+    """Draw the training loss on real features and mIoU on val, by variant."""
+    panels = (
+        _curve_panel(title, [[run[name] for run in seeds] for seeds in runs.values()])
+        for name, title in DECODER_CURVES.items()
+    )
     return Chart(tuple(panels), _keys(runs))
 
 
-def differences(rows: Sequence[Mapping[str, Any]]) -> Chart | None:
-    """Difference in mIoU to the baseline by variant: its 95% interval over test images, and each seed; None without a baseline."""
+def differences(rows: Sequence[Row]) -> Chart | None:
+    """Draw the difference in mIoU to the baseline by variant; None without a baseline."""
     shown = [row for row in rows if row["delta_miou"] is not None]
     if not shown:
         return None
     axes = _axes(height=0.7 + 0.42 * len(shown))
+    across = axes.get_yaxis_transform()  # x is 0..1 from the left to the right edge
+    for place, row in enumerate(shown):
+        # The name is above the line, as names may be long; the line of 0 leaves it free.
+        axes.plot([0, 0], [place - 0.1, place + 0.5], color=SOFT, linewidth=1)
+        axes.text(0.01, place - 0.28, row["variant"], transform=across, va="center", color=INK)
+    draw_differences(axes, shown)
     axes.grid(axis="y", visible=False)
-    for place, row in enumerate(
-        shown
-    ):  # its name stands above its line: names may be long, and the page narrow
-        axes.plot(
-            [0, 0], [place - 0.1, place + 0.5], color=SOFT, linewidth=1
-        )  # no difference: not through the names
-        axes.text(
-            0.01,
-            place - 0.28,
-            row["variant"],
-            transform=axes.get_yaxis_transform(),
-            va="center",
-            color=INK,
-            size=10,
-        )
-        if row["delta_interval"] is not None:
-            axes.plot(
-                [row["delta_interval"]["low"], row["delta_interval"]["high"]],
-                [place, place],
-                color=SERIES[0],
-                linewidth=2,
-            )
-        axes.plot(
-            row["delta_miou_values"],
-            [place] * len(row["delta_miou_values"]),
-            "|",
-            color=SOFT,
-            markersize=8,
-        )
-        axes.plot(row["delta_miou"], place, "o", color=SERIES[0], markersize=6)
-    axes.set(
-        xlabel="points of mIoU against the baseline", yticks=[], ylim=(len(shown) - 0.65, -0.6)
-    )
     axes.spines["left"].set_visible(False)
-    blue, grey = VARIABLES[SERIES[0]], VARIABLES[SOFT]
+    axes.set(yticks=[], ylim=(len(shown) - 0.65, -0.6))
+    axes.set_xlabel("points of mIoU against the baseline")
     legend = (
-        Key("mean over seeds", blue, "mark"),
-        Key("95% interval", blue),
-        Key("a seed", grey, "tick"),
+        Key("mean over seeds", VARIABLES[SERIES[0]], "mark"),
+        Key("95% interval", VARIABLES[SERIES[0]]),
+        Key("a seed", VARIABLES[SOFT], "tick"),
     )
     return Chart((Panel("", _svg(axes, "Difference in mIoU to the baseline by variant")),), legend)
 
 
+def draw_differences(axes: Axes, rows: Sequence[Row]) -> None:
+    """Draw each row's difference to the baseline: 95% interval, seeds, and mean over seeds."""
+    for place, row in enumerate(rows):
+        bounds, by_seed = row["delta_interval"], row["delta_miou_values"]
+        if bounds is not None:
+            ends = [bounds["low"], bounds["high"]]
+            axes.plot(ends, [place, place], color=SERIES[0], linewidth=2)
+        axes.plot(by_seed, [place] * len(by_seed), "|", color=SOFT, markersize=8)
+        axes.plot(row["delta_miou"], place, "o", color=SERIES[0], markersize=6)
+
+
 def projections(real: np.ndarray, before: np.ndarray, after: np.ndarray) -> Chart:
-    """Thesis figure 4.1: points (n, 2) each, before and after the GAN's training on the same axes."""
+    """Draw thesis figure 4.1: points (n, 2) each, before and after the GAN's pretraining."""
     limits = _limits(real, before, after)
-    panels = []
-    for points, title in (
-        (before, "Before the GAN's training"),
-        (after, "After the GAN's training"),
-    ):
-        axes = _scatter_axes(limits)
-        axes.scatter(
-            real[:, 0],
-            real[:, 1],
-            s=10,
-            marker="^",
-            color=REAL,
-            alpha=0.5,
-            linewidths=0,
-            rasterized=True,
+    marks = {"s": 10, "marker": "^", "color": REAL, "alpha": 0.5, "linewidths": 0}
+    crosses = {"s": 12, "marker": "x", "color": GENERATED, "alpha": 0.6, "linewidths": 0.8}
+    panels = (
+        _point_panel(
+            title, "UMAP of real and generated features", limits, (real, marks), (points, crosses)
         )
-        axes.scatter(
-            points[:, 0],
-            points[:, 1],
-            s=12,
-            marker="x",
-            color=GENERATED,
-            alpha=0.6,
-            linewidths=0.8,
-            rasterized=True,
-        )
-        panels.append(Panel(title, _svg(axes, f"UMAP of real and generated features: {title}")))
+        for title, points in {
+            "Before the GAN's training": before,
+            "After the GAN's training": after,
+        }.items()
+    )
     return Chart(tuple(panels), (Key("real", REAL, "mark"), Key("generated", GENERATED, "mark")))
 
 
@@ -283,109 +233,126 @@ def projections_by_class(
     names: Sequence[str],
     palette: Sequence[tuple[int, int, int]],
 ) -> Chart:
-    """The same points (n, 2) coloured by class (n,): real ones, and generated ones after training."""
+    """Draw points coloured by class: real features, and features generated after pretraining.
+
+    Parameters
+    ----------
+    real, after
+        Points (n, 2) and their classes (n,).
+    names, palette
+        Of the classes.
+    """
     limits = _limits(real[0], after[0])
-    shown = [
-        value
-        for value in range(len(names))
-        if (real[1] == value).any() or (after[1] == value).any()
-    ]
+    shown = np.unique(np.concatenate([real[1], after[1]]))
+    shown = shown[shown < len(names)].tolist()
+    marks = {"s": 12, "linewidths": 0.4, "edgecolors": "#888"}
     panels = []
-    for (points, classes), title in ((real, "Real"), (after, "Generated, after training")):
-        axes = _scatter_axes(limits)
-        for value in shown:
-            chosen = points[classes == value]
-            hue = np.array(palette[value]) / 255
-            axes.scatter(
-                chosen[:, 0],
-                chosen[:, 1],
-                s=12,
-                color=[hue],
-                linewidths=0.4,
-                edgecolors="#888",
-                rasterized=True,
-            )
-        panels.append(Panel(title, _svg(axes, f"UMAP by class: {title}")))
-    legend = tuple(Key(names[value], css_colour(palette[value]), "mark") for value in shown)
-    return Chart(tuple(panels), legend)
+    for title, (points, classes) in {"Real": real, "Generated, after training": after}.items():
+        groups = (
+            (points[classes == value], {**marks, "color": [np.array(palette[value]) / 255]})
+            for value in shown
+        )
+        panels.append(_point_panel(title, "UMAP by class", limits, *groups))
+    legend = (Key(names[value], css_colour(palette[value]), "mark") for value in shown)
+    return Chart(tuple(panels), tuple(legend))
 
 
-# matplotlib takes a second to import: whoever draws nothing, as all stages but the report, does without it.
+def line_style(number: int) -> dict[str, Any]:
+    """Choose colour and dashes of the n-th line of a chart; thirty lines differ."""
+    dashes = DASHES[min(number // len(SERIES), len(DASHES) - 1)]
+    return {"color": SERIES[number % len(SERIES)], "linestyle": dashes}
+
+
+def png(figure: Figure) -> bytes:
+    """Convert a figure to PNG on white ground."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", facecolor="white")
+    return buffer.getvalue()
+
+
+# Functions import matplotlib themselves: it takes a second, and only the report draws charts.
 
 
 def _axes(width: float = 3.6, height: float = 2.5) -> Axes:
-    """Axes of a new figure of this size in inches, which is that of a narrow page."""
+    """Make axes of a new figure; the size in inches is that of a narrow page."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(SVG_STYLE):
         return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
-def _epochs() -> Axes:
+def _curve_panel(
+    title: str,
+    curves: Iterable[Sequence[pd.Series]],
+    legend: tuple[Key, ...] = (),
+    *,
+    reference: pd.Series | None = None,
+    marker: str | None = None,
+) -> Panel:
+    """Draw curves by epoch (from 1): the mean over each curve's seeds, and each seed faintly.
+
+    ``reference`` is a dashed line at its last value.
+    """
     from matplotlib.ticker import MaxNLocator
 
     axes = _axes()
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    return axes
+    for number, seeds in enumerate(curves):
+        table, style = pd.concat(seeds, axis=1), line_style(number)
+        if len(seeds) > 1:
+            axes.plot(table.index + 1, table, **style | {"alpha": 0.3, "linewidth": 0.8})
+        axes.plot(table.index + 1, table.mean(axis=1), marker=marker, **style)
+    if reference is not None:
+        axes.axhline(reference.iloc[-1], color=SOFT, linestyle="--", linewidth=1)
+    return Panel(title, _svg(axes, title), legend)
 
 
-def _scatter_axes(limits: tuple[np.ndarray, np.ndarray]) -> Axes:
+def _point_panel(
+    title: str, what: str, limits: np.ndarray, *groups: tuple[np.ndarray, dict[str, Any]]
+) -> Panel:
+    """Scatter groups of points (n, 2), each with matplotlib's properties of its marks."""
     axes = _axes(height=3.4)
-    axes.set(
-        xticks=[], yticks=[], xlim=(limits[0][0], limits[1][0]), ylim=(limits[0][1], limits[1][1])
-    )
+    axes.set(xticks=[], yticks=[], xlim=limits[:, 0], ylim=limits[:, 1])
     axes.spines[:].set_visible(False)
-    return axes
+    for points, marks in groups:
+        axes.scatter(points[:, 0], points[:, 1], rasterized=True, **marks)
+    return Panel(title, _svg(axes, f"{what}: {title}"))
 
 
-def _limits(*groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lower left and upper right corner of all points (n, 2), with a margin."""
-    low, high = (edge(np.concatenate(groups), axis=0) for edge in (np.min, np.max))
+def _limits(*groups: np.ndarray) -> np.ndarray:
+    """Find lower left and upper right corner (2, 2) of all points (n, 2), with a margin."""
+    points = np.concatenate(groups)
+    low, high = points.min(0), points.max(0)
     margin = 0.04 * np.maximum(high - low, 1e-6)
-    return low - margin, high + margin
-
-
-def _line(number: int) -> dict[str, Any]:
-    return {
-        "color": SERIES[number % len(SERIES)],
-        "linestyle": DASHES[min(number // len(SERIES), len(DASHES) - 1)],
-    }
+    return np.stack([low - margin, high + margin])
 
 
 def _keys(names: Iterable[str]) -> tuple[Key, ...]:
-    """Legend of curves drawn with :func:`_line` in this order."""
-    lines = ((name, _line(number)) for number, name in enumerate(names))
+    """Make the legend of curves drawn in this order by :func:`_curve_panel`."""
+    lines = ((name, line_style(number)) for number, name in enumerate(names))
     return tuple(Key(name, VARIABLES[line["color"]], line["linestyle"]) for name, line in lines)
 
 
 def _svg(axes: Axes, label: str) -> Markup:
-    """The figure as an SVG element of a page: scalable, named for screen readers, in the page's colours and type."""
+    """Convert a figure to an SVG element, named for screen readers, in the page's colours."""
     import matplotlib as mpl
-    from matplotlib.figure import Figure
 
-    buffer, figure = io.StringIO(), axes.figure
-    assert isinstance(figure, Figure)
-    with mpl.rc_context(STYLE):
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", dpi=200, transparent=True, metadata=nothing)
+    buffer, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with mpl.rc_context(SVG_STYLE):
+        axes.figure.savefig(  # type: ignore[union-attr]
+            buffer, format="svg", dpi=200, transparent=True, metadata=nothing
+        )
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    view = re.search(r'viewBox="[^"]*"', text)
-    assert view is not None
-    text = re.sub(
-        r"<svg[^>]*>",
-        f'<svg {view.group()} role="img" aria-label="{escape(label)}">',
-        text,
-        count=1,
-    )
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # it would be the whole page's
-    text = re.sub(
-        r'<g id="[^"]*"', "<g", text
-    )  # nor may an id stand twice in it; those of markers are hashes of what they draw
-    text = re.sub(r"font-family: [^;]*; ", "", text)
-    text = re.sub(
-        r"#[0-9a-f]{6}\b", lambda found: VARIABLES.get(found.group(), found.group()), text
-    )
-    return Markup(re.sub(r"\n\s+", "\n", text))
+    head = rf'<svg \1 role="img" aria-label="{escape(label)}">'
+    for pattern, replacement in (
+        (r'\A.*?<svg[^>]*(viewBox="[^"]*")[^>]*>', head),
+        (r"<style.*?</style>", ""),  # it would apply to the whole page
+        # An id must not occur twice in the page; ids of markers are hashes of what they draw.
+        (r'<g id="[^"]*"', "<g"),
+        (r"font-family: [^;]*; ", ""),
+        (r"\n\s+", "\n"),
+    ):
+        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
+    return Markup(re.sub(r"#[0-9a-f]{6}\b", lambda hue: VARIABLES.get(hue[0], hue[0]), text))

@@ -1,4 +1,4 @@
-"""The curves that trainings leave."""
+"""Curves of trainings, as DVCLive writes them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import pandas as pd
 
 
 def read_curves(live: Path) -> dict[str, pd.Series]:
-    """DVCLive's curves by name, indexed by epoch."""
+    """Read the curves of a DVCLive folder by name, indexed by epoch."""
     folder = live / "plots" / "metrics"
-    curves = {}
-    for file in sorted(folder.rglob("*.tsv")):
-        table = pd.read_csv(file, sep="\t", index_col="step")
-        curves[file.relative_to(folder).with_suffix("").as_posix()] = table.iloc[:, -1]
-    return curves
+    return {
+        file.relative_to(folder).with_suffix("").as_posix(): pd.read_csv(
+            file, sep="\t", index_col="step"
+        ).iloc[:, -1]
+        for file in sorted(folder.rglob("*.tsv"))
+    }

@@ -1,4 +1,4 @@
-"""Predicted classes in colour over the image that they were predicted from."""
+"""Overlays of predicted classes in colour over their image."""
 
 from __future__ import annotations
 
@@ -7,30 +7,40 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+Palette = Sequence[tuple[int, int, int]]
 OPACITY = 0.5  # of a class's colour
 BLACK = (0, 0, 0)
 
 
-def overlay(
-    image: np.ndarray, classes: np.ndarray, palette: Sequence[tuple[int, int, int]]
-) -> np.ndarray:
-    """The image (H, W, 3) uint8 with its classes (H, W) uint8 in colour and thin white lines between them.
+def overlay(image: np.ndarray, classes: np.ndarray, palette: Palette) -> np.ndarray:
+    """Blend an image with the colours of its classes, with thin white lines between classes.
 
-    A class whose colour is black, as the background's is by custom, is left as photographed.
+    Parameters
+    ----------
+    image
+        (H, W, 3) uint8.
+    classes
+        (H, W) uint8.
+    palette
+        A colour a class. A black class, by custom the background, leaves the image as it is.
+
+    Returns
+    -------
+    (H, W, 3) uint8
     """
     colours = np.zeros((256, 3), np.float32)
     colours[: len(palette)] = palette
-    kept = np.ones((256, 1), np.float32)  # share of the image
-    kept[[value for value, colour in enumerate(palette) if tuple(colour) != BLACK]] = 1 - OPACITY
-    # Both are looked up by class, so that nothing of (H, W, 3) float32 is made but the blend itself.
-    blend = image * kept[classes]
-    blend += (colours * (1 - kept))[classes]
-    blend[borders(classes)] = 255
+    weight = np.ones((256, 1), np.float32)  # of the image, by class
+    weight[[value for value, colour in enumerate(palette) if tuple(colour) != BLACK]] = 1 - OPACITY
+    # Looking up by class avoids float32 arrays (H, W, 3) besides the blend itself.
+    blend = image * weight[classes]
+    blend += (colours * (1 - weight))[classes]
+    blend[_borders(classes)] = 255
     return blend.astype(np.uint8)
 
 
-def borders(classes: np.ndarray) -> np.ndarray:
-    """(H, W) bool: pixels next to one of another class, in lines that grow with the image from one pixel on."""
+def _borders(classes: np.ndarray) -> np.ndarray:
+    """Mark pixels (H, W) next to another class; lines are wider in images above 1000 pixels."""
     edge = np.zeros(classes.shape, bool)
     edge[:-1] |= classes[:-1] != classes[1:]
     edge[:, :-1] |= classes[:, :-1] != classes[:, 1:]
@@ -40,8 +50,8 @@ def borders(classes: np.ndarray) -> np.ndarray:
     return edge
 
 
-def legend(class_names: Sequence[str], palette: Sequence[tuple[int, int, int]]) -> Image.Image:
-    """What the colours mean: a field and a name a class, in as many columns as make a sheet of them."""
+def legend(class_names: Sequence[str], palette: Palette) -> Image.Image:
+    """Draw the colour, number and name of each class, in columns of at most 25 classes."""
     font = ImageFont.load_default(16)
     rows = min(len(class_names), 25)
     columns = -(-len(class_names) // rows)

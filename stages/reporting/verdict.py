@@ -1,121 +1,122 @@
-"""What the comparison says in words: does a variant help, by how much, how sure is that."""
+"""The comparison in words: whether a variant helps, by how much, and how certain that is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from stages.reporting.tables import Row
 
 
 @dataclass(frozen=True)
-class Answer:
+class Verdict:
     """The first lines of the report.
 
     Attributes
     ----------
-    verdict
-        ``helps``, ``hurts``, ``unclear`` (the interval holds 0, seeds disagree, or there is one alone), or ``open`` (nothing to
-        compare, or no interval).
+    outcome
+        ``helps``, ``hurts``, ``unclear`` (the interval contains 0, seeds disagree, or there is
+        only one seed), or ``open`` (nothing to compare, or no interval).
     headline
-        The answer in one sentence.
+        The verdict in one sentence.
     figures
-        Name and value of the few numbers behind it.
+        Name and value of the few numbers behind the verdict.
     certainty
-        What the numbers rest on, and what they do not cover.
+        What the numbers depend on, and what they do not cover.
     """
 
-    verdict: str
+    outcome: str
     headline: str
     figures: tuple[tuple[str, str], ...]
     certainty: str
 
 
-def answer(rows: Sequence[Mapping[str, Any]], images: int, block_length: int = 1) -> Answer:
-    """The answer that the rows of :func:`stages.reporting.tables.compare` give, tested on so many images, drawn in such blocks.
+def verdict(rows: Sequence[Row], images: int, block_length: int = 1) -> Verdict:
+    """Judge the variants of a comparison by the one that gains most.
 
-    It is about one variant: the one that gains most of those whose interval is above 0 and that gain with every seed, two at
-    least, or of all where none is. The interval alone would say too much: it knows of test images only, and for two trainings
-    that differ in nothing but the seed it misses 0 far more often than one time in twenty.
+    Variants whose interval is above 0 and that gain with every one of at least two seeds come
+    first. The interval alone would claim too much: it covers the choice of test images only. For
+    two trainings that differ in nothing but the seed, it misses 0 far more often than one time in
+    twenty.
+
+    Parameters
+    ----------
+    rows
+        From :func:`stages.reporting.tables.compare`.
+    images
+        Number of test images.
+    block_length
+        Consecutive test images that the bootstrap drew together.
     """
     others = [row for row in rows if row["delta_miou"] is not None]
     baseline = next((row for row in rows if row["delta_miou"] is None), None)
     if not others or baseline is None:
-        scores = tuple(
-            (f"{row['variant']}, mIoU", f"{row['miou']['mean']:.2f} %") for row in rows[:4]
-        )
-        return Answer(
+        return Verdict(
             "open",
             "Nothing to compare with",
-            scores,
+            tuple(map(_miou, rows[:4])),
             "Name the baseline and one more variant in compare.variants.",
         )
-    sure = [
+    certain = [
         row
         for row in others
-        if row["delta_interval"] and row["delta_interval"]["low"] > 0 and _with_every_seed(row)
+        if row["delta_interval"] and row["delta_interval"]["low"] > 0 and _seeds_agree(row)
     ]
-    best = max(sure or others, key=lambda row: row["delta_miou"])
-    name, interval = best["variant"], best["delta_interval"]
-    size, side = (
-        f"{abs(best['delta_miou']):.2f} points of mIoU",
-        "above" if best["delta_miou"] >= 0 else "below",
+    best = max(certain or others, key=lambda row: row["delta_miou"])
+    interval = best["delta_interval"]
+    bounds = f"{signed(interval['low'])} to {signed(interval['high'])}" if interval else "—"
+    difference = ("difference", signed(best["delta_miou"]))
+    return Verdict(
+        *_outcome(best, bool(certain), len(others)),
+        (_miou(baseline), _miou(best), difference, ("95% interval", bounds)),
+        _certainty(best, len(others) if certain else 1, images, block_length),
     )
+
+
+def _miou(row: Row) -> tuple[str, str]:
+    return f"{row['variant']}, mIoU", f"{row['miou']['mean']:.2f} %"
+
+
+def _outcome(best: Row, certain: bool, variants: int) -> tuple[str, str]:
+    name, interval, by_seed = best["variant"], best["delta_interval"], best["delta_miou_values"]
+    size = f"{abs(best['delta_miou']):.2f} points of mIoU"
+    against = f"{size} {'above' if best['delta_miou'] >= 0 else 'below'} the baseline"
     if interval is None:
-        verdict, headline = (
-            "open",
-            f"Not known: {name} is {size} {side} the baseline, without an interval",
-        )
-    elif sure:
-        verdict, headline = "helps", f"Yes: {name} is {size} above the baseline"
-    elif interval["high"] < 0 and _with_every_seed(best):
+        return "open", f"Not known: {name} is {against}, without an interval"
+    if certain:
+        return "helps", f"Yes: {name} is {against}"
+    if interval["high"] < 0 and _seeds_agree(best):
         closest = f"every variant is below the baseline; the closest, {name}, by {size}"
-        verdict, headline = (
-            "hurts",
-            f"No: {closest if len(others) > 1 else f'{name} is {size} below the baseline'}",
-        )
-    else:
-        alone = ", with one seed" if len(best["delta_miou_values"]) == 1 else ""
-        verdict, headline = (
-            "unclear",
-            f"Not clear: {name} is {size} {side} the baseline{alone}, which may be chance",
-        )
-    figures = (
-        ("baseline, mIoU", f"{baseline['miou']['mean']:.2f} %"),
-        (f"{name}, mIoU", f"{best['miou']['mean']:.2f} %"),
-        ("difference", signed(best["delta_miou"])),
-        (
-            "95% interval",
-            "—" if interval is None else f"{signed(interval['low'])} to {signed(interval['high'])}",
-        ),
-    )
-    picked = len(others) if verdict == "helps" else 1
-    return Answer(
-        verdict,
-        headline,
-        figures,
-        _certainty(best["delta_miou_values"], picked, images, block_length),
-    )
+        return "hurts", f"No: {closest if variants > 1 else f'{name} is {against}'}"
+    seeds = ", with one seed" if len(by_seed) == 1 else ""
+    return "unclear", f"Not clear: {name} is {against}{seeds}, which may be chance"
 
 
-def _with_every_seed(row: Mapping[str, Any]) -> bool:
-    """Whether several seeds have a difference of the same sign."""
+def _seeds_agree(row: Row) -> bool:
+    """Tell whether two seeds or more all have a difference of the same sign."""
     by_seed = row["delta_miou_values"]
     return len(by_seed) > 1 and (min(by_seed) > 0 or max(by_seed) < 0)
 
 
-def _certainty(by_seed: Sequence[float], variants: int, images: int, block_length: int) -> str:
-    """What a difference rests on: seeds, test images, and from how many variants it was picked for being above 0."""
-    what = f"The interval is over the {images} test images"
-    what += f" in blocks of {block_length}" if block_length > 1 else ""
+def _certainty(best: Row, variants: int, images: int, block_length: int) -> str:
+    """Say what a difference depends on.
+
+    ``variants`` is the number of variants from which this one was picked for its gain.
+    """
+    by_seed = best["delta_miou_values"]
+    blocks = f" in blocks of {block_length}" if block_length > 1 else ""
+    seeds = f"for these {len(by_seed)} seeds; by seed the difference is "
+    seeds += f"{', '.join(map(signed, by_seed))}."
     if len(by_seed) == 1:
-        text = f"{what}, for one seed: how far another seed would move the difference is not known."
-    else:
-        text = f"{what}, for these {len(by_seed)} seeds; by seed the difference is {', '.join(map(signed, by_seed))}."
+        seeds = "for one seed: how far another seed would move the difference is not known."
     if variants > 1:
-        text += f" It is picked from {variants} variants: of twenty that change nothing, one interval is expected to miss 0 by chance."
-    return text
+        seeds += (
+            f" It is picked from {variants} variants: of twenty that change nothing,"
+            " one interval is expected to miss 0 by chance."
+        )
+    return f"The interval is over the {images} test images{blocks}, {seeds}"
 
 
 def signed(value: float) -> str:
-    """Two decimals with a sign, typographically."""
+    """Format two decimals with a sign; the minus sign is typographic."""
     return f"{value:+.2f}".replace("-", "−")

@@ -1,132 +1,175 @@
-"""Comparison of studies' results: a table for each data set and protocol, and the gain by number of labelled images."""
+"""Comparison of studies' results: a table for each data set and protocol."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
 
 from stages.common.errors import ConfigError, DataError
-from stages.common.runtime import write_json
-from stages.reporting import figures, tables
-from stages.studies.markdown import OVER_ALL, as_markdown, has_curve
+from stages.reporting import tables
+from stages.reporting.tables import Result, Row
+
+REQUIRED = {"protocol", "variant", "seed", "images", "iou"}  # keys of a study's result file
 
 
 @dataclass
 class Group:
-    """Runs that may be compared: the same data, features and training of the decoder.
+    """Runs that may be compared: they have the same data, features and decoder training.
 
     Attributes
     ----------
     name
-        Of the experiments that its runs belong to; the study's before it, where two groups would have the same.
+        Experiments of the runs; with the study's name where two groups would be called the same.
     train_images
-        How many images they learnt from.
+        Number of training images.
     runs
         By variant, in the order of the seeds.
     """
 
     name: str
     train_images: int
-    runs: dict[str, list[dict[str, Any]]]
+    runs: dict[str, list[Result]]
+
+    def seeds(self, variant: str) -> set[int]:
+        """List the seeds of which the variant has a run."""
+        return {run["seed"] for run in self.runs.get(variant, [])}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The comparison of one group.
+
+    Attributes
+    ----------
+    group
+        The runs.
+    classes
+        Classes of the mean; empty: all.
+    title
+        Group, number of training images, classes, and block length.
+    rows
+        From :func:`stages.reporting.tables.compare`: the baseline, then by number of seeds, then
+        by gain.
+    """
+
+    group: Group
+    classes: Sequence[str]
+    title: str
+    rows: list[Row]
 
 
 def read_groups(paths: Iterable[Path], seeds: Sequence[int] = ()) -> list[Group]:
-    """Result files, and those in folders, by what may be compared; the most training images first.
+    """Read result files, and group those that may be compared.
 
-    ``seeds`` names those whose runs are read (none: all).
+    Parameters
+    ----------
+    paths
+        Files, and folders of files.
+    seeds
+        Only runs of these seeds; empty: all.
+
+    Returns
+    -------
+    list of Group
+        The most training images first.
 
     Raises
     ------
     DataError
-        For a file that is no result, a result that stands twice, or no result at all.
+        For a file that is no result, two results of one run, or no result at all.
     ConfigError
-        When no run is of one of the seeds.
+        When no run has one of the seeds.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
-    there: set[int] = set()
-    files = [
-        file
+    paths = list(paths)
+    results = [
+        _read(file)
         for path in paths
         for file in (sorted(path.rglob("*.json")) if path.is_dir() else [path])
     ]
-    if not files:
+    if not results:
         raise DataError(
             ", ".join(map(str, paths)),
             "there is no result file; `python pipeline.py study FILE` makes them",
         )
-    for file in files:
-        result = tables.read_json(file, "remove it and run its study again")
-        if not isinstance(result, dict) or not {
-            "protocol",
-            "variant",
-            "seed",
-            "images",
-            "iou",
-        } <= set(result):
-            raise DataError(file, "is no result of a study")
-        there.add(int(result["seed"]))
-        if not seeds or result["seed"] in seeds:
-            found.setdefault(result["protocol"], []).append({**result, "file": str(file)})
-    if missing := set(seeds) - there:
-        known = ", ".join(map(str, sorted(there)))
+    known = sorted({int(result["seed"]) for result in results})
+    if missing := set(seeds) - set(known):
+        there = ", ".join(map(str, known))
         raise ConfigError(
-            "--seed", f"there is no run of seed {min(missing)}; the results have {known}"
+            "--seed", f"there is no run of seed {min(missing)}; the results have {there}"
         )
-    groups = []
-    for results in found.values():
-        runs: dict[str, list[dict[str, Any]]] = {}
-        for result in sorted(results, key=lambda result: int(result["seed"])):
-            same = [
-                run
-                for run in runs.setdefault(result["variant"], [])
-                if run["seed"] == result["seed"]
-            ]
-            if same:
-                message = f"{same[0]['file']} is a result of the same variant and seed; compare them apart, or rename a row of the study"
-                raise DataError(result["file"], message)
-            runs[result["variant"]].append(result)
-        experiments = list(dict.fromkeys(result["experiment"] for result in results))
-        groups.append(Group(" + ".join(experiments), results[0]["train_images"], runs))
-    often = Counter(group.name for group in groups)
+    by_protocol = defaultdict(list)
+    for result in results:
+        if not seeds or result["seed"] in seeds:
+            by_protocol[result["protocol"]].append(result)
+    groups = [_group(members) for members in by_protocol.values()]
+    names = Counter(group.name for group in groups)
     for group in groups:
-        if often[group.name] > 1:
+        if names[group.name] > 1:
             first = next(iter(group.runs.values()))[0]
             group.name = f"{Path(first['file']).resolve().parent.parent.name}/{group.name}"
     return sorted(groups, key=lambda group: -group.train_images)
 
 
+def _read(file: Path) -> Result:
+    result = tables.read_json(file, "remove it and run its study again")
+    if not isinstance(result, dict) or not set(result) >= REQUIRED:
+        raise DataError(file, "is no result of a study")
+    return {**result, "file": str(file)}
+
+
+def _group(results: Sequence[Result]) -> Group:
+    runs: dict[str, dict[int, Result]] = defaultdict(dict)
+    for result in sorted(results, key=lambda result: int(result["seed"])):
+        other = runs[result["variant"]].setdefault(result["seed"], result)
+        if other is not result:
+            raise DataError(
+                result["file"],
+                f"{other['file']} is a result of the same variant and seed; compare them apart,"
+                " or rename a row of the study",
+            )
+    name = " + ".join(dict.fromkeys(result["experiment"] for result in results))
+    by_variant = {variant: list(by_seed.values()) for variant, by_seed in runs.items()}
+    return Group(name, results[0]["train_images"], by_variant)
+
+
 def compare(
     groups: Sequence[Group], classes: Sequence[str], baseline: str, block_length: int = 1
-) -> list[dict[str, Any]]:
-    """One entry for each group that has the baseline.
+) -> list[Comparison]:
+    """Compare the variants of each group that has the baseline.
 
-    Its ``rows`` are those of :func:`stages.reporting.tables.compare`, means over ``classes`` (none: all) and intervals over
-    blocks of ``block_length`` test images, the baseline first, then the variants with the most seeds, and of those the ones that
-    gain most; ``title`` says what they are of, ``gans`` holds the curves of their GANs by the variants of each, ``tested_on``
-    the data set's classes and the test images; ``name``, ``train_images`` and ``classes`` as given.
+    Parameters
+    ----------
+    groups
+        From :func:`read_groups`.
+    classes
+        Classes of the mean; empty: all.
+    baseline
+        Variant that the others are compared with.
+    block_length
+        Consecutive test images that the bootstrap draws together.
 
     Raises
     ------
     ConfigError
-        When no group has it, a class is none of the data set's, or the test images are too few for such blocks.
+        When no group has the baseline, a class is unknown, or the test images are too few for
+        such blocks.
     """
     having = [group for group in groups if baseline in group.runs]
     if not having:
         found = ", ".join(sorted({name for group in groups for name in group.runs}))
         raise ConfigError("--baseline", f"there is no {baseline!r} among {found}")
-    entries = []
+    compared = []
     for group in having:
-        keys = ("--class", "--block-length")
         rows = tables.compare(
-            group.runs, classes, block_length=block_length, baseline_name=baseline, keys=keys
+            group.runs,
+            classes,
+            block_length=block_length,
+            baseline_name=baseline,
+            keys=("--class", "--block-length"),
         )
-        # A gain of fewer seeds is over another baseline, so it does not stand among those of more.
+        # Gains of fewer seeds are over another baseline, so they follow those of more.
         rows.sort(
             key=lambda row: (
                 row["variant"] != baseline,
@@ -134,120 +177,34 @@ def compare(
                 -(row["delta_miou"] or 0.0),
             )
         )
-        versions = len(
-            {
-                run.get("made_with", {}).get("sources")
-                for runs in group.runs.values()
-                for run in runs
-            }
-        )
-        made_by = f", made by {versions} versions of the sources" if versions > 1 else ""
-        absent = [name for name in classes if name in rows[0]["absent_classes"]]
-        over = (
-            f"; mIoU over {', '.join(name for name in classes if name not in absent)}"
-            if classes
-            else ""
-        )
-        over += f" (the test images have no {', '.join(absent)})" if absent else ""
-        over += f"; intervals over blocks of {block_length} test images" if block_length > 1 else ""
-        entries.append(
-            {
-                "name": group.name,
-                "train_images": group.train_images,
-                "classes": list(classes),
-                "title": f"{group.name}: {group.train_images} training images{made_by}{over}",
-                "rows": rows,
-                "tested_on": (
-                    sorted(group.runs[baseline][0]["iou"]),
-                    sorted(group.runs[baseline][0]["images"]),
-                ),
-                "gans": _gans(group.runs),
-            }
-        )
-    return entries
+        title = _title(group, classes, rows[0]["absent_classes"], block_length)
+        compared.append(Comparison(group, classes, title, rows))
+    return compared
 
 
-def _gans(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Mapping[str, Any]]:
-    """The curves of each GAN once, by the names of the variants that start from it."""
-    curves: dict[str, Mapping[str, Any]] = {}
-    variants: dict[str, list[str]] = {}
-    for variant, results in runs.items():
-        if "gan" in results[0]:
-            same = json.dumps(results[0]["gan"], sort_keys=True)
-            curves[same] = results[0]["gan"]
-            variants.setdefault(same, []).append(variant)
-    return {", ".join(names): curves[same] for same, names in variants.items()}
+def _title(group: Group, classes: Sequence[str], absent: Sequence[str], block_length: int) -> str:
+    runs = [run for of_variant in group.runs.values() for run in of_variant]
+    versions = len({run.get("made_with", {}).get("sources") for run in runs})
+    tested = ", ".join(name for name in classes if name not in absent)
+    missing = ", ".join(name for name in classes if name in absent)
+    return "".join(
+        [
+            f"{group.name}: {group.train_images} training images",
+            f", made by {versions} versions of the sources" if versions > 1 else "",
+            f"; mIoU over {tested}" if classes else "",
+            f" (the test images have no {missing})" if missing else "",
+            f"; intervals over blocks of {block_length} test images" if block_length > 1 else "",
+        ]
+    )
 
 
 def left_out(groups: Sequence[Group], baseline: str) -> list[str]:
-    """A line for each result that :func:`compare` cannot pair, and why."""
-    lines = []
-    for group in groups:
-        paired = {run["seed"] for run in group.runs.get(baseline, [])}
-        alone = [run for runs in group.runs.values() for run in runs if run["seed"] not in paired]
-        lines += [
-            f"{run['file']}: there is no {baseline!r} of seed {run['seed']} with the same data and settings"
-            for run in alone
-        ]
-    return lines
-
-
-def as_text(compared: Sequence[dict[str, Any]]) -> str:
-    """All tables for a terminal."""
-    parts = []
-    for entry in compared:
-        parts.append(f"{entry['title']}\n{tables.as_text(entry['rows'])}")
-        if entry["classes"]:
-            over_all = [tables.over_all(row) for row in entry["rows"]]
-            parts.append(f"{entry['name']}: mIoU {OVER_ALL}\n{tables.as_text(over_all)}")
-    return "\n\n".join(parts)
-
-
-def write(compared: Sequence[dict[str, Any]], out: Path) -> list[str]:
-    """``comparison.md``, ``.json`` and ``.csv``, ``per_class.csv``, and pictures of what there is.
-
-    These are ``comparison.png``, the differences with their intervals, ``gans.png`` and, where there are several sizes, ``curve.png``.
-
-    Returns
-    -------
-    list of str
-        Names of the files.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "comparison.md").write_text(as_markdown(compared), encoding="utf-8")
-    kept = ("name", "train_images", "classes", "rows")
-    write_json(out / "comparison.json", [{key: entry[key] for key in kept} for entry in compared])
-    flat = [
-        tables.flat(entry["rows"]).assign(
-            experiment=entry["name"], train_images=entry["train_images"]
-        )
-        for entry in compared
+    """Name each result that :func:`compare` cannot pair, and say why."""
+    return [
+        f"{run['file']}: there is no {baseline!r} of seed {run['seed']} with the same data"
+        " and settings"
+        for group in groups
+        for runs in group.runs.values()
+        for run in runs
+        if run["seed"] not in group.seeds(baseline)
     ]
-    pd.concat(flat).to_csv(out / "comparison.csv", index=False, float_format="%.4f")
-    by_class = [
-        tables.per_class_with_intervals(entry["rows"]).assign(experiment=entry["name"])
-        for entry in compared
-    ]
-    pd.concat(by_class).to_csv(out / "per_class.csv", index=False, float_format="%.4f")
-    pictures = {}
-    paired = [
-        (entry["name"], [row for row in entry["rows"] if row["delta_miou"] is not None])
-        for entry in compared
-    ]
-    if differences := [(name, rows) for name, rows in paired if rows]:
-        pictures["comparison.png"] = figures.differences(differences)
-    several = len(compared) > 1
-    gans = {
-        f"{entry['name']}: {name}" if several else name: curves
-        for entry in compared
-        for name, curves in entry["gans"].items()
-    }
-    if any(loss in curves for curves in gans.values() for loss in figures.GAN_PANELS):
-        pictures["gans.png"] = figures.gans(gans)
-    if has_curve(compared):
-        pictures["curve.png"] = figures.low_data_curve(
-            [(entry["train_images"], entry["rows"]) for entry in compared]
-        )
-    for name, content in pictures.items():
-        (out / name).write_bytes(content)
-    return ["comparison.md", "comparison.json", "comparison.csv", "per_class.csv", *pictures]

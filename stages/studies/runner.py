@@ -1,7 +1,7 @@
-"""Where a study's runs are made: stages in working folders that share what they have in common.
+"""Runs of a study: stages in working folders, with features and GANs shared between runs.
 
-Every run is a decoder, trained by the same stages as `dvc repro` trains it, in a working folder of its own; runs with the
-same data share features, and with the same GAN settings the GAN.
+Each run trains one decoder by the stages of `dvc repro`, in its own working folder. Runs with the
+same data share features; runs that also have the same GAN settings share the GAN.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -31,28 +30,32 @@ import featurestore
 import stages
 from featurestore import FeatureStore
 from stages.common.errors import DataError
-from stages.common.runtime import source_digest, write_json
+from stages.common.runtime import on_cpu, source_digest, write_json
 from stages.data.manifest import SPLITS, read_manifest
+from stages.reporting.curves import read_curves
 from stages.segmentation.metrics import IMAGES_NAME
 from stages.studies.plan import Run, digest
 
+CODE = Path(stages.__file__).resolve().parents[1]  # folder of this project's sources
+
 
 @dataclass
-class Workshop:
-    """Working folders under ``root``, and the stages run in them.
+class Runner:
+    """Runs stages in working folders below ``root``.
 
     Attributes
     ----------
     root
-        Folder of features, GANs and decoders in the making; it may be removed between two calls.
+        Folder of features, GANs and unfinished decoders; it may be removed between two calls.
     results
         Folder of the result files.
     threads
         CPU threads of each stage.
     lock
-        Descriptor of the lock on ``root``, which stages keep open: one that outlives a killed study still holds it.
+        File descriptor of the lock on ``root``. Stages inherit it: a stage that outlives a killed
+        study still holds the lock.
     done
-        Runs of the study that have their result; others are to learn from the same images.
+        Runs of the study that have a result; further runs must be made of the same images.
     """
 
     root: Path
@@ -60,51 +63,53 @@ class Workshop:
     threads: int
     lock: int
     done: Sequence[Run] = ()
-    _current: set[str] = field(
-        default_factory=set
-    )  # shared folders of features whose images were looked at
-    _locks: dict[str, threading.Lock] = field(default_factory=dict)
-    _guard: threading.Lock = field(default_factory=threading.Lock)
+    _checked: set[str] = field(default_factory=set)  # shared folders made of the current images
+    _locks: dict[str, threading.Lock] = field(default_factory=dict)  # by name of shared folder
 
     @classmethod
     @contextmanager
     def open(
         cls, root: Path, results: Path, threads: int, done: Sequence[Run] = ()
     ) -> Iterator[Self]:
-        """A workshop that no other study works in until the block ends.
+        """Lock ``root`` against other studies until the block ends.
 
         Raises
         ------
         DataError
-            When one does.
+            When another study holds the lock.
         """
         root.mkdir(parents=True, exist_ok=True)
-        lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
+        with (root / "lock").open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                message = "another study works here, or a stage of one that was killed; wait for it, stop it, or choose another --scratch"
-                raise DataError(root, message) from None
-            yield cls(root, results, threads, lock, done)
-        finally:
-            os.close(lock)
+                raise DataError(
+                    root,
+                    "another study works here, or a stage of one that was killed; wait for it,"
+                    " stop it, or choose another --scratch",
+                ) from None
+            yield cls(root, results, threads, lock.fileno(), done)
 
-    def work(self, runs: Sequence[Run], jobs: int) -> Iterator[Future[Path]]:
-        """Make runs, ``jobs`` at a time; each comes as it is done, with its result file or its error.
+    def run_all(self, runs: Sequence[Run], jobs: int) -> Iterator[Future[Path]]:
+        """Make runs, ``jobs`` at a time.
 
-        Of two runs that need a folder that is not there yet, one makes it, and the other lets those go first that need it not.
+        Where several runs need the same missing folder, one of them makes it, and runs that do
+        not need it go first.
+
+        Yields
+        ------
+        Future
+            In the order of completion: a result file or an error.
         """
+        self._locks |= {name: threading.Lock() for run in runs for name in self.shared_folders(run)}
         waiting, running = list(runs), dict[Future[Path], Run]()
         with ThreadPoolExecutor(jobs) as pool:
             try:
                 while waiting or running:
                     while waiting and len(running) < jobs:
                         making = {name for run in running.values() for name in self._missing(run)}
-                        chosen = next(
-                            (run for run in waiting if making.isdisjoint(self._missing(run))),
-                            waiting[0],
-                        )
+                        free = (run for run in waiting if making.isdisjoint(self._missing(run)))
+                        chosen = next(free, waiting[0])
                         waiting.remove(chosen)
                         running[pool.submit(self.run, chosen)] = chosen
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -120,28 +125,30 @@ class Workshop:
         Raises
         ------
         DataError
-            When a stage fails; its output is in the working folder's ``log.txt``. When the images or masks are not
-            those that features, or results of the study, were made of.
+            When a stage fails (its output is in the working folder's ``log.txt``), or features or
+            other results of the study were made of other images or masks.
         """
-        data = self._data(run)
+        names = self.shared_folders(run)
+        data = self._make_once(names[0], run, {}, "prepare", "extract")
         stores = {split: featurestore.open(data / "features" / split) for split in SPLITS}
         protocol = digest(run.protocol, data_content(data / "dataset", stores))
         self._check_done(run, protocol)
-        linked = {"dataset": data / "dataset", "features": data / "features"}
-        sources = {"features_sources": _made_by(data)}
+        inputs = {"dataset": data / "dataset", "features": data / "features"}
+        sources, curves = {"features_sources": _made_by(data)}, {}
         if run.needs_gan:
-            gan = self._once(self.shared(run)[-1], self._pretrain, run)
-            linked["models/gan"] = gan / "models" / "gan"
+            gan = self._make_once(names[-1], run, inputs, "train-gan")
+            inputs = {**inputs, "models/gan": gan / "models" / "gan"}
             sources["gan_sources"] = _made_by(gan)
-        folder = self._folder(f"run-{run.digests['run']}", run, linked)
+            curves = {"gan": _gan_curves(gan / "metrics" / "train-gan")}
+        folder = self._prepare_folder(f"run-{run.digests['run']}", run, inputs)
         start, sources["sources"] = time.perf_counter(), _sources()
-        self._stage(folder, "train-decoder", "--variant", run.variant, "--seed", str(run.seed))
+        self._run_stage(folder, "train-decoder", "--variant", run.variant, "--seed", str(run.seed))
         seconds = time.perf_counter() - start
-        measured = folder / "metrics" / f"{run.variant}-{run.seed}"
-        test = json.loads((measured / "test.json").read_text(encoding="utf-8"))
+        metrics = folder / "metrics" / f"{run.variant}-{run.seed}"
+        device = os.environ.get("FEATUREGAN_DEVICE", "auto")  # as stages read it
         result = {
             "experiment": run.experiment,
-            **test,
+            **json.loads((metrics / "test.json").read_text(encoding="utf-8")),
             "variant": run.label,
             "digest": run.digests["run"],
             "protocol": protocol,
@@ -151,198 +158,141 @@ class Workshop:
                 **sources,
                 "commit": _commit(),
                 "torch": torch.__version__,
-                "device": _device_name(),
+                "device": "cpu" if on_cpu(device) else torch.cuda.get_device_name(),
                 "threads": self.threads,
                 "seconds": round(seconds, 1),
             },
-            "images": json.loads((measured / IMAGES_NAME).read_text(encoding="utf-8")),
+            "images": json.loads((metrics / IMAGES_NAME).read_text(encoding="utf-8")),
+            **curves,
         }
         target = run.result(self.results)
-        if run.needs_gan:
-            result["gan"] = _gan_curves(gan / "metrics" / "train-gan")
-        unfinished = target.with_suffix(".partial")
-        write_json(unfinished, result, indent=None)
-        os.replace(unfinished, target)
+        write_json(target, result, indent=None)
         shutil.rmtree(folder)
         return target
 
     @staticmethod
-    def shared(run: Run) -> list[str]:
-        """Names of the folders that it shares with other runs: of the features, and of the GAN if it needs one."""
+    def shared_folders(run: Run) -> list[str]:
+        """Name the folders that the run shares: of features, and of the GAN if it needs one."""
         root = digest(run.params["prepare"]["root"])[:8]
-        return [
-            f"{part}-{run.digests[part]}-{root}"
-            for part in (("data", "gan") if run.needs_gan else ("data",))
-        ]
+        kinds = ("data", "gan") if run.needs_gan else ("data",)
+        return [f"{kind}-{run.digests[kind]}-{root}" for kind in kinds]
 
     def _missing(self, run: Run) -> list[str]:
-        return [name for name in self.shared(run) if not (self.root / name / "done").exists()]
+        return [
+            name for name in self.shared_folders(run) if not (self.root / name / "done").exists()
+        ]
 
     def _check_done(self, run: Run, protocol: str) -> None:
-        """Refuse to add a result to others with the same settings that were made of other images or masks."""
-        for other in self.done:
-            if other.protocol == run.protocol:
-                path = other.result(self.results)
-                if json.loads(path.read_text(encoding="utf-8"))["protocol"] != protocol:
-                    message = "was made of other images or masks than there are now; remove it, or name another --results"
-                    raise DataError(path, message)
+        """Refuse to add a result to those with the same settings but other images or masks."""
+        comparable = (other for other in self.done if other.protocol == run.protocol)
+        for path in (other.result(self.results) for other in comparable):
+            if json.loads(path.read_text(encoding="utf-8"))["protocol"] != protocol:
+                raise DataError(
+                    path,
+                    "was made of other images or masks than there are now; remove it, or name"
+                    " another --results",
+                )
 
-    def _once(self, name: str, make: Any, run: Run) -> Path:
-        """A folder that several runs share: the first to come makes it, the others wait."""
-        with self._making(name):
-            done = self.root / name / "done"
-            if not done.exists():
+    def _make_once(self, name: str, run: Run, inputs: Mapping[str, Path], *commands: str) -> Path:
+        """Run stages in a shared folder, if they have not run; other runs that need it wait.
+
+        Features of an earlier study are refused if the images have changed since.
+        """
+        folder = (self.root / name).resolve()
+        with self._locks[name]:
+            if not (folder / "done").exists():
                 sources = _sources()
-                make(name, run)
-                done.write_text(sources, encoding="utf-8")
-        return (self.root / name).resolve()
-
-    def _making(self, name: str) -> threading.Lock:
-        with self._guard:
-            return self._locks.setdefault(name, threading.Lock())
-
-    def _data(self, run: Run) -> Path:
-        """Features, of the images at the run's root as they are now."""
-        name = self.shared(run)[0]
-        folder = self._once(name, self._extract, run)
-        with self._making(name):
-            if name not in self._current:
+                self._prepare_folder(name, run, inputs)
+                for command in commands:
+                    self._run_stage(folder, command)
+                (folder / "done").write_text(sources, encoding="utf-8")
+            elif "prepare" in commands and name not in self._checked:
                 self._check_images(folder, run)
-                self._current.add(name)
+            self._checked.add(name)
         return folder
 
     def _check_images(self, folder: Path, run: Run) -> None:
-        """Prepare the images once more, and refuse features of an earlier study that were made of others."""
-        again = self._folder(f"{folder.name}/again", run, {})
-        self._stage(again, "prepare")
-        (before, classes), (now, classes_now) = (
-            read_manifest(place / "dataset") for place in (folder, again)
+        """Prepare the images again, and refuse features of other images."""
+        again = self._prepare_folder(f"{folder.name}/again", run, {})
+        self._run_stage(again, "prepare")
+        before, now = (
+            {"the classes": classes, **{entry.id: entry for entry in entries}}
+            for entries, classes in (read_manifest(place / "dataset") for place in (folder, again))
         )
         shutil.rmtree(again)
-        by_id, by_id_now = ({entry.id: entry for entry in entries} for entries in (before, now))
-        other = [
-            id
-            for id in sorted(by_id.keys() | by_id_now.keys())
-            if by_id.get(id) != by_id_now.get(id)
-        ]
-        other += ["the classes"] if classes != classes_now else []
+        other = [id for id in sorted(before.keys() | now) if before.get(id) != now.get(id)]
         if other:
-            message = (
-                f"these features are of other images or masks than {run.params['prepare']['root']} has now ({other[0]}"
-                f"{f' and {len(other) - 1} more' if len(other) > 1 else ''}); remove {self.root} to extract them anew"
+            more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+            raise DataError(
+                folder,
+                f"these features are of other images or masks than {run.params['prepare']['root']}"
+                f" has now ({other[0]}{more}); remove {self.root} to extract them anew",
             )
-            raise DataError(folder, message)
 
-    def _extract(self, name: str, run: Run) -> None:
-        folder = self._folder(name, run, {})
-        self._stage(folder, "prepare")
-        self._stage(folder, "extract")
-        self._current.add(name)
-
-    def _pretrain(self, name: str, run: Run) -> None:
-        data = self._data(run)
-        self._stage(
-            self._folder(name, run, {"dataset": data / "dataset", "features": data / "features"}),
-            "train-gan",
-        )
-
-    def _folder(self, name: str, run: Run, linked: Mapping[str, Path]) -> Path:
+    def _prepare_folder(self, name: str, run: Run, inputs: Mapping[str, Path]) -> Path:
+        """Make a folder with the run's parameters and links to its inputs, by path inside it."""
         folder = self.root / name
         folder.mkdir(parents=True, exist_ok=True)
         YAML().dump(run.params, folder / "params.yaml")
-        for link, target in linked.items():
+        for link, target in inputs.items():
             place = folder / link
             place.parent.mkdir(parents=True, exist_ok=True)
             place.unlink(missing_ok=True)
             place.symlink_to(target)
         return folder
 
-    def _stage(self, folder: Path, *arguments: str) -> None:
-        sources = str(
-            Path(stages.__file__).resolve().parents[1]
-        )  # this code, which the result file names, wherever another is installed
-        found = os.pathsep.join(filter(None, [sources, os.environ.get("PYTHONPATH")]))
-        threads = str(self.threads)
-        environment = {
-            **os.environ,
-            "PYTHONPATH": found,
-            "OMP_NUM_THREADS": threads,
-            "NUMBA_NUM_THREADS": threads,
-        }
+    def _run_stage(self, folder: Path, *arguments: str) -> None:
+        """Run a stage with this code, wherever another version is installed."""
+        path = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(self.threads))
+        # Options, as the environment may name other parameters and a scratch folder of all runs.
+        options = ("--params", "params.yaml", "--scratch", "scratch")
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
-            # Not from the environment: this run's own parameters, and unfinished work that no other run shares.
-            command = [
-                sys.executable,
-                "-m",
-                "pipeline",
-                *arguments,
-                "--params",
-                "params.yaml",
-                "--scratch",
-                "scratch",
-            ]
             process = subprocess.run(
-                command,
+                [sys.executable, "-m", "pipeline", *arguments, *options],
                 cwd=folder,
-                env=environment,
+                env={**os.environ, "PYTHONPATH": path, **threads},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 check=False,
                 pass_fds=(self.lock,),
             )
-            code = process.returncode
-        if code:
+        if process.returncode:
             lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
             reason = next((line for line in reversed(lines) if line.strip()), "no output")
             raise DataError(
-                folder / "log.txt", f"{arguments[0]} failed with exit code {code}: {reason}"
+                folder / "log.txt",
+                f"{arguments[0]} failed with exit code {process.returncode}: {reason}",
             )
 
 
-def _device_name() -> str:
-    """Where stages compute: they read the same variable."""
-    on_gpu = torch.cuda.is_available() and os.environ.get("FEATUREGAN_DEVICE", "auto") != "cpu"
-    return torch.cuda.get_device_name() if on_gpu else "cpu"
-
-
 def _sources() -> str:
-    """The digest of the code that a stage started now would run."""
+    """Digest the code that a stage started now would run."""
     return source_digest(stages, featurestore)[:16]
 
 
 def _commit() -> str:
-    """The commit of this code, ending in ``-dirty`` where it was changed since; empty where it is no checkout."""
-    root = Path(stages.__file__).resolve().parents[1]
-    if not (root / ".git").exists():  # installed: a repository around it is another project's
+    """Describe this code's commit, with ``-dirty`` after changes; empty outside a checkout."""
+    # An installed copy has no .git: a repository around it is another project's.
+    if not (CODE / ".git").exists() or shutil.which("git") is None:
         return ""
-    command = [
-        "git",
-        "-C",
-        str(root),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty",
-        "--exclude=*",
-    ]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    return subprocess.run(command, cwd=CODE, capture_output=True, text=True).stdout.strip()
 
 
 def _made_by(shared: Path) -> str:
-    """The digest of the code that made a shared folder; later code takes it over as it is."""
+    """Read the digest of the code that made a shared folder; later code reuses the folder."""
     return (shared / "done").read_text(encoding="utf-8") or "unknown"
 
 
-def data_content(dataset: Path, stores: Mapping[str, FeatureStore]) -> list[Any]:
-    """What a decoder learns from and is tested on: images, masks, classes; not the code or the files that they came by.
+def data_content(dataset: Path, stores: Mapping[str, FeatureStore]) -> list[object]:
+    """List what a decoder learns from and is tested on: images, masks, classes.
 
-    Images count by their bytes, masks by their pixels: the same pixels become other PNG bytes with another library.
+    Images count by their bytes. Masks count by their pixels, as another library writes the same
+    pixels to other PNG bytes. The code and file names do not count.
     """
     images = {entry.id: entry.image_sha256 for entry in read_manifest(dataset)[0]}
-    content: list[Any] = [list(stores["train"].spec.class_names)]
+    content: list[object] = [list(stores["train"].spec.class_names)]
     for split, store in stores.items():
         for position, (id, view) in enumerate(zip(store.ids, store.views, strict=True)):
             mask = hashlib.sha256(store.gather("masks", [position]).tobytes()).hexdigest()
@@ -351,25 +301,16 @@ def data_content(dataset: Path, stores: Mapping[str, FeatureStore]) -> list[Any]
 
 
 def _gan_curves(live: Path) -> dict[str, list[float | None]]:
-    """The GAN's losses by epoch, and its measures where they were taken; not those of each class."""
-    from stages.reporting.curves import read_curves
-
-    table = pd.DataFrame(
-        {
-            name: curve
-            for name, curve in read_curves(live).items()
-            if "class_consistency" not in name
-        }
-    )
-    rounded = table.round(4).astype(object)
-    return {
-        str(name): column.tolist() for name, column in rounded.where(table.notna(), None).items()
-    }
+    """Read the GAN's losses and measures by epoch, except those of single classes."""
+    curves = read_curves(live).items()
+    table = pd.DataFrame({name: curve for name, curve in curves if "class_consistency" not in name})
+    rounded = table.round(4).astype(object).where(table.notna(), None)
+    return {str(name): column.tolist() for name, column in rounded.items()}
 
 
-def _settings(run: Run) -> dict[str, Any]:
-    """The parameters that a result depends on, as they stand in the file."""
+def _settings(run: Run) -> dict[str, object]:
+    """Select the parameters that a result depends on."""
     names = ("prepare", "extract", "train_decoder", *(("train_gan",) if run.needs_gan else ()))
-    settings = {name: dict(run.params[name]) for name in names}
+    settings = {name: {**run.params[name]} for name in names}
     settings["prepare"].pop("root")
     return {**settings, "variant": run.params["variants"][run.variant]}

@@ -5,7 +5,6 @@ Nothing is unpickled: tensors are read with ``weights_only=True``.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from featurestore.files import sync_folder, writing
+from featurestore.files import atomic_file, writing
 from stages.common.distributed import agree, all_equal, several_processes
 from stages.common.errors import DataError
 
@@ -21,19 +20,19 @@ ASK_EVERY = 20  # steps; processes wait for each other when they agree on saving
 
 
 class Checkpoint:
-    """A training's state in its scratch folder, so that a killed run goes on at its last saved step.
+    """A training's state, so that a killed run resumes at its last saved step.
 
-    It holds no random state: every random number of a training is a function of seed, epoch, step and process.
+    It holds no random state: every random number is a function of seed, epoch, step and process.
 
     Parameters
     ----------
     folder
-        One folder a run: its name must hold the fingerprint of everything the run depends on. Where several machines
-        train together it must be on a disk that all of them see.
+        One folder a run; its name must hold the digest of everything that the run depends on.
+        Several machines that train together must all see it.
     minutes
-        Save no more often than this.
+        Least time between two saved states.
     main
-        Whether this process is the one to save.
+        Whether this process saves.
     """
 
     def __init__(self, folder: Path, *, minutes: float, main: bool) -> None:
@@ -44,36 +43,35 @@ class Checkpoint:
         self._asked = 0
 
     def load(self) -> dict[str, Any] | None:
-        """The last saved state, on the CPU, or None.
+        """Return the last saved state, on the CPU, or None.
 
         Raises
         ------
         DataError
-            When it is damaged, or not the same for all processes.
+            When it is damaged, or differs between processes.
         """
         state: dict[str, Any] | None = None
         if self.path.is_file():
             try:
                 state = torch.load(self.path, map_location="cpu", weights_only=True)
             except Exception as error:  # zip, pickle and OS errors
-                message = f"cannot be read ({' '.join(str(error).split())[:100]}); remove it to train from the start"
+                reason = " ".join(str(error).split())[:100]
+                message = f"cannot be read ({reason}); remove it to train from the start"
                 raise DataError(self.path, message) from error
         if not all_equal(None if state is None else (len(state["history"]), state["step"])):
-            raise DataError(
-                self.path,
-                "not all processes find the same state here; put --scratch on a disk that all machines see",
-            )
+            message = "processes find different states here; set --scratch to a disk that all see"
+            raise DataError(self.path, message)
         return state
 
     def due(self) -> bool:
-        """Whether it is time to save: the main process decides for all of them, because a state may take all to collect."""
+        """Return whether to save now; the main process decides for all, which collect the state."""
         self._asked += 1
         if self.minutes and several_processes() and self._asked % ASK_EVERY:
             return False
         return agree(time.monotonic() - self.saved_at >= 60 * self.minutes)
 
     def save(self, **state: Any) -> None:
-        """Save: whole or not at all. Of several processes the main one does."""
+        """Save the state, whole or not at all, in the main process."""
         if not self.main:
             return
         with writing(self.path):
@@ -82,17 +80,12 @@ class Checkpoint:
         self.saved_at = time.monotonic()
 
     def remove(self) -> None:
-        """Drop the state: the stage has left its results."""
+        """Remove the state, once the stage has written its results."""
         if self.main:
             shutil.rmtree(self.path.parent, ignore_errors=True)
 
 
-def save_atomically(state: Any, path: Path) -> None:
-    """``torch.save`` under a temporary name, then rename."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+def save_atomically(state: object, path: Path) -> None:
+    """Write with ``torch.save``, whole or not at all."""
+    with atomic_file(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)

@@ -6,7 +6,8 @@ Nothing is unpickled: tensors are read from safetensors or with ``weights_only=T
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,78 +29,58 @@ OPTIMIZERS_NAME = "optimizers.pt"
 TRAINED = "generator-trained"
 
 
+@contextmanager
+def _reading(
+    path: Path,
+    problem: str,
+    *,
+    missing: str = "there is no trained model here",
+    stage: str = "the stage that makes it",
+) -> Iterator[None]:
+    """Turn errors of reading a file, which every library raises in its own way, into one line."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(path, f"{missing}; run {stage}") from None
+    except NotADirectoryError:
+        message = "is a file; name the folder of the trained model that holds it"
+        raise DataError(path.parent, message) from None
+    except DataError:
+        raise
+    except Exception as error:
+        reason = " ".join(repr(error).split())[:100]
+        raise DataError(path, f"{problem} ({reason}); run {stage} again") from error
+
+
 def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
-    """A network's state dict as safetensors."""
+    """Write a network's state dict as safetensors."""
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
     with writing(path):
         write_atomically(path, content)
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
-    """The inverse of :func:`save_weights`.
+    """Read what :func:`save_weights` wrote into a network.
 
     Raises
     ------
     DataError
         When the file is missing, damaged, or of another network.
     """
-    network.load_state_dict(_read_tensors(path, network))
-
-
-def _read_tensors(path: Path, network: nn.Module) -> dict[str, Tensor]:
-    try:
+    with _reading(path, "cannot be read as safetensors", missing="there is no such weights file"):
         tensors = load_file(path)
-    except FileNotFoundError:
-        raise DataError(
-            path, "there is no such weights file; run the stage that makes it"
-        ) from None
-    except Exception as error:  # safetensors raises its own error type, and OS errors
-        raise DataError(
-            path, f"cannot be read as safetensors ({error}); run the stage that makes it again"
-        ) from error
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if expected != found:
-        differing = sorted(
-            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-        )
-        raise DataError(
-            path,
-            f"does not fit its {CONFIG_NAME}: tensor {differing[0]!r} differs",
-            expected=expected,
-            actual=found,
-        )
-    return tensors
-
-
-def save_gan(folder: Path, state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Write a trainer's state and config into a folder.
-
-    ``generator.safetensors`` is the one to generate with. Where that is an average,
-    ``generator-trained.safetensors`` is the one that training goes on from.
-    """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    average = state["training"]["average"]
-    for name, weights in state["networks"].items():
-        save_weights(
-            weights, folder / f"{TRAINED if name == 'generator' and average else name}.safetensors"
-        )
-    if average:
-        prefix = "module."
-        weights = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in average.items()
-            if name.startswith(prefix)
-        }
-        save_weights(weights, folder / "generator.safetensors")
-    with writing(folder):
-        save_atomically(state["training"], folder / OPTIMIZERS_NAME)
-    write_json(folder / CONFIG_NAME, config)
+    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != actual:
+        names = sorted(expected.keys() | actual.keys())
+        first = next(name for name in names if expected.get(name) != actual.get(name))
+        message = f"does not fit its {CONFIG_NAME}: tensor {first!r} differs"
+        raise DataError(path, message, expected=expected, actual=actual)
+    network.load_state_dict(tensors)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A model folder's ``config.json``.
+    """Read a model folder's ``config.json``.
 
     Raises
     ------
@@ -107,26 +88,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         When it is missing or damaged.
     """
     path = folder / CONFIG_NAME
-    try:
+    with _reading(path, "is not valid JSON"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            path, "there is no trained model here; run the stage that makes it"
-        ) from None
-    except NotADirectoryError:
-        raise DataError(
-            folder, "is a file; name the folder of the trained model that it lies in"
-        ) from None
-    except OSError as error:
-        raise DataError(path, f"cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise DataError(
-            path, f"is not valid JSON ({error}); run the stage that makes it again"
-        ) from error
 
 
 def read_spec(path: str | Path) -> StoreSpec:
-    """The spec of the features that a trained decoder or GAN works on: backbone, sizes, classes, palette.
+    """Read the spec of the features that a trained decoder or GAN works on.
+
+    It holds backbone, sizes, classes and palette.
 
     Raises
     ------
@@ -134,31 +103,50 @@ def read_spec(path: str | Path) -> StoreSpec:
         When there is no trained model at ``path``, or its config is damaged or of an older version.
     """
     folder = Path(path)
-    try:
+    with _reading(folder / CONFIG_NAME, "does not describe the features of its training"):
         return StoreSpec.from_dict(read_config(folder)["features"])
-    except (KeyError, TypeError, ValueError) as error:
-        message = f"does not describe the features that the model was trained on ({error!r}); run the stage that makes it again"
-        raise DataError(folder / CONFIG_NAME, message) from error
 
 
 def read_precision(path: str | Path) -> str:
-    """The precision that a trained decoder was trained and evaluated in: ``no`` (float32), ``bf16`` or ``fp16``.
+    """Read the precision of a decoder's training: ``no`` (float32), ``bf16`` or ``fp16``.
 
     Raises
     ------
     DataError
-        When there is no trained decoder at ``path``, or its config is damaged or of an older version.
+        When there is no trained decoder at ``path``, or its config is damaged or too old.
     """
     folder = Path(path)
-    try:
+    with _reading(folder / CONFIG_NAME, "does not name the precision of its training"):
         return str(read_config(folder)["mixed_precision"])
-    except KeyError as error:
-        message = "does not say in which precision the decoder was trained; run the stage that makes it again"
-        raise DataError(folder / CONFIG_NAME, message) from error
+
+
+# -- GANs ----------------------------------------------------------------------------------------
+
+
+def save_gan(folder: Path, state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Write a trainer's state and config into a folder.
+
+    ``generator.safetensors`` is the one to generate with. Where it is an average,
+    ``generator-trained.safetensors`` is the one that training resumes from.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    average = state["training"]["average"]
+    for name, weights in state["networks"].items():
+        file = TRAINED if name == "generator" and average else name
+        save_weights(weights, folder / f"{file}.safetensors")
+    if average:
+        prefix = "module."
+        averaged = [name for name in average if name.startswith(prefix)]
+        weights = {name.removeprefix(prefix): average[name] for name in averaged}
+        save_weights(weights, folder / "generator.safetensors")
+    with writing(folder):
+        save_atomically(state["training"], folder / OPTIMIZERS_NAME)
+    write_json(folder / CONFIG_NAME, config)
 
 
 def load_gan(folder: Path) -> tuple[Networks, dict[str, Any]]:
-    """Networks and config as :func:`save_gan` wrote them, on the CPU, for training to go on from.
+    """Load networks and config of a GAN on the CPU, for training to resume from.
 
     Raises
     ------
@@ -172,34 +160,21 @@ def load_gan(folder: Path) -> tuple[Networks, dict[str, Any]]:
     return networks, config
 
 
-def _untrained(folder: Path) -> Networks:
-    """The networks of a GAN folder, as its config describes them."""
-    try:
-        return build_networks(read_config(folder)["architecture"])
-    except (KeyError, TypeError) as error:
-        message = f"does not describe networks of this version ({error!r}); run train-gan again"
-        raise DataError(folder / CONFIG_NAME, message) from error
-
-
 def load_training_state(folder: Path) -> dict[str, Any]:
-    """What :meth:`stages.gan.trainer.Trainer.load_training_state` takes, on the CPU.
+    """Load what :meth:`stages.gan.trainer.Trainer.load_training_state` takes, on the CPU.
 
     Raises
     ------
     DataError
-        When they are missing or damaged.
+        When it is missing or damaged.
     """
     path = folder / OPTIMIZERS_NAME
-    try:
+    with _reading(path, "cannot be read", stage="train-gan"):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and OS errors
-        raise DataError(
-            path, f"cannot be read ({' '.join(str(error).split())[:100]}); run train-gan again"
-        ) from error
 
 
 def load_generator(path: str | Path, *, weights: str = "generator") -> FeatureGenerator:
-    """A trained generator, ready to use.
+    """Load a trained generator, ready to use.
 
     >>> generator = load_generator("models/gan")
     >>> features = generator.generate(masks)  # (B, H, W) uint8 -> (B, C, h, w), like a store's
@@ -213,7 +188,7 @@ def load_generator(path: str | Path, *, weights: str = "generator") -> FeatureGe
 
     Returns
     -------
-    Generator or FlowGenerator
+    FeatureGenerator
         In evaluation mode, on the CPU, without gradients.
 
     Raises
@@ -227,8 +202,25 @@ def load_generator(path: str | Path, *, weights: str = "generator") -> FeatureGe
     return generator.eval().requires_grad_(False)
 
 
+def _untrained(folder: Path) -> Networks:
+    """Build the networks that the config of a GAN's folder describes."""
+    problem = "does not describe networks of this version"
+    with _reading(folder / CONFIG_NAME, problem, stage="train-gan"):
+        return build_networks(read_config(folder)["architecture"])
+
+
+# -- decoders ------------------------------------------------------------------------------------
+
+
 def load_decoder(path: str | Path, *, weights: str = "decoder") -> Decoder:
-    """A trained decoder in evaluation mode, on the CPU; ``weights`` is ``decoder`` (last epoch) or ``decoder-best``.
+    """Load a trained decoder in evaluation mode, on the CPU.
+
+    Parameters
+    ----------
+    path
+        Folder that ``train-decoder`` wrote.
+    weights
+        ``decoder`` (last epoch) or ``decoder-best`` (best mIoU on the validation split).
 
     Raises
     ------
@@ -238,15 +230,10 @@ def load_decoder(path: str | Path, *, weights: str = "decoder") -> Decoder:
     folder = Path(path)
     settings = read_config(folder).get("architecture", {})
     if "head" not in settings:
-        raise DataError(
-            folder, "holds a trained model, but no decoder; name a folder that train-decoder left"
-        )
-    try:
+        message = "holds a trained model, but no decoder; name a folder that train-decoder wrote"
+        raise DataError(folder, message)
+    problem = "does not describe a decoder of this version"
+    with _reading(folder / CONFIG_NAME, problem, stage="train-decoder"):
         decoder = Decoder(**{**settings, "atrous_rates": tuple(settings["atrous_rates"])})
-    except (KeyError, TypeError, ValueError) as error:
-        message = (
-            f"does not describe a decoder of this version ({error!r}); run train-decoder again"
-        )
-        raise DataError(folder / CONFIG_NAME, message) from error
     load_weights(decoder, folder / f"{weights}.safetensors")
     return decoder.eval().requires_grad_(False)

@@ -12,9 +12,10 @@ from torch import Tensor
 import featurestore
 from featurestore import FeatureStore
 from featurestore.dataset import Batch, FeatureLoader
-from stages.common.errors import CollapseError
+from stages.common.errors import CollapseError, ConfigError
 from stages.common.runtime import (
     Machine,
+    check_batch_divides,
     load_scaler_state,
     make_accelerator,
     progress,
@@ -39,6 +40,14 @@ class Stateful(Protocol):
 
 class TrainingConfig(Protocol):
     """Keys that the sections of both training stages have."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a step, of all processes."""
+
+    @property
+    def repeats(self) -> int:
+        """Times that an epoch reads every sample."""
 
     @property
     def mixed_precision(self) -> str:
@@ -142,7 +151,7 @@ class Session:
         identity: Mapping[str, object],
         state: Mapping[str, Stateful],
     ) -> None:
-        """Restore the last saved state of a run with the same identity, or start from the beginning.
+        """Restore the last saved state of a run with the same identity, or start a new one.
 
         Parameters
         ----------
@@ -189,12 +198,12 @@ class Session:
     # -- the loop --------------------------------------------------------------------------------
 
     def epochs(self) -> Iterator[int]:
-        """Number the epochs that are left."""
+        """Yield the numbers of the epochs that are left."""
         yield from range(len(self.history.rows), self._epochs)
         self._bar.close()
 
     def batches(self, epoch: int) -> Iterator[tuple[int, Batch]]:
-        """Number and read the batches that are left in an epoch."""
+        """Yield the batches that are left in an epoch, with their numbers."""
         first = self._step
         for number, batch in enumerate(self._loader.epoch(epoch, first), first):
             yield number, batch
@@ -230,7 +239,7 @@ class Session:
         Raises
         ------
         CollapseError
-            When the GAN collapsed and ``monitor.on_collapse`` is ``stop``; the state is saved first.
+            When the GAN collapsed and ``monitor.on_collapse`` is ``stop``; the state is saved.
         """
         self.history.log(row)
         collapse = self._collapse(row)
@@ -240,7 +249,7 @@ class Session:
             raise collapse
 
     def finish(self) -> None:
-        """End the trackers and drop the saved state, once the main process has written the results."""
+        """End the trackers and remove the saved state; the main process has written the results."""
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         self.checkpoint.remove()
@@ -260,3 +269,22 @@ class Session:
             step=step,
             sums=self._means.state(self.accelerator.device),
         )
+
+
+def check_batch(config: TrainingConfig, store: FeatureStore, processes: int, section: str) -> None:
+    """Refuse a batch that does not divide over the processes, or is larger than an epoch.
+
+    Raises
+    ------
+    ConfigError
+        The key is ``batch_size`` of the section.
+    """
+    key, size = f"{section}.batch_size", config.batch_size
+    check_batch_divides(size, processes, config.gradient_accumulation, key)
+    samples = config.repeats * len(store.positions("identity"))
+    if samples < size:
+        message = (
+            f"{size} is more than the {samples} samples that an epoch takes from {store.path};"
+            " lower it, or raise repeats"
+        )
+        raise ConfigError(key, message, expected=samples, actual=size)

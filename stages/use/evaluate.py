@@ -1,8 +1,8 @@
-"""evaluate: a trained decoder's scores on any store of features that it understands."""
+"""evaluate: the scores of a trained decoder on a feature store."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +13,19 @@ from featurestore import FeatureStore, SpecMismatchError, StoreSpec
 from featurestore.dataset import FeatureLoader
 from featurestore.files import write_atomically, writing
 from stages.common.errors import ConfigError, DataError
-from stages.common.runtime import make_accelerator, progress, verify_stores, write_json
+from stages.common.runtime import make_accelerator, on_cpu, progress, verify_stores, write_json
+from stages.common.text_table import percent, plain
 from stages.segmentation.evaluation import evaluate
 from stages.segmentation.metrics import Scores, mean_iou
 from stages.training.models import load_decoder, read_precision, read_spec
+
+COMPARED: dict[str, Callable[[StoreSpec], object]] = {  # of a decoder's features and a store
+    "backbone": lambda spec: spec.backbone,
+    "backbone weights": lambda spec: spec.weights_digest[:12],
+    "channels": lambda spec: spec.feature_shape[0],
+    "output stride": lambda spec: spec.output_stride,
+    "classes": lambda spec: ", ".join(spec.class_names),
+}
 
 
 @dataclass(frozen=True)
@@ -26,13 +35,13 @@ class Evaluation:
     Attributes
     ----------
     decoder, store
-        The weights' file and the store.
+        Weights file, and store.
     samples
-        Images scored, each as it is: mirrored views are left out.
+        Number of images; mirrored views do not count.
     scores
-        Over all of them.
+        Scores over all images.
     classes
-        Of the mean IoU; all of the decoder's where none were named.
+        Classes of the mean IoU. Default: all classes of the decoder.
     """
 
     decoder: Path
@@ -43,11 +52,11 @@ class Evaluation:
 
     @property
     def miou(self) -> float:
-        """Mean IoU over :attr:`classes`, 0..1; those that are absent do not count."""
+        """Mean IoU over :attr:`classes`, 0..1; absent classes do not count."""
         return mean_iou(self.scores.iou, self.classes)
 
 
-def evaluate_decoder(
+def run(
     decoder: Path,
     store: Path,
     *,
@@ -57,108 +66,95 @@ def evaluate_decoder(
     batch_size: int,
     workers: int,
 ) -> Evaluation:
-    """Score a trained decoder on a store, in the precision that it was trained in.
+    """Score a trained decoder on a store, in the precision of its training.
+
+    Parameters
+    ----------
+    decoder
+        Folder that ``train-decoder`` wrote.
+    store
+        Feature store.
+    weights
+        ``decoder`` (last epoch) or ``decoder-best``.
+    classes
+        Classes of the mean IoU; empty for all.
+    device
+        ``auto``, ``cpu`` or ``cuda``.
+    batch_size
+        Samples a batch.
+    workers
+        Threads that read.
 
     Raises
     ------
     DataError, FeatureStoreError
-        When decoder or store is missing or damaged, or the store's features are not what the decoder was trained on.
+        When decoder or store is missing or damaged, or their features differ.
     ConfigError
         When the decoder has no such class, or there is no such device.
     """
     spec = read_spec(decoder)
     unknown = [name for name in classes if name not in spec.class_names]
     if unknown:
-        raise ConfigError(
-            "--class", f"{unknown[0]!r} is no class of this decoder ({', '.join(spec.class_names)})"
-        )
-    network, opened = load_decoder(decoder, weights=weights), featurestore.open(store)
-    check_features(spec, opened)
+        known = ", ".join(spec.class_names)
+        raise ConfigError("--class", f"{unknown[0]!r} is no class of this decoder ({known})")
+    network, features = load_decoder(decoder, weights=weights), featurestore.open(store)
+    check_features(spec, features)
     precision = read_precision(decoder)
-    if precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
-        precision = "no"  # a CPU cannot, and float32 is no less exact
+    if precision == "fp16" and on_cpu(device):
+        precision = "no"  # CPUs have no fp16; float32 is at least as exact
     accelerator = make_accelerator(device, precision)
-    verify_stores(opened, workers=workers)
-    positions = opened.positions("identity")
+    verify_stores(features, workers=workers)
+    positions = features.positions("identity")
     loader = FeatureLoader(
-        opened, batch_size, positions=positions, workers=workers, device=accelerator.device
+        features, batch_size, positions=positions, workers=workers, device=accelerator.device
     )
     network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batches = progress(loader, "evaluate", len(loader), "batch")
     try:
-        scores = evaluate(
-            accelerator,
-            network,
-            progress(loader, "evaluate", len(loader), "batch"),
-            spec.class_names,
-        )
+        scores = evaluate(accelerator, network, batches, spec.class_names)
     except ValueError as error:
         raise DataError(store, f"{error}; name a store with labels") from error
-    return Evaluation(
-        decoder / f"{weights}.safetensors",
-        store,
-        len(positions),
-        scores,
-        tuple(classes) or spec.class_names,
-    )
+    file = decoder / f"{weights}.safetensors"
+    return Evaluation(file, store, len(positions), scores, tuple(classes) or spec.class_names)
 
 
 def check_features(spec: StoreSpec, store: FeatureStore) -> None:
-    """Refuse a store whose features or classes are not those that a decoder was trained on; sizes and images may differ.
+    """Refuse a store of other features or classes than the decoder's; sizes and images may differ.
 
     Raises
     ------
     SpecMismatchError
         The text names the first difference.
     """
-    found = store.spec
-    compared = {
-        "backbone": (spec.backbone, found.backbone),
-        "backbone weights": (spec.weights_digest[:12], found.weights_digest[:12]),
-        "channels": (spec.feature_shape[0], found.feature_shape[0]),
-        "output stride": (spec.output_stride, found.output_stride),
-        "classes": (", ".join(spec.class_names), ", ".join(found.class_names)),
-    }
-    for what, (ours, theirs) in compared.items():
-        if ours != theirs:
-            message = f"has {what} {theirs}, but the decoder was trained on {ours}; extract this store with the decoder's {what}"
-            raise SpecMismatchError(message, path=store.path, expected=ours, actual=theirs)
+    for what, value_of in COMPARED.items():
+        expected, actual = value_of(spec), value_of(store.spec)
+        if actual != expected:
+            message = (
+                f"has {what} {actual}, but the decoder was trained on {expected}; "
+                f"extract this store with the decoder's {what}"
+            )
+            raise SpecMismatchError(message, path=store.path, expected=expected, actual=actual)
 
 
 def as_text(evaluation: Evaluation) -> str:
-    """A table for a terminal, in percent: a line a class, and the means below."""
-    confusion = torch.tensor(
-        evaluation.scores.confusion, dtype=torch.float64
-    )  # (K, K), row: true class
+    """Format the scores of each class, and the means below, in percent."""
+    scores = evaluation.scores
+    confusion = torch.tensor(scores.confusion, dtype=torch.float64)  # (K, K), row: true class
     right, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    columns = {
-        "recall": right / true,  # not a number where there is none
-        "precision": right / predicted,
-        "of pixels": true / true.sum(),
-    }
-    width = max(len("class"), *(len(name) for name in evaluation.scores.iou))
-    lines = [f"{'class':{width}}  {'IoU':>6}" + "".join(f"  {name:>9}" for name in columns)]
-    lines.append("  ".join("-" * size for size in (width, 6, *(9 for _ in columns))))
-    for number, (name, iou) in enumerate(evaluation.scores.iou.items()):
-        cells = "".join(f"  {_percent(float(values[number])):>9}" for values in columns.values())
-        lines.append(f"{name:{width}}  {_percent(iou):>6}{cells}")
-    absent = [name for name in evaluation.scores.absent if name in evaluation.classes]
-    counted = [name for name in evaluation.classes if name not in absent]
-    over = (
-        f"{len(counted)} classes"
-        if len(evaluation.classes) == len(evaluation.scores.iou)
-        else ", ".join(counted)
-    )
-    lines += [
-        "",
-        f"PA {_percent(evaluation.scores.pixel_accuracy)}, mIoU {_percent(evaluation.miou)} over {over}",
+    fractions = torch.stack([right / true, right / predicted, true / true.sum()], dim=1)  # (K, 3)
+    rows = [
+        [name, *map(percent, (iou, *of_class))]
+        for (name, iou), of_class in zip(scores.iou.items(), fractions.tolist(), strict=True)
     ]
-    if absent:
-        lines[-1] += f" (in neither truth nor prediction: {', '.join(absent)})"
-    return "\n".join(lines)
-
-
-def _percent(share: float | None) -> str:
-    return "—" if share is None or share != share else f"{100 * share:.2f}"
+    absent = ", ".join(name for name in evaluation.classes if name in scores.absent)
+    counted = [name for name in evaluation.classes if name not in scores.absent]
+    all_classes = len(evaluation.classes) == len(scores.iou)
+    over = f"{len(counted)} classes" if all_classes else ", ".join(counted)
+    return (
+        f"{plain(('class', 'IoU', 'recall', 'precision', 'of pixels'), rows)}\n\n"
+        f"PA {percent(scores.pixel_accuracy)}, mIoU {percent(evaluation.miou)} over {over}"
+        f"{f' (in neither truth nor prediction: {absent})' if absent else ''}"
+    )
 
 
 def write(evaluation: Evaluation, out: Path) -> None:

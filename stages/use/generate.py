@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,12 +30,11 @@ from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import generator as random_generator
 from stages.common.runtime import make_accelerator, progress, source_digest
 from stages.models.feature_generator import FeatureGenerator
-from stages.models.image_encoder import ImageEncoder, sample_z
+from stages.models.image_encoder import sample_z
 from stages.training.models import load_gan, load_generator, read_config, read_spec
 from stages.use.mask_source import Masks, open_masks
 
-CPU = torch.device("cpu")
-NOISE, CHANGES = 0, 1  # what random numbers are for
+NOISE, CHANGES = 0, 1  # purposes of random numbers
 
 
 def run(
@@ -53,130 +52,83 @@ def run(
 ) -> FeatureStore:
     """Generate features for masks, into a store that reads like one of real features.
 
-    Every sample passes through the generator by itself, and its noise is a function of seed, id and number. So its bytes
-    depend neither on the samples beside it nor on where a killed run stopped nor on how many threads work; in batches, the
-    last bits would differ with the batch's size.
+    Each sample passes through the generator by itself, and its noise is a function of seed, id and
+    number. On one kind of device its bytes do not depend on other samples, interruptions or
+    threads. In batches, the last bits would depend on the batch size.
 
     Parameters
     ----------
     gan
         Folder that ``train-gan`` wrote, or the ``gan`` folder of a jointly trained decoder.
     masks
-        Folder of mask files, or a feature store. Where the GAN has an image encoder and the store has images, z comes
-        from them as in training; else it is drawn from N(0, I).
+        Folder of mask files, or a feature store. If the GAN has an image encoder and the store has
+        images, z comes from the images as in training; otherwise from N(0, I).
     out
         The store; it appears whole or not at all.
     per_mask
         Samples a mask: ``ID-0``, ``ID-1`` and so on.
     seed
-        Of the noise, and of what is done to masks.
+        Seed of the noise and of the changes of masks.
     scratch
-        Where finished shards wait; those of an interrupted run with the same inputs are taken over.
+        Folder of finished shards; an interrupted run with the same inputs resumes from them.
     device
         ``auto``, ``cpu`` or ``cuda``.
     workers
         Threads that read masks.
     new_masks
-        What is done to a mask first, for each sample anew; see :class:`stages.augment.new_masks.NewMasks`.
+        Random changes of the mask of each sample; see :class:`stages.augment.new_masks.NewMasks`.
     overwrite
-        Replace a store at ``out``.
+        Whether to replace a store at ``out``.
 
     Raises
     ------
     ConfigError, DataError, FeatureStoreError
-        Options that do not fit; no generator, or masks that it cannot take; a store that cannot be written.
+        When options contradict each other, there is no generator, it cannot use the masks, or the
+        store cannot be written.
     """
-    # Everything that can be wrong, before the first sample.
     check_out(out, overwrite=overwrite)
-    architecture, spec = describe(gan)
-    if (
-        per_mask > 1
-        and architecture["family"] == "gan"
-        and not architecture["z_dim"]
-        and not new_masks
-    ):
+    spec, encodes = describe(gan)
+    generator = load_generator(gan)
+    if per_mask > 1 and not generator.z_dim and not new_masks:
         raise ConfigError(
             "--per-mask",
-            "this generator takes no noise, so all samples of a mask would be equal; use 1, or --new-masks",
+            "this generator takes no noise, so all samples of a mask would be equal; "
+            "use 1, or --new-masks",
         )
-    encodes = architecture["family"] == "gan" and architecture["image_encoder"]
     source = open_masks(masks, spec, images=encodes)
-    accelerator = make_accelerator(device, "no")
-    network = load_generator(gan).to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    encoder = load_gan(gan)[0].image_encoder if source.has_images else None
-    if encoder is not None:
-        encoder.to(accelerator.device).eval()
-    elif encodes:
+    if encodes and not source.has_images:
         tqdm.write(f"{masks}: has no images for the image encoder, so z is drawn from N(0, I)")
-    checked = prefetch(partial(_digest, source), range(len(source)), workers=workers, ahead=8)
-    digests = list(progress(checked, "generate: checking", len(source), "mask"))
-    changes = NewMasks(new_masks, source, np.arange(len(source))) if new_masks else None
-
-    identity = featurestore.fingerprint(
-        format_version=featurestore.FORMAT_VERSION,
-        spec=spec.to_dict(),
-        encoder="" if encoder is None else file_sha256(gan / "image_encoder.safetensors"),
-        seed=seed,
-        per_mask=per_mask,
-        new_masks=list(new_masks),
-        masks=[(*name, digest) for name, digest in zip(source.names, digests, strict=True)],
-        code=source_digest(
-            sys.modules[__name__],
-            stages.augment.new_masks,
-            stages.data.images,
-            stages.use.mask_source,
-            stages.models,
-        ),
-        torch=torch.__version__,
-        device=accelerator.device.type,
-    )
+    sampler = Sampler(gan, generator, source, new_masks, seed=seed, device=device, workers=workers)
+    fingerprint = featurestore.fingerprint(per_mask=per_mask, **sampler.identity)
     writer = featurestore.create(
         out,
         spec,
-        scratch=scratch / "generate" / identity[:16],
-        fingerprint=identity,
+        scratch=scratch / "generate" / fingerprint[:16],
+        fingerprint=fingerprint,
         overwrite=overwrite,
     )
-
-    # Masks are read ahead. The CPU generates as many samples at once as PyTorch has threads, with one for each: their number
-    # then changes no bit, and none waits for another. A GPU has a queue of its own.
-    read = partial(_read, source=source, digests=digests, changes=changes, seed=seed)
-    generate = partial(_generate, network=network, encoder=encoder, device=accelerator.device)
-    threads = torch.get_num_threads()
-    streams = threads if accelerator.device.type == "cpu" else 0
-    try:
-        exact = torch.backends.cudnn.flags(
-            enabled=True, deterministic=True, allow_tf32=False
-        )  # fp32 means fp32
-        with (
-            exact,
-            writer,
-            progress((), f"generate: {out.name}", len(source) * per_mask, "sample") as bar,
-        ):
-            todo = [
-                divmod(place, per_mask)
-                for span in writer.resume(len(source) * per_mask)
-                for place in span
-            ]
-            bar.update(len(source) * per_mask - len(todo))
-            inputs = prefetch(read, todo, workers=workers, ahead=8)
-            for sample, features in prefetch(
-                generate, inputs, workers=streams, initializer=partial(torch.set_num_threads, 1)
-            ):
-                writer.append(id=sample.id, features=features, mask=sample.mask, view=sample.view)
-                bar.update()
-    finally:
-        torch.set_num_threads(threads)
+    total = len(source) * per_mask
+    with ExitStack() as stack:
+        # The threads of PyTorch change below; float32 is exact: no TF32.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.enter_context(torch.backends.cudnn.flags(True, deterministic=True, allow_tf32=False))
+        stack.enter_context(writer)
+        bar = stack.enter_context(progress((), f"generate: {out.name}", total, "sample"))
+        todo = [divmod(sample, per_mask) for span in writer.resume(total) for sample in span]
+        bar.update(total - len(todo))
+        for sample, features in sampler.samples(todo, workers=workers):
+            writer.append(id=sample.id, features=features, mask=sample.mask, view=sample.view)
+            bar.update()
     return featurestore.open(out)
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:
-    """Refuse to replace what is there unasked, and what is no feature store at all.
+    """Refuse to replace an existing store unless asked, and to replace anything else.
 
     Raises
     ------
     ConfigError
-        The text says which.
+        When ``out`` exists.
     """
     if out.exists() and not overwrite:
         raise ConfigError(
@@ -189,8 +141,15 @@ def check_out(out: Path, *, overwrite: bool) -> None:
         )
 
 
-def describe(gan: Path) -> tuple[dict[str, Any], StoreSpec]:
-    """A generator's architecture, and the spec of the features that it generates.
+def describe(gan: Path) -> tuple[StoreSpec, bool]:
+    """Describe the features that a generator makes.
+
+    Returns
+    -------
+    spec
+        Spec of generated features: its ``generator`` is the family and the weights' sha256.
+    encodes
+        Whether the generator was trained with an image encoder.
 
     Raises
     ------
@@ -202,83 +161,151 @@ def describe(gan: Path) -> tuple[dict[str, Any], StoreSpec]:
     if "family" not in architecture or not weights.is_file():
         raise DataError(
             gan,
-            "holds no generator; name a folder that train-gan left, or the gan/ folder of a jointly trained decoder",
+            "holds no generator; name a folder that train-gan left, "
+            "or the gan/ folder of a jointly trained decoder",
         )
     made_by = f"{architecture['family']} {file_sha256(weights)}"
-    return architecture, dataclasses.replace(spec, has_images=False, generator=made_by)
+    spec = dataclasses.replace(spec, has_images=False, generator=made_by)
+    return spec, bool(architecture["image_encoder"])
 
 
 def noise(z_dim: int, *, seed: int, id: str, view: str, number: int) -> Tensor:
-    """(1, z_dim) standard normal noise of one sample, a function of these values alone."""
+    """Draw the noise of one sample, (1, z_dim) standard normal, a function of the arguments."""
     return torch.randn(1, z_dim, generator=_rng(seed, id, view, number, NOISE))
 
 
 def _rng(seed: int, id: str, view: str, number: int, purpose: int) -> torch.Generator:
     name = int.from_bytes(hashlib.sha256(f"{view} {id}".encode()).digest(), "big")
-    return random_generator(CPU, seed, name, number, purpose)
+    return random_generator(torch.device("cpu"), seed, name, number, purpose)
 
 
 @dataclass(frozen=True)
-class _Sample:
-    """What one sample is generated from."""
+class Sample:
+    """The inputs of one generated sample."""
 
     id: str
     view: str
     image: np.ndarray | None  # (H, W, 3) uint8
     mask: np.ndarray  # (H, W) uint8
-    draw: partial[Tensor]  # noise of a given length
+    z: Tensor  # (1, z_dim) standard normal
 
 
-def _digest(source: Masks, position: int) -> str:
-    return _sha256(*source.read(position))
+class Sampler:
+    """A generator and the masks that it generates features for.
+
+    Parameters
+    ----------
+    gan, generator
+        Folder of the networks, and the generator, which moves to ``device``.
+    source
+        Masks; all are read once, to check them.
+    new_masks, seed, device, workers
+        See :func:`run`.
+
+    Attributes
+    ----------
+    identity
+        Everything that the features of a sample depend on, by name.
+
+    Raises
+    ------
+    ConfigError, DataError
+        When a network or a mask is damaged, or the masks have too few classes for a change.
+    """
+
+    def __init__(
+        self,
+        gan: Path,
+        generator: FeatureGenerator,
+        source: Masks,
+        new_masks: Sequence[str],
+        *,
+        seed: int,
+        device: str,
+        workers: int,
+    ) -> None:
+        self._source, self._seed = source, seed
+        self._device = make_accelerator(device, "no").device
+        self._generator = generator.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._encoder = load_gan(gan)[0].image_encoder if source.has_images else None
+        if self._encoder is not None:
+            self._encoder.to(self._device).eval()
+        digests = prefetch(
+            lambda position: _sha256(*source.read(position)),
+            range(len(source)),
+            workers=workers,
+            ahead=8,
+        )
+        self._digests = list(progress(digests, "generate: checking", len(source), "mask"))
+        self._changes = NewMasks(new_masks, source, np.arange(len(source))) if new_masks else None
+        self.identity = {
+            "format_version": featurestore.FORMAT_VERSION,
+            "spec": source.spec.to_dict(),
+            "encoder": file_sha256(gan / "image_encoder.safetensors") if self._encoder else "",
+            "seed": seed,
+            "new_masks": list(new_masks),
+            "masks": list(zip(source.names, self._digests, strict=True)),
+            "code": source_digest(
+                sys.modules[__name__],
+                stages.augment.new_masks,
+                stages.data.images,
+                stages.use.mask_source,
+                stages.models,
+            ),
+            "torch": torch.__version__,
+            "device": self._device.type,
+        }
+
+    def samples(
+        self, places: Sequence[tuple[int, int]], *, workers: int
+    ) -> Iterator[tuple[Sample, np.ndarray]]:
+        """Generate samples: (position of the mask, number of the sample) of each in ``places``.
+
+        ``workers`` threads read ahead. A CPU generates one sample a thread, with as many threads as
+        PyTorch has: their number changes no bit, and none waits for another.
+
+        Yields
+        ------
+        sample, features
+            The inputs, and features (C, h, w) float32.
+        """
+        threads = torch.get_num_threads() if self._device.type == "cpu" else 0
+        inputs = prefetch(self._read, places, workers=workers, ahead=8)
+        one_thread = partial(torch.set_num_threads, 1)
+        return prefetch(self._generate, inputs, workers=threads, initializer=one_thread)
+
+    def _read(self, place: tuple[int, int]) -> Sample:
+        """Read a mask and change it.
+
+        Raises
+        ------
+        DataError
+            When the mask is not what was checked.
+        """
+        position, number = place
+        id, view = self._source.names[position]
+        image, mask = self._source.read(position)
+        if _sha256(image, mask) != self._digests[position]:
+            message = f"mask {id!r} changed while features were generated; start again"
+            raise DataError(self._source.path, message)
+        if self._changes is not None:
+            rng = _rng(self._seed, id, view, number, CHANGES)
+            mask = self._changes(torch.tensor(mask)[None], rng)[0].numpy()
+        z = noise(self._generator.z_dim, seed=self._seed, id=id, view=view, number=number)
+        return Sample(f"{id}-{number}", view, image, mask, z)
+
+    @torch.no_grad()
+    def _generate(self, sample: Sample) -> tuple[Sample, np.ndarray]:
+        """Generate a sample's features, (C, h, w) float32."""
+        z = sample.z.to(self._device)
+        if self._encoder is not None:
+            # (H, W, 3) -> (1, 3, H, W)
+            image = torch.tensor(sample.image).permute(2, 0, 1)[None].to(self._device)
+            mu, logvar = self._encoder(image)
+            z = sample_z(mu, logvar, z)
+        mask = torch.tensor(sample.mask)[None].to(self._device)
+        return sample, self._generator.generate(mask, z=z)[0].cpu().numpy()
 
 
 def _sha256(image: np.ndarray | None, mask: np.ndarray) -> str:
     return hashlib.sha256(mask.tobytes() + (b"" if image is None else image.tobytes())).hexdigest()
-
-
-def _read(
-    place: tuple[int, int],
-    *,
-    source: Masks,
-    digests: list[str],
-    changes: NewMasks | None,
-    seed: int,
-) -> _Sample:
-    """A mask, as it was when it was checked, and what is done to it."""
-    position, number = place
-    id, view = source.names[position]
-    image, mask = source.read(position)
-    if _sha256(image, mask) != digests[position]:
-        raise DataError(
-            source.path, f"mask {id!r} changed while features were generated; start again"
-        )
-    if changes is not None:
-        mask = changes(torch.tensor(mask)[None], _rng(seed, id, view, number, CHANGES))[0].numpy()
-    return _Sample(
-        f"{id}-{number}",
-        view,
-        image,
-        mask,
-        partial(noise, seed=seed, id=id, view=view, number=number),
-    )
-
-
-@torch.no_grad()
-def _generate(
-    sample: _Sample,
-    *,
-    network: FeatureGenerator,
-    encoder: ImageEncoder | None,
-    device: torch.device,
-) -> tuple[_Sample, np.ndarray]:
-    """The sample, and its features (C, h, w) float32."""
-    z = sample.draw(network.z_dim).to(device)
-    if encoder is not None:
-        assert sample.image is not None
-        mu, logvar = encoder(
-            torch.tensor(sample.image).permute(2, 0, 1)[None].to(device)
-        )  # (H, W, 3) -> (1, 3, H, W)
-        z = sample_z(mu, logvar, z)
-    features = network.generate(torch.tensor(sample.mask)[None].to(device), z=z)
-    return sample, features[0].cpu().numpy()

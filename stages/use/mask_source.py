@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
@@ -16,132 +16,134 @@ from featurestore.index import INDEX_NAME
 from stages.common.errors import DataError
 from stages.data.images import MASK_SUFFIXES, decode_mask, read_bytes, resize_pair
 
+Pair = tuple[np.ndarray | None, np.ndarray]  # image (H, W, 3) uint8, or None; mask (H, W) uint8
 
-class Masks(ABC):
-    """Masks by position, brought to the size of a spec by its resize rule.
+
+@dataclass(frozen=True)
+class Masks:
+    """Masks by position, resized to the size of a spec by the spec's rule.
 
     Attributes
     ----------
     path
-        Where they come from.
+        Folder or store of the masks.
     spec
-        Whose classes and size they have.
+        Spec with the classes, size and resize rule.
     names
-        (id, view) of each.
+        (id, view) of each mask.
     has_images
-        Whether the images come along.
+        Whether :meth:`read` returns images too.
+    original
+        Reads an image and its mask at their original size, by position.
     """
 
-    def __init__(
-        self, path: Path, spec: StoreSpec, names: Sequence[tuple[str, str]], *, has_images: bool
-    ) -> None:
-        self.path = path
-        self.spec = spec
-        self.names = list(names)
-        self.has_images = has_images
+    path: Path
+    spec: StoreSpec
+    names: Sequence[tuple[str, str]]
+    has_images: bool
+    original: Callable[[int], Pair]
 
     def __len__(self) -> int:
         return len(self.names)
 
     def mask(self, position: int, /) -> np.ndarray:
-        """(H, W) uint8 class indices, 255 = void; errors as of :meth:`read`."""
+        """Return the mask of :meth:`read`, (H, W) uint8."""
         return self.read(position)[1]
 
-    def read(self, position: int) -> tuple[np.ndarray | None, np.ndarray]:
-        """Image (H, W, 3) uint8, or None, and mask (H, W) uint8.
+    def read(self, position: int) -> Pair:
+        """Read an image, (H, W, 3) uint8 or None, and its mask, (H, W) uint8, 255 = void.
 
         Raises
         ------
         DataError
             When the mask cannot be read, or holds a value that is no class.
         """
-        image, mask = self._original(position)
-        # One rule brings both to their size, so that a image stays on its mask; where there is none, a black one does.
-        picture = Image.new("RGB", mask.shape[::-1]) if image is None else Image.fromarray(image)
-        resized, mask = resize_pair(picture, mask, size=self.spec.mask_shape, rule=self.spec.resize)
+        image, mask = self.original(position)
+        # The rule needs an image and a mask; a black image stands in for a missing one.
+        full = Image.new("RGB", mask.shape[::-1]) if image is None else Image.fromarray(image)
+        resized, mask = resize_pair(full, mask, size=self.spec.mask_shape, rule=self.spec.resize)
         return None if image is None else resized, mask
 
-    @abstractmethod
-    def _original(self, position: int) -> tuple[np.ndarray | None, np.ndarray]:
-        """Image, or None, and mask at their own size."""
 
-
-class FolderMasks(Masks):
-    """The mask files of a folder, in the order of their names; values are class indices, 255 = void.
+def folder_masks(path: Path, spec: StoreSpec) -> Masks:
+    """Open the mask files of a folder, sorted by name; values are class indices, 255 = void.
 
     Raises
     ------
     DataError
-        When there is none, or two have the same name.
+        When there is no mask file, or two have the same name.
     """
-
-    def __init__(self, path: Path, spec: StoreSpec) -> None:
-        files: dict[str, Path] = {}
-        for file in sorted(path.iterdir()):
-            if file.suffix.lower() in MASK_SUFFIXES and not file.name.startswith("."):
-                if file.stem in files:
-                    raise DataError(
-                        file,
-                        f"has the same id ({file.stem}) as {files[file.stem].name}; rename one of them",
-                    )
-                files[file.stem] = file
-        if not files:
-            raise DataError(
-                path,
-                f"holds neither masks ({', '.join(MASK_SUFFIXES)}) nor a feature store; name a folder of either",
-            )
-        super().__init__(path, spec, [(name, "identity") for name in files], has_images=False)
-        self._files = list(files.values())
-
-    def _original(self, position: int) -> tuple[np.ndarray | None, np.ndarray]:
-        file = self._files[position]
-        return None, decode_mask(
-            read_bytes(file, "mask"), file, num_classes=self.spec.num_classes, void_index=VOID
+    files: dict[str, Path] = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix.lower() in MASK_SUFFIXES and not file.name.startswith("."):
+            other = files.setdefault(file.stem, file)
+            if other != file:
+                message = f"has the same id ({file.stem}) as {other.name}; rename one of them"
+                raise DataError(file, message)
+    if not files:
+        raise DataError(
+            path,
+            f"holds neither masks ({', '.join(MASK_SUFFIXES)}) nor a feature store; "
+            "name a folder of either",
         )
+    names = [(id, "identity") for id in files]
+
+    def original(position: int) -> Pair:
+        file = files[names[position][0]]
+        content = read_bytes(file, "mask")
+        return None, decode_mask(content, file, num_classes=spec.num_classes, void_index=VOID)
+
+    return Masks(path, spec, names, False, original)
 
 
-class StoreMasks(Masks):
-    """The masks of a feature store's samples.
+def store_masks(store: FeatureStore, spec: StoreSpec, *, images: bool) -> Masks:
+    """Open the masks of a feature store's samples.
 
     Raises
     ------
     SpecMismatchError
-        When its classes are not those of the spec.
+        When the store has other classes than the spec.
     """
+    classes = zip_longest(store.spec.class_names, spec.class_names)
+    for value, (actual, expected) in enumerate(classes):
+        if actual != expected:
+            raise SpecMismatchError(
+                f"mask value {value} is {actual!r} here, but {expected!r} to the generator; "
+                "give it masks of its own classes",
+                path=store.path,
+                expected=spec.class_names,
+                actual=store.spec.class_names,
+            )
+    has_images = images and store.spec.has_images
 
-    def __init__(self, store: FeatureStore, spec: StoreSpec, *, images: bool) -> None:
-        for value, (found, expected) in enumerate(
-            zip_longest(store.spec.class_names, spec.class_names)
-        ):
-            if found != expected:
-                message = f"mask value {value} is {found!r} here, but {expected!r} to the generator; give it masks of its own classes"
-                raise SpecMismatchError(
-                    message,
-                    path=store.path,
-                    expected=spec.class_names,
-                    actual=store.spec.class_names,
-                )
-        names = list(zip(store.ids, store.views, strict=True))
-        super().__init__(store.path, spec, names, has_images=images and store.spec.has_images)
-        self._store = store
+    def original(position: int) -> Pair:
+        return store.image(position) if has_images else None, store.mask(position)
 
-    def _original(self, position: int) -> tuple[np.ndarray | None, np.ndarray]:
-        image = self._store.image(position) if self.has_images else None
-        return image, self._store.mask(position)
+    names = list(zip(store.ids, store.views, strict=True))
+    return Masks(store.path, spec, names, has_images, original)
 
 
 def open_masks(path: Path, spec: StoreSpec, *, images: bool) -> Masks:
-    """The masks at a path: a feature store's (its folder, or a shard), or those of a folder of mask files.
+    """Open the masks at a path: a feature store (folder or shard), or a folder of mask files.
+
+    Parameters
+    ----------
+    path
+        Feature store or folder.
+    spec
+        Classes, size and resize rule of the generator.
+    images
+        Whether to read images too, where a store has them.
 
     Raises
     ------
     DataError
         When there is nothing at ``path``, or no mask in the folder.
     FeatureStoreError
-        When the store is not sound, or of other classes.
+        When the store is damaged, or has other classes.
     """
     if path.is_file() or (path / INDEX_NAME).is_file():
-        return StoreMasks(featurestore.open(path), spec, images=images)
+        return store_masks(featurestore.open(path), spec, images=images)
     if not path.is_dir():
         raise DataError(path, "there is no such folder; name one of mask files, or a feature store")
-    return FolderMasks(path, spec)
+    return folder_masks(path, spec)

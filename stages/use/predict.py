@@ -1,4 +1,4 @@
-"""predict: photographs in, a folder of masks, overlays and probabilities out, a part of which may be there already."""
+"""predict: images in, a folder of masks, overlays and probabilities out; it resumes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -22,131 +23,205 @@ from featurestore import StoreSpec
 from featurestore.files import file_sha256, write_atomically, writing
 from featurestore.prefetch import prefetch
 from stages.common.errors import ConfigError, DataError
-from stages.common.runtime import progress
+from stages.common.runtime import check_device, progress
 from stages.data.images import IMAGE_SUFFIXES
 from stages.reporting.overlay import legend, overlay
 from stages.training.models import CONFIG_NAME, read_spec
 from stages.use.segmenter import Segmentation, Segmenter, as_image
-from stages.use.windows import Photograph, View
+from stages.use.windows import View, WindowedImage
 
 MANIFEST_NAME = "predictions.json"
 CLASS_LIST = "classes.csv"
 LEGEND_NAME = "legend.png"
-MASKS, OVERLAYS, PROBABILITIES = "masks", "overlays", "probabilities"
-MADE_FROM = "featuregan"  # key of the text in a mask's PNG
+SUFFIXES = {"masks": "png", "overlays": "jpg", "probabilities": "npz"}  # by folder of predictions
+SOURCE = "featuregan"  # key of the PNG text that says what a mask was made from
 
 
-# -- what goes in -------------------------------------------------------------------------------------
+def run(
+    decoder: Path,
+    inputs: Sequence[str],
+    *,
+    out: Path,
+    view: View,
+    overlays: bool,
+    probabilities: bool,
+    weights: str,
+    backbone_weights: str,
+    batch_size: int,
+    device: str,
+    workers: int,
+    force: bool,
+) -> tuple[int, int, list[DataError]]:
+    """Segment images with a trained decoder; images that are finished already are skipped.
+
+    Parameters
+    ----------
+    decoder
+        Folder that ``train-decoder`` wrote.
+    inputs
+        Files, folders and patterns; see :func:`find_images`.
+    out
+        Folder of the predictions; see :class:`Predictions`.
+    view
+        How the network sees images of other sizes than its input size.
+    overlays, probabilities
+        Whether to write them, too.
+    weights
+        ``decoder`` (last epoch) or ``decoder-best``.
+    backbone_weights
+        Value of ``extract.weights``.
+    batch_size
+        Windows a batch.
+    device
+        ``auto``, ``cpu`` or ``cuda``.
+    workers
+        Threads that read, and threads that write.
+    force
+        Whether predictions of another decoder or view may be replaced.
+
+    Returns
+    -------
+    images, finished, failed
+        Number of images, number of those that were finished before, errors of unreadable ones.
+
+    Raises
+    ------
+    ConfigError, DataError
+        When an input, the decoder, its backbone's weights or ``out`` is wrong.
+    StoreWriteError
+        When the file system refuses.
+    """
+    check_device(device)
+    jobs = find_images(inputs, out)
+    wanted = {"masks": True, "overlays": overlays, "probabilities": probabilities}
+    predictions = Predictions.open(
+        out,
+        decoder=decoder,
+        weights=weights,
+        view=view,
+        kinds=tuple(kind for kind in SUFFIXES if wanted[kind]),
+        force=force,
+    )
+    unfinished = [job for job in jobs if not predictions.is_finished(job)]
+    failed: list[DataError] = []
+    if unfinished:
+        segmenter = Segmenter.load(
+            decoder, weights=weights, backbone_weights=backbone_weights, device=device
+        )
+        failed = _segment(
+            unfinished, predictions, segmenter, view=view, batch_size=batch_size, workers=workers
+        )
+    return len(jobs), len(jobs) - len(unfinished), failed
+
+
+# -- images ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Job:
-    """A photograph, and where its predictions belong: the path below each folder of them, without a suffix."""
+    """An image, and the path of its predictions below their folders, without a suffix."""
 
     image: Path
     name: Path
 
 
-def find_photographs(inputs: Sequence[str], out: Path) -> list[Job]:
-    """All photographs that the inputs stand for.
+@dataclass(frozen=True)
+class Decoded:
+    """An image on its way to the networks."""
+
+    job: Job
+    source: str  # of Predictions.source
+    image: Image.Image | None  # for the overlay
+    windows: WindowedImage
+
+
+def find_images(inputs: Sequence[str], out: Path) -> list[Job]:
+    """Find all images of the inputs.
 
     Parameters
     ----------
     inputs
-        A file, a folder (with all below it, hidden files and ``out`` itself left aside) or a pattern such as ``photos/*/a*.jpg``
-        (``**`` stands for any folders). A photograph keeps its path below the folder, or below the part of the pattern that has
-        no ``*``.
+        A file, a folder (searched recursively, without hidden files and ``out``) or a pattern such
+        as ``photos/*/a*.jpg`` (``**``: any folders). Predictions keep the path of their image below
+        the folder, or below the pattern's last folder without ``*``.
     out
-        Where the predictions go.
+        Folder of the predictions.
 
     Raises
     ------
     ConfigError
-        When an input stands for no photograph, or two photographs would have one name.
+        When an input matches no image, or two images would have the same output.
     """
     jobs: dict[Path, Job] = {}
     for text in inputs:
-        found = list(_photographs_of(text, out))
-        if not found:
-            nothing = f"there is no photograph ({', '.join(IMAGE_SUFFIXES)}) in this folder"
-            raise ConfigError(
-                text,
-                nothing if Path(text).is_dir() else "no such file or folder, nor a pattern of one",
-            )
-        for job in found:
+        images = _images_of(text, out)
+        if not images:
+            nothing = "no such file or folder, nor a pattern of one"
+            if Path(text).is_dir():
+                nothing = f"there is no image ({', '.join(IMAGE_SUFFIXES)}) in this folder"
+            raise ConfigError(text, nothing)
+        for job in images:
             other = jobs.setdefault(job.name, job)
             if other.image.resolve() != job.image.resolve():
-                message = f"would have the same output, {job.name}.png, as {other.image}; predict them into two folders, or rename one"
-                raise ConfigError(str(job.image), message)
+                raise ConfigError(
+                    str(job.image),
+                    f"would have the same output, {job.name}.png, as {other.image}; "
+                    "predict them into two folders, or rename one",
+                )
     return list(jobs.values())
 
 
-def _photographs_of(text: str, out: Path) -> Iterator[Job]:
+def _images_of(text: str, out: Path) -> list[Job]:
     path = Path(text)
     if path.is_file():
-        yield Job(path, Path(path.stem))
-    elif path.is_dir():
-        for folder, folders, files in os.walk(path):
-            inside = (name for name in folders if not name.startswith("."))
-            folders[:] = sorted(
-                name for name in inside if (Path(folder) / name).resolve() != out.resolve()
-            )
-            yield from (
-                _below(Path(folder) / name, path) for name in sorted(files) if _is_photograph(name)
-            )
-    else:
-        start = Path(
-            *path.parts[
-                : next(
-                    (number for number, part in enumerate(path.parts) if glob.has_magic(part)), 0
-                )
-            ]
-        )
-        for name in sorted(glob.glob(text, recursive=True)):
-            if (
-                _is_photograph(Path(name).name)
-                and Path(name).is_file()
-                and not Path(name).resolve().is_relative_to(out.resolve())
-            ):
-                yield _below(Path(name), start)
+        return [Job(path, Path(path.stem))]
+    if path.is_dir():
+        root = path
+        files = [
+            file
+            for file in path.rglob("*")
+            if not any(name.startswith(".") for name in file.relative_to(path).parts)
+        ]
+    else:  # patterns do not match hidden files
+        root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+        files = [Path(name) for name in glob.glob(text, recursive=True)]
+    return [
+        Job(file, file.relative_to(root).with_suffix(""))
+        for file in sorted(files)
+        if file.suffix.lower() in IMAGE_SUFFIXES
+        and not file.is_dir()
+        and not file.resolve().is_relative_to(out.resolve())
+    ]
 
 
-def _below(file: Path, folder: Path) -> Job:
-    return Job(file, file.relative_to(folder).with_suffix(""))
-
-
-def _is_photograph(name: str) -> bool:
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
-
-
-# -- what comes out -----------------------------------------------------------------------------------
+# -- predictions -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Predictions:
     """A folder of one decoder's predictions; made by :meth:`open`.
 
-    A mask is written after everything else of its photograph. Its PNG says of which model and of which file it is, so
-    that one look tells whether a photograph is finished.
+    A mask is written after all other files of its image. Its PNG names the model and the image's
+    file, which tells whether an image is finished.
 
     Attributes
     ----------
     path
-        ``masks/NAME.png`` (class indices with the palette), and as asked for ``overlays/NAME.jpg`` and
-        ``probabilities/NAME.npz`` (float16, (K, H, W)); ``classes.csv``, ``legend.png``, ``predictions.json``.
+        ``masks/NAME.png`` (class indices with the palette), ``overlays/NAME.jpg``,
+        ``probabilities/NAME.npz`` (float16, (K, H, W)); ``classes.csv``, ``legend.png`` and
+        ``predictions.json``.
     spec
-        Of the decoder: class names and palette.
+        Spec of the decoder: class names and palette.
     identity
-        Of the decoder, and of how it looked at photographs.
-    overlays, probabilities
-        Whether these are wanted beside the masks.
+        Fingerprint of the decoder and the view.
+    kinds
+        ``masks``, and ``overlays`` and ``probabilities`` where they are wanted.
     """
 
     path: Path
     spec: StoreSpec
     identity: str
-    overlays: bool
-    probabilities: bool
+    kinds: tuple[str, ...]
 
     @classmethod
     def open(
@@ -156,25 +231,29 @@ class Predictions:
         decoder: Path,
         weights: str,
         view: View,
-        overlays: bool,
-        probabilities: bool,
+        kinds: tuple[str, ...],
         force: bool = False,
     ) -> Predictions:
-        """Start a folder, or go on with one of the same decoder and view.
+        """Start a folder of predictions, or continue one of the same decoder and view.
 
         Parameters
         ----------
         path
-            A folder that is new, empty, or of predictions.
+            A folder that is new, empty, or holds predictions.
         decoder, weights
             Folder of the decoder, and the name of its weights.
+        view
+            How the network sees images of other sizes than its input size.
+        kinds
+            What to write.
         force
             Whether predictions of another decoder or view may be replaced.
 
         Raises
         ------
         DataError
-            When there is no decoder, or the folder holds something else, or predictions of another decoder or view.
+            When there is no decoder, or the folder holds other files, or predictions of another
+            decoder or view.
         """
         spec, file = read_spec(decoder), decoder / f"{weights}.safetensors"
         if not file.is_file():
@@ -182,42 +261,25 @@ class Predictions:
         model = featurestore.fingerprint(
             weights=file_sha256(file), config=file_sha256(decoder / CONFIG_NAME)
         )
-        if view.mode == "resize" and spec.resize != "crop":  # one window, which overlaps no other
+        if view.mode == "resize" and spec.resize != "crop":  # one window: nothing overlaps
             view = replace(view, overlap=View.overlap)
         settings = {"model": model, **asdict(view)}
-        manifest = path / MANIFEST_NAME
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-            there = [name for name in os.listdir(path) if not name.endswith(".partial")]
-        if manifest.is_file():
-            if not _check(manifest, settings, force):
-                for kind in (
-                    MASKS,
-                    OVERLAYS,
-                    PROBABILITIES,
-                ):  # of another decoder, and so of other classes perhaps
-                    shutil.rmtree(path / kind, ignore_errors=True)
-        elif there:
-            raise DataError(
-                path,
-                f"is not empty, and no folder of predictions (it has no {MANIFEST_NAME}); name a new folder",
-            )
-        described = {"decoder": str(decoder), "weights": weights, **settings}
-        with writing(path):
-            write_atomically(manifest, (json.dumps(described, indent=1) + "\n").encode())
+            _check_folder(path, settings, force=force)
+            manifest = {"decoder": str(decoder), "weights": weights, **settings}
+            colours = _encoded(legend(spec.class_names, spec.palette), "PNG")
+            write_atomically(path / MANIFEST_NAME, f"{json.dumps(manifest, indent=1)}\n".encode())
             write_atomically(path / CLASS_LIST, _class_list(spec).encode())
-            write_atomically(
-                path / LEGEND_NAME, _encoded(legend(spec.class_names, spec.palette), "PNG")
-            )
-        return cls(path, spec, featurestore.fingerprint(**settings), overlays, probabilities)
+            write_atomically(path / LEGEND_NAME, colours)
+        return cls(path, spec, featurestore.fingerprint(**settings), kinds)
 
     def file(self, kind: str, job: Job) -> Path:
-        """Where a photograph's ``masks``, ``overlays`` or ``probabilities`` belong."""
-        suffix = {MASKS: "png", OVERLAYS: "jpg", PROBABILITIES: "npz"}[kind]
-        return self.path / kind / job.name.parent / f"{job.name.name}.{suffix}"
+        """Return the path of an image's ``masks``, ``overlays`` or ``probabilities`` file."""
+        return self.path / kind / job.name.parent / f"{job.name.name}.{SUFFIXES[kind]}"
 
-    def made_from(self, job: Job) -> str:
-        """What a finished mask says of itself: the model, and the photograph's file as it is now.
+    def source(self, job: Job) -> str:
+        """Describe the model and the image's file: size and time of change.
 
         Raises
         ------
@@ -227,124 +289,111 @@ class Predictions:
         try:
             state = os.stat(job.image)
         except OSError as error:
-            raise DataError(
-                job.image, f"this photograph cannot be read ({error.strerror})"
-            ) from error
+            raise DataError(job.image, f"this image cannot be read ({error.strerror})") from error
         return json.dumps(
             {"identity": self.identity, "bytes": state.st_size, "changed": state.st_mtime_ns}
         )
 
     def is_finished(self, job: Job) -> bool:
-        """Whether everything that is wanted of a photograph is there, of this model and of the file as it is now."""
-        wanted = [
-            kind
-            for kind, asked in ((OVERLAYS, self.overlays), (PROBABILITIES, self.probabilities))
-            if asked
-        ]
-        if not all(self.file(kind, job).is_file() for kind in wanted):
-            return False
-        return self._found(job) == self.made_from(job)
+        """Return whether all wanted files exist, of this model and of the image's current file."""
+        exist = all(self.file(kind, job).is_file() for kind in self.kinds)
+        return exist and self._stored_source(job) == self.source(job)
 
-    def _found(self, job: Job) -> str | None:
-        """What the mask that is there was made from; None where there is none, or none of ours."""
+    def _stored_source(self, job: Job) -> str | None:
+        """Return what the existing mask was made from; None if there is no readable mask."""
         try:
-            with Image.open(self.file(MASKS, job)) as mask:
-                return mask.info.get(MADE_FROM)
+            with Image.open(self.file("masks", job)) as mask:
+                return mask.info.get(SOURCE)
         except (OSError, SyntaxError, ValueError):
             return None
 
-    def write(
-        self, job: Job, made_from: str, image: Image.Image | None, found: Segmentation
-    ) -> None:
-        """Write what is wanted of a photograph, each file wholly or not at all, the mask last.
+    def write(self, decoded: Decoded, result: Segmentation) -> None:
+        """Write the wanted files of an image, each wholly or not at all, the mask last.
 
-        What is there of another model, or of the file as it was, goes: the new mask would speak for it.
+        Files of another model, or of an earlier image file, are removed.
 
         Raises
         ------
         StoreWriteError
             When the file system refuses.
         """
+        job = decoded.job
         contents: dict[str, bytes] = {}
-        if found.probabilities is not None:
+        if result.probabilities is not None:
             buffer = io.BytesIO()
-            np.savez_compressed(buffer, probabilities=found.probabilities)
-            contents[PROBABILITIES] = buffer.getvalue()
-        if image is not None:
-            coloured = overlay(np.asarray(image), found.classes, self.spec.palette)
-            contents[OVERLAYS] = _encoded(Image.fromarray(coloured), "JPEG", quality=92)
-        mask = Image.fromarray(found.classes).convert("P")
-        mask.putpalette([part for colour in self.spec.palette for part in colour])
-        text = PngInfo()
-        text.add_text(MADE_FROM, made_from)
-        contents[MASKS] = _encoded(mask, "PNG", pnginfo=text)
-        if self._found(job) != made_from:
-            for kind in {OVERLAYS, PROBABILITIES} - contents.keys():
-                with writing(self.file(kind, job)):
-                    self.file(kind, job).unlink(missing_ok=True)
+            np.savez_compressed(buffer, probabilities=result.probabilities)
+            contents["probabilities"] = buffer.getvalue()
+        if decoded.image is not None:
+            coloured = overlay(np.asarray(decoded.image), result.classes, self.spec.palette)
+            contents["overlays"] = _encoded(Image.fromarray(coloured), "JPEG", quality=92)
+        mask, text = Image.fromarray(result.classes).convert("P"), PngInfo()
+        mask.putpalette([value for colour in self.spec.palette for value in colour])
+        text.add_text(SOURCE, decoded.source)
+        contents["masks"] = _encoded(mask, "PNG", pnginfo=text)
+        outdated = SUFFIXES.keys() - contents if self._stored_source(job) != decoded.source else ()
+        for kind in outdated:
+            with writing(self.file(kind, job)):
+                self.file(kind, job).unlink(missing_ok=True)
         for kind, content in contents.items():
-            path = self.file(kind, job)
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, content)
+            with writing(self.file(kind, job)):
+                self.file(kind, job).parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.file(kind, job), content)
 
 
-def _check(manifest: Path, settings: dict[str, object], force: bool) -> bool:
-    """Whether predictions are of the same decoder and view; refuse others, unless they are to be replaced."""
+def _check_folder(path: Path, settings: dict[str, object], *, force: bool) -> None:
+    """Refuse a folder of other files, or of predictions with other settings.
+
+    With ``force``, predictions with other settings are removed.
+    """
+    manifest = path / MANIFEST_NAME
+    if not manifest.is_file():
+        if any(not name.endswith(".partial") for name in os.listdir(path)):
+            raise DataError(
+                path,
+                f"is not empty, and no folder of predictions (it has no {MANIFEST_NAME}); "
+                "name a new folder",
+            )
+        return
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-        other = [key for key, value in settings.items() if found.get(key) != value]
+        actual = json.loads(manifest.read_text(encoding="utf-8"))
+        different = [key for key, value in settings.items() if actual.get(key) != value]
     except (OSError, ValueError, AttributeError) as error:
-        if force:
-            return False
-        raise DataError(
-            manifest,
-            f"cannot be read ({error}); add --force to write it anew, or name another folder",
-        ) from error
-    if other and not force:
-        what = (
-            "another decoder"
-            if other[0] == "model"
-            else f"{other[0]} {found.get(other[0])}, not {settings[other[0]]}"
-        )
+        if not force:
+            raise DataError(
+                manifest,
+                f"cannot be read ({error}); add --force to write it anew, or name another folder",
+            ) from error
+        actual, different = {}, ["model"]
+    if different and not force:
+        key = different[0]
+        setting = f"{key} {actual.get(key)}, not {settings[key]}"
+        what = "another decoder" if key == "model" else setting
         message = (
             f"holds predictions of {what}; add --force to replace them, or name another folder"
         )
-        raise DataError(manifest.parent, message, expected=settings, actual=found)
-    return not other
+        raise DataError(path, message, expected=settings, actual=actual)
+    for kind in SUFFIXES if different else ():
+        shutil.rmtree(path / kind, ignore_errors=True)
 
 
 def _class_list(spec: StoreSpec) -> str:
-    """The classes as a data set of the kind ``folder`` lists them, mask value 0 first."""
+    """List the classes as ``classes.csv`` of a data set of the kind ``folder``."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["name", "red", "green", "blue"])
-    writer.writerows(
-        [name, *colour] for name, colour in zip(spec.class_names, spec.palette, strict=True)
-    )
+    rows = [(name, *colour) for name, colour in zip(spec.class_names, spec.palette, strict=True)]
+    csv.writer(buffer, lineterminator="\n").writerows([("name", "red", "green", "blue"), *rows])
     return buffer.getvalue()
 
 
-def _encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
+def _encoded(image: Image.Image, format: str, **options: object) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
-# -- the work -----------------------------------------------------------------------------------------
+# -- segmentation ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    """A photograph on its way to the networks."""
-
-    job: Job
-    made_from: str
-    image: Image.Image | None  # for the overlay
-    photograph: Photograph
-
-
-def predict(
+def _segment(
     jobs: Sequence[Job],
     predictions: Predictions,
     segmenter: Segmenter,
@@ -353,52 +402,38 @@ def predict(
     batch_size: int,
     workers: int,
 ) -> list[DataError]:
-    """Segment photographs and write what is wanted of them.
+    """Segment images and write the wanted files; return the errors of unreadable images.
 
-    Three things at once: threads decode and scale, the networks compute, threads encode and write.
-
-    Returns
-    -------
-    list
-        What is wrong with the photographs that could not be read; all others are finished.
-
-    Raises
-    ------
-    StoreWriteError
-        When the file system refuses.
+    Three steps run at once: threads decode and resize, the networks compute, threads encode and
+    write.
     """
     failed: list[DataError] = []
-    waiting: deque[_Decoded] = deque()
+    waiting: deque[Decoded] = deque()
 
-    def decode(job: Job) -> _Decoded | DataError:
+    def decode(job: Job) -> Decoded | DataError:
         try:
-            made_from, image = predictions.made_from(job), as_image(job.image)
+            source, image = predictions.source(job), as_image(job.image)
         except DataError as error:
             return error
-        return _Decoded(
-            job, made_from, image if predictions.overlays else None, segmenter.cut(image, view)
-        )
+        kept = image if "overlays" in predictions.kinds else None
+        return Decoded(job, source, kept, segmenter.cut(image, view))
 
-    def photographs() -> Iterator[Photograph]:
+    def windowed_images() -> Iterator[WindowedImage]:
         for decoded in prefetch(decode, jobs, workers=workers, ahead=batch_size):
             if isinstance(decoded, DataError):
                 failed.append(decoded)
                 bar.update()
-                continue
-            waiting.append(decoded)
-            yield decoded.photograph
+            else:
+                waiting.append(decoded)
+                yield decoded.windows
 
-    def write(pair: tuple[_Decoded, Segmentation]) -> None:
-        decoded, found = pair
-        predictions.write(decoded.job, decoded.made_from, decoded.image, found)
-
-    with progress((), "predict", len(jobs), "photo") as bar:
-        found = segmenter.run(
-            photographs(),
+    with progress((), "predict", len(jobs), "image") as bar:
+        segmentations = segmenter.run(
+            windowed_images(),
             batch_size=batch_size,
-            probabilities=np.float16 if predictions.probabilities else None,
+            probabilities=np.float16 if "probabilities" in predictions.kinds else None,
         )
-        pairs = ((waiting.popleft(), segmentation) for segmentation in found)
-        for _ in prefetch(write, pairs, workers=workers):
+        results = ((waiting.popleft(), segmentation) for segmentation in segmentations)
+        for _ in prefetch(lambda pair: predictions.write(*pair), results, workers=workers):
             bar.update()
     return failed

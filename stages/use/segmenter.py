@@ -1,10 +1,11 @@
-"""A trained decoder in use: photographs of any size in, a class for every pixel out."""
+"""A trained decoder in use: images of any size in, a class for every pixel out."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TypeAlias
@@ -15,12 +16,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featurestore import StoreSpec
-from stages.common.errors import ConfigError
+from stages.backbones.backbone import Backbone, BackboneError
+from stages.backbones.build import build_backbone
+from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import make_accelerator
 from stages.data.images import decode_image, read_bytes, too_deep, upright
 from stages.training.models import load_decoder, read_precision, read_spec
-from stages.use.trained_backbone import load_backbone
-from stages.use.windows import Photograph, View, cut, join
+from stages.use.windows import View, WindowedImage, cut, join
 
 Input: TypeAlias = Image.Image | np.ndarray | str | Path
 
@@ -29,38 +31,51 @@ WEIGHTS = ("decoder", "decoder-best")
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What a photograph shows: classes (H0, W0) uint8, and probabilities (K, H0, W0) in 0..1 where they were asked for."""
+    """The classes of an image.
+
+    Attributes
+    ----------
+    classes
+        (H0, W0) uint8.
+    probabilities
+        (K, H0, W0) in 0..1; None unless requested.
+    """
 
     classes: np.ndarray
     probabilities: np.ndarray | None
 
 
 class Segmenter:
-    """Backbone and decoder as one network for photographs; made by :meth:`load`.
+    """Backbone and decoder as one network for images; use :meth:`load` to make one.
 
     >>> segmenter = Segmenter.load("models/decoders/baseline-0")
-    >>> classes = segmenter("photo.jpg")  # (H, W) uint8, of the photograph's own height and width
+    >>> classes = segmenter("photo.jpg")  # (H, W) uint8, of the image's height and width
 
-    A photograph is a path, a PIL image (turned as its EXIF tag says, as files are) or an (H, W, 3) uint8 array, red green blue.
-    Keywords of all methods are those of :class:`stages.use.windows.View`: ``mode``, ``overlap``, ``scale``.
+    An image is a path, a PIL image or an (H, W, 3) uint8 RGB array. Files and PIL images are turned
+    as their EXIF tag says. All methods take the keywords of :class:`stages.use.windows.View`:
+    ``mode``, ``overlap`` and ``scale``.
 
     Attributes
     ----------
     spec
-        Of the features that the decoder was trained on; ``spec.class_names`` and ``spec.palette`` by class index.
+        Spec of the features that the decoder was trained on; it has ``class_names`` and
+        ``palette`` by class index.
     device
-        Where both networks are.
+        Device of both networks.
 
     Parameters
     ----------
     backbone
         (B, 3, H, W) uint8 to features (B, C, h, w).
     decoder
-        Features to scores (B, K, h, w).
+        Features to logits (B, K, h, w).
     spec
         Input size, resize rule, precision of the backbone.
+    device
+        Device that both networks move to.
     precision
-        Of the decoder: ``no``, ``bf16`` or ``fp16``. The last one takes effect on GPUs alone; elsewhere it is computed in float32.
+        Precision of the decoder: ``no`` (float32), ``bf16`` or ``fp16``. Default: ``no``. Without a
+        GPU ``fp16`` is computed in float32.
     """
 
     def __init__(
@@ -90,7 +105,7 @@ class Segmenter:
         backbone_weights: str | Path = "default",
         device: str = "auto",
     ) -> Segmenter:
-        """A decoder that ``train-decoder`` left, with the backbone that its features came from.
+        """Load a decoder that ``train-decoder`` wrote, and the backbone of its features.
 
         Parameters
         ----------
@@ -99,48 +114,44 @@ class Segmenter:
         weights
             ``decoder`` (last epoch) or ``decoder-best`` (best mIoU on val).
         backbone_weights
-            What ``extract.weights`` was: ``default``, or the path of a state dict.
+            Value of ``extract.weights``: ``default``, or the path of a state dict.
         device
             ``auto``, ``cpu`` or ``cuda``.
 
         Raises
         ------
         DataError
-            When there is no trained decoder at ``path``, it is damaged, or its features came from other backbone weights.
+            When there is no trained decoder at ``path``, it is damaged, or its features were made
+            with other backbone weights.
         ConfigError
-            When the default weights cannot be had, there are no such ``weights``, or no such device.
+            When the default weights are not available, or ``weights`` or ``device`` does not exist.
         """
         if weights not in WEIGHTS:
-            raise ConfigError(
-                "weights",
-                f"should be {' or '.join(WEIGHTS)}, found {weights!r}",
-                expected=WEIGHTS,
-                actual=weights,
-            )
-        folder = Path(path)
-        where = make_accelerator(device, "no").device
-        spec, precision, decoder = (
-            read_spec(folder),
-            read_precision(folder),
-            load_decoder(folder, weights=weights),
+            message = f"should be {' or '.join(WEIGHTS)}, found {weights!r}"
+            raise ConfigError("weights", message, expected=WEIGHTS, actual=weights)
+        folder, spec = Path(path), read_spec(path)
+        return cls(
+            device=make_accelerator(device, "no").device,
+            decoder=load_decoder(folder, weights=weights),
+            backbone=load_backbone(spec, str(backbone_weights)),
+            spec=spec,
+            precision=read_precision(folder),
         )
-        backbone = load_backbone(spec, str(backbone_weights))
-        return cls(backbone, decoder, spec, device=where, precision=precision)
 
     def __call__(
         self, image: Input, *, mode: str = "resize", overlap: float = 0.25, scale: float = 1.0
     ) -> np.ndarray:
-        """(H, W) uint8: the class of every pixel of a photograph."""
+        """Return the class of every pixel of an image, (H, W) uint8."""
         return next(self.segment([image], mode=mode, overlap=overlap, scale=scale))
 
     def probabilities(
         self, image: Input, *, mode: str = "resize", overlap: float = 0.25, scale: float = 1.0
     ) -> np.ndarray:
-        """(K, H, W) float32 in 0..1: the probability of every class at every pixel of a photograph."""
-        cuts = [self.cut(image, View(mode, overlap, scale))]
-        found = next(self.run(cuts, probabilities=np.float32)).probabilities
-        assert found is not None
-        return found
+        """Return the probability of every class at every pixel, (K, H, W) float32 in 0..1."""
+        windows = self.cut(image, View(mode, overlap, scale))
+        probabilities = next(self.run([windows], probabilities=np.float32)).probabilities
+        assert probabilities is not None
+        return probabilities
 
     def segment(
         self,
@@ -151,113 +162,152 @@ class Segmenter:
         overlap: float = 0.25,
         scale: float = 1.0,
     ) -> Iterator[np.ndarray]:
-        """(H, W) uint8 of each photograph, in their order, as they are ready; ``batch_size`` windows pass the networks at once."""
-        view = View(mode, overlap, scale)
-        return (
-            found.classes
-            for found in self.run(
-                (self.cut(image, view) for image in images), batch_size=batch_size
-            )
-        )
+        """Segment images, ``batch_size`` windows at a time.
 
-    def cut(self, image: Input, view: View) -> Photograph:
-        """A photograph as windows for :meth:`run`; the part of the work that needs no network, for threads to do ahead.
+        Yields
+        ------
+        array
+            (H, W) uint8, the classes of one image; in the order of ``images``.
+        """
+        view = View(mode, overlap, scale)
+        windows = (self.cut(image, view) for image in images)
+        return (result.classes for result in self.run(windows, batch_size=batch_size))
+
+    def cut(self, image: Input, view: View) -> WindowedImage:
+        """Cut an image into windows for :meth:`run`.
+
+        This step needs no network: threads may do it ahead.
 
         Raises
         ------
         DataError
             When a file is missing or damaged.
         ValueError
-            When an array is no photograph.
+            When an array is no RGB image.
         """
         return cut(as_image(image), window=self.spec.mask_shape, rule=self.spec.resize, view=view)
 
     @torch.inference_mode()
     def run(
         self,
-        photographs: Iterable[Photograph],
+        images: Iterable[WindowedImage],
         *,
         batch_size: int = 8,
         probabilities: type[np.floating] | None = None,
     ) -> Iterator[Segmentation]:
-        """Segment photographs, the windows of several in one batch.
+        """Segment images; a batch may hold windows of several images.
 
         Parameters
         ----------
-        photographs
-            As :meth:`cut` gave them; taken as batches need them.
+        images
+            Results of :meth:`cut`, read as batches need them.
         batch_size
-            Windows that pass the networks at once.
+            Windows a batch.
         probabilities
-            Type of the probabilities, where they are wanted.
+            Type of the probabilities. Default: none are computed.
         """
-        waiting: deque[Photograph] = deque()
+        waiting: deque[WindowedImage] = deque()
 
         def windows() -> Iterator[np.ndarray]:
-            for photograph in photographs:
-                waiting.append(photograph)
-                yield from photograph.windows()
+            for image in images:
+                waiting.append(image)
+                yield from image.windows()
 
-        scores = self._scores(windows(), batch_size)
-        for first in scores:
-            photograph = waiting.popleft()
-            own = chain([first], islice(scores, len(photograph) - 1))
-            yield self._assemble(photograph, own, probabilities)
+        logits = self._logits(windows(), batch_size)
+        for first in logits:
+            image = waiting.popleft()
+            yield self._join(image, chain([first], islice(logits, len(image) - 1)), probabilities)
 
-    def _scores(self, windows: Iterator[np.ndarray], batch_size: int) -> Iterator[Tensor]:
-        """(K, h, w) scores of each window (H, W, 3) uint8."""
+    def _logits(self, windows: Iterator[np.ndarray], batch_size: int) -> Iterator[Tensor]:
+        """Compute logits (K, h, w) of each window (H, W, 3) uint8."""
         kind = self.device.type
         while batch := list(islice(windows, batch_size)):
-            pixels = (
-                torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).to(self.device)
-            )  # (B, 3, H, W), channels last in memory
-            # As the features were extracted, where fp32 means fp32, and as the decoder was evaluated.
+            # (B, H, W, 3) -> (B, 3, H, W), channels last in memory
+            pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).to(self.device)
+            # The backbone computes as in `extract`, without TF32; the decoder as in evaluation.
             with (
                 torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
                 torch.autocast(kind, torch.bfloat16, enabled=self.spec.compute == "bf16"),
             ):
-                features = (
-                    self._backbone(pixels).float().contiguous(memory_format=torch.channels_last)
-                )
+                features = self._backbone(pixels).float()
+            features = features.contiguous(memory_format=torch.channels_last)
             with torch.autocast(kind, self._precision, enabled=self._precision is not None):
-                scores = self._decoder(features)
-            yield from scores.float()
+                logits = self._decoder(features)
+            yield from logits.float()
 
-    def _assemble(
-        self, photograph: Photograph, scores: Iterator[Tensor], kind: type[np.floating] | None
+    def _join(
+        self, image: WindowedImage, logits: Iterator[Tensor], kind: type[np.floating] | None
     ) -> Segmentation:
-        classes = np.empty(photograph.size, np.uint8)
-        shares = None if kind is None else np.empty((self.spec.num_classes, *photograph.size), kind)
+        classes = np.empty(image.size, np.uint8)
+        size = (self.spec.num_classes, *image.size)
+        probabilities = None if kind is None else np.empty(size, kind)
         done = 0
-        for rows in join(photograph, scores, probabilities=kind is not None):
-            made = slice(done, done + rows.shape[1])
-            classes[made] = rows.max(0).indices.byte().cpu().numpy()
-            if shares is not None:
-                shares[:, made] = rows.cpu().numpy()
-            done = made.stop
+        for band in join(image, logits, probabilities=kind is not None):
+            rows = slice(done, done + band.shape[1])
+            classes[rows] = band.max(0).indices.byte().cpu().numpy()
+            if probabilities is not None:
+                probabilities[:, rows] = band.cpu().numpy()
+            done = rows.stop
         assert done == len(classes)
-        return Segmentation(classes, shares)
+        return Segmentation(classes, probabilities)
 
 
 def as_image(image: Input) -> Image.Image:
-    """A photograph in RGB, upright, from whatever stands for it.
+    """Read or convert an image to RGB, upright.
 
     Raises
     ------
     DataError
         When a file is missing or damaged.
     ValueError
-        When an array or an image in memory is no photograph.
+        When an array or a PIL image has another format.
     """
     if isinstance(image, Image.Image):
         if depth := too_deep(image):
-            raise ValueError(f"this photograph {depth}")
+            raise ValueError(f"this image {depth}")
         return upright(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ValueError(
-                f"a photograph is an (H, W, 3) uint8 array, red green blue, not {image.shape} {image.dtype}"
-            )
+            actual = f"{image.shape} {image.dtype}"
+            raise ValueError(f"an image must be an (H, W, 3) uint8 array, RGB; found {actual}")
         return Image.fromarray(image)
-    path = Path(image)
-    return decode_image(read_bytes(path, "photograph"), path)
+    return decode_image(read_bytes(Path(image), "image"), Path(image))
+
+
+def load_backbone(spec: StoreSpec, weights: str) -> Backbone:
+    """Load the backbone that made the features of a spec.
+
+    Parameters
+    ----------
+    spec
+        Spec that names the backbone and the sha256 of its weights.
+    weights
+        Value of ``extract.weights``: ``default``, or the path of a state dict.
+
+    Raises
+    ------
+    ConfigError
+        When the default weights are not available, or did not make the features.
+    DataError
+        When weights from a file cannot be read, or did not make the features.
+    """
+    wrong: Callable[..., ConfigError | DataError] = (
+        partial(ConfigError, "--backbone-weights")
+        if weights == "default"
+        else partial(DataError, weights)
+    )
+    remedy = "give --backbone-weights the file that extract.weights named"
+    try:
+        backbone = build_backbone(name=spec.backbone, weights=weights)
+    except BackboneError as error:
+        reason = str(error).removeprefix(f"{weights}: ").split(";")[0]
+        raise wrong(f"{reason}; {remedy}", expected=spec.weights_digest) from error
+    if (actual := backbone.digest()) != spec.weights_digest:
+        raise wrong(
+            f"these are other {spec.backbone} weights than those that the decoder's features were"
+            f" made with (sha256 {actual[:12]}..., expected {spec.weights_digest[:12]}...);"
+            f" {remedy}",
+            expected=spec.weights_digest,
+            actual=actual,
+        )
+    return backbone

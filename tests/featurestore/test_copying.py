@@ -1,4 +1,4 @@
-"""Rows copied past the caches: the right bytes, and none beside them."""
+"""Rows copied past the caches: the right bytes, and no other bytes change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import featurestore
 from featurestore.copying import LARGE, take_rows
-from tests.featurestore.test_store import SPEC
+from tests.factories import SPEC
 
 
 @settings(deadline=None, max_examples=200)

@@ -1,4 +1,4 @@
-"""Stores as PyTorch data: right contents, orders that depend on seed and epoch alone."""
+"""Stores as PyTorch data: contents of batches, orders that depend only on seed and epoch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from featurestore import SpecMismatchError, StoreMemoryError
 from featurestore.dataset import BatchOrder, FeatureDataset, FeatureLoader
-from tests.featurestore.test_store import SPEC, sample, write
+from tests.factories import SPEC, sample, write
 
 
 @pytest.mark.parametrize("compression", ["none", "zeros", "lz4"])
@@ -39,7 +39,7 @@ def test_batches_hold_the_samples_of_their_positions(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_order_depends_on_seed_and_epoch_alone(tmp_path: Path, workers: int) -> None:
+def test_the_order_depends_only_on_seed_and_epoch(tmp_path: Path, workers: int) -> None:
     store = write(tmp_path / "store")
 
     def order(seed: int | None, epoch: int) -> list[list[int]]:
@@ -54,44 +54,40 @@ def test_the_order_depends_on_seed_and_epoch_alone(tmp_path: Path, workers: int)
     assert order(None, 3) == [[0, 1], [2, 3], [4, 5], [6]]
 
 
-def test_an_epoch_may_go_over_some_samples_several_times(tmp_path: Path) -> None:
+def test_an_epoch_repeats_its_samples(tmp_path: Path) -> None:
     store = write(tmp_path / "store")
-    loader = FeatureLoader(store, 2, seed=1, positions=[1, 4, 6], passes=4, drop_last=True)
+    loader = FeatureLoader(store, 2, seed=1, positions=[1, 4, 6], repeats=4, drop_last=True)
     batches = [batch.positions.tolist() for batch in loader.epoch(0)]
     assert len(batches) == len(loader) == 6
     assert sorted(position for batch in batches for position in batch) == sorted([1, 4, 6] * 4)
     resident = FeatureLoader(
-        store, 2, seed=1, positions=[1, 4, 6], passes=4, drop_last=True, cache="host"
+        store, 2, seed=1, positions=[1, 4, 6], repeats=4, drop_last=True, cache="host"
     )
-    for ours, theirs in zip(resident.epoch(0), loader.epoch(0), strict=True):
-        assert torch.equal(ours.features, theirs.features)
+    for cached, read in zip(resident.epoch(0), loader.epoch(0), strict=True):
+        assert torch.equal(cached.features, read.features)
     assert len(resident._resident["features"]) == 3
-    once = FeatureLoader(store, 3, seed=1, positions=[1, 4, 6], passes=4).epoch(0)
+    once = FeatureLoader(store, 3, seed=1, positions=[1, 4, 6], repeats=4).epoch(0)
     assert all(
         sorted(batch.positions.tolist()) == [1, 4, 6] for batch in once
-    )  # every pass over all of them
+    )  # every repeat has all of them
 
 
-def test_each_pass_takes_one_view_of_each_sample(tmp_path: Path) -> None:
+def test_each_repeat_takes_one_view_of_each_sample(tmp_path: Path) -> None:
     store = write(tmp_path / "store")
     views = np.array([[0, 4], [1, 5], [2, 6]])
     loader = FeatureLoader(store, 3, seed=1, positions=views)
     epochs = [next(iter(loader.epoch(epoch))).positions.tolist() for epoch in range(40)]
     assert all(sorted(position % 4 for position in epoch) == [0, 1, 2] for epoch in epochs)
-    assert {sum(position > 3 for position in epoch) for epoch in epochs} == {
-        0,
-        1,
-        2,
-        3,
-    }  # each by itself
+    # Each sample's view is drawn independently.
+    assert {sum(position > 3 for position in epoch) for epoch in epochs} == {0, 1, 2, 3}
     assert (
         epochs[7]
         == next(iter(FeatureLoader(store, 3, seed=1, positions=views).epoch(7))).positions.tolist()
     )
     resident = FeatureLoader(store, 3, seed=1, positions=views, cache="host")
     for epoch in range(3):
-        for ours, theirs in zip(resident.epoch(epoch), loader.epoch(epoch), strict=True):
-            assert torch.equal(ours.features, theirs.features)
+        for cached, read in zip(resident.epoch(epoch), loader.epoch(epoch), strict=True):
+            assert torch.equal(cached.features, read.features)
     whole = BatchOrder(11, 4, seed=3, views=2).epoch(5)
     parts = [BatchOrder(11, 4, seed=3, views=2, rank=rank, ranks=2).epoch(5) for rank in range(2)]
     assert [first + second for first, second in zip(*parts, strict=True)] == whole
@@ -99,7 +95,7 @@ def test_each_pass_takes_one_view_of_each_sample(tmp_path: Path) -> None:
         FeatureLoader(store, 3, positions=views)
 
 
-def test_ranks_share_the_batches_of_a_single_process() -> None:
+def test_ranks_divide_the_batches_of_a_single_process() -> None:
     whole = BatchOrder(11, 4, seed=3).epoch(5)
     parts = [BatchOrder(11, 4, seed=3, rank=rank, ranks=2).epoch(5) for rank in range(2)]
     assert [first + second for first, second in zip(*parts, strict=True)] == whole
@@ -108,11 +104,11 @@ def test_ranks_share_the_batches_of_a_single_process() -> None:
         BatchOrder(11, 4, ranks=3)
 
 
-def test_a_short_last_batch_is_left_out_on_request() -> None:
+def test_drop_last_leaves_out_a_short_batch() -> None:
     assert [len(batch) for batch in BatchOrder(7, 3, seed=0, drop_last=True).epoch(0)] == [3, 3]
 
 
-def test_memory_is_used_again_only_when_nothing_refers_to_it(tmp_path: Path) -> None:
+def test_memory_is_reused_only_when_nothing_refers_to_it(tmp_path: Path) -> None:
     store = write(tmp_path / "store")
     loader = FeatureLoader(store, 2, workers=0)
     kept = [
@@ -152,7 +148,7 @@ def test_a_store_that_does_not_fit_into_memory_is_refused(
         FeatureLoader(store, 2, cache="host")
     memory.available = 1_000_000
     FeatureLoader(store, 2, cache="host")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")  # every process has a copy of its own
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")  # every process has its own copy
     with pytest.raises(
         StoreMemoryError, match="do not fit into this process's share of memory, one of 1000"
     ):
@@ -161,16 +157,14 @@ def test_a_store_that_does_not_fit_into_memory_is_refused(
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 @pytest.mark.parametrize("compression", ["none", "zeros", "lz4"])
-def test_pytorchs_own_loader_with_worker_processes(
-    tmp_path: Path, start: str, compression: str
-) -> None:
+def test_a_dataloader_with_worker_processes(tmp_path: Path, start: str, compression: str) -> None:
     store = write(tmp_path / "store", spec=dataclasses.replace(SPEC, compression=compression))
     store.features(0)  # handles that are open before the workers start
     loader = DataLoader(
         FeatureDataset(store, images=True),
         batch_size=3,
         num_workers=2,
-        collate_fn=as_it_is,
+        collate_fn=unchanged,
         multiprocessing_context=start,
     )
     seen = {}
@@ -184,11 +178,11 @@ def test_pytorchs_own_loader_with_worker_processes(
         )
 
 
-def as_it_is(batch: object) -> object:
+def unchanged(batch: object) -> object:
     return batch
 
 
-def test_images_that_are_not_there_are_refused_at_once(tmp_path: Path) -> None:
+def test_images_are_refused_at_once_where_the_store_has_none(tmp_path: Path) -> None:
     store = write(tmp_path / "store", spec=dataclasses.replace(SPEC, has_images=False))
     for maker in (
         lambda: FeatureDataset(store, images=True),

@@ -1,6 +1,7 @@
-"""A store against everything that can happen to it: each fault is found, named, and costs no more than it must.
+"""Faults of disks, files, processes and inputs: each is detected and named, and loses little.
 
-Every count below can be multiplied: ``FEATUREGAN_FAULTS=50 python -m pytest tests/featurestore/test_faults.py``.
+``FEATUREGAN_FAULTS=50 python -m pytest tests/featurestore/test_faults.py`` multiplies the number
+of random cases.
 """
 
 from __future__ import annotations
@@ -31,15 +32,16 @@ from featurestore import (
     StoreNotFoundError,
     StoreWriteError,
 )
-from featurestore.schema import COMPRESSIONS, FEATURE_DTYPES
-from tests.featurestore.test_store import SPEC, sample, shard_bytes, write
+from featurestore.layouts import LAYOUTS
+from featurestore.schema import FEATURE_DTYPES
+from tests.factories import SPEC, sample, shard_bytes, write
 from tests.imports import ROOT
 
 TIMES = int(os.environ.get("FEATUREGAN_FAULTS", "1"))
-LOSSLESS = tuple(name for name in COMPRESSIONS if name != "int8")
+LOSSLESS = tuple(name for name in LAYOUTS if name != "int8")
 
 
-# -- round trips ---------------------------------------------------------------------------------------
+# -- round trips -----------------------------------------------------------------------------------
 
 
 @settings(
@@ -57,7 +59,7 @@ LOSSLESS = tuple(name for name in COMPRESSIONS if name != "int8")
     a_shard=st.integers(1, 4),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_store_comes_back_to_the_bit(
+def test_every_lossless_store_returns_every_bit(
     tmp_path_factory: pytest.TempPathFactory,
     shape,
     mask,
@@ -103,17 +105,18 @@ def test_any_store_comes_back_to_the_bit(
     order = rng.permutation(count).tolist()
     gathered = store.gather("features", order)
     for row, position in enumerate(order):
-        expected, found = samples[position], store[position]
-        assert found.id == expected["id"]
-        assert found.features.tobytes() == gathered[row].tobytes() == expected["features"].tobytes()
-        np.testing.assert_array_equal(found.mask, expected["mask"])
+        expected, actual = samples[position], store[position]
+        assert actual.id == expected["id"]
+        assert actual.features.tobytes() == expected["features"].tobytes()
+        assert gathered[row].tobytes() == expected["features"].tobytes()
+        np.testing.assert_array_equal(actual.mask, expected["mask"])
         if images:
-            np.testing.assert_array_equal(found.image, expected["image"])
+            np.testing.assert_array_equal(actual.image, expected["image"])
     shutil.rmtree(folder)
 
 
-def test_the_end_of_an_unannounced_store_has_the_bytes_of_an_announced_one(tmp_path: Path) -> None:
-    for compression in COMPRESSIONS:
+def test_a_short_last_shard_has_equal_bytes_whether_announced_or_not(tmp_path: Path) -> None:
+    for compression in LAYOUTS:
         spec = dataclasses.replace(SPEC, compression=compression)
         write(tmp_path / compression, spec=spec)
         with featurestore.create(
@@ -127,20 +130,21 @@ def test_the_end_of_an_unannounced_store_has_the_bytes_of_an_announced_one(tmp_p
         )
 
 
-def test_int8_is_read_like_any_other_and_stays_within_its_bound(tmp_path: Path) -> None:
+def test_int8_features_are_within_their_error_bound(tmp_path: Path) -> None:
     store = write(tmp_path / "store", spec=dataclasses.replace(SPEC, compression="int8"))
     for number in range(7):
         expected = sample(number)["features"].astype(np.float32)
-        found = store.features(number)
-        assert found.dtype == np.float16
+        actual = store.features(number)
+        assert actual.dtype == np.float16
         step = expected.max(axis=(1, 2), keepdims=True) / 255
-        assert (np.abs(found.astype(np.float32) - expected) <= 0.51 * step + 1e-3 * expected).all()
+        error = np.abs(actual.astype(np.float32) - expected)
+        assert (error <= 0.51 * step + 1e-3 * expected).all()
         np.testing.assert_array_equal(store.mask(number), sample(number)["mask"])
     with h5py.File(store.folder / "shard-00000.h5") as file:
         assert file["features"].dtype == np.uint8
 
 
-def test_ten_thousand_ids_of_any_script(tmp_path: Path) -> None:
+def test_ten_thousand_ids_in_many_scripts(tmp_path: Path) -> None:
     spec = dataclasses.replace(SPEC, feature_shape=(1, 1, 1), mask_shape=(1, 1), has_images=False)
     alphabets = "аяα語한éﷺ🌍z "
     names = [f"{alphabets[n % 10] * (n % 7 + 1)}/{n}" for n in range(10_000)]
@@ -157,11 +161,11 @@ def test_ten_thousand_ids_of_any_script(tmp_path: Path) -> None:
     assert store.to_frame()["id"].tolist()[-1] == names[-1]
 
 
-# -- damage --------------------------------------------------------------------------------------------
+# -- damage ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("compression", ["none", "zeros", "zstd"])
-def test_any_changed_byte_of_a_whole_store_is_found(tmp_path: Path, compression: str) -> None:
+def test_verify_detects_any_changed_byte(tmp_path: Path, compression: str) -> None:
     store = write(tmp_path / "store", 5, spec=dataclasses.replace(SPEC, compression=compression))
     files = sorted(store.path.iterdir())
     rng = np.random.default_rng(1)
@@ -201,8 +205,10 @@ shard, seed, times = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 good, rng = shard.read_bytes(), random.Random(seed)
 for _ in range(times):
     damaged = bytearray(good)
-    for _ in range(rng.choice([1, 2, 8])):  # HDF5's own structures lie in the first pages and at the end
-        damaged[rng.choice([rng.randrange(4096), rng.randrange(len(good)), len(good) - 1 - rng.randrange(2048)])] = rng.randrange(256)
+    for _ in range(rng.choice([1, 2, 8])):
+        # HDF5's own structures are in the first pages and at the end.
+        first, any, last = rng.randrange(4096), rng.randrange(len(good)), rng.randrange(1, 2049)
+        damaged[rng.choice([first, any, -last])] = rng.randrange(256)
     shard.write_bytes(damaged[: rng.choice([len(good), len(good), rng.randrange(len(good))])])
     try:
         for _ in featurestore.open(shard):
@@ -214,8 +220,8 @@ print("survived", times)
 
 
 @pytest.mark.parametrize("compression", ["none", "zeros", "lz4", "int8"])
-def test_a_damaged_shard_read_by_itself_crashes_nothing(tmp_path: Path, compression: str) -> None:
-    """A single shard has no hash to tell that it is damaged: the worst that may come of it is wrong numbers or an error of ours."""
+def test_reading_a_damaged_single_shard_never_crashes(tmp_path: Path, compression: str) -> None:
+    """Without a hash, damage gives wrong numbers or a FeatureStoreError, and no crash."""
     store = write(tmp_path / "store", 3, spec=dataclasses.replace(SPEC, compression=compression))
     command = [
         sys.executable,
@@ -244,7 +250,7 @@ JSON = st.recursive(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
-def test_garbage_as_an_index_is_an_error_of_ours(tmp_path: Path, garbage: bytes) -> None:
+def test_a_garbage_index_is_a_feature_store_error(tmp_path: Path, garbage: bytes) -> None:
     folder = tmp_path / "garbage"
     folder.mkdir(exist_ok=True)
     (folder / "index.json").write_bytes(garbage)
@@ -252,7 +258,7 @@ def test_garbage_as_an_index_is_an_error_of_ours(tmp_path: Path, garbage: bytes)
         featurestore.open(folder)
 
 
-def test_a_shard_that_vanishes_while_the_store_is_open_is_named(tmp_path: Path) -> None:
+def test_a_shard_removed_while_the_store_is_open_is_named(tmp_path: Path) -> None:
     store = write(tmp_path / "store")
     store.features(0)
     (tmp_path / "store" / "shard-00002.h5").unlink()
@@ -262,7 +268,7 @@ def test_a_shard_that_vanishes_while_the_store_is_open_is_named(tmp_path: Path) 
         store.verify()
 
 
-def test_a_store_that_is_replaced_while_open_never_mixes_with_the_new_one(tmp_path: Path) -> None:
+def test_a_store_replaced_while_open_is_not_mixed_with_the_new_one(tmp_path: Path) -> None:
     store = write(tmp_path / "store")
     first = store.features(0)
     kept = first.copy()
@@ -271,7 +277,7 @@ def test_a_store_that_is_replaced_while_open_never_mixes_with_the_new_one(tmp_pa
     ) as writer:
         for number in range(10, 17):
             writer.append(**sample(number))
-    np.testing.assert_array_equal(first, kept)  # its map outlives the file's name
+    np.testing.assert_array_equal(first, kept)  # the memory map outlives the file's name
     with pytest.raises(IncompleteStoreError, match="open it again"):
         store.features(6)
     np.testing.assert_array_equal(
@@ -279,7 +285,7 @@ def test_a_store_that_is_replaced_while_open_never_mixes_with_the_new_one(tmp_pa
     )
 
 
-def test_readers_are_not_disturbed_by_a_writer_beside_them(tmp_path: Path) -> None:
+def test_a_writer_of_one_store_does_not_disturb_readers_of_another(tmp_path: Path) -> None:
     store = write(tmp_path / "a")
     stop, wrong = threading.Event(), []
 
@@ -302,7 +308,7 @@ def test_readers_are_not_disturbed_by_a_writer_beside_them(tmp_path: Path) -> No
     assert wrong == []
 
 
-# -- writing where it is not possible --------------------------------------------------------------------
+# -- disks that refuse -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -349,7 +355,7 @@ def test_a_full_disk_is_one_clear_error_and_finished_shards_stay(
     featurestore.open(tmp_path / "store").verify()
 
 
-def test_too_little_room_is_said_before_the_work_starts(small_disk: Path) -> None:
+def test_a_full_disk_is_reported_before_the_work_starts(small_disk: Path) -> None:
     spec = dataclasses.replace(SPEC, feature_shape=(40, 16, 16))
     writer = featurestore.create(small_disk / "store", spec, fingerprint="f")
     with pytest.raises(StoreWriteError, match=r"0\.0 GB are free; make room"):
@@ -358,8 +364,9 @@ def test_too_little_room_is_said_before_the_work_starts(small_disk: Path) -> Non
 
 def test_a_limit_on_file_sizes_is_a_clear_error(tmp_path: Path) -> None:
     code = (
-        "import resource, signal, sys; from tests.featurestore.test_store import *\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "import resource, signal, sys; from tests.factories import *\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "try:\n    write(Path(sys.argv[1]) / 'store')\n"
         "except featurestore.StoreWriteError as error: print('refused', error)\n"
     )
@@ -424,10 +431,10 @@ def test_shards_of_other_inputs_are_not_published_with_a_store(tmp_path: Path) -
     ]
 
 
-# -- several writers -----------------------------------------------------------------------------------
+# -- several writers -------------------------------------------------------------------------------
 
 
-def test_a_second_writer_of_the_same_store_says_who_is_at_work(tmp_path: Path) -> None:
+def test_a_second_writer_is_told_who_is_writing(tmp_path: Path) -> None:
     options = {"scratch": tmp_path / "scratch", "fingerprint": "f", "samples_per_shard": 3}
     with featurestore.create(tmp_path / "store", SPEC, **options) as writer:
         writer.append(**sample(0))
@@ -437,13 +444,14 @@ def test_a_second_writer_of_the_same_store_says_who_is_at_work(tmp_path: Path) -
             featurestore.create(tmp_path / "store", SPEC, **options)
         writer.append(**sample(1))
     assert len(featurestore.open(tmp_path / "store")) == 2  # the first one was not disturbed
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]  # nor is a lock left
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]  # and no lock file
 
 
-def test_the_lock_of_a_killed_writer_is_nobodys(tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_writer_is_released(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from tests.featurestore.test_store import *\n"
-        "writer = featurestore.create(Path(sys.argv[1]) / 'store', SPEC, fingerprint='f'); writer.append(**sample(0))\n"
+        "import os, signal, sys; from tests.factories import *\n"
+        "writer = featurestore.create(Path(sys.argv[1]) / 'store', SPEC, fingerprint='f')\n"
+        "writer.append(**sample(0))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     killed = subprocess.run(

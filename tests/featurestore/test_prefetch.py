@@ -1,4 +1,4 @@
-"""Work done ahead comes back in order, and stops where something fails."""
+"""Results are in order, and work stops at an error."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def test_results_come_in_the_order_of_the_items(workers: int) -> None:
     ]
 
 
-def test_no_item_is_begun_after_one_failed() -> None:
-    begun, given = [], []
+def test_no_item_starts_after_one_failed() -> None:
+    started, results = [], []
 
     def work(number: int) -> int:
-        begun.append(number)
+        started.append(number)
         if number == 3:
             raise KeyError(number)
         return number
 
     with pytest.raises(KeyError):
         for result in prefetch(work, range(100), workers=1, ahead=10):
-            given.append(result)
-    assert given == [0, 1, 2]
-    assert begun == [0, 1, 2, 3]
+            results.append(result)
+    assert results == [0, 1, 2]
+    assert started == [0, 1, 2, 3]
 
 
-def test_an_error_of_the_items_themselves_comes_through_and_ends_the_work() -> None:
+def test_an_error_of_the_items_iterator_is_raised() -> None:
     def items() -> Iterator[int]:
         yield 1
         raise OSError("no more")

@@ -1,4 +1,4 @@
-"""A writer's lock, the room it needs, and the moments at which a finished store gets its name."""
+"""Reuse of shards, locks, disk space, and the moments in which a finished store is renamed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from featurestore import (
     StoreReadError,
     StoreWriteError,
 )
-from featurestore.room import check_room
+from featurestore.disk_space import check_disk_space
 from featurestore.writer import clear_after_publication
-from tests.featurestore.test_store import SPEC, interrupted, sample, write
+from tests.factories import SPEC, interrupted, sample, write
 from tests.imports import ROOT
 
 
@@ -50,10 +50,10 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# -- what is taken over --------------------------------------------------------------------------------
+# -- reuse -----------------------------------------------------------------------------------------
 
 
-def test_shards_of_another_division_are_made_again(tmp_path: Path) -> None:
+def test_shards_of_another_size_are_not_reused(tmp_path: Path) -> None:
     interrupted(tmp_path / "store", tmp_path / "scratch", 7)
     assert finish(tmp_path / "store", tmp_path / "scratch", count=9, a_shard=2) == [
         range(n, min(n + 2, 9)) for n in range(0, 9, 2)
@@ -63,7 +63,7 @@ def test_shards_of_another_division_are_made_again(tmp_path: Path) -> None:
     store.verify()
 
 
-def test_files_that_a_desktop_leaves_disturb_nobody(tmp_path: Path) -> None:
+def test_hidden_files_of_a_desktop_are_ignored(tmp_path: Path) -> None:
     interrupted(tmp_path / "store", tmp_path / "scratch", 7)
     (tmp_path / "scratch" / ".DS_Store").write_bytes(b"")
     assert finish(tmp_path / "store", tmp_path / "scratch") == [range(6, 7)]
@@ -74,7 +74,7 @@ def test_files_that_a_desktop_leaves_disturb_nobody(tmp_path: Path) -> None:
         finish(tmp_path / "store", tmp_path / "other")
 
 
-def test_what_a_killed_writer_was_at_is_removed_by_the_next_one(tmp_path: Path) -> None:
+def test_the_next_writer_removes_the_partial_file_of_a_killed_one(tmp_path: Path) -> None:
     interrupted(tmp_path / "store", tmp_path / "scratch", 4)
     (tmp_path / "scratch" / "shard-00001.h5.0123abcd.partial").write_bytes(bytes(1000))
     featurestore.create(
@@ -83,10 +83,12 @@ def test_what_a_killed_writer_was_at_is_removed_by_the_next_one(tmp_path: Path) 
     assert names(tmp_path / "scratch") == ["shard-00000.h5", "shard-00000.h5.finished.json"]
 
 
-# -- locks ---------------------------------------------------------------------------------------------
+# -- locks -----------------------------------------------------------------------------------------
 
 
-def test_two_writers_of_one_store_meet_whatever_their_scratch_folders(tmp_path: Path) -> None:
+def test_writers_of_one_store_exclude_each_other_with_any_scratch_folders(
+    tmp_path: Path,
+) -> None:
     with featurestore.create(
         tmp_path / "store", SPEC, scratch=tmp_path / "a", fingerprint="a", overwrite=True
     ) as writer:
@@ -109,19 +111,19 @@ def test_a_file_system_without_locks_is_named(
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(
         StoreWriteError,
-        match=r"has no locks \(Function not implemented\); mount it with flock, or choose another folder",
+        match=r"has no locks \(Function not implemented\); mount it with flock, or choose another",
     ):
         write(tmp_path / "new" / "store")
 
 
-# -- the end -------------------------------------------------------------------------------------------
+# -- publication -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
-def test_an_error_while_a_store_gets_its_name_loses_nothing(
+def test_an_error_during_publication_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
 ) -> None:
-    """The renames are those of the folder that tries it, of the old store out of the way, and of the new one."""
+    """The renames are those of an empty folder as a trial, of the old store, and of the new one."""
     write(tmp_path / "store", 2, fingerprint="old")
     interrupted(tmp_path / "new", tmp_path / "scratch", 6)
     rename, done = os.rename, []
@@ -140,14 +142,14 @@ def test_an_error_while_a_store_gets_its_name_loses_nothing(
         match=r"cannot be written \(Device or resource busy\); choose another folder",
     ):
         finish(tmp_path / "store", tmp_path / "scratch")
-    assert len(featurestore.open(tmp_path / "store")) == 2  # the old one is where it was
-    assert finish(tmp_path / "store", tmp_path / "scratch") == []  # every shard is found again
+    assert len(featurestore.open(tmp_path / "store")) == 2  # the old store is unchanged
+    assert finish(tmp_path / "store", tmp_path / "scratch") == []  # every shard is reused
     assert len(featurestore.open(tmp_path / "store")) == 7
     assert names(tmp_path) == ["store"]
 
 
 @pytest.mark.parametrize("renames", [1, 2, 3])
-def test_a_kill_while_a_store_gets_its_name_loses_nothing_and_leaves_nothing(
+def test_a_kill_during_publication_loses_nothing_and_leaves_no_file(
     tmp_path: Path, renames: int
 ) -> None:
     write(tmp_path / "store", 2, fingerprint="old")
@@ -166,7 +168,7 @@ def test_a_kill_while_a_store_gets_its_name_loses_nothing_and_leaves_nothing(
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, check=False
     )
     assert killed.returncode == -9
-    if renames == 3:  # the store is there; its old version and its receipts are, too
+    if renames == 3:  # the store is published; its old version and its receipts remain
         assert len(featurestore.open(tmp_path / "store")) == 7
         assert list((tmp_path / "store").glob("*.finished.json"))
         clear_after_publication(tmp_path / "store", tmp_path / "scratch")
@@ -177,13 +179,13 @@ def test_a_kill_while_a_store_gets_its_name_loses_nothing_and_leaves_nothing(
     assert names(tmp_path / "store") == ["index.json", *(f"shard-0000{n}.h5" for n in range(3))]
 
 
-# -- room ----------------------------------------------------------------------------------------------
+# -- disk space ------------------------------------------------------------------------------------
 
 
-def test_room_is_looked_at_for_all_ranks_and_all_stores_together(
+def test_disk_space_is_checked_for_all_ranks_and_all_stores_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six samples are free: one rank of two alone writes three, and so does each of two stores."""
+    """Six samples fit: three of each of two ranks, or of each of two stores."""
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(6 * SPEC.sample_bytes))
 
@@ -194,7 +196,7 @@ def test_room_is_looked_at_for_all_ranks_and_all_stores_together(
         writer.resume(samples)
         return writer
 
-    check_room([resumed("a", 3), resumed("b", 3)])
+    check_disk_space([resumed("a", 3), resumed("b", 3)])
     resumed("c", 6, rank=0, ranks=2)
     with pytest.raises(
         StoreWriteError,
@@ -202,10 +204,10 @@ def test_room_is_looked_at_for_all_ranks_and_all_stores_together(
     ):
         resumed("d", 7, rank=0, ranks=2)
     with pytest.raises(StoreWriteError, match="are to be written"):
-        check_room([resumed("e", 4), resumed("f", 3)])
+        check_disk_space([resumed("e", 4), resumed("f", 3)])
 
 
-# -- reading -------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def test_a_store_of_more_shards_than_files_may_be_open(
@@ -218,13 +220,13 @@ def test_a_store_of_more_shards_than_files_may_be_open(
     others: list[int] = []
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        others += [os.open(tmp_path, os.O_RDONLY) for _ in range(700)]  # a notebook's own
+        others += [os.open(tmp_path, os.O_RDONLY) for _ in range(700)]  # such as a notebook's
         before = len(os.listdir("/dev/fd"))
         resource.setrlimit(resource.RLIMIT_NOFILE, (before + 15, hard))
         store = featurestore.open(tmp_path / "store")
         store.verify()
         assert len(store.ids) == 30
-        assert len(os.listdir("/dev/fd")) - before <= 30  # a descriptor a shard
+        assert len(os.listdir("/dev/fd")) - before <= 30  # one descriptor for each shard
         del store
         resource.setrlimit(resource.RLIMIT_NOFILE, (before + 15, hard))
         monkeypatch.setattr(
@@ -242,7 +244,7 @@ def test_a_store_of_more_shards_than_files_may_be_open(
             os.close(descriptor)
 
 
-def test_processes_that_share_the_work_of_verifying_find_what_one_would(tmp_path: Path) -> None:
+def test_processes_that_divide_a_verification_detect_what_one_detects(tmp_path: Path) -> None:
     write(tmp_path / "store", 9)
     shard = tmp_path / "store" / "shard-00001.h5"
     with h5py.File(shard) as file:

@@ -1,4 +1,4 @@
-"""A store gives back what was written, or says exactly what is wrong with it."""
+"""A store returns what was written, or an error that names the problem."""
 
 from __future__ import annotations
 
@@ -24,54 +24,8 @@ from featurestore import (
     SpecMismatchError,
     StoreExistsError,
     StoreNotFoundError,
-    StoreSpec,
 )
-
-SPEC = StoreSpec(
-    feature_shape=(6, 4, 5),
-    mask_shape=(32, 40),
-    class_names=("belt", "Größe", "纸"),
-    palette=((0, 0, 0), (10, 20, 30), (255, 0, 7)),
-    backbone="resnet50",
-    weights_digest="ab" * 32,
-    output_stride=8,
-    normalization_mean=(0.485, 0.456, 0.406),
-    normalization_std=(0.229, 0.224, 0.225),
-    resize="stretch",
-    compute="fp32",
-    nonnegative=True,
-    has_images=True,
-)
-
-
-def sample(number: int, spec: StoreSpec = SPEC) -> dict:
-    rng = np.random.default_rng(number)
-    mask = rng.integers(0, spec.num_classes, spec.mask_shape).astype(np.uint8)
-    mask[0, :3] = 255
-    image = (
-        rng.integers(0, 256, (*spec.mask_shape, 3)).astype(np.uint8) if spec.has_images else None
-    )
-    features = rng.random(spec.feature_shape).astype(spec.feature_dtype)
-    return {
-        "id": f"photo {number} é",
-        "features": features,
-        "mask": mask,
-        "image": image,
-        "view": "hflip" if number % 3 == 2 else "identity",
-    }
-
-
-def write(
-    path: Path, count: int = 7, spec: StoreSpec = SPEC, **options
-) -> featurestore.FeatureStore:
-    with featurestore.create(path, spec, samples_per_shard=3, **options) as writer:
-        for number in range(count):
-            writer.append(**sample(number, spec))
-    return featurestore.open(path)
-
-
-def shard_bytes(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+from tests.factories import SPEC, interrupted, sample, shard_bytes, write
 
 
 @pytest.mark.parametrize("compression", ["none", "lz4", "zstd"])
@@ -84,16 +38,16 @@ def test_round_trip(tmp_path: Path, compression: str, dtype: str, has_images: bo
     store = write(tmp_path / "store", spec=spec)
     assert len(store) == 7
     assert store.spec == spec
-    for number, found in enumerate(store):
+    for number, actual in enumerate(store):
         expected = sample(number, spec)
-        assert (found.id, found.view) == (expected["id"], expected["view"])
-        assert found.features.dtype == np.dtype(dtype)
-        np.testing.assert_array_equal(found.features, expected["features"])
-        np.testing.assert_array_equal(found.mask, expected["mask"])
+        assert (actual.id, actual.view) == (expected["id"], expected["view"])
+        assert actual.features.dtype == np.dtype(dtype)
+        np.testing.assert_array_equal(actual.features, expected["features"])
+        np.testing.assert_array_equal(actual.mask, expected["mask"])
         if has_images:
-            np.testing.assert_array_equal(found.image, expected["image"])
+            np.testing.assert_array_equal(actual.image, expected["image"])
         else:
-            assert found.image is None
+            assert actual.image is None
     np.testing.assert_array_equal(store[-1].features, store[6].features)
     with pytest.raises(IndexError):
         store[7]
@@ -110,7 +64,7 @@ def test_uncompressed_features_are_views_of_the_file(tmp_path: Path) -> None:
     assert isinstance(base, np.memmap)
 
 
-def test_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
+def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
     write(tmp_path / "a")
     write(tmp_path / "b")
     assert shard_bytes(tmp_path / "a") == shard_bytes(tmp_path / "b")
@@ -151,7 +105,7 @@ def test_the_hdf5_groups_own_tools_read_a_shard(tmp_path: Path, compression: str
     )
 
 
-def test_a_single_shard_opens_by_itself(tmp_path: Path) -> None:
+def test_a_single_shard_can_be_opened(tmp_path: Path) -> None:
     write(tmp_path / "store")
     shard = featurestore.open(tmp_path / "store" / "shard-00002.h5")
     assert shard.ids == ["photo 6 é"]
@@ -161,7 +115,7 @@ def test_a_single_shard_opens_by_itself(tmp_path: Path) -> None:
         shard.verify()
 
 
-def test_statistics_are_numpys(tmp_path: Path) -> None:
+def test_statistics_equal_numpys(tmp_path: Path) -> None:
     store = write(tmp_path / "store")
     samples = [sample(number) for number in range(7)]
     values = np.stack([part["features"] for part in samples]).astype(np.float64)
@@ -172,11 +126,11 @@ def test_statistics_are_numpys(tmp_path: Path) -> None:
     masks = np.stack([part["mask"] for part in samples])
     assert store.stats.class_pixels.tolist() == [(masks == value).sum() for value in range(3)]
     assert store.stats.void_pixels == (masks == 255).sum() == 21
-    alone = featurestore.open(tmp_path / "store" / "shard-00000.h5").stats
-    np.testing.assert_allclose(alone.mean, values[:3].mean(axis=(0, 2, 3)), rtol=1e-6)
+    of_one = featurestore.open(tmp_path / "store" / "shard-00000.h5").stats
+    np.testing.assert_allclose(of_one.mean, values[:3].mean(axis=(0, 2, 3)), rtol=1e-6)
 
 
-def test_frame_has_a_row_a_sample_and_shares_of_classes(tmp_path: Path) -> None:
+def test_a_frame_has_a_row_for_each_sample_with_fractions_of_classes(tmp_path: Path) -> None:
     frame = write(tmp_path / "store").to_frame()
     assert list(frame.columns) == ["id", "view", "shard", *SPEC.class_names, "void"]
     assert frame["shard"].tolist() == ["shard-00000.h5"] * 3 + ["shard-00001.h5"] * 3 + [
@@ -186,7 +140,7 @@ def test_frame_has_a_row_a_sample_and_shares_of_classes(tmp_path: Path) -> None:
     assert frame["belt"][2] == (sample(2)["mask"] == 0).mean()
 
 
-# -- writing -------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -243,18 +197,6 @@ def test_an_existing_store_is_kept_unless_asked(tmp_path: Path) -> None:
     assert len(write(tmp_path / "store", count=2, overwrite=True)) == 2
 
 
-def interrupted(path: Path, scratch: Path, stop_after: int, fingerprint: str = "f") -> None:
-    with (
-        pytest.raises(KeyboardInterrupt),
-        featurestore.create(
-            path, SPEC, scratch=scratch, fingerprint=fingerprint, samples_per_shard=3
-        ) as writer,
-    ):
-        for number in range(stop_after):
-            writer.append(**sample(number))
-        raise KeyboardInterrupt
-
-
 def resumed(path: Path, scratch: Path, fingerprint: str = "f") -> list[range]:
     with featurestore.create(
         path, SPEC, scratch=scratch, fingerprint=fingerprint, samples_per_shard=3
@@ -266,7 +208,7 @@ def resumed(path: Path, scratch: Path, fingerprint: str = "f") -> list[range]:
     return missing
 
 
-def test_a_resumed_store_takes_finished_shards_over_and_equals_an_undisturbed_one(
+def test_a_resumed_store_reuses_finished_shards_and_equals_an_uninterrupted_one(
     tmp_path: Path,
 ) -> None:
     write(tmp_path / "whole", fingerprint="f", scratch=tmp_path / "other")
@@ -276,7 +218,7 @@ def test_a_resumed_store_takes_finished_shards_over_and_equals_an_undisturbed_on
     assert not (tmp_path / "scratch").exists()
 
 
-def test_a_missing_shard_in_the_middle_is_made_again(tmp_path: Path) -> None:
+def test_a_missing_shard_in_the_middle_is_written_again(tmp_path: Path) -> None:
     write(tmp_path / "whole", fingerprint="f", scratch=tmp_path / "other")
     interrupted(tmp_path / "store", tmp_path / "scratch", stop_after=6)
     (tmp_path / "scratch" / "shard-00000.h5").unlink()
@@ -284,7 +226,7 @@ def test_a_missing_shard_in_the_middle_is_made_again(tmp_path: Path) -> None:
     assert shard_bytes(tmp_path / "store") == shard_bytes(tmp_path / "whole")
 
 
-def test_shards_of_other_inputs_or_with_changed_bytes_are_not_taken_over(tmp_path: Path) -> None:
+def test_shards_of_other_inputs_or_with_changed_bytes_are_not_reused(tmp_path: Path) -> None:
     interrupted(tmp_path / "store", tmp_path / "scratch", stop_after=6, fingerprint="other inputs")
     assert resumed(tmp_path / "store", tmp_path / "scratch") == [range(3), range(3, 6), range(6, 7)]
     interrupted(tmp_path / "second", tmp_path / "scratch", stop_after=6)
@@ -295,7 +237,7 @@ def test_shards_of_other_inputs_or_with_changed_bytes_are_not_taken_over(tmp_pat
     assert resumed(tmp_path / "second", tmp_path / "scratch") == [range(3, 6), range(6, 7)]
 
 
-def test_foreign_files_in_the_scratch_folder_are_left_alone(tmp_path: Path) -> None:
+def test_foreign_files_in_the_scratch_folder_are_kept(tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     (tmp_path / "scratch" / "thesis.docx").write_text("years of work")
     for fingerprint in ("", "f"):
@@ -306,7 +248,7 @@ def test_foreign_files_in_the_scratch_folder_are_left_alone(tmp_path: Path) -> N
     assert (tmp_path / "scratch" / "thesis.docx").exists()
 
 
-def test_several_ranks_share_a_store(tmp_path: Path) -> None:
+def test_several_ranks_write_a_store_together(tmp_path: Path) -> None:
     write(tmp_path / "whole", fingerprint="f", scratch=tmp_path / "other")
     options = {"scratch": tmp_path / "scratch", "fingerprint": "f", "samples_per_shard": 3}
     for rank in (1, 0):
@@ -319,7 +261,7 @@ def test_several_ranks_share_a_store(tmp_path: Path) -> None:
     assert shard_bytes(tmp_path / "store") == shard_bytes(tmp_path / "whole")
 
 
-def test_errors_travel_between_processes() -> None:
+def test_errors_can_be_pickled() -> None:
     error = ShardCorruptError("damaged", path="a/b", expected=1, actual=2)
     copy = pickle.loads(pickle.dumps(error))
     assert (type(copy), str(copy), copy.path, copy.expected, copy.actual) == (
@@ -331,7 +273,7 @@ def test_errors_travel_between_processes() -> None:
     )
 
 
-def test_announced_samples_that_never_came_are_noticed(tmp_path: Path) -> None:
+def test_missing_announced_samples_are_an_error(tmp_path: Path) -> None:
     with (
         pytest.raises(IncompleteStoreError, match="5 of the 7 samples"),
         featurestore.create(
@@ -344,10 +286,10 @@ def test_announced_samples_that_never_came_are_noticed(tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
-# -- damage --------------------------------------------------------------------------------------------
+# -- damage ----------------------------------------------------------------------------------------
 
 
-def test_every_changed_byte_is_found(tmp_path: Path) -> None:
+def test_verify_detects_changed_bytes_of_every_file(tmp_path: Path) -> None:
     write(tmp_path / "store")
     rng = np.random.default_rng(0)
     for file in sorted((tmp_path / "store").iterdir()):
@@ -393,10 +335,10 @@ def test_a_folder_without_an_index_is_no_store(tmp_path: Path) -> None:
         featurestore.open(tmp_path / "store")
 
 
-def test_a_generator_is_named_where_there_is_one_and_nothing_changes_elsewhere(
+def test_only_a_store_of_generated_features_names_a_generator(
     tmp_path: Path,
 ) -> None:
-    """Stores of real features, and everything that is derived from their specs, are those of the time before the field."""
+    """The field changed neither stores of real features nor the fingerprints of their specs."""
     assert (
         featurestore.fingerprint(spec=SPEC.to_dict())
         == "128b9346860794d9160158e9453f5f18ac2ad6ec81f8c6c023604a72e4fb5095"
@@ -444,7 +386,7 @@ def test_another_format_version_is_refused(tmp_path: Path) -> None:
         b"[" * 100_000,
     ],
 )
-def test_garbage_as_index_or_shard_is_an_error_of_ours(tmp_path: Path, garbage: bytes) -> None:
+def test_a_garbage_index_or_shard_is_a_feature_store_error(tmp_path: Path, garbage: bytes) -> None:
     write(tmp_path / "store")
     (tmp_path / "store" / "shard-00000.h5").write_bytes(garbage)
     with pytest.raises(FeatureStoreError):
@@ -454,7 +396,7 @@ def test_garbage_as_index_or_shard_is_an_error_of_ours(tmp_path: Path, garbage: 
         featurestore.open(tmp_path / "store")
 
 
-# -- processes -----------------------------------------------------------------------------------------
+# -- processes -------------------------------------------------------------------------------------
 
 
 def _read_features(store: featurestore.FeatureStore, position: int, queue) -> None:

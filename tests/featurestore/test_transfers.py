@@ -1,4 +1,4 @@
-"""Batches on their way to a GPU. Where there is none, CUDA's streams are stood in for by a diary."""
+"""Copies of batches to a GPU; without one, a diary replaces CUDA's streams."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore.dataset import Batch, FeatureLoader, moved
-from tests.featurestore.test_store import sample, write
+from featurestore.dataset import Batch, FeatureLoader, copied_ahead
+from tests.factories import sample, write
 
 
 class Diary(list):
-    """What is asked of CUDA, and of which stream."""
+    """Records the calls of CUDA, with their streams."""
 
     stream = "compute"
 
@@ -74,10 +74,11 @@ def diary(monkeypatch: pytest.MonkeyPatch) -> Diary:
     return diary
 
 
-def test_the_next_batch_is_copied_beside_the_computation_which_waits_for_its_own(
+def test_a_step_waits_for_its_own_copy_while_the_next_one_runs(
     diary: Diary,
 ) -> None:
-    for batch in moved((Numbered(diary, number) for number in range(3)), torch.device("cuda")):
+    batches = (Numbered(diary, number) for number in range(3))
+    for batch in copied_ahead(batches, torch.device("cuda")):
         diary.append(f"step {batch.number}")
     assert diary == [
         "copy 0 on copies",
@@ -99,18 +100,19 @@ def test_the_next_batch_is_copied_beside_the_computation_which_waits_for_its_own
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_few_batches_arrive(diary: Diary, count: int) -> None:
-    batches = moved([Numbered(diary, number) for number in range(count)], torch.device("cuda"))
-    assert [batch.number for batch in batches] == list(range(count))
+def test_no_batch_or_one_is_copied_too(diary: Diary, count: int) -> None:
+    batches = [Numbered(diary, number) for number in range(count)]
+    copied = copied_ahead(batches, torch.device("cuda"))
+    assert [batch.number for batch in copied] == list(range(count))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_batches_on_a_gpu_hold_what_they_held(tmp_path: Path) -> None:
+def test_batches_on_a_gpu_equal_the_samples(tmp_path: Path) -> None:
     loader = FeatureLoader(write(tmp_path / "store"), 3, seed=5, device="cuda")
     for epoch in range(20):
         for batch in loader.epoch(epoch):
             busy = batch.features.float()
-            for _ in range(20):  # the next copy is asked for while this computes
+            for _ in range(20):  # the next copy starts while this computes
                 busy = busy * 1.0
             for row, position in enumerate(batch.positions.tolist()):
                 np.testing.assert_array_equal(

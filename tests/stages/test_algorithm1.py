@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featurestore.dataset import Batch
-from stages.augment.base import Part
+from stages.augment.base import Labelled
 from stages.augment.featuregan import FeatureGANConfig, JointFeatureGAN
 from stages.common.runtime import make_accelerator
 from stages.gan.gan_trainer import GanTrainer
@@ -18,7 +19,8 @@ from stages.gan.networks import Networks, build_networks
 from stages.gan.objective import Objective
 from stages.models.decoder import Decoder
 from stages.models.spectral import SpectralConv2d
-from stages.train_decoder import decoder_loss
+from stages.train_decoder import decoder_losses, weighted_sum
+from stages.training.update import backward, step_optimizers
 
 BATCH, CLASSES, CHANNELS, SIDE = 3, 4, 12, 8
 LAMBDA_FEAT, LAMBDA_KLD = 7.0, 0.05
@@ -204,16 +206,22 @@ def test_a_step_equals_algorithm_1(
         monkeypatch.setattr(kept, "zero_grad", lambda: None)  # gradients are compared below
     rng = torch.Generator().manual_seed(7)
     if branch == "gan":
-        trainer.update(trainer.forward(features, masks, images, ratio=ratio, rng=rng))
+        step = trainer.forward(features, masks, images, ratio=ratio, rng=rng)
+        backward(trainer.accelerator, *trainer.losses(step))
+        assert step_optimizers(trainer.accelerator, *trainer.optimizers.values())
     else:
         optimizer = torch.optim.Adam(decoder.parameters(), LR["decoder"])
-        augmenter = JointFeatureGAN(FeatureGANConfig(augmenter="featuregan", ratio=ratio), trainer)
-        augmented = augmenter.augment(Batch(torch.arange(len(masks)), features, masks, images), rng)
-        loss = decoder_loss(decoder, Part(features, [(masks, 1.0)]))
-        for part in augmented.parts:
-            loss = loss + part.weight * decoder_loss(decoder, part)
+        variant = FeatureGANConfig(augmenter="featuregan", ratio=ratio)
+        augmenter = JointFeatureGAN(variant, trainer, Path())
+        batch = Batch(torch.arange(len(masks)), features, masks, images)
+        added = augmenter.augment(batch, rng)
+        batches = [Labelled.of(batch), *added.batches]
+        losses = decoder_losses(decoder, decoder, batches, augmenter, variant)
+        loss = weighted_sum(losses, batches, added.loss)
         monkeypatch.setattr(optimizer, "zero_grad", lambda: None)
-        augmenter.update(loss, optimizer)
+        parameters = [*decoder.parameters(), *added.parameters]
+        backward(trainer.accelerator, *added.separate_losses, (loss, parameters))
+        assert step_optimizers(trainer.accelerator, optimizer, *added.optimizers)
         assert_same_parameters(decoder, literal_decoder, start_decoder, LR["decoder"])
     assert_same_parameters(networks.generator, literal.generator, start.generator, LR["generator"])
     assert_same_parameters(

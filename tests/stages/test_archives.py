@@ -1,4 +1,4 @@
-"""Archives are unpacked whole or not at all, and none reaches outside its folder."""
+"""Archives are unpacked whole or not at all, and nothing is written outside the folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from featurestore.errors import FeatureStoreError
 from stages.common.errors import DataError
-from stages.datasets.archives import unpack
+from stages.datasets.download import unpack
 
 FILES = {"data/a.txt": b"first", "data/deep/b.bin": bytes(100_000), "empty.txt": b""}
 
@@ -51,7 +51,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_what_was_packed_comes_out(tmp_path: Path, kind: str) -> None:
+def test_unpacked_files_equal_the_packed_ones(tmp_path: Path, kind: str) -> None:
     WRITERS[kind](tmp_path / "archive")
     unpack(tmp_path / "archive", tmp_path / "new" / "folder")
     assert contents(tmp_path / "new" / "folder") == FILES
@@ -92,11 +92,11 @@ BAD_TARS = {
     ),
     "a file below a link": (
         [tar_member("link", tarfile.SYMTYPE, "data"), tar_member("link/outside")],
-        "'link/outside' lies below a link",
+        "'link/outside' is below a link",
     ),
     "a file below a link of another spelling": (
         [tar_member("./data/../link", tarfile.SYMTYPE, "data"), tar_member("link/deep/outside")],
-        "lies below a link",
+        "is below a link",
     ),
     "a device": ([tar_member("null", tarfile.CHRTYPE)], "is neither file nor folder"),
     "a pipe": ([tar_member("pipe", tarfile.FIFOTYPE)], "is neither file nor folder"),
@@ -122,11 +122,11 @@ def test_malicious_tars_are_refused(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
-def test_damaged_archives_leave_nothing(tmp_path: Path, kind: str, share: float) -> None:
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.8])
+def test_truncated_archives_leave_nothing(tmp_path: Path, kind: str, kept: float) -> None:
     WRITERS[kind](tmp_path / "archive")
     content = (tmp_path / "archive").read_bytes()
-    (tmp_path / "archive").write_bytes(content[: int(share * len(content))])
+    (tmp_path / "archive").write_bytes(content[: int(kept * len(content))])
     assert_refused(tmp_path, "is no archive, or a damaged one")
 
 

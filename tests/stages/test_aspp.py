@@ -1,4 +1,4 @@
-"""Our atrous spatial pyramid pooling is torchvision's, to rounding."""
+"""Atrous spatial pyramid pooling equals torchvision's, to rounding."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ import torchvision
 from stages.models.aspp import ASPP, AtrousConv
 
 
-@pytest.mark.parametrize(
-    "size", [(32, 32), (24, 40), (64, 64)]
-)  # at 32, each of the three ways is gone
-def test_our_aspp_is_torchvisions(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(32, 32), (24, 40), (64, 64)])  # 32: all three code paths run
+def test_aspp_equals_torchvisions(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    theirs = torchvision.models.segmentation.deeplabv3.ASPP(20, [12, 24, 36], 8)
+    reference = torchvision.models.segmentation.deeplabv3.ASPP(20, [12, 24, 36], 8)
     torch.manual_seed(0)
-    ours = ASPP(20, 8, (12, 24, 36))
+    aspp = ASPP(20, 8, (12, 24, 36))
     assert all(
-        torch.equal(ours.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items()
+        torch.equal(aspp.state_dict()[name], tensor)
+        for name, tensor in reference.state_dict().items()
     )  # drawn in the same order
-    assert len(ours.state_dict()) == len(theirs.state_dict())
+    assert len(aspp.state_dict()) == len(reference.state_dict())
     results = []
-    for network in (theirs, ours):
+    for network in (reference, aspp):
         features = torch.randn(
             3, 20, *size, generator=torch.Generator().manual_seed(1)
         ).requires_grad_()
         torch.manual_seed(2)  # dropout
-        scores = network(features)
+        output = network(features)
         (
-            scores * torch.randn(scores.shape, generator=torch.Generator().manual_seed(3))
+            output * torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
         ).sum().backward()
         gradients = [parameter.grad for parameter in network.parameters()]
-        results.append([scores.detach(), features.grad, *gradients])
+        results.append([output.detach(), features.grad, *gradients])
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(
             found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
@@ -41,7 +40,7 @@ def test_our_aspp_is_torchvisions(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("rate", [2, 5, 8])
-def test_an_atrous_convolution_is_the_librarys(rate: int) -> None:
+def test_an_atrous_convolution_equals_pytorchs(rate: int) -> None:
     torch.manual_seed(0)
     convolution = AtrousConv(3, 2, rate).double()
     features = torch.randn(2, 3, 8, 7, dtype=torch.float64)

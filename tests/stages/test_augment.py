@@ -27,7 +27,7 @@ from stages.common.runtime import Machine, make_accelerator
 from stages.models.decoder import Decoder
 from stages.segmentation.class_statistics import ClassStatistics
 from stages.segmentation.regions import Regions
-from tests.featurestore.test_store import SPEC
+from tests.factories import SPEC
 
 CHANNELS, SIDE, STRIDE, CLASSES = 6, 4, 8, 3
 VOID = 255
@@ -163,7 +163,9 @@ def test_channel_dropout_leaves_out_whole_channels_and_keeps_the_mean(
     many = dataclasses.replace(
         batch, features=torch.ones(2000, CHANNELS, 2, 2), masks=batch.masks[:1].repeat(2000, 1, 1)
     )
-    features = only(build(store, tmp_path, augmenter="channel-dropout", share=0.25), many).features
+    features = only(
+        build(store, tmp_path, augmenter="channel-dropout", fraction=0.25), many
+    ).features
     assert features.unique().tolist() == pytest.approx([0, 1 / 0.75])
     assert torch.equal(features.amin((2, 3)), features.amax((2, 3)))
     assert float(features.mean()) == pytest.approx(1, abs=0.03)
@@ -249,7 +251,7 @@ def test_interpolate_moves_to_the_nearest_harder_region(store, batch, tmp_path) 
 
 def test_mixup_has_two_masks_so_nothing_is_pasted_by_one() -> None:
     with pytest.raises(ValueError, match="copy_paste"):
-        MixupConfig(augmenter="mixup", perturb=["copy_paste"])
+        MixupConfig(augmenter="mixup", augment=["copy_paste"])
 
 
 def test_mixup_mixes_features_and_targets_by_the_same_fractions(store, batch, tmp_path) -> None:
@@ -535,9 +537,9 @@ def test_combined_augmenters_draw_apart_and_the_first_as_it_would_alone(
     ("of", "shared", "text"),
     [
         (
-            [{"augmenter": "noise", "perturb": ["flip"]}, {"augmenter": "isda"}],
+            [{"augmenter": "noise", "augment": ["flip"]}, {"augmenter": "isda"}],
             {},
-            "perturb of noise is for all that are combined",
+            "augment of noise is for all that are combined",
         ),
         (
             [{"augmenter": "noise", "until": 0.5}, {"augmenter": "isda"}],
@@ -551,8 +553,8 @@ def test_combined_augmenters_draw_apart_and_the_first_as_it_would_alone(
         ),
         (
             [{"augmenter": "mixup"}, {"augmenter": "isda"}],
-            {"perturb": ["copy_paste"]},
-            "mixup cannot be among them: perturb: copy_paste",
+            {"augment": ["copy_paste"]},
+            "mixup cannot be among them: augment: copy_paste",
         ),
         (
             [{"augmenter": "hflip-views"}, {"augmenter": "isda"}],
@@ -574,7 +576,7 @@ def test_what_cannot_be_combined_is_refused(of, shared, text) -> None:
 def test_keys_of_added_batches_are_refused_where_there_are_none(augmenter: str, key: dict) -> None:
     with pytest.raises(
         ValueError,
-        match=f"{next(iter(key))} applies only to variants that add batches",
+        match=f"{next(iter(key))} applies only to variants that add batches; remove it",
     ):
         TypeAdapter(Variant).validate_python({"augmenter": augmenter, **key})
 
@@ -668,7 +670,7 @@ def test_a_fraction_of_the_masks_is_changed_and_the_other_samples_are_added_unch
         0.5 * float((all_of_them != masks).flatten(1).any(1).float().mean()), abs=0.04
     )
     many = Batch(torch.arange(2000), batch.features.repeat(500, 1, 1, 1), masks, None)
-    part = only(build(store, tmp_path, augmenter="class-transfer", share=0.5), many)
+    part = only(build(store, tmp_path, augmenter="class-transfer", fraction=0.5), many)
     same = (part.targets[0][0] == masks).flatten(1).all(1)
     assert 800 < int(same.sum()) < 1600
     torch.testing.assert_close(part.features[same], many.features[same])

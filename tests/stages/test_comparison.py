@@ -1,4 +1,4 @@
-"""The bootstrap's intervals cover, differences are paired, and groups are kept apart."""
+"""Coverage of bootstrap intervals, pairing by seed, grouping by protocol, tables and figures."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from stages.common.errors import ConfigError, DataError
-from stages.reporting import figures, tables
+from stages.reporting import tables
 from stages.reporting.bootstrap import Counts, paired_intervals
 from stages.studies import compare as comparison
-from stages.studies.markdown import as_markdown
+from stages.studies import figures
+from stages.studies import tables as output
 
 NAMES = ["sky", "road", "car"]
 
@@ -64,7 +65,7 @@ def test_counts_and_iou_equal_hand_computed_values() -> None:
 
 
 def test_intervals_cover_the_true_difference() -> None:
-    """Of 200 test splits of 60 images drawn from a population, 95% of the intervals should hold the population's difference."""
+    """95% of the intervals of 200 test splits should contain the population's difference."""
     rng = np.random.default_rng(0)
     size = 20_000
     truth = rng.integers(50, 150, (size, 3)).astype(float)
@@ -100,8 +101,11 @@ def test_intervals_cover_the_true_difference() -> None:
     assert np.mean(wide) < 0.6 * unpaired  # what pairing is for
 
 
-def test_blocks_cover_where_images_resemble_their_neighbours() -> None:
-    """Frames of a video, 24 scenes of ten: what one side gains is the scene's. Each frame apart gives intervals that are too narrow."""
+def test_block_intervals_cover_for_video() -> None:
+    """A video of 24 scenes with ten frames: the gain depends on the scene.
+
+    Intervals over single frames are too narrow.
+    """
     rng = np.random.default_rng(2)
     frames, of_a_scene = 240, 10
 
@@ -133,15 +137,13 @@ def test_too_few_blocks_are_refused() -> None:
     images = {str(number): image({0: 5, 1: 5, 2: 5}, {}) for number in range(30)}
     base, ours = ([run_of(name, 0, images)] for name in ("baseline", "better"))
     assert len(tables.compare({"baseline": base, "better": ours}, [], block_length=3)) == 2
-    with pytest.raises(
-        ConfigError,
-        match=r"report\.block_length: 30 test images are fewer than 10 blocks of 4; take shorter ones",
-    ):
+    message = "block_length: 30 test images are fewer than 10 blocks of 4; take shorter ones"
+    with pytest.raises(ConfigError, match=rf"report\.{message}"):
         tables.compare({"baseline": base, "better": ours}, [], block_length=4)
 
 
-def test_intervals_of_several_seeds_cover_with_a_class_that_few_images_have() -> None:
-    """Three decoders on each side, and a class in one of eight images, which some resamples lack nearly."""
+def test_intervals_cover_with_several_seeds_and_a_rare_class() -> None:
+    """Three seeds a side; one class is in one of eight images, so some resamples have few of it."""
     rng = np.random.default_rng(1)
     size, seeds, drawn = 10_000, 3, 120
     truth = rng.integers(50, 150, (size, 3)).astype(float)
@@ -174,7 +176,7 @@ def test_intervals_of_several_seeds_cover_with_a_class_that_few_images_have() ->
     assert 0.90 <= covered / 200 <= 0.99
 
 
-def test_differences_are_paired_by_seed_and_known_by_hand() -> None:
+def test_differences_are_paired_by_seed() -> None:
     base = [
         run_of("baseline", seed, {"a": image({0: 8, 1: 6}, {(0, 1): 2}), "b": image({0: 4}, {})})
         for seed in (0, 1)
@@ -205,8 +207,8 @@ def test_differences_are_paired_by_seed_and_known_by_hand() -> None:
         tables.compare({"baseline": base}, ["cat"])
 
 
-def test_means_are_over_the_classes_of_the_truth_whoever_predicts_others() -> None:
-    """One pixel of a class that the test images lack costs that pixel, not a share of the mean."""
+def test_means_are_over_the_classes_of_the_truth() -> None:
+    """A pixel of a class that the test images lack is one wrong pixel; it adds no class."""
     base = [run_of("baseline", 0, {"a": image({0: 8, 1: 6}, {(0, 1): 2}), "b": image({0: 4}, {})})]
     ours = [
         run_of(
@@ -223,14 +225,14 @@ def test_means_are_over_the_classes_of_the_truth_whoever_predicts_others() -> No
     entries = comparison.compare(
         [comparison.Group("one", 2, {"baseline": base})], ["road", "car"], "baseline"
     )
-    assert entries[0]["title"].endswith("; mIoU over road (the test images have no car)")
+    assert entries[0].title.endswith("; mIoU over road (the test images have no car)")
     with pytest.raises(
         ConfigError, match="the test images have none of these classes; they have sky, road"
     ):
         tables.compare({"baseline": base}, ["car"])
 
 
-def test_every_class_has_the_intervals_of_its_iou_and_of_its_difference() -> None:
+def test_each_class_has_intervals_of_iou_and_difference() -> None:
     images = {str(n): image({0: 8, 1: n}, {(1, 0): 10 - n}) for n in range(1, 9)}
     better = {str(n): image({0: 8, 1: n + 1}, {(1, 0): 9 - n}) for n in range(1, 9)}
     rows = tables.compare(
@@ -289,15 +291,15 @@ def test_groups_by_protocol_are_written_with_tables_and_pictures(
     results: Path, tmp_path: Path
 ) -> None:
     compared = comparison.compare(comparison.read_groups([results]), [], "baseline")
-    assert [(entry["name"], entry["train_images"]) for entry in compared] == [
+    assert [(entry.group.name, entry.group.train_images) for entry in compared] == [
         ("full", 80),
         ("eighth", 10),
     ]
-    assert [row["variant"] for row in compared[0]["rows"]] == ["baseline", "noise"]
-    assert all(row["delta_interval"]["low"] > 0 for entry in compared for row in entry["rows"][1:])
-    text = comparison.as_text(compared)
+    assert [row["variant"] for row in compared[0].rows] == ["baseline", "noise"]
+    assert all(row["delta_interval"]["low"] > 0 for entry in compared for row in entry.rows[1:])
+    text = output.as_text(compared)
     assert "full: 80 training images" in text
-    written = comparison.write(compared, tmp_path / "out")
+    written = output.write(compared, tmp_path / "out")
     assert sorted(written) == sorted(path.name for path in (tmp_path / "out").iterdir())
     table = pd.read_csv(tmp_path / "out" / "comparison.csv")
     assert list(table["experiment"]) == ["full", "full", "eighth", "eighth"]
@@ -308,7 +310,7 @@ def test_groups_by_protocol_are_written_with_tables_and_pictures(
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_figures_draw_every_gan_once_and_their_legends_hide_nothing(
+def test_figures_show_each_gan_once_with_the_legend_below(
     results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for file in results.rglob("noise-*.json"):
@@ -324,7 +326,7 @@ def test_figures_draw_every_gan_once_and_their_legends_hide_nothing(
     drawn: list[Figure] = []
     monkeypatch.setattr(figures, "png", lambda figure: drawn.append(figure) or b"")
     compared = comparison.compare(comparison.read_groups([results]), [], "baseline")
-    comparison.write(compared, tmp_path / "out")
+    output.write(compared, tmp_path / "out")
     for figure in drawn:
         FigureCanvasAgg(figure).draw()
     _, gans, curve = drawn
@@ -347,26 +349,26 @@ def test_figures_draw_every_gan_once_and_their_legends_hide_nothing(
         assert all(top < axes.get_tightbbox().y0 for axes in figure.axes)
 
 
-def test_named_classes_stand_beside_all_and_sizes_have_a_table_of_gains(
+def test_tables_of_named_and_all_classes_and_of_gains_by_size(
     results: Path, tmp_path: Path
 ) -> None:
     (results / "eighth" / "noise-1.json").unlink()
     compared = comparison.compare(comparison.read_groups([results]), ["sky", "road"], "baseline")
     for entry in compared:
         of_all = comparison.compare(
-            comparison.read_groups([results / entry["name"]]), [], "baseline"
+            comparison.read_groups([results / entry.group.name]), [], "baseline"
         )
-        for row, row_all in zip(entry["rows"], of_all[0]["rows"], strict=True):
+        for row, row_all in zip(entry.rows, of_all[0].rows, strict=True):
             shown = ("miou", "delta_miou", "delta_interval", "miou_best_on_val")
             assert [tables.over_all(row)[key] for key in shown] == [row_all[key] for key in shown]
-        assert entry["rows"][1]["delta_miou"] != entry["rows"][1]["delta_miou_all"]
-    full, eighth = (entry["rows"][1] for entry in compared)
-    of_two, of_all, *_ = comparison.as_text(compared).split("\n\n")
+        assert entry.rows[1]["delta_miou"] != entry.rows[1]["delta_miou_all"]
+    full, eighth = (entry.rows[1] for entry in compared)
+    of_two, of_all, *_ = output.as_text(compared).split("\n\n")
     assert "full: 80 training images; mIoU over sky, road" in of_two
     assert "{delta_miou:+.2f}".format(**full) in of_two
     assert "full: mIoU over all classes of the test images" in of_all
     assert "{delta_miou_all:+.2f}".format(**full) in of_all
-    comparison.write(compared, tmp_path / "out")
+    output.write(compared, tmp_path / "out")
     csv = pd.read_csv(tmp_path / "out" / "comparison.csv")
     assert csv["delta_miou_all"][1] == pytest.approx(full["delta_miou_all"], abs=1e-4)
     lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
@@ -384,12 +386,12 @@ def test_named_classes_stand_beside_all_and_sizes_have_a_table_of_gains(
     ]
     for head, of in zip(heads, (lambda row: row, tables.over_all), strict=True):
         baseline, noise = lines[head + 2 : head + 4]
-        values = [of(entry["rows"][0])["miou"]["mean"] for entry in compared[::-1]]
+        values = [of(entry.rows[0])["miou"]["mean"] for entry in compared[::-1]]
         assert baseline == "| baseline | {:.1f} (2 seeds) | {:.1f} |".format(*values)
         assert noise == f"| noise | {gain(of(eighth))}) | {gain(of(full))}) |"
     wide = next(
         line
-        for line in lines[lines.index("## " + compared[0]["title"]) :]
+        for line in lines[lines.index("## " + compared[0].title) :]
         if line.startswith("| noise")
     )
     cells = wide.strip("| ").split(" | ")
@@ -400,7 +402,9 @@ def test_named_classes_stand_beside_all_and_sizes_have_a_table_of_gains(
     assert cells[7] == "{delta_miou_all:+.2f} ± {delta_std_all:.2f}".format(**full)
 
 
-def test_other_data_are_another_table_and_no_part_of_a_curve(results: Path, tmp_path: Path) -> None:
+def test_groups_of_other_data_have_separate_tables_and_no_curve(
+    results: Path, tmp_path: Path
+) -> None:
     """Two studies may name their experiments alike."""
     (results / "one").mkdir()
     (results / "two").mkdir()
@@ -411,8 +415,8 @@ def test_other_data_are_another_table_and_no_part_of_a_curve(results: Path, tmp_
         images = {f"other {name}": counts for name, counts in values["images"].items()}
         file.write_text(json.dumps({**values, "experiment": "full", "images": images}))
     compared = comparison.compare(comparison.read_groups([results]), [], "baseline")
-    assert [entry["name"] for entry in compared] == ["one/full", "two/full"]
-    assert "curve.png" not in comparison.write(compared, tmp_path / "out")
+    assert [entry.group.name for entry in compared] == ["one/full", "two/full"]
+    assert "curve.png" not in output.write(compared, tmp_path / "out")
     assert (
         (tmp_path / "out" / "comparison.md")
         .read_text()
@@ -420,20 +424,18 @@ def test_other_data_are_another_table_and_no_part_of_a_curve(results: Path, tmp_
     )
 
 
-def test_one_seeds_runs_alone_are_compared_when_asked_for(results: Path, tmp_path: Path) -> None:
+def test_runs_can_be_limited_to_seeds(results: Path, tmp_path: Path) -> None:
     compared = comparison.compare(comparison.read_groups([results], [1]), [], "baseline")
-    assert {tuple(row["seeds"]) for entry in compared for row in entry["rows"]} == {(1,)}
+    assert {tuple(row["seeds"]) for entry in compared for row in entry.rows} == {(1,)}
     both = comparison.compare(comparison.read_groups([results]), [], "baseline")
-    assert (
-        compared[0]["rows"][1]["delta_miou_values"] == both[0]["rows"][1]["delta_miou_values"][1:]
-    )
+    assert compared[0].rows[1]["delta_miou_values"] == both[0].rows[1]["delta_miou_values"][1:]
     with pytest.raises(
         ConfigError, match="--seed: there is no run of seed 7; the results have 0, 1"
     ):
         comparison.read_groups([results], [0, 7])
 
 
-def test_gains_of_as_many_seeds_are_in_order_those_of_fewer_and_the_unpaired_last(
+def test_rows_are_ordered_by_number_of_seeds_then_gain(
     tmp_path: Path,
 ) -> None:
     def group(name: str, size: int, **right: int) -> comparison.Group:
@@ -450,29 +452,29 @@ def test_gains_of_as_many_seeds_are_in_order_those_of_fewer_and_the_unpaired_las
     ]
     groups[0].runs["best"].append(run_of("best", 5, {"a": image({0: 3}, {(0, 1): 17})}))
     compared = comparison.compare(groups, [], "baseline")
-    assert [row["variant"] for row in compared[0]["rows"]] == [
+    assert [row["variant"] for row in compared[0].rows] == [
         "baseline",
         "best",
         "better",
         "worse",
         "alone",
     ]
-    assert [tables.cells(row)[-1] for row in compared[0]["rows"]] == ["1", "1 of 2", "1", "1", "1"]
-    assert "| alone | — | — |" in as_markdown(compared)
+    assert [tables.cells(row)[-1] for row in compared[0].rows] == ["1", "1 of 2", "1", "1", "1"]
+    assert "| alone | — | — |" in output.as_markdown(compared)
     groups[0].runs["baseline"].append(run_of("baseline", 5, {"a": image({0: 2}, {(0, 1): 18})}))
     compared = comparison.compare(groups, [], "baseline")
-    assert [row["variant"] for row in compared[0]["rows"]] == [
+    assert [row["variant"] for row in compared[0].rows] == [
         "baseline",
         "best",
         "alone",
         "better",
         "worse",
     ]
-    comparison.write(comparison.compare([group("alone", 1, baseline=5)], [], "baseline"), tmp_path)
+    output.write(comparison.compare([group("alone", 1, baseline=5)], [], "baseline"), tmp_path)
     assert not (tmp_path / "comparison.png").exists()
 
 
-def test_results_that_cannot_be_paired_are_named(results: Path) -> None:
+def test_unpaired_results_are_listed(results: Path) -> None:
     assert comparison.left_out(comparison.read_groups([results]), "baseline") == []
     (results / "full" / "baseline-1.json").unlink()
     for seed in (0, 1):
@@ -483,7 +485,7 @@ def test_results_that_cannot_be_paired_are_named(results: Path) -> None:
     assert "there is no 'baseline' of seed 1" in lines[0]
 
 
-def test_results_that_stand_twice_or_are_none_are_refused(results: Path) -> None:
+def test_duplicate_and_foreign_result_files_are_refused(results: Path) -> None:
     with pytest.raises(ConfigError, match="there is no 'basline' among baseline, noise"):
         comparison.compare(comparison.read_groups([results]), [], "basline")
     double = results / "full" / "again-0.json"

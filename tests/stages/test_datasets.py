@@ -1,4 +1,4 @@
-"""Each data set is read as its owners ship it: miniatures of the exact layouts go through prepare and extract."""
+"""Each data set is read as its owners ship it: miniatures go through prepare and extract."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.io import savemat
 
 from stages.common.errors import ConfigError, DataError
 from stages.data.images import decode_mask
@@ -20,38 +19,24 @@ from stages.datasets import ade20k, camvid, cityscapes, coco_instances, coco_stu
 from stages.datasets.config import Name
 from stages.datasets.palette import bit_colour
 from stages.prepare import DATASETS
-from tests.stages.test_extract import config as extract_config
-from tests.stages.test_extract import run as extract
-from tests.stages.test_prepare import config, prepare
-
-SIDE = 64  # pixels: what extract resizes to, so that its masks are those of prepare
-
-
-def save(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-def photo(path: Path) -> None:
-    """A image of its own for every name."""
-    save(
-        path,
-        np.random.default_rng(list(path.name.encode()))
-        .integers(0, 256, (SIDE, SIDE, 3))
-        .astype(np.uint8),
-    )
-
-
-def stripes(*values: int | tuple[int, int, int]) -> np.ndarray:
-    """A mask of equally high stripes from top to bottom: (SIDE, SIDE), or (SIDE, SIDE, 3) of colours."""
-    rows = np.array(values, np.uint8)[np.arange(SIDE) * len(values) // SIDE]
-    return np.repeat(rows[:, None], SIDE, axis=1)
+from tests.factories import (
+    SIDE,
+    extract,
+    extract_config,
+    make_voc,
+    photo,
+    prepare,
+    save,
+    save_sbd,
+    stripes,
+)
+from tests.factories import prepare_config as config
 
 
 def prepared(
     root: Path, tmp_path: Path, dataset: str, **changes
 ) -> tuple[dict, dict[str, tuple[str, np.ndarray]]]:
-    """The summary; and split and mask (255 is void) by id, after extract has made the same masks of them."""
+    """Summary of prepare, and split and mask (255 is void) by id; extract stores equal masks."""
     summary = prepare(config(root, dataset=dataset, **changes), tmp_path)
     entries, classes = read_manifest(tmp_path / "dataset")
     masks = {}
@@ -88,39 +73,7 @@ def test_every_name_has_its_module() -> None:
         assert callable(module.find)
 
 
-# -- Pascal VOC with SBD -------------------------------------------------------------------------------
-
-
-def make_voc(root: Path) -> None:
-    """Two images for training and two for validation in VOC, the four and two more in SBD."""
-    lists = root / "ImageSets" / "Segmentation"
-    lists.mkdir(parents=True)
-    for name, ids in (
-        ("train", ["a", "b"]),
-        ("val", ["c", "d"]),
-        ("trainval", ["a", "b", "c", "d"]),
-    ):
-        (lists / f"{name}.txt").write_text("\n".join(ids) + "\n")
-        for id in ids:
-            photo(root / "JPEGImages" / f"{id}.jpg")
-            save(root / "SegmentationClass" / f"{id}.png", stripes(0, 1, 255))
-    sbd = root / "benchmark_RELEASE" / "dataset"
-    for folder in ("cls", "img"):
-        (sbd / folder).mkdir(parents=True)
-    (sbd / "train.txt").write_text("a\nc\ne\n")
-    (sbd / "val.txt").write_text("b\nd\nf\n")
-    for id in "abcdef":
-        photo(sbd / "img" / f"{id}.jpg")
-        save_sbd(sbd / "cls" / f"{id}.mat", stripes(0, 20, 7))
-
-
-def save_sbd(path: Path, mask: np.ndarray) -> None:
-    fields = {
-        "Boundaries": np.zeros((20, 1)),
-        "Segmentation": mask,
-        "CategoriesPresent": np.unique(mask[mask > 0]),
-    }
-    savemat(path, {"GTcls": fields})
+# -- Pascal VOC with SBD ---------------------------------------------------------------------------
 
 
 def test_voc_with_sbd(tmp_path: Path) -> None:
@@ -163,7 +116,7 @@ def test_bad_sbd_files_are_named(tmp_path: Path) -> None:
         prepare(settings, tmp_path)
 
 
-# -- Cityscapes ----------------------------------------------------------------------------------------
+# -- Cityscapes ------------------------------------------------------------------------------------
 
 
 def make_cityscapes(root: Path) -> None:
@@ -206,8 +159,8 @@ def test_cityscapes(tmp_path: Path) -> None:
 
 def test_the_names_of_cityscapes_are_the_owners() -> None:
     names = (
-        "road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky, person, rider, "
-        "car, truck, bus, train, motorcycle, bicycle"
+        "road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, "
+        "terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle"
     )
     assert ", ".join(cityscapes.CLASSES.names) == names
 
@@ -238,12 +191,13 @@ def test_bad_files_of_cityscapes_are_named(tmp_path: Path) -> None:
     shutil.rmtree(root / "gtFine" / "val")
     with pytest.raises(
         DataError,
-        match=r"gtFine/val: there is no such folder; the masks belong there .*cityscapes-dataset\.com",
+        match=r"gtFine/val: there is no such folder; the masks belong there "
+        r".*cityscapes-dataset\.com",
     ):
         prepare(config(root, dataset="cityscapes"), tmp_path)
 
 
-# -- ADE20K --------------------------------------------------------------------------------------------
+# -- ADE20K ----------------------------------------------------------------------------------------
 
 
 def make_ade20k(root: Path) -> None:
@@ -303,7 +257,7 @@ def test_bad_files_of_ade20k_are_named(tmp_path: Path) -> None:
         ade20k.read_names(root / "objectInfo150.txt")
 
 
-# -- COCO ----------------------------------------------------------------------------------------------
+# -- COCO ------------------------------------------------------------------------------------------
 
 
 def make_coco(root: Path, images: str = "") -> dict[str, list[dict]]:
@@ -393,7 +347,8 @@ def test_bad_files_of_coco_panoptic_are_named(tmp_path: Path) -> None:
     )
     with pytest.raises(
         DataError,
-        match=r"11\.png: segment 258 in row 32, column 0 .* not described in panoptic_val2017\.json",
+        match=r"11\.png: segment 258 in row 32, column 0 .* "
+        r"not described in panoptic_val2017\.json",
     ):
         prepare(settings, tmp_path)
     path = root / "annotations" / "panoptic_train2017.json"
@@ -529,7 +484,7 @@ def test_coco_instances(tmp_path: Path) -> None:
     summary, masks = prepared(tmp_path / "coco", tmp_path, "coco-instances")
     assert splits(masks) == ["test", "train", "train", "train", "val"]
     np.testing.assert_array_equal(masks["000000000002"][1], expected)
-    assert not masks["000000000001"][1].any()  # a image without an object is all background
+    assert not masks["000000000001"][1].any()  # an image without an object is all background
     assert summary["classes"] == ["background", "person", "car", "toothbrush"]
     assert summary["palette"] == [list(bit_colour(value)) for value in range(4)]
 
@@ -558,7 +513,7 @@ def test_bad_files_of_coco_instances_are_named(
             lambda content: content["annotations"][0].update(
                 segmentation=runs(np.ones((8, 8), np.uint8))
             ),
-            "in a image of",
+            "in an image of",
         ),
     ):
         content = json.loads(json.dumps(good))
@@ -572,7 +527,8 @@ def test_bad_files_of_coco_instances_are_named(
     save(photo_path, np.zeros((SIDE, SIDE - 1, 3), np.uint8))
     with pytest.raises(
         DataError,
-        match=r"instances_train2017\.json: the mask is 64 x 64 pixels, its image .*2\.jpg is 63 x 64",
+        match=r"instances_train2017\.json: the mask is 64 x 64 pixels, "
+        r"its image .*2\.jpg is 63 x 64",
     ):
         prepare(config(root, dataset="coco-instances"), tmp_path)
     monkeypatch.setitem(sys.modules, "pycocotools", None)
@@ -607,7 +563,7 @@ def test_compressed_run_lengths_are_drawn() -> None:
         np.testing.assert_array_equal(mask, expected)
 
 
-# -- CamVid --------------------------------------------------------------------------------------------
+# -- CamVid ----------------------------------------------------------------------------------------
 
 FRAMES = {
     "train": ("0001TP_008520", "0006R0_f00930", "0016E5_00901"),
@@ -654,7 +610,7 @@ CLASS_BY_NAME = {
 
 
 def make_camvid_original(root: Path) -> list[int]:
-    """The owners' release, every mask with all 32 colours; returns the class (255 is void) of each stripe."""
+    """Write the owners' release, all 32 colours in each mask; return each stripe's class or 255."""
     rows = [line.split() for line in LABEL_COLOURS.splitlines()]
     colours = [(int(red), int(green), int(blue)) for red, green, blue, _ in rows]
     for frames in FRAMES.values():
@@ -681,7 +637,8 @@ def test_camvid_as_its_owners_ship_it(tmp_path: Path) -> None:
     }
     np.testing.assert_array_equal(masks["Seq05VD_f00000"][1], stripes(*expected))
     assert summary["classes"] == [
-        "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
+        "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
+        "pedestrian", "bicyclist",
     ]  # fmt: skip
     assert summary["palette"][0] == [128, 128, 128]
     grouped = {
@@ -699,11 +656,11 @@ def test_camvid_as_its_owners_ship_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("images", "masks"), [("{}", "{}annot"), ("images/{}", "masks/{}")])
 def test_camvid_as_segnet_has_it(tmp_path: Path, images: str, masks: str) -> None:
     make_camvid_segnet(tmp_path / "camvid", images, masks)
-    summary, found = prepared(tmp_path / "camvid", tmp_path, "camvid")
-    assert {id: split for id, (split, _) in found.items()} == {
+    summary, pairs = prepared(tmp_path / "camvid", tmp_path, "camvid")
+    assert {id: split for id, (split, _) in pairs.items()} == {
         id: split for split, ids in FRAMES.items() for id in ids
     }
-    np.testing.assert_array_equal(found["0001TP_008520"][1], stripes(*range(11), 255))
+    np.testing.assert_array_equal(pairs["0001TP_008520"][1], stripes(*range(11), 255))
     assert summary["classes"] == list(camvid.NAMES)
     assert summary["void_index"] == 11
 
@@ -717,7 +674,8 @@ def test_bad_files_of_camvid_are_named(tmp_path: Path) -> None:
     save(mask, pixels)
     with pytest.raises(
         DataError,
-        match=r"00901_L\.png: colour \(128, 128, 129\) in row 1, column 2 \(from 0\) is none of the 32",
+        match=r"00901_L\.png: colour \(128, 128, 129\) in row 1, column 2 \(from 0\) "
+        "is none of the 32",
     ):
         prepare(config(root, dataset="camvid"), tmp_path)
     photo(root / "701_StillsRaw_full" / "holiday.png")
@@ -726,12 +684,13 @@ def test_bad_files_of_camvid_are_named(tmp_path: Path) -> None:
     shutil.rmtree(root / "LabeledApproved_full")
     with pytest.raises(
         DataError,
-        match="holds none of CamVid's layouts: 701_StillsRaw_full and LabeledApproved_full .* trainannot",
+        match="holds none of CamVid's layouts: "
+        "701_StillsRaw_full and LabeledApproved_full .* trainannot",
     ):
         prepare(config(root, dataset="camvid"), tmp_path)
 
 
-# -- a folder of your own, with colours ----------------------------------------------------------------
+# -- a folder of your own, with colours ------------------------------------------------------------
 
 RED, GREEN, BLACK = (250, 50, 83), (61, 245, 61), (0, 0, 0)
 
@@ -762,7 +721,7 @@ old dog:61,245,61:head,tail:running
 
 @pytest.mark.parametrize("name", LISTS)
 def test_masks_of_colours_and_of_indices_side_by_side(tmp_path: Path, name: str) -> None:
-    """A mask's indices are lines of the list, that of void among them; its colours those that stand there."""
+    """Indices are numbers of the list's lines, void included; colours are those of the list."""
     root = tmp_path / "mine"
     colours, indices = stripes(BLACK, RED, GREEN, (255, 255, 255)), stripes(0, 2, 3, 1)
     opaque = np.concatenate([colours, np.full((SIDE, SIDE, 1), 255, np.uint8)], axis=2)
@@ -825,7 +784,8 @@ def test_colours_that_are_no_class_are_named(tmp_path: Path) -> None:
     (root / "classes.csv").write_text("name,red,green,blue\nbackground,0,0,0\ncat,250,50,83\n")
     with pytest.raises(
         DataError,
-        match=r"masks/1\.png: colour \(250, 50, 84\) in row 40, column 7 \(from 0\) is that of no class",
+        match=r"masks/1\.png: colour \(250, 50, 84\) in row 40, column 7 \(from 0\) "
+        "is that of no class",
     ):
         prepare(settings, tmp_path)
     assert (

@@ -13,9 +13,8 @@ from torch import nn
 from stages.common.distributed import SynchronisedBatchNorm2d, synchronise_batch_norm
 from stages.reporting.curves import read_curves
 from stages.training.models import load_decoder, load_generator
-from tests.conftest import run
+from tests.factories import run
 from tests.imports import ROOT
-from tests.stages.test_training import features  # noqa: F401  (a fixture)
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
@@ -93,7 +92,7 @@ def test_killed_processes_resume_to_the_same_bits(
     refused = run(*command, cwd=ROOT, check=False, OMP_NUM_THREADS="1", APART="")
     assert refused.returncode != 0
     assert (
-        "checkpoint.pt: not all processes find the same state here; put --scratch on a disk that all machines see"
+        "checkpoint.pt: processes find different states here; set --scratch to a disk that all see"
         in refused.stderr
     )
     run(*command, cwd=ROOT, OMP_NUM_THREADS="1")

@@ -1,4 +1,4 @@
-"""Data sets arrive checked and whole, from a server of the test's own: with ranges and without, broken off, changed."""
+"""Downloads from a test server are checked and whole: resumed, without ranges, or changed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from stages.common.errors import ConfigError, DataError
 from stages.data.manifest import read_manifest
 from stages.datasets import download
 from stages.datasets.download import fetch
-from tests.stages.test_datasets import make_voc
-from tests.stages.test_prepare import config, prepare
+from tests.factories import make_voc, prepare
+from tests.factories import prepare_config as config
 
 
 class Server(ThreadingHTTPServer):
-    """Serves ``files`` by path; behaves as its attributes say, and keeps what it was asked."""
+    """Serves ``files`` by path; attributes control its behaviour; ``asked`` logs the requests."""
 
     files: dict[str, bytes]
     ranges = True  # whether it can send a part
@@ -83,7 +83,7 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_download_that_broke_off_goes_on(
+def test_an_interrupted_download_resumes(
     server: Server, tmp_path: Path, ranges: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "BLOCK", 1000)
@@ -112,7 +112,7 @@ def test_a_whole_file_under_its_partial_name_is_not_downloaded_again(
 
 
 @pytest.mark.parametrize("length", [len(CONTENT), len(CONTENT) + 7])
-def test_a_partial_file_of_something_longer_is_begun_anew(
+def test_a_partial_file_that_is_too_long_is_downloaded_anew(
     server: Server, tmp_path: Path, length: int
 ) -> None:
     server.files["/a.tar"] = CONTENT
@@ -143,14 +143,14 @@ def test_a_server_that_cannot_serve_is_named(server: Server, tmp_path: Path) -> 
         fetch(f"{server.url}/a.tar", MD5, tmp_path / "a.tar")
 
 
-def test_a_full_disk_is_no_fault_of_the_server(server: Server, tmp_path: Path) -> None:
+def test_a_full_disk_is_not_reported_as_a_server_error(server: Server, tmp_path: Path) -> None:
     server.files["/a.tar"] = CONTENT
     (tmp_path / "a.tar.partial").symlink_to("/dev/full")
     with pytest.raises(FeatureStoreError, match="No space left on device"):
         fetch(f"{server.url}/a.tar", MD5, tmp_path / "a.tar")
 
 
-# -- Pascal VOC ----------------------------------------------------------------------------------------
+# -- Pascal VOC ------------------------------------------------------------------------------------
 
 
 def pack(folder: Path, prefix: str, mode: str) -> bytes:
@@ -162,7 +162,7 @@ def pack(folder: Path, prefix: str, mode: str) -> bytes:
 
 @pytest.fixture
 def official(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
-    """A server of miniatures of both archives, and torchvision's addresses and checksums turned to it."""
+    """Serve miniatures of both archives, and patch torchvision's addresses and checksums."""
     make_voc(tmp_path / "miniature")
     sbd = tmp_path / "sbd"
     (tmp_path / "miniature" / "benchmark_RELEASE").rename(sbd)
@@ -270,7 +270,7 @@ def test_torchvision_still_has_what_is_downloaded() -> None:
         ("wastesim", "it is drawn"),
     ],
 )
-def test_others_say_where_to_get_them(tmp_path: Path, dataset: str, words: str) -> None:
+def test_other_data_sets_say_where_to_get_them(tmp_path: Path, dataset: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         prepare(config(tmp_path / "nowhere", dataset=dataset), tmp_path, download=True)
     assert str(caught.value).startswith(f"prepare.dataset: {dataset} cannot be downloaded: ")

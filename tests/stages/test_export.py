@@ -1,7 +1,8 @@
-"""What export writes gives PyTorch's own scores in torchvision, torch.export and ONNX Runtime, or is not written."""
+"""Exported files compute PyTorch's logits in torchvision, torch.export and ONNX Runtime."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -21,13 +22,13 @@ from torch import Tensor, nn
 import featurestore
 import pipeline
 from featurestore import StoreSpec
-from stages.backbones.backbone import Backbone, build_backbone
+from stages.backbones.backbone import Backbone
+from stages.backbones.build import build_backbone
 from stages.common.errors import ConfigError, DataError
 from stages.models.decoder import Decoder
 from stages.training.models import load_decoder, read_spec, save_weights
 from stages.use import export, export_formats
-from stages.use.end_to_end import EndToEnd, _SameConv2d
-from stages.use.export_formats import METADATA, dynamic_shapes, trace
+from stages.use.export_formats import METADATA, EndToEnd, Metadata, Model, _SameConv2d, trace
 
 CLASSES, PALETTE = ("belt", "Größe", "纸"), ((0, 0, 0), (10, 20, 30), (255, 0, 7))
 
@@ -51,7 +52,7 @@ def spec_of(backbone: Backbone) -> StoreSpec:
 
 
 def write_decoder(folder: Path, backbone: Backbone, **changes) -> Path:
-    """A folder as train-decoder leaves it, with random weights and running statistics."""
+    """Write a folder as train-decoder does, with random weights and running statistics."""
     architecture = {
         "head": "deeplab",
         "in_channels": backbone.channels,
@@ -79,7 +80,7 @@ def write_decoder(folder: Path, backbone: Backbone, **changes) -> Path:
     return folder
 
 
-def pictures(count: int, height: int, width: int) -> Tensor:
+def images_of(count: int, height: int, width: int) -> Tensor:
     return torch.randint(
         0,
         256,
@@ -111,7 +112,7 @@ def lite0_decoder(lite0: Backbone, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.parametrize(
     ("head", "suffix"), [("deeplab", ".pth"), ("deeplab", ".safetensors"), ("fcn", ".pth")]
 )
-def test_torchvision_loads_every_tensor_and_scores_the_same(
+def test_torchvision_loads_every_tensor_and_computes_equal_logits(
     resnet: tuple[Path, Backbone], tmp_path: Path, head: str, suffix: str
 ) -> None:
     weights, backbone = resnet
@@ -131,10 +132,10 @@ def test_torchvision_loads_every_tensor_and_scores_the_same(
         load_file(out) if suffix == ".safetensors" else torch.load(out, weights_only=True),
         strict=True,
     )
-    images = pictures(2, 64, 64)
+    images = images_of(2, 64, 64)
     mean, std = (torch.tensor(part).view(3, 1, 1) for part in (backbone.mean, backbone.std))
     with torch.no_grad():
-        scores = model.eval()((images / 255 - mean) / std)["out"]
+        logits = model.eval()((images / 255 - mean) / std)["out"]
 
     # The decoder's own way: features through a store.
     with featurestore.create(tmp_path / "features", spec_of(backbone)) as writer:
@@ -142,7 +143,7 @@ def test_torchvision_loads_every_tensor_and_scores_the_same(
             writer.append(id=str(number), features=features, mask=np.zeros((64, 64), np.uint8))
     cached = featurestore.open(tmp_path / "features").gather("features", [0, 1])
     expected = load_decoder(folder)(torch.from_numpy(cached), size=(64, 64))
-    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert done.difference <= 1e-4 * done.largest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decoder", "features", out.name]
     if suffix == ".safetensors":
@@ -152,7 +153,7 @@ def test_torchvision_loads_every_tensor_and_scores_the_same(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("format", "suffix"), [("torch-export", ".pt2"), ("onnx", ".onnx")])
-def test_programs_take_any_number_of_pictures_of_any_size(
+def test_programs_take_any_number_of_images_of_any_size(
     lite0: Backbone, lite0_decoder: Path, tmp_path: Path, format: str, suffix: str
 ) -> None:
     out = tmp_path / f"model{suffix}"
@@ -174,17 +175,17 @@ def test_programs_take_any_number_of_pictures_of_any_size(
         found |= {key: json.loads(found[key]) for key in ("class_names", "palette", "trained_size")}
         session = onnxruntime.InferenceSession(out)
 
-        def scores_of(images: Tensor) -> Tensor:
+        def logits_of(images: Tensor) -> Tensor:
             return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
     else:
         extra = {METADATA: ""}
-        scores_of = torch.export.load(out, extra_files=extra).module()
+        logits_of = torch.export.load(out, extra_files=extra).module()
         found = json.loads(extra[METADATA])
     decoder = load_decoder(lite0_decoder, weights="decoder-best")
     for count, height, width in ((1, 96, 64), (3, 67, 90)):
-        images = pictures(count, height, width)
+        images = images_of(count, height, width)
         torch.testing.assert_close(
-            scores_of(images), decoder(lite0(images), size=(height, width)), rtol=1e-4, atol=1e-4
+            logits_of(images), decoder(lite0(images), size=(height, width)), rtol=1e-4, atol=1e-4
         )
     assert found["class_names"] == list(CLASSES)
     assert found["palette"] == [list(colour) for colour in PALETTE]
@@ -201,12 +202,12 @@ def test_a_fixed_size(lite0: Backbone, lite0_decoder: Path, tmp_path: Path) -> N
         lite0_decoder, format="torch-export", out=tmp_path / "model.pt2", size=(72, 64)
     )
     assert done.sizes == ((72, 64),)
-    images = pictures(3, 72, 64)
+    images = images_of(3, 72, 64)
     expected = load_decoder(lite0_decoder)(lite0(images), size=(72, 64))
     program = torch.export.load(done.path).module()
     torch.testing.assert_close(program(images), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(AssertionError, match="72"):
-        program(pictures(1, 64, 64))
+        program(images_of(1, 64, 64))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def test_padding_is_timms_at_every_size(kernel: int, stride: int, dilation: int)
         torch.testing.assert_close(_SameConv2d(conv)(x), conv(x), rtol=0, atol=0)
 
 
-def test_the_segmenter_leaves_its_parts_as_they_are(lite0: Backbone) -> None:
+def test_end_to_end_leaves_its_networks_unchanged(lite0: Backbone) -> None:
     decoder = Decoder(head="deeplab", in_channels=320, num_classes=3, width=8, atrous_rates=(2, 3))
     segmenter = EndToEnd(backbone=lite0, decoder=decoder)
     assert sum(isinstance(module, _SameConv2d) for module in segmenter.modules()) == 3
@@ -237,30 +238,31 @@ class Fussy(nn.Module):
 def test_a_network_that_depends_on_the_size_needs_size() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"--size: PyTorch cannot trace fussy for pictures of any size .*--size H W",
+        match=r"--size: PyTorch cannot trace fussy for images of any size .*--size H W",
     ):
-        trace(Fussy(), dynamic_shapes(fixed=False), (64, 64), "fussy")
-    program = trace(Fussy(), dynamic_shapes(fixed=True), (64, 128), "fussy")
-    assert (program.module()(pictures(1, 64, 128)) == 2.0 * pictures(1, 64, 128)[:, :1]).all()
+        trace(Fussy(), None, "fussy")
+    program = trace(Fussy(), (64, 128), "fussy")
+    assert (program.module()(images_of(1, 64, 128)) == 2.0 * images_of(1, 64, 128)[:, :1]).all()
 
 
 @pytest.mark.parametrize("damage", [1.01, float("nan")])
-def test_a_file_that_scores_otherwise_is_not_left(
+def test_a_file_with_other_logits_is_removed(
     resnet: tuple[Path, Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: float
 ) -> None:
     weights, backbone = resnet
     folder = write_decoder(tmp_path / "decoder", backbone, head="fcn")
-    written = export_formats.write_torchvision
+    torchvision_format = export_formats.FORMATS["torchvision"]
 
-    def damaged(backbone: Backbone, decoder: Decoder, *rest, **options) -> None:
-        changed = load_decoder(folder)
-        changed.last.weight.mul_(damage)
-        written(backbone, changed, *rest, **options)
+    def damaged(model: Model, path: Path, metadata: Metadata) -> None:
+        decoder = load_decoder(folder)
+        decoder.last.weight.mul_(damage)
+        torchvision_format.write(dataclasses.replace(model, decoder=decoder), path, metadata)
 
-    monkeypatch.setattr(export, "write_torchvision", damaged)
+    changed = dataclasses.replace(torchvision_format, write=damaged)
+    monkeypatch.setitem(export_formats.FORMATS, "torchvision", changed)
     with pytest.raises(
         DataError,
-        match=r"model.pth: the exported scores differ by .* at 64 x 64; nothing was written",
+        match=r"model.pth: the exported logits differ by .* at 64 x 64; nothing was written",
     ):
         export.run(
             folder, format="torchvision", out=tmp_path / "model.pth", backbone_weights=str(weights)
@@ -323,13 +325,14 @@ WRONG = {
     "weights that are not there": (
         ("--format", "onnx", "--out", "m.onnx", "--backbone-weights", "none.pth"),
         1,
-        "none.pth: there is no such weights file; give --backbone-weights the file that extract.weights named",
+        "none.pth: there is no such weights file; "
+        "give --backbone-weights the file that extract.weights named",
     ),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_fit_is_one_line(
+def test_wrong_options_are_one_line(
     lite0_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -372,8 +375,8 @@ def test_other_models_and_other_weights_are_refused(
     )
     assert refused.exit_code == 1
     assert (
-        "other.pth: these are other resnet50 weights than those that the decoder's features were made with (sha256 "
-        in refused.stderr
+        "other.pth: these are other resnet50 weights than those that the decoder's features were "
+        "made with (sha256 " in refused.stderr
     )
 
     described = {
@@ -384,14 +387,14 @@ def test_other_models_and_other_weights_are_refused(
     (tmp_path / "lite0" / "config.json").write_text(json.dumps(described))
     with pytest.raises(
         ConfigError,
-        match=r"--backbone-weights: these are other efficientnet_lite0 weights .* expected abababababab",
+        match=r"--backbone-weights: these are other efficientnet_lite0 .* expected abababababab",
     ):
         export.load_backbone(read_spec(tmp_path / "lite0"), "default")
 
     config = json.loads((narrow / "config.json").read_text())
     (narrow / "config.json").write_text(json.dumps({**config, "architecture": {"family": "gan"}}))
     assert (
-        "no decoder; name a folder that train-decoder left"
+        "no decoder; name a folder that train-decoder wrote"
         in call("export", narrow, "--format", "torchvision", "--out", out).stderr
     )
     nothing = call("export", tmp_path / "nothing", "--format", "torchvision", "--out", out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import signal
 import subprocess
@@ -18,49 +17,14 @@ import torch
 import featurestore
 from featurestore import ShardCorruptError, StoreBusyError, StoreReadError
 from stages import extract
-from stages.backbones.backbone import Backbone, build_backbone
+from stages.backbones.backbone import Backbone
+from stages.backbones.build import build_backbone
 from stages.common.errors import ConfigError, DataError
 from stages.data.manifest import read_manifest
-from tests.conftest import write_photos
+from tests.factories import digests, prepare, prepare_config, write_photos
+from tests.factories import extract as run
+from tests.factories import extract_config as config
 from tests.imports import ROOT
-from tests.stages.test_prepare import config as prepare_config
-from tests.stages.test_prepare import prepare
-
-
-def config(**changes) -> extract.ExtractConfig:
-    settings = {
-        "backbone": "efficientnet_lite0",
-        "weights": "default",
-        "input_size": 64,
-        "resize": "stretch",
-        "views": ["identity"],
-        "compute": "fp32",
-        "batch_size": 2,
-        "feature_dtype": "float16",
-        "compression": "none",
-        "store_images": True,
-    }
-    return extract.ExtractConfig(**{**settings, **changes})
-
-
-def run(
-    settings: extract.ExtractConfig, tmp_path: Path, *, workers: int = 0, out: str = "features"
-) -> dict[str, featurestore.FeatureStore]:
-    return extract.run(
-        settings,
-        dataset=tmp_path / "dataset",
-        out=tmp_path / out,
-        scratch=tmp_path / "scratch",
-        device="cpu",
-        workers=workers,
-    )
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*.*"))
-    }
 
 
 @pytest.fixture
@@ -70,7 +34,7 @@ def prepared(photos: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_features_are_the_backbones_own(prepared: Path) -> None:
+def test_stored_features_are_those_of_the_backbone(prepared: Path) -> None:
     stores = run(config(feature_dtype="float32"), prepared)
     assert {split: len(store) for split, store in stores.items()} == {
         "train": 6,
@@ -103,7 +67,7 @@ def test_bytes_do_not_depend_on_workers_and_a_second_run_computes_nothing(
     run(config(), prepared, out="a")
 
 
-def test_a_mirrored_view_is_a_sample_of_its_own_for_training_alone(prepared: Path) -> None:
+def test_only_train_has_mirrored_views(prepared: Path) -> None:
     stores = run(config(views=["identity", "hflip"]), prepared)
     train = stores["train"]
     assert (len(train), len(stores["val"]), len(stores["test"])) == (12, 3, 3)
@@ -132,11 +96,11 @@ def test_a_non_square_size(prepared: Path) -> None:
     assert (store.mask(0)[:, 64:] == 255).all()
 
 
-# -- bad input -----------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_image_that_changed_since_prepare_is_named(prepared: Path, workers: int) -> None:
+def test_an_image_that_changed_since_prepare_is_named(prepared: Path, workers: int) -> None:
     entry = read_manifest(prepared / "dataset")[0][2]
     Path(entry.image).write_bytes(Path(entry.image).read_bytes() + b" ")
     with pytest.raises(DataError, match="changed since the prepare stage") as caught:
@@ -145,17 +109,17 @@ def test_a_image_that_changed_since_prepare_is_named(prepared: Path, workers: in
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, prepared: Path, number: int, value: float) -> str:
-    """Let the backbone give one wrong value for training image ``number``, whose file is returned."""
+    """Let the backbone return one wrong value for an image; return the image's path."""
     entries, classes = read_manifest(prepared / "dataset")
-    picture = extract._read_pair(
+    image = extract._read_pair(
         (entries[number], "identity"), classes=classes, size=(64, 64), rule="stretch"
     )[1]
-    wanted, forward = torch.from_numpy(picture.copy()).permute(2, 0, 1), Backbone.forward
+    wanted, forward = torch.from_numpy(image.copy()).permute(2, 0, 1), Backbone.forward
 
     def spoilt(self: Backbone, images: torch.Tensor) -> torch.Tensor:
         features = forward(self, images).clone()
-        for row, image in enumerate(images):
-            if torch.equal(image, wanted):
+        for row, each in enumerate(images):
+            if torch.equal(each, wanted):
                 features[row, 5, 1, 1] = value
         return features
 
@@ -264,13 +228,13 @@ def test_unfinished_work_of_other_parameters_is_named(
     assert "unfinished" not in capsys.readouterr().out
 
 
-# -- kill -9 -------------------------------------------------------------------------------------------
+# -- kill -9 ---------------------------------------------------------------------------------------
 
 
 def test_nothing_is_published_before_all_splits_are_extracted(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DVC removes a stage's outputs before it starts: what was published early would be lost with them."""
+    """DVC removes a stage's outputs before it starts, so splits published early would be lost."""
     run(config(), prepared, out="undisturbed")
     entry = next(entry for entry in read_manifest(prepared / "dataset")[0] if entry.split == "test")
     content = Path(entry.image).read_bytes()
@@ -327,7 +291,8 @@ def test_two_ranks_write_the_same_bytes_as_one_and_one_that_dies_costs_its_unfin
         "def dying(self, images):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 3 and os.environ['RANK'] == '1':  # its first shard has two batches\n"
-        f"        while not list(Path({str(tmp_path)!r}).glob('scratch/train/*/shard-00001*.finished.json')): time.sleep(0.01)\n"
+        f"        scratch = Path({str(tmp_path)!r}) / 'scratch' / 'train'\n"
+        "        while not list(scratch.glob('*/shard-00001*.finished.json')): time.sleep(0.01)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return forward(self, images)\n"
         "if sys.argv[1] == 'dying': Backbone.forward = dying\n"
@@ -377,14 +342,14 @@ def test_two_ranks_write_the_same_bytes_as_one_and_one_that_dies_costs_its_unfin
     for name, inode in inodes.items():
         assert (
             tmp_path / "two" / "train" / name
-        ).stat().st_ino == inode  # taken over, not written again
+        ).stat().st_ino == inode  # reused, not written again
 
 
 @pytest.mark.slow
 def test_killed_extractions_resume_to_byte_identical_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL after one finished shard, then after another: the rest is adopted, the result equals an undisturbed run's."""
+    """After SIGKILLs behind one and two finished shards, these are reused; the bytes are equal."""
     write_photos(tmp_path / "photos", {"train": 12, "val": 1, "test": 1})
     prepare(prepare_config(tmp_path / "photos"), tmp_path)
     code = (

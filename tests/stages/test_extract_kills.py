@@ -1,4 +1,4 @@
-"""SIGKILL at random instants of a real extraction, over and over: what is published in the end has an undisturbed run's bytes.
+"""Extractions that are killed again and again end in an undisturbed run's bytes.
 
 ``FEATUREGAN_FAULTS=20 python -m pytest tests/stages/test_extract_kills.py`` kills 100 times.
 """
@@ -13,21 +13,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import write_photos
+from tests.factories import prepare, prepare_config, write_photos
 from tests.imports import ROOT
-from tests.stages.test_prepare import config as prepare_config
-from tests.stages.test_prepare import prepare
 
 KILLS = 5 * int(os.environ.get("FEATUREGAN_FAULTS", "1"))
 
-# Forks a child for each extraction from a process that has loaded everything but started no thread, so that
-# the time before a kill is spent on extracting.
+# Forks a child for each extraction from a process that has loaded everything but started no thread.
+# The time before a kill is then spent on extracting.
 KILLER = """
 import json, os, random, shutil, signal, sys, time
 import torch
 torch.set_num_threads(1)
 import featurestore.writer
-from tests.stages.test_extract import *
+from pathlib import Path
+from stages import extract
+from stages.backbones.build import build_backbone
+from tests import factories
 folder, kills = Path(sys.argv[1]), int(sys.argv[2])
 featurestore.writer.SHARD_BYTES = 3 * 60_000  # three samples a shard
 backbone = build_backbone(name="efficientnet_lite0", weights="default")
@@ -37,7 +38,7 @@ def start(out):
     child = os.fork()
     if child == 0:
         try:
-            run(config(), folder, workers=2, out=out)
+            factories.extract(factories.extract_config(), folder, workers=2, out=out)
             os._exit(0)
         finally:
             os._exit(1)
@@ -49,7 +50,7 @@ def ended(child):
 begun = time.monotonic()
 assert ended(start("undisturbed")) == 0
 duration = time.monotonic() - begun
-whole, rng = digests(folder / "undisturbed"), random.Random(0)
+whole, rng = factories.digests(folder / "undisturbed"), random.Random(0)
 killed = taken_over = equal = 0
 while killed < kills:
     child = start("features")
@@ -61,7 +62,7 @@ while killed < kills:
         if rng.random() < 0.7:
             continue  # and kill the run that resumes, too
         assert ended(start("features")) == 0
-    assert digests(folder / "features") == whole
+    assert factories.digests(folder / "features") == whole
     equal += 1
     shutil.rmtree(folder / "features")
     shutil.rmtree(folder / "scratch")

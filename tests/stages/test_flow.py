@@ -15,11 +15,11 @@ from stages.common.runtime import make_accelerator
 from stages.gan.flow_trainer import FlowTrainer, mean_amplitude, principal_components
 from stages.gan.networks import Networks
 from stages.models.flow_generator import FlowGenerator
+from stages.reporting.curves import read_curves
 from stages.training.models import load_generator
-from tests.stages.test_training import (  # noqa: F401  (features is a fixture)
+from tests.factories import (
     VARIANTS,
     added_by_a_frozen_generator,
-    features,
     files,
     run_decoder,
     run_gan,
@@ -234,9 +234,13 @@ def test_a_flow_learns_and_feeds_a_decoder(features: Path, tmp_path: Path) -> No
     assert row["monitor/consistency"] > 0.8  # of the right class
     assert row["monitor/diversity"] > 0.3  # and z matters
     assert isinstance(load_generator(tmp_path / "gan"), FlowGenerator)
-    scores = run_decoder(features, tmp_path, VARIANTS["frozen"], name="frozen", epochs=2)
-    assert scores.miou > 0
-    with pytest.raises(ConfigError, match="set it to frozen"):
+    run_decoder(features, tmp_path, VARIANTS["frozen"], name="frozen", epochs=2)
+    for loss in ("decoder/ce_real", "decoder/ce_added"):
+        first, last = read_curves(tmp_path / "metrics" / "frozen-0")[loss]
+        assert last < first
+    with pytest.raises(
+        ConfigError, match="train_gan.family: variant 'joint' works only with a gan"
+    ):
         run_decoder(features, tmp_path, VARIANTS["featuregan-1x"], name="joint")
 
 
@@ -263,15 +267,15 @@ def test_a_decoder_gets_the_flows_variations_of_its_batch(
 
 def test_a_decoder_gets_the_flows_edits_of_its_batch(features: Path, flows: Path) -> None:
     parts, real, masks, wanted, _ = added_by_a_frozen_generator(
-        features, flows, ["swap"], edit=True, ratio=1
+        features, flows, ["swap"], class_swap=True, ratio=1
     )
     network = load_generator(flows / "gan")
     (part,) = parts
     edited = network.edit(real, masks, wanted)
     torch.testing.assert_close(part.features, edited, rtol=1e-4, atol=1e-4)
     assert (edited - real).abs().max() > 0.01 * real.std()
-    with pytest.raises(ConfigError, match="a flow makes one edit of a batch"):
-        added_by_a_frozen_generator(features, flows, ["swap"], edit=True, ratio=2)
+    with pytest.raises(ConfigError, match="works only with a gan"):
+        added_by_a_frozen_generator(features, flows, ["swap"], class_swap=True, ratio=2)
 
 
 def test_a_killed_decoder_with_variations_resumes_to_the_same_bits(
@@ -293,7 +297,7 @@ def test_a_killed_decoder_with_variations_resumes_to_the_same_bits(
 def test_a_gan_is_not_asked_for_variations(features: Path, tmp_path: Path) -> None:
     run_gan(features, tmp_path)
     with pytest.raises(
-        ConfigError, match="only a flow varies features; set train_gan.family: flow"
+        ConfigError, match="train_gan.family: variant 'varied' works only with a flow"
     ):
         run_decoder(
             features,

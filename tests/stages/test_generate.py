@@ -1,4 +1,4 @@
-"""A store of generated features reads like a real one, says what it is, and has the same bytes however it was made."""
+"""Stores of generated features read like real ones, say what they are, and are reproducible."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ from stages.gan.networks import build_networks
 from stages.models.image_encoder import sample_z
 from stages.training.models import load_gan, load_generator, save_weights
 from stages.use import generate
-from tests.featurestore.test_store import SPEC
+from stages.use.generate import Sample, Sampler
+from stages.use.mask_source import Masks, Pair
+from tests.factories import SPEC
 from tests.imports import ROOT
 
 REAL = dataclasses.replace(SPEC, feature_shape=(12, 8, 8), mask_shape=(64, 64), has_images=True)
@@ -60,7 +62,7 @@ THREE_A_SHARD = 3 * dataclasses.replace(REAL, has_images=False).sample_bytes
 
 
 def write_gan(folder: Path, seed: int = 0, **changes) -> Path:
-    """A folder as train-gan leaves it, with random weights."""
+    """Write a folder as train-gan does, with random weights."""
     architecture = {**ARCHITECTURE, **changes}
     torch.manual_seed(seed)
     networks = build_networks(architecture, torch.rand(12) + 0.5)
@@ -144,7 +146,7 @@ def test_the_store_reads_like_any_other_and_says_what_generated_it(
 @pytest.mark.parametrize(
     "changes", [{}, {"noise": "spatial"}, {"z_dim": 0}, {"family": "flow"}], ids=str
 )
-def test_features_are_the_generators_own(masks: Path, tmp_path: Path, changes: dict) -> None:
+def test_features_are_those_of_the_generator(masks: Path, tmp_path: Path, changes: dict) -> None:
     gan = write_gan(tmp_path / "gan", **changes)
     store = run(gan, masks, tmp_path / "out", seed=7)
     assert store.spec.generator.startswith(changes.get("family", "gan"))
@@ -163,10 +165,10 @@ def test_features_are_the_generators_own(masks: Path, tmp_path: Path, changes: d
     )
 
 
-def test_bytes_depend_on_nothing_but_mask_seed_and_number(
+def test_bytes_depend_only_on_mask_seed_and_number(
     gan: Path, masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not on threads, nor on the other samples, nor on the shards."""
+    """They do not depend on threads, other samples or shards."""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -208,7 +210,7 @@ run(Path("gan"), Path("masks"), Path("out"), per_mask=3)
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(
+def test_a_killed_run_resumes_to_equal_bytes(
     gan: Path, masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(featurestore.writer, "SHARD_BYTES", THREE_A_SHARD)
@@ -220,13 +222,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert len(list(Path("scratch").rglob("*.finished.json"))) == 2
 
     made = []
-    original = generate._generate
+    original = Sampler._generate
 
-    def counting(sample, **parts):
+    def counting(self: Sampler, sample: Sample) -> tuple[Sample, np.ndarray]:
         made.append(sample.id)
-        return original(sample, **parts)
+        return original(self, sample)
 
-    monkeypatch.setattr(generate, "_generate", counting)
+    monkeypatch.setattr(Sampler, "_generate", counting)
     resumed = run(Path("gan"), Path("masks"), Path("out"), per_mask=3)
     assert sorted(made) == [f"m{number}-{draw}" for number in (2, 3) for draw in range(3)]
     whole = run(gan, masks, tmp_path / "whole", per_mask=3)
@@ -322,10 +324,10 @@ def test_new_masks_are_stored_with_the_features_made_for_them(
     )
 
 
-def test_masks_that_do_not_fit_stop_everything_before_the_first_sample(
+def test_wrong_masks_are_refused_before_the_first_sample(
     gan: Path, masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "_generate", lambda *_, **__: pytest.fail("generated"))
+    monkeypatch.setattr(Sampler, "_generate", lambda *_: pytest.fail("generated"))
     out = tmp_path / "out"
     write_store(tmp_path / "others", class_names=("belt", "paper", "纸"))
     with pytest.raises(
@@ -370,18 +372,18 @@ def test_masks_that_do_not_fit_stop_everything_before_the_first_sample(
     assert not out.exists()
 
 
-def test_a_mask_that_changes_meanwhile_is_noticed(
+def test_a_mask_that_changes_during_the_run_is_refused(
     gan: Path, masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = generate._digest
+    original = Masks.read
 
-    def meddling(source, position: int) -> str:
-        digest = original(source, position)
-        if position == 3:  # the last one was checked
+    def read(self: Masks, position: int) -> Pair:
+        pair = original(self, position)
+        if position == 3:  # all masks were checked
             Image.fromarray(np.zeros((9, 9), np.uint8)).save(masks / "m0.png")
-        return digest
+        return pair
 
-    monkeypatch.setattr(generate, "_digest", meddling)
+    monkeypatch.setattr(Masks, "read", read)
     with pytest.raises(DataError, match=r"mask 'm0' changed while features were generated"):
         run(gan, masks, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Networks: shapes, equality with reference implementations, and what the thesis says of them."""
+"""Networks: shapes, equality with reference implementations, claims of the thesis."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from stages.backbones.backbone import BackboneError, build_backbone, known_backbone
-from stages.models.blocks import one_hot
+from stages.backbones.backbone import BackboneError
+from stages.backbones.build import build_backbone, known_backbone
+from stages.models.blocks import RandomProjection, one_hot
 from stages.models.decoder import Decoder
 from stages.models.discriminator import Discriminator
 from stages.models.generator import Generator
 from stages.models.image_encoder import ImageEncoder
-from stages.models.projection import RandomProjection
 from stages.models.spade import SPADE
 from stages.models.spectral import SpectralConv2d
 
@@ -128,17 +128,17 @@ def test_discriminator_judges_groups_that_share_their_masks(options: dict) -> No
     assert [len(layer) for layer in of_fake.layers] == [4] * len(of_fake.layers)
     for half in (slice(0, 2), slice(2, 4)):
         (alone,) = network([fake[half]], masks)
-        for ours, theirs in zip(
+        for separate, together in zip(
             [*alone.scores, *alone.layers], [*of_fake.scores, *of_fake.layers], strict=True
         ):
-            torch.testing.assert_close(ours, theirs[half], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(separate, together[half], rtol=1e-4, atol=1e-6)
     (other,) = network([real], (masks + 1) % 5)
     looks_at_the_mask = options.get("kind") != "segmentation"
     assert torch.equal(other.scores[0], of_real.scores[0]) != looks_at_the_mask
 
 
 def test_patch_discriminator_is_a_convolution_of_features_beside_the_embedded_mask() -> None:
-    """The first layer's two parts, one for features and one for the mask, are one convolution of both (figure 3.5)."""
+    """The first layer's convolutions of features and mask equal one of both (figure 3.5)."""
     network = Discriminator(num_classes=5, feature_channels=20, ndf=4).eval()
     masks, features = random_masks(2), torch.randn(2, 20, 8, 12)
     ((scores,), layers) = network([features], masks)[0]
@@ -213,36 +213,35 @@ def test_spectral_norm_is_one_from_the_start() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_spectral_convolution_is_pytorchs(memory_format: torch.memory_format, bias: bool) -> None:
     """Outputs, power iterations and gradients, through training steps and in evaluation."""
-    ours = SpectralConv2d(6, 5, 4, stride=2, padding=1, bias=bias, gain=0.5)
-    theirs = nn.Conv2d(6, 5, 4, stride=2, padding=1, bias=bias)
-    theirs.load_state_dict(
-        {name: tensor for name, tensor in ours.state_dict().items() if name in ("weight", "bias")}
+    layer = SpectralConv2d(6, 5, 4, stride=2, padding=1, bias=bias, gain=0.5)
+    reference = nn.Conv2d(6, 5, 4, stride=2, padding=1, bias=bias)
+    reference.load_state_dict(
+        {name: tensor for name, tensor in layer.state_dict().items() if name in ("weight", "bias")}
     )
-    theirs = nn.utils.parametrizations.spectral_norm(theirs)
-    norm = theirs.parametrizations.weight[0]
-    norm._u.copy_(ours.u)
-    norm._v.copy_(
-        ours.v.view(4, 4, 6).permute(2, 0, 1).flatten()
-    )  # our columns are in the order of channels last
-    ours.to(memory_format=memory_format)
+    reference = nn.utils.parametrizations.spectral_norm(reference)
+    norm = reference.parametrizations.weight[0]
+    norm._u.copy_(layer.u)
+    # SpectralConv2d orders columns as channels last.
+    norm._v.copy_(layer.v.view(4, 4, 6).permute(2, 0, 1).flatten())
+    layer.to(memory_format=memory_format)
     for _ in range(3):
         x = torch.randn(2, 6, 8, 8).to(memory_format=memory_format)
         results = []
-        for layer in (ours, theirs):
+        for network in (layer, reference):
             given = x.clone().requires_grad_()
-            layer.zero_grad()
-            out = layer(given)
+            network.zero_grad()
+            out = network(given)
             out.square().sum().backward()
             results.append((out, given.grad))
-        for mine, reference in zip(*results, strict=True):
-            torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
-            ours.weight.grad, theirs.parametrizations.weight.original.grad, rtol=1e-4, atol=1e-4
+            layer.weight.grad, reference.parametrizations.weight.original.grad, rtol=1e-4, atol=1e-4
         )
         with torch.no_grad():
-            for weight in (ours.weight, theirs.parametrizations.weight.original):
+            for weight in (layer.weight, reference.parametrizations.weight.original):
                 weight += 0.1 * torch.arange(weight.numel()).view(weight.shape).cos()
-    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.eval()(x), reference.eval()(x), rtol=1e-4, atol=1e-5)
 
 
 def test_image_encoder_takes_any_size() -> None:
@@ -252,12 +251,12 @@ def test_image_encoder_takes_any_size() -> None:
     assert mu.shape == logvar.shape == (2, 7)
 
 
-# -- against torchvision -------------------------------------------------------------------------------
+# -- against torchvision ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def deeplab() -> nn.Module:
-    """torchvision's deeplabv3_resnet101 with random weights that keep its activations in a natural range."""
+    """torchvision's deeplabv3_resnet101 with random weights; activations keep a natural range."""
     torch.manual_seed(0)
     model = torchvision.models.segmentation.deeplabv3_resnet101(
         weights=None, weights_backbone=None, num_classes=21

@@ -17,7 +17,7 @@ from stages.gan.diversity import class_variances, draw_diversity, variance_ratio
 from stages.gan.fidelity import coverage, frechet_distance, kernel_distance, two_sample_accuracy
 from stages.gan.monitor import Monitor, MonitorConfig
 from stages.training.checkpoint import Checkpoint
-from tests.stages.test_training import MONITOR, features, run_gan  # noqa: F401  (a fixture)
+from tests.factories import MONITOR, run_gan
 
 # -- measures ------------------------------------------------------------------------------------
 
@@ -126,11 +126,11 @@ def monitor(features: Path, **changes) -> Monitor:
     config = MonitorConfig(
         **{
             **MONITOR,
-            "least_variance_ratio": 0.1,
-            "least_coverage": 0.02,
-            "least_consistency": 0.25,
-            "most_frechet": 1.5,
-            "most_accuracy": 0.99,
+            "min_variance_ratio": 0.1,
+            "min_coverage": 0.02,
+            "min_consistency": 0.25,
+            "max_frechet": 1.5,
+            "max_accuracy": 0.99,
             **changes,
         }
     )
@@ -280,7 +280,7 @@ def test_a_stopped_training_resumes_with_on_collapse_warn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Checkpoint, "due", lambda checkpoint: False)  # the minutes are not over yet
-    watching = {"every": 1, "least_variance_ratio": 1.0}
+    watching = {"every": 1, "min_variance_ratio": 1.0}
     for _ in range(2):  # the same command stops again
         with pytest.raises(CollapseError, match="epoch 1"):
             run_gan(features, tmp_path / "stopped", {**watching, "on_collapse": "stop"})

@@ -1,4 +1,4 @@
-"""prepare reads each layout, and refuses every kind of bad file by name before anything else happens."""
+"""prepare reads each layout, and names each kind of bad file before it writes anything."""
 
 from __future__ import annotations
 
@@ -16,43 +16,9 @@ from stages.common.errors import DataError
 from stages.data.images import decode_image, decode_mask, resize_pair
 from stages.datasets import voc, wastesim
 from stages.datasets.splits import halve, random_split
-from stages.prepare import PrepareConfig, run
+from tests.factories import SCENES, prepare
+from tests.factories import prepare_config as config
 from tests.imports import ROOT
-
-SCENES = {
-    "train": 2,
-    "val": 1,
-    "test": 1,
-    "size": 64,
-    "fewest_objects": 2,
-    "most_objects": 4,
-    "seed": 0,
-}
-
-
-def config(root: Path, **changes) -> PrepareConfig:
-    settings = {
-        "dataset": "folder",
-        "root": str(root),
-        "split": "official",
-        "ratios": [0.7, 0.15, 0.15],
-        "split_seed": 0,
-        "train_fraction": 1.0,
-        "classes": [],
-        "void_index": 255,
-        "wastesim": SCENES,
-    }
-    return PrepareConfig(**{**settings, **changes})
-
-
-def prepare(settings: PrepareConfig, tmp_path: Path, download: bool = False) -> dict:
-    return run(
-        settings,
-        out=tmp_path / "dataset",
-        scratch=tmp_path / "scratch",
-        workers=2,
-        download=download,
-    )
 
 
 def manifest(tmp_path: Path) -> list[dict[str, str]]:
@@ -60,7 +26,7 @@ def manifest(tmp_path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# -- layouts -------------------------------------------------------------------------------------------
+# -- layouts ---------------------------------------------------------------------------------------
 
 
 def test_folder_with_splits(photos: Path, tmp_path: Path) -> None:
@@ -79,7 +45,7 @@ def test_folder_with_splits(photos: Path, tmp_path: Path) -> None:
     assert summary["splits"]["val"]["pixel_share"]["belt"] == pytest.approx((masks == 0).mean())
 
 
-def test_smaller_shares_for_training_are_parts_of_larger_ones(photos: Path, tmp_path: Path) -> None:
+def test_smaller_training_fractions_are_subsets(photos: Path, tmp_path: Path) -> None:
     chosen = []
     for fraction in (1.0, 0.5, 0.3, 0.01):
         summary = prepare(config(photos, train_fraction=fraction), tmp_path)
@@ -192,10 +158,10 @@ def test_every_material_is_drawn_and_overlaps_hide_what_is_below() -> None:
     assert all(image.shape == (96, 96, 3) and image.std() > 10 for image, _ in masks)
 
 
-# -- splits and resizing -------------------------------------------------------------------------------
+# -- splits and resizing ---------------------------------------------------------------------------
 
 
-def test_random_split_has_the_thesis_shares_and_ignores_the_order_of_ids() -> None:
+def test_random_split_has_the_thesis_fractions_and_ignores_the_order_of_ids() -> None:
     ids = [f"{number:04d}" for number in range(2913)]
     splits = random_split(ids, (0.7, 0.15, 0.15), seed=0)
     counts = {name: list(splits.values()).count(name) for name in ("train", "val", "test")}
@@ -228,7 +194,7 @@ def test_images_are_turned_as_their_exif_tag_says(tmp_path: Path) -> None:
 
 
 def test_a_camera_whose_tags_nobody_can_write_is_no_obstacle(tmp_path: Path) -> None:
-    """Software, a text, given as a fraction: Pillow's ``exif_transpose`` raises AttributeError at it."""
+    """With the text tag Software as a fraction, Pillow's ``exif_transpose`` raises."""
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x0131] = "abcdefg"
@@ -255,8 +221,8 @@ def test_every_exif_orientation_is_turned_as_pillow_does(tmp_path: Path, orienta
     pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     expected = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
-    found = decode_image((tmp_path / "a.png").read_bytes(), tmp_path / "a.png")
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+    decoded = decode_image((tmp_path / "a.png").read_bytes(), tmp_path / "a.png")
+    np.testing.assert_array_equal(np.asarray(decoded), np.asarray(expected))
 
 
 def test_the_files_void_value_becomes_255(tmp_path: Path) -> None:
@@ -267,7 +233,7 @@ def test_the_files_void_value_becomes_255(tmp_path: Path) -> None:
     assert mask.tolist() == [[0, 255]]
 
 
-# -- bad input -----------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 def truncate(path: Path) -> None:
@@ -301,7 +267,7 @@ BAD_FILES = {
         truncate,
         "not a readable image, or a truncated one",
     ),
-    "a image of 16 bits": (
+    "an image of 16 bits": (
         "images/train/1.jpg",
         lambda path: Image.fromarray(np.full((64, 64), 4000, np.uint16)).save(path, format="png"),
         r"more than 8 bits a channel \(mode I;16\); convert it to 8 bits",
@@ -362,7 +328,8 @@ def test_masks_of_0_and_255_are_not_taken_for_one_class(photos: Path, tmp_path: 
         save(file, np.asarray(Image.open(file)).astype(bool) * np.uint8(255))
     with pytest.raises(
         DataError,
-        match=r"hold one class alone, 'background' \(255 means no label: where it is your object, write its number\)",
+        match=r"hold one class alone, 'background' "
+        r"\(255 means no label: where it is your object, write its number\)",
     ):
         prepare(config(photos), tmp_path)
 
@@ -382,7 +349,8 @@ def test_a_name_that_is_not_utf_8_is_named(photos: Path, tmp_path: Path) -> None
         os.rename(place + b"0" + suffix, place + b"M\xfcll" + suffix)
     with pytest.raises(
         DataError,
-        match=r"the name 'M\\udcfcll\.\w+' is not in UTF-8, as manifests and stores are; rename the file",
+        match=r"the name 'M\\udcfcll\.\w+' is not in UTF-8, as manifests and stores are; "
+        "rename the file",
     ):
         prepare(config(photos), tmp_path)
 

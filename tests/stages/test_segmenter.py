@@ -1,4 +1,4 @@
-"""Photographs of any size come back at their own size and place, with the numbers that training measured."""
+"""Images of any size keep their size and place, with the scores that training measured."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ import featurestore
 from stages.common.errors import ConfigError, DataError
 from stages.segmentation.metrics import confusion_matrix, score
 from stages.training.models import load_decoder, read_spec
-from stages.use import windows
-from stages.use.segmenter import Segmenter
+from stages.use import Segmenter, windows
 from stages.use.windows import View, cut
-from tests.featurestore.test_store import SPEC
+from tests.factories import SPEC
 from tests.imports import ROOT
 
 PALETTE = (
@@ -62,7 +61,7 @@ def by_colour(rule: str = "stretch", size: tuple[int, int] = (64, 64)) -> Segmen
 
 
 def blocks(height: int, width: int, *, across: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """A photograph of three blocks of colour, and its classes: half of one, then a quarter of each other, across or from top to bottom."""
+    """Draw an image of three blocks of colour and its classes: a half, then two quarters."""
     side = width if across else height
     line = np.repeat([0, 1, 2], [side // 2, side // 4, side - side // 2 - side // 4]).astype(
         np.uint8
@@ -99,7 +98,7 @@ def test_blocks_come_back_at_their_very_place(rule: str, mode: str, size: tuple[
 @pytest.mark.parametrize(
     ("scale", "size"), [(0.5, (224, 320)), (2.0, (56, 80)), (0.25, (256, 256))]
 )
-def test_slide_at_a_scale_comes_back_at_the_photographs_size(
+def test_slide_at_a_scale_comes_back_at_the_size_of_the_image(
     scale: float, size: tuple[int, int]
 ) -> None:
     for across in (True, False):
@@ -125,7 +124,7 @@ def test_any_size_has_probabilities_of_that_size(
 @pytest.mark.parametrize(
     ("rule", "mode"), [("stretch", "resize"), ("crop", "resize"), ("stretch", "slide")]
 )
-def test_a_mirrored_photograph_is_segmented_mirrored(rule: str, mode: str) -> None:
+def test_a_mirrored_image_is_segmented_mirrored(rule: str, mode: str) -> None:
     """A shift by half a pixel would show: noise has its borders everywhere."""
     image = np.random.default_rng(1).integers(0, 256, (90, 160, 3)).astype(np.uint8)
     segmenter = by_colour(rule)
@@ -200,7 +199,7 @@ def test_slide_is_resize_where_one_window_covers(rule: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["resize", "slide"])
-def test_a_batch_is_its_photographs_one_by_one(mode: str) -> None:
+def test_a_batch_equals_its_images_one_by_one(mode: str) -> None:
     rng = np.random.default_rng(4)
     images = [
         rng.integers(0, 256, (*size, 3)).astype(np.uint8)
@@ -214,19 +213,23 @@ def test_a_batch_is_its_photographs_one_by_one(mode: str) -> None:
             np.testing.assert_array_equal(classes, segmenter(image, mode=mode))
 
 
-def test_a_large_photograph_does_not_need_all_its_scores_at_once() -> None:
+def test_a_large_image_does_not_need_all_its_logits_at_once() -> None:
     """40 classes of 4 megapixels are 640 MB."""
     code = (
         "import resource, numpy as np, torch\n"
         "from tests.stages.test_segmenter import Segmenter, Colours, SPEC, nn, dataclasses\n"
         "class Many(nn.Module):\n"
-        "    def forward(self, features): return features[:, :1].repeat(1, 40, 1, 1) * torch.linspace(0, 1, 40)[None, :, None, None]\n"
+        "    def forward(self, features):\n"
+        "        return features[:, :1] * torch.linspace(0, 1, 40)[None, :, None, None]\n"
         "names = tuple(map(str, range(40)))\n"
-        "spec = dataclasses.replace(SPEC, class_names=names, palette=((0, 0, 0),) * 40, mask_shape=(256, 256), feature_shape=(3, 32, 32))\n"
+        "spec = dataclasses.replace(\n"
+        "    SPEC, class_names=names, palette=((0, 0, 0),) * 40,\n"
+        "    mask_shape=(256, 256), feature_shape=(3, 32, 32))\n"
         "segmenter = Segmenter(Colours(), Many(), spec, device=torch.device('cpu'))\n"
         "image = np.full((2000, 2000, 3), 200, np.uint8)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "assert (segmenter(image) == 39).all() and (segmenter(image, mode='slide', overlap=0) == 39).all()\n"
+        "assert (segmenter(image) == 39).all()\n"
+        "assert (segmenter(image, mode='slide', overlap=0) == 39).all()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
@@ -234,7 +237,7 @@ def test_a_large_photograph_does_not_need_all_its_scores_at_once() -> None:
     assert int(result.stdout) < 400_000, "KB"
 
 
-def test_photographs_are_paths_pictures_and_arrays_turned_as_their_exif_tag_says(
+def test_images_are_paths_pil_images_and_arrays_turned_as_their_exif_tag_says(
     tmp_path: Path,
 ) -> None:
     image, classes = blocks(64, 128)
@@ -252,12 +255,12 @@ def test_photographs_are_paths_pictures_and_arrays_turned_as_their_exif_tag_says
         np.testing.assert_array_equal(segmenter(given), classes)
 
 
-def test_what_is_no_photograph_is_refused(tmp_path: Path) -> None:
+def test_other_files_and_arrays_are_refused(tmp_path: Path) -> None:
     segmenter = by_colour()
-    (tmp_path / "a.jpg").write_bytes(b"no photograph")
+    (tmp_path / "a.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"a\.jpg: not a readable image"):
         segmenter(tmp_path / "a.jpg")
-    with pytest.raises(DataError, match=r"b\.jpg: this photograph is missing"):
+    with pytest.raises(DataError, match=r"b\.jpg: this image is missing"):
         segmenter(tmp_path / "b.jpg")
     for array in (
         np.zeros((4, 4), np.uint8),
@@ -271,16 +274,16 @@ def test_what_is_no_photograph_is_refused(tmp_path: Path) -> None:
 def test_views_out_of_range_are_refused() -> None:
     for settings, words in (
         ({"mode": "whole"}, "mode: should be resize or slide, found 'whole'"),
-        ({"overlap": 1.0}, "overlap: should be a share"),
+        ({"overlap": 1.0}, "overlap: should be a fraction"),
         ({"scale": 0.0}, "scale: should be a number above 0"),
         ({"scale": float("nan")}, "scale: should be a number above 0"),
-        ({"scale": 0.5}, "scale: is of mode slide"),
+        ({"scale": 0.5}, "scale: should be 1 in mode resize"),
     ):
         with pytest.raises(ConfigError, match=words):
             View(**settings)
 
 
-def test_photographs_through_both_networks_score_as_in_training(trained: Path) -> None:
+def test_images_through_both_networks_score_as_in_training(trained: Path) -> None:
     """Their size is the training's, so that only the features' rounding to float16 differs."""
     segmenter = Segmenter.load(trained / "models" / "decoders" / "baseline-0", device="cpu")
     stored = featurestore.open(trained / "features" / "test")
@@ -299,7 +302,7 @@ def test_photographs_through_both_networks_score_as_in_training(trained: Path) -
         np.testing.assert_array_equal(segmenter(Image.open(file)), classes)
 
 
-def test_scores_are_those_of_cached_features(trained: Path) -> None:
+def test_probabilities_are_those_of_cached_features(trained: Path) -> None:
     folder = trained / "models" / "decoders" / "baseline-0"
     segmenter, decoder = (
         Segmenter.load(folder, device="cpu", weights="decoder-best"),
@@ -319,7 +322,7 @@ def test_a_backbone_with_other_weights_is_refused(trained: Path, tmp_path: Path)
     torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "other.pth")
     with pytest.raises(
         DataError,
-        match=r"other\.pth: these are other efficientnet_lite0 weights than those .*; give --backbone-weights",
+        match=r"other\.pth: these are other efficientnet_lite0 weights .*; give --backbone-weights",
     ):
         Segmenter.load(folder, backbone_weights=tmp_path / "other.pth", device="cpu")
     with pytest.raises(DataError, match=r"none\.pth: there is no such weights file"):
@@ -330,7 +333,7 @@ def test_a_backbone_with_other_weights_is_refused(trained: Path, tmp_path: Path)
         Segmenter.load(tmp_path)
 
 
-def test_a_photograph_is_cut_by_the_rule_of_its_training(trained: Path) -> None:
+def test_an_image_is_cut_by_the_rule_of_its_training(trained: Path) -> None:
     spec = read_spec(trained / "models" / "decoders" / "baseline-0")
     assert (spec.mask_shape, spec.resize) == ((64, 64), "stretch")
     shapes = {
@@ -340,3 +343,14 @@ def test_a_photograph_is_cut_by_the_rule_of_its_training(trained: Path) -> None:
         for rule in ("stretch", "pad", "crop")
     }
     assert shapes == {"stretch": (64, 64, 3), "pad": (32, 64, 3), "crop": (64, 128, 3)}
+
+
+def test_importing_the_package_does_not_import_pytorch() -> None:
+    """The command line imports it for --help."""
+    code = (
+        "import sys, stages.use\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert stages.use.Segmenter.__name__ == 'Segmenter'\n"
+        "assert not hasattr(stages.use, 'Segmenters')"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

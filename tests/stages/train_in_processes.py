@@ -16,7 +16,7 @@ from stages.gan.monitor import MonitorConfig
 from stages.train_decoder import TrainDecoderConfig
 from stages.train_gan import TrainGanConfig
 from stages.training.checkpoint import Checkpoint
-from tests.stages.test_training import DECODER, GAN, MONITOR
+from tests.factories import DECODER, GAN, MONITOR
 
 GANS = {
     "gan": {"image_encoder": True},

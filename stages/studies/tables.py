@@ -1,0 +1,176 @@
+"""Comparisons of studies as text, Markdown (the tables of docs/results.md), CSV and JSON."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from stages.common.text_table import markdown
+from stages.reporting import tables
+from stages.reporting.tables import Result, Row
+from stages.studies import figures
+from stages.studies.compare import Comparison
+
+OVER_ALL = "over all classes of the test images"
+
+
+def as_text(compared: Sequence[Comparison]) -> str:
+    """Format all tables for a terminal."""
+    parts = []
+    for entry in compared:
+        parts.append(f"{entry.title}\n{tables.as_text(entry.rows)}")
+        if entry.classes:
+            over_all = tables.as_text([tables.over_all(row) for row in entry.rows])
+            parts.append(f"{entry.group.name}: mIoU {OVER_ALL}\n{over_all}")
+    return "\n\n".join(parts)
+
+
+def as_markdown(compared: Sequence[Comparison]) -> str:
+    """Format the gains by number of training images, and a table for each group.
+
+    Where classes are named, columns over all classes follow those over the named ones.
+    """
+    parts = []
+    if has_curve(compared):
+        about = "The baseline's mIoU, and differences to it, by number of training images"
+        sized = {entry.group.train_images: entry.rows for entry in compared}
+        classes = ", ".join(compared[0].classes)
+        parts.append(f"## {about}, over {classes or 'all classes'}\n\n{_gains(sized)}")
+        if classes:
+            over_all = {size: [*map(tables.over_all, rows)] for size, rows in sized.items()}
+            parts.append(f"## {about}, {OVER_ALL}\n\n{_gains(over_all)}")
+    parts += [f"## {entry.title}\n\n{_comparison(entry)}" for entry in compared]
+    return "\n\n".join(parts) + "\n"
+
+
+def has_curve(compared: Sequence[Comparison]) -> bool:
+    """Tell whether groups differ in the number of training images only.
+
+    Two groups of one size have decoders that were trained in two ways.
+    """
+    sizes = {entry.group.train_images for entry in compared}
+    runs = [next(iter(entry.group.runs.values()))[0] for entry in compared]
+    tested_on = {(frozenset(run["iou"]), frozenset(run["images"])) for run in runs}
+    return 1 < len(sizes) == len(compared) and len(tested_on) == 1
+
+
+def _comparison(entry: Comparison) -> str:
+    rows = [tables.cells(row) for row in entry.rows]
+    *head, seeds = tables.HEADINGS
+    if not entry.classes:
+        return markdown(tables.HEADINGS, rows)
+    over_all = [tables.miou_cells(tables.over_all(row)) for row in entry.rows]
+    return markdown(
+        [*head, "all classes", "Δ", "95% interval", seeds],
+        [[*cells[:-1], *more, cells[-1]] for cells, more in zip(rows, over_all, strict=True)],
+    )
+
+
+def _gains(sized: Mapping[int, Sequence[Row]]) -> str:
+    """Tabulate gains with one column a size, the smallest first.
+
+    The head names the usual number of seeds; cells name theirs where it differs. The first row of
+    each size is the baseline.
+    """
+    columns = {}  # by head: a cell a variant
+    for size, (baseline, *others) in sorted(sized.items()):
+        paired = [len(row["delta_miou_values"]) for row in others if row["delta_miou_values"]]
+        usual = max(statistics.multimode(paired or [len(baseline["seeds"])]))
+        score = f"{baseline['miou']['mean']:.1f}"
+        columns[f"{size} ({_seeds(usual)})"] = {
+            baseline["variant"]: _with_notes(score, [], len(baseline["seeds"]), usual),
+            **{row["variant"]: _gain(row, usual) for row in others},
+        }
+    variants = dict.fromkeys(name for column in columns.values() for name in column)
+    return markdown(
+        ["variant", *columns],
+        [[name, *(column.get(name, "") for column in columns.values())] for name in variants],
+    )
+
+
+def _gain(row: Row, usual: int) -> str:
+    if row["delta_miou"] is None:  # the baseline has none of its seeds
+        return "—"
+    bounds = row["delta_interval"]
+    notes = ["{low:+.1f} to {high:+.1f}".format(**bounds)] if bounds else []
+    return _with_notes(f"{row['delta_miou']:+.1f}", notes, len(row["delta_miou_values"]), usual)
+
+
+def _with_notes(value: str, notes: list[str], seeds: int, usual: int) -> str:
+    notes = notes if seeds == usual else [*notes, _seeds(seeds)]
+    return f"{value} ({'; '.join(notes)})" if notes else value
+
+
+def _seeds(number: int) -> str:
+    return "1 seed" if number == 1 else f"{number} seeds"
+
+
+def write(compared: Sequence[Comparison], out: Path) -> list[str]:
+    """Write ``comparison.md``, ``.json`` and ``.csv``, ``per_class.csv``, and figures.
+
+    Figures are ``comparison.png`` (differences with intervals), ``gans.png`` (where there are
+    GANs) and ``curve.png`` (where groups differ in the number of training images only).
+
+    Returns
+    -------
+    list of str
+        Names of the files.
+    """
+    entries = [(entry.group.name, entry.group.train_images, entry) for entry in compared]
+    flat = [
+        tables.flat(entry.rows).assign(experiment=name, train_images=size)
+        for name, size, entry in entries
+    ]
+    by_class = [
+        tables.per_class_with_intervals(entry.rows).assign(experiment=name)
+        for name, _, entry in entries
+    ]
+    rows = [
+        {"name": name, "train_images": size, "classes": list(entry.classes), "rows": entry.rows}
+        for name, size, entry in entries
+    ]
+    files = {
+        "comparison.md": as_markdown(compared).encode(),
+        "comparison.json": f"{json.dumps(rows, indent=1)}\n".encode(),
+        "comparison.csv": pd.concat(flat).to_csv(index=False, float_format="%.4f").encode(),
+        "per_class.csv": pd.concat(by_class).to_csv(index=False, float_format="%.4f").encode(),
+        **_figures(compared),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (out / name).write_bytes(content)
+    return list(files)
+
+
+def _figures(compared: Sequence[Comparison]) -> dict[str, bytes]:
+    """Draw what there is, by file name."""
+    paired = [
+        (entry.group.name, [row for row in entry.rows if row["delta_miou"] is not None])
+        for entry in compared
+    ]
+    shown = [(name, rows) for name, rows in paired if rows]
+    gans = {
+        f"{entry.group.name}: {name}" if len(compared) > 1 else name: curves
+        for entry in compared
+        for name, curves in _gans(entry.group.runs).items()
+    }
+    has_losses = any(loss in curves for curves in gans.values() for loss in figures.GAN_PANELS)
+    sized = {entry.group.train_images: entry.rows for entry in compared}
+    return {
+        **({"comparison.png": figures.differences(shown)} if shown else {}),
+        **({"gans.png": figures.gans(gans)} if has_losses else {}),
+        **({"curve.png": figures.low_data_curve(sized)} if has_curve(compared) else {}),
+    }
+
+
+def _gans(runs: Mapping[str, Sequence[Result]]) -> dict[str, figures.GanCurves]:
+    """Collect the curves of each GAN once, by the names of the variants that start from it."""
+    variants: dict[str, list[str]] = {}  # by the GAN's curves
+    for variant, (first, *_) in runs.items():
+        if "gan" in first:
+            variants.setdefault(json.dumps(first["gan"]), []).append(variant)
+    return {", ".join(names): json.loads(curves) for curves, names in variants.items()}
