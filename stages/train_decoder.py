@@ -23,10 +23,10 @@ from stages.augment.base import (
     Labelled,
     LogitAdjustment,
     VariantConfig,
+    augment_features,
     repeat_real,
 )
 from stages.augment.hflip_views import training_views
-from stages.augment.perturb import perturb
 from stages.augment.registry import build_augmenter
 from stages.common.config import Beta, Config, Listed
 from stages.common.runtime import (
@@ -159,7 +159,7 @@ def run(
                     else:
                         added = repeat_real(samples, variant.added_weights)
                     batches = [Labelled.of(samples), *added.batches]
-                    batches = perturb(variant.augment, batches, rng(2, rank))
+                    batches = augment_features(variant.augment, batches, rng(2, rank))
                     with accelerator.autocast():
                         losses = decoder_losses(wrapped, decoder, batches, augmenter, variant)
                     loss = weighted_sum(losses, batches, added.loss)

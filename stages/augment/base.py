@@ -1,7 +1,8 @@
-"""What every augmenter does: give the decoder more to learn from than the features of a batch."""
+"""Base classes of augmenters and their configurations, and what they give to the training."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from featurestore import FeatureStore
 from featurestore.dataset import Batch
@@ -20,11 +21,16 @@ from stages.common.config import Config, Listed, Once
 from stages.common.runtime import Machine
 from stages.models.decoder import Decoder
 from stages.models.feature_generator import FeatureGenerator
+from stages.segmentation import transforms
+from stages.segmentation.class_statistics import ClassStatistics
+from stages.segmentation.regions import Regions
 from stages.segmentation.transforms import Transform
+
+State = dict[str, Any]  # what a resumed training restores: tensors and plain values
 
 
 class VariantConfig(Config):
-    """What every entry of section ``variants`` may say; each augmenter adds keys of its own."""
+    """Keys of every entry of section ``variants``; each augmenter adds further keys."""
 
     augmenter: str
     augment: Annotated[tuple[Transform, ...], Listed, Once] = Field(
@@ -49,34 +55,39 @@ class VariantConfig(Config):
         return self
 
     @property
+    def members(self) -> tuple[VariantConfig, ...]:
+        """Variants that this one combines."""
+        return ()
+
+    @property
     def needs_gan(self) -> bool:
         """Whether training reads what ``train-gan`` wrote."""
-        return False
+        return any(member.needs_gan for member in self.members)
 
     @property
     def added_batches(self) -> int:
         """Number of batches that the decoder sees in addition to each real one."""
-        return 0
+        return len(self.added_weights)
 
     @property
     def added_weights(self) -> tuple[float, ...]:
         """Weight of each added batch in the loss; a real batch weighs 1."""
-        return ()
+        return tuple(weight for member in self.members for weight in member.added_weights)
 
     @property
     def needs_mirrored(self) -> bool:
         """Whether training reads features of mirrored images."""
-        return self.view == "random"
+        return self.view == "random" or any(member.needs_mirrored for member in self.members)
 
     @property
     def needs_classes(self) -> int:
         """Least number of classes in a data set for this variant."""
-        return 2
+        return max((member.needs_classes for member in self.members), default=2)
 
     @property
     def needs_family(self) -> str | None:
         """Only family of generators that this variant works with; None: any."""
-        return None
+        return next((each.needs_family for each in self.members if each.needs_family), None)
 
 
 class SourceConfig(VariantConfig):
@@ -85,14 +96,9 @@ class SourceConfig(VariantConfig):
     weight: float = Field(1.0, gt=0, description="weight of the added features' loss; real ones: 1")
 
     @property
-    def added_batches(self) -> int:
-        """Number of batches that the decoder sees in addition to each real one."""
-        return 1
-
-    @property
+    @override
     def added_weights(self) -> tuple[float, ...]:
-        """Weight of each added batch in the loss."""
-        return (self.weight,) * self.added_batches
+        return (self.weight,)
 
 
 @dataclass
@@ -115,7 +121,7 @@ class Labelled:
 
     @classmethod
     def of(cls, batch: Batch, weight: float = 1.0) -> Self:
-        """Take the real features of a batch with their own masks."""
+        """Label the real features of a batch with its masks."""
         return cls(batch.features, [(batch.masks, 1.0)], weight)
 
 
@@ -152,13 +158,30 @@ def repeat_real(batch: Batch, weights: Sequence[float]) -> Augmented:
     return Augmented([Labelled.of(batch, weight) for weight in weights])
 
 
-def read_samples(
-    store: FeatureStore, positions: Sequence[int] | np.ndarray, device: torch.device, weight: float
-) -> Labelled:
-    """Read real samples of a store at ``positions`` (S,), with their masks."""
-    features = torch.from_numpy(store.gather("features", positions)).to(device).float()
-    masks = torch.from_numpy(store.gather("masks", positions)).to(device)
-    return Labelled(features, [(masks, 1.0)], weight)
+def augment_features(
+    policy: Sequence[str], batches: list[Labelled], rng: torch.Generator
+) -> list[Labelled]:
+    """Transform the features of batches, real and added, together with their masks.
+
+    Parameters
+    ----------
+    policy
+        Names in :data:`stages.segmentation.transforms.TRANSFORMS`; none: nothing is changed.
+    batches
+        Features with their masks.
+    rng
+        Source of all random numbers, on the features' device.
+    """
+    return [_augment(policy, batch, rng) for batch in batches] if policy else batches
+
+
+def _augment(policy: Sequence[str], batch: Labelled, rng: torch.Generator) -> Labelled:
+    state, features, targets = rng.get_state(), batch.features, []
+    for masks, fraction in batch.targets:  # each mask is transformed as the features are
+        rng.set_state(state)
+        (features,), transformed = transforms.augment([batch.features], masks, policy, rng)
+        targets.append((transformed, fraction))
+    return Labelled(features, targets, batch.weight)
 
 
 @dataclass(frozen=True)
@@ -197,9 +220,9 @@ class Context:
         """Positions (N,) of the training samples in the store, mirrored views left out."""
         return self.store.positions("identity")
 
-    def key(self, name: str) -> str:
-        """Name a parameter of this variant as it is written in params.yaml."""
-        return f"variants.{self.variant}.{name}"
+    def class_statistics(self) -> ClassStatistics:
+        """Compute the statistics of the classes over all training samples."""
+        return ClassStatistics.of(self.store, self.positions, self.accelerator.device)
 
 
 # (B, A, h, w) inputs of the last convolution, (B, K, h, w) logits, that convolution -> logits.
@@ -228,9 +251,8 @@ class Augmenter:
     monitored: Callable[[], FeatureGenerator] | None = None
 
     def __init__(self, config: VariantConfig, context: Context) -> None:
-        self.config = config
-        self.accelerator = context.accelerator
-        self.spec = context.store.spec
+        self.config, self.accelerator, self.decoder = config, context.accelerator, context.decoder
+        self.store, self.spec = context.store, context.store.spec
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """Add features, and losses, to a batch.
@@ -251,12 +273,53 @@ class Augmenter:
     def after_step(self, added: Augmented) -> None:
         """Advance, after the optimizers took a step on what :meth:`augment` added."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return what a resumed training needs."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restore what :meth:`state_dict` returned."""
 
     def save(self, out: Path) -> None:
         """Write trained networks beside the decoder in ``out``; all processes call it."""
+
+
+class FeatureAugmenter(Augmenter):
+    """Base class of the augmenters that add features to each batch."""
+
+    config: SourceConfig
+
+    def add(self, masks: Tensor, *features: Tensor) -> Augmented:
+        """Add batches of features, each (B, C, h, w), all with the same masks (B, H, W)."""
+        weight = self.config.weight
+        return Augmented([Labelled(batch, [(masks, 1.0)], weight) for batch in features])
+
+    def add_samples(self, positions: Sequence[int] | np.ndarray) -> Augmented:
+        """Add the real samples of the training store at ``positions`` (S,), with their masks."""
+        features, masks = (
+            torch.from_numpy(self.store.gather(name, positions)).to(self.accelerator.device)
+            for name in ("features", "masks")
+        )
+        return self.add(masks, features.float())
+
+    def clamp(self, features: Tensor) -> Tensor:
+        """Keep features (B, C, h, w) at 0 or above, if the backbone's are."""
+        return features.clamp(min=0) if self.spec.nonnegative else features
+
+
+class RegionAugmenter(FeatureAugmenter, ABC):
+    """Base class of the augmenters that add a copy of the batch with every region shifted.
+
+    A region is the pixels of a class in an image (:mod:`stages.segmentation.regions`).
+    """
+
+    @override
+    @torch.no_grad()
+    def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
+        regions = Regions.of(batch.features, batch.masks, self.spec.num_classes)
+        shifts = self.shifts(batch, regions, rng)
+        return self.add(batch.masks, self.clamp(regions.shifted(shifts)))
+
+    @abstractmethod
+    def shifts(self, batch: Batch, regions: Regions, rng: torch.Generator) -> Tensor:
+        """Compute by which vector each region of a batch is shifted: (B, K, C)."""

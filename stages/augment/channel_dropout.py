@@ -1,4 +1,7 @@
-"""Channel dropout: a copy of which each sample lacks some channels (Tompson et al. 2015, spatial dropout)."""
+"""Channel dropout: a copy with random channels of each sample at 0.
+
+Tompson et al. 2015 call it spatial dropout.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from typing_extensions import override
 
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
+from stages.augment.base import Augmented, FeatureAugmenter, SourceConfig
 
 
 class ChannelDropoutConfig(SourceConfig):
@@ -18,23 +22,13 @@ class ChannelDropoutConfig(SourceConfig):
     fraction: float = Field(0.3, gt=0, lt=1, description="probability that a channel is dropped")
 
 
-class ChannelDropout(Augmenter):
+class ChannelDropout(FeatureAugmenter):
     """``x * k / (1 - p)`` with k from Bernoulli(1 - p), one a channel and sample."""
 
-    def __init__(self, config: ChannelDropoutConfig, context: Context) -> None:
-        super().__init__(config, context)
-        self.config = config
+    config: ChannelDropoutConfig
 
+    @override
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """One copy with channels left out."""
-        size = (*batch.features.shape[:2], 1, 1)
-        kept = torch.rand(size, generator=rng, device=batch.features.device) >= self.config.fraction
-        return Augmented(
-            [
-                Labelled(
-                    batch.features * kept / (1 - self.config.fraction),
-                    [(batch.masks, 1.0)],
-                    self.config.weight,
-                )
-            ]
-        )
+        size, dropped = (*batch.features.shape[:2], 1, 1), self.config.fraction
+        kept = torch.rand(size, generator=rng, device=batch.features.device) >= dropped
+        return self.add(batch.masks, batch.features * kept / (1 - dropped))

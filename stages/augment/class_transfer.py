@@ -1,17 +1,18 @@
-"""Objects that change their class: what makes one object of a class differ from the next, carried over to another class."""
+"""Class transfer: objects change their class and keep what sets them apart from others."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
+from typing_extensions import override
 
 from featurestore import VOID
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
+from stages.augment.base import Augmented, Context, FeatureAugmenter, SourceConfig, VariantConfig
 from stages.augment.new_masks import NewMasks
-from stages.segmentation.class_statistics import ClassStatistics
 from stages.segmentation.regions import labels_at
 
 
@@ -23,45 +24,31 @@ class ClassTransferConfig(SourceConfig):
         1.0, gt=0, le=1, description="fraction of the samples changed; the others are added as real"
     )
 
-    @property
-    def needs_classes(self) -> int:
-        """Two things, and what they lie on."""
-        return 3
+    needs_classes: ClassVar[int] = 3  # two classes of objects, and the background
 
 
-class ClassTransfer(Augmenter):
-    """``x + mu_d - mu_c`` for an object of class c that the new mask calls d; mu are the means of the classes' pixels.
+class ClassTransfer(FeatureAugmenter):
+    """``x + mu_d - mu_c`` for an object of class c that the new mask calls d.
 
-    Feature transfer (Yin et al. 2019), all directions of the variation kept: classes with few objects get the variety of the others.
+    mu are the means of the classes' pixels. Feature transfer (Yin et al. 2019) with all directions
+    of the variation kept: classes with few objects get the variety of the other classes.
     """
 
-    def __init__(self, config: ClassTransferConfig, context: Context) -> None:
-        super().__init__(config, context)
-        self.weight, self.nonnegative = config.weight, context.store.spec.nonnegative
-        found = ClassStatistics.of(context.store, context.positions, context.accelerator.device)
-        self.means = torch.zeros(
-            VOID + 1, found.means.shape[1], device=found.means.device
-        )  # void's pixels stay void, and where they are
-        self.means[: len(found.means)] = found.means
-        known = (
-            (found.pixels > 0).cpu().numpy()
-        )  # a class of slivers alone may have no feature pixel, and so no mean
-        self.new_masks = NewMasks(
-            ["swap"], context.store, context.positions, config.fraction, known
-        )
+    config: ClassTransferConfig
 
+    def __init__(self, config: VariantConfig, context: Context) -> None:
+        super().__init__(config, context)
+        statistics = context.class_statistics()
+        # (256, C): a row a mask value; void pixels are not changed.
+        self.means = F.pad(statistics.means, (0, 0, 0, VOID + 1 - self.spec.num_classes))
+        # A class that has only slivers may have no feature pixel, and no mean.
+        known = (statistics.pixels > 0).cpu().numpy()
+        fraction = self.config.fraction
+        self.new_masks = NewMasks(["swap"], self.store, context.positions, fraction, known)
+
+    @override
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """One copy with an object of each image moved to another class."""
-        masks = self.new_masks(batch.masks, rng)
-        size = (batch.features.shape[2], batch.features.shape[3])
-        change = (
-            self.means[labels_at(masks, size)] - self.means[labels_at(batch.masks, size)]
-        )  # (B, h, w, C)
-        moved = batch.features + change.permute(0, 3, 1, 2)
-        return Augmented(
-            [
-                Labelled(
-                    moved.clamp(min=0) if self.nonnegative else moved, [(masks, 1.0)], self.weight
-                )
-            ]
-        )
+        masks, size = self.new_masks(batch.masks, rng), batch.features.shape[2:]
+        old, new = (self.means[labels_at(each, size)] for each in (batch.masks, masks))
+        shifted = batch.features + (new - old).permute(0, 3, 1, 2)  # (B, h, w, C) -> (B, C, h, w)
+        return self.add(masks, self.clamp(shifted))

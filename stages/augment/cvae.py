@@ -1,4 +1,4 @@
-"""A conditional variational auto-encoder of each class's features (Sohn et al. 2015; Kumar et al. 2019)."""
+"""A conditional VAE of each class's features (Sohn et al. 2015; Kumar et al. 2019)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import override
 
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
+from stages.augment.base import Context, RegionAugmenter, SourceConfig, VariantConfig
 from stages.common.runtime import generator as random_generator
 from stages.gan.losses import kl_divergence
-from stages.segmentation.class_statistics import ClassStatistics
 from stages.segmentation.regions import Regions
 
 VECTORS = 128  # a step
@@ -29,7 +29,10 @@ class CVAEConfig(SourceConfig):
 
 
 class CVAE(nn.Module):
-    """Vectors (n, C) with their classes (n,) to a normal distribution of (n, latent), and back."""
+    """Encoder of vectors (n, C) and classes (n,) to z (n, latent), and decoder back.
+
+    Vectors are in units of the channels' standard deviations.
+    """
 
     def __init__(self, *, channels: int, num_classes: int, latent: int, hidden: int) -> None:
         super().__init__()
@@ -42,28 +45,35 @@ class CVAE(nn.Module):
         )
 
     def encode(self, vectors: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors (n, C) in units of the channels' deviations, classes (n,) -> mean and log-variance, each (n, latent)."""
-        mu, logvar = self.encoder(
-            torch.cat([vectors, F.one_hot(classes, self.num_classes)], 1)
-        ).chunk(2, 1)
-        return mu, logvar
+        """Compute mean and log-variance, each (n, latent), of vectors (n, C), classes (n,)."""
+        inputs = torch.cat([vectors, F.one_hot(classes, self.num_classes)], 1)
+        return self.encoder(inputs).chunk(2, 1)
 
     def decode(self, z: Tensor, classes: Tensor) -> Tensor:
-        """z (n, latent), classes (n,) -> vectors (n, C) in units of the channels' deviations."""
-        decoded: Tensor = self.decoder(torch.cat([z, F.one_hot(classes, self.num_classes)], 1))
-        return decoded
+        """Compute vectors (n, C) of z (n, latent) and classes (n,)."""
+        return self.decoder(torch.cat([z, F.one_hot(classes, self.num_classes)], 1))
 
 
 def fit(model: CVAE, vectors: Tensor, classes: Tensor, steps: int, rng: torch.Generator) -> None:
-    """Maximise the evidence lower bound with unit variance of the output: squared error / 2 + KL divergence, a vector.
+    """Maximise the evidence lower bound with unit variance of the output.
 
-    ``vectors`` (N, C) in units of the channels' deviations and ``classes`` (N,) are what it learns.
+    The loss is squared error / 2 + KL divergence, averaged over vectors.
+
+    Parameters
+    ----------
+    model
+        Is trained in place.
+    vectors, classes
+        Training samples (N, C) and (N,).
+    steps
+        Number of steps of Adam.
+    rng
+        Source of all random numbers, on the vectors' device.
     """
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    size = (min(VECTORS, len(vectors)),)
     for _ in range(steps):
-        chosen = torch.randint(
-            len(vectors), (min(VECTORS, len(vectors)),), generator=rng, device=vectors.device
-        )
+        chosen = torch.randint(len(vectors), size, generator=rng, device=vectors.device)
         mu, logvar = model.encode(vectors[chosen], classes[chosen])
         z = mu + (logvar / 2).exp() * torch.randn(mu.shape, generator=rng, device=mu.device)
         error = (model.decode(z, classes[chosen]) - vectors[chosen]).square().sum(1).mean() / 2
@@ -73,52 +83,34 @@ def fit(model: CVAE, vectors: Tensor, classes: Tensor, steps: int, rng: torch.Ge
         optimizer.step()
 
 
-class CVAEAugmenter(Augmenter):
-    """``x - m + s`` with m the centre of x's region and s a vector drawn from the model of its class's centres.
+class CVAEAugmenter(RegionAugmenter):
+    """``x - m + s`` with m the centre of x's region and s drawn from the model of its class.
 
-    The model is fitted once, before the decoder's training, to the centres of all training regions in units of the
-    channels' deviations; the same seed fits the same model, so that a resumed run needs no state of it.
+    The model is fitted to the centres of all training regions before the decoder's training. A seed
+    always fits the same model: a resumed run needs no state of it.
     """
 
-    def __init__(self, config: CVAEConfig, context: Context) -> None:
+    config: CVAEConfig
+
+    def __init__(self, config: VariantConfig, context: Context) -> None:
         super().__init__(config, context)
-        self.config = config
-        self.num_classes, self.nonnegative = (
-            context.store.spec.num_classes,
-            context.store.spec.nonnegative,
-        )
-        device = context.accelerator.device
-        statistics = ClassStatistics.of(context.store, context.positions, device)
-        self.scale = torch.from_numpy(context.store.stats.std).float().clamp(min=1e-6).to(device)
+        device, classes = self.accelerator.device, self.spec.num_classes
+        statistics = context.class_statistics()
+        self.scale = torch.from_numpy(self.store.stats.std).float().clamp(min=1e-6).to(device)
         centres = torch.cat(statistics.centres) / self.scale
-        classes = torch.arange(self.num_classes, device=device).repeat_interleave(statistics.images)
+        labels = torch.arange(classes, device=device).repeat_interleave(statistics.images)
+        sizes = {"latent": self.config.latent, "hidden": self.config.hidden}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
-            sizes = {"latent": config.latent, "hidden": config.hidden}
-            self.model = CVAE(channels=centres.shape[1], num_classes=self.num_classes, **sizes).to(
-                device
-            )
-        fit(
-            self.model,
-            centres,
-            classes,
-            config.fit_steps,
-            random_generator(device, context.seed, 1),
-        )
+            model = CVAE(channels=centres.shape[1], num_classes=classes, **sizes)
+        self.model = model.to(device)
+        rng = random_generator(device, context.seed, 1)
+        fit(self.model, centres, labels, self.config.fit_steps, rng)
 
-    @torch.no_grad()
-    def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """One copy with every region's centre drawn anew."""
-        regions = Regions.of(batch.features, batch.masks, self.num_classes)
-        z = torch.randn(
-            len(batch) * self.num_classes,
-            self.config.latent,
-            generator=rng,
-            device=batch.features.device,
-        )
-        classes = torch.arange(self.num_classes, device=z.device).repeat(len(batch))
-        drawn = (self.model.decode(z, classes) * self.scale).unflatten(
-            0, (len(batch), self.num_classes)
-        )  # (B, K, C)
-        moved = regions.moved(drawn - regions.centres, nonnegative=self.nonnegative)
-        return Augmented([Labelled(moved, [(batch.masks, 1.0)], self.config.weight)])
+    @override
+    def shifts(self, batch: Batch, regions: Regions, rng: torch.Generator) -> Tensor:
+        device, size = batch.features.device, regions.present.shape  # (B, K)
+        z = torch.randn(size.numel(), self.config.latent, generator=rng, device=device)
+        classes = torch.arange(size[1], device=device).repeat(size[0])
+        drawn = (self.model.decode(z, classes) * self.scale).unflatten(0, size)  # (B, K, C)
+        return drawn - regions.centres

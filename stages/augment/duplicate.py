@@ -1,4 +1,7 @@
-"""The same real features once more: the control for every augmenter, because the decoder sees as many samples as theirs."""
+"""The same real features again: the control for every augmenter.
+
+The decoder sees as many samples as with the augmenter that it is compared with.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, SourceConfig, repeat_real
+from stages.augment.base import Augmented, Augmenter, SourceConfig, repeat_real
 
 
 class DuplicateConfig(SourceConfig):
@@ -22,23 +25,20 @@ class DuplicateConfig(SourceConfig):
     def _adds_to_the_end(self) -> Self:
         if self.until < 1:
             raise ValueError(
-                "until does nothing here: the real batches that would take the copies' place are the copies; leave it out"
+                "until does nothing here: real batches would take the place of their own copies;"
+                " remove it"
             )
         return self
 
     @property
-    def added_batches(self) -> int:
-        """The copies."""
-        return self.ratio
+    @override
+    def added_weights(self) -> tuple[float, ...]:
+        return (self.weight,) * self.ratio
 
 
 class Duplicate(Augmenter):
-    """Real features again."""
+    """Adds the real batch again, ``ratio`` times."""
 
-    def __init__(self, config: DuplicateConfig, context: Context) -> None:
-        super().__init__(config, context)
-        self.ratio, self.weight = config.ratio, config.weight
-
+    @override
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """The batch itself, ``ratio`` times."""
-        return repeat_real(batch, [self.weight] * self.ratio)
+        return repeat_real(batch, self.config.added_weights)

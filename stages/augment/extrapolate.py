@@ -1,4 +1,7 @@
-"""Hard-example extrapolation: away from the centre of the class (thesis section 2.2.1, after Cheung and Yeung 2020, MODALS)."""
+"""Hard-example extrapolation: regions move away from the centre of their class.
+
+Thesis section 2.2.1, after Cheung and Yeung 2020 (MODALS).
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
+from typing_extensions import override
 
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
-from stages.segmentation.class_statistics import ClassStatistics
+from stages.augment.base import Context, RegionAugmenter, SourceConfig, VariantConfig
 from stages.segmentation.regions import Regions
 
 
@@ -20,24 +24,15 @@ class ExtrapolateConfig(SourceConfig):
     strength: float = Field(0.5, gt=0, description="lambda")
 
 
-class Extrapolate(Augmenter):
-    """``x + lambda * (m - mu)`` with m the centre of x's region and mu that of its class over the whole store."""
+class Extrapolate(RegionAugmenter):
+    """``x + lambda * (m - mu)`` with m the centre of x's region and mu the mean of its class."""
 
-    def __init__(self, config: ExtrapolateConfig, context: Context) -> None:
+    config: ExtrapolateConfig
+
+    def __init__(self, config: VariantConfig, context: Context) -> None:
         super().__init__(config, context)
-        self.config = config
-        self.num_classes, self.nonnegative = (
-            context.store.spec.num_classes,
-            context.store.spec.nonnegative,
-        )
-        self.means = ClassStatistics.of(
-            context.store, context.positions, context.accelerator.device
-        ).means
+        self.means = context.class_statistics().means
 
-    def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """One copy with every region moved."""
-        regions = Regions.of(batch.features, batch.masks, self.num_classes)
-        moved = regions.moved(
-            self.config.strength * (regions.centres - self.means), nonnegative=self.nonnegative
-        )
-        return Augmented([Labelled(moved, [(batch.masks, 1.0)], self.config.weight)])
+    @override
+    def shifts(self, batch: Batch, regions: Regions, rng: torch.Generator) -> Tensor:
+        return self.config.strength * (regions.centres - self.means)

@@ -1,15 +1,16 @@
-"""Real features of mirrored images, extracted beside the others: the cheap real alternative to generated ones."""
+"""Real features of mirrored images, extracted beside the other features."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from featurestore import FeatureStore, SpecMismatchError
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, SourceConfig, read_samples
+from stages.augment.base import Augmented, Context, FeatureAugmenter, SourceConfig, VariantConfig
 
 
 class HflipViewsConfig(SourceConfig):
@@ -18,47 +19,47 @@ class HflipViewsConfig(SourceConfig):
     augmenter: Literal["hflip-views"]
     view: Literal["identity"] = "identity"  # the mirrored one is what it adds
 
-    @property
-    def needs_mirrored(self) -> bool:
-        """Always."""
-        return True
+    needs_mirrored: ClassVar[bool] = True
 
 
-class HflipViews(Augmenter):
-    """The mirrored view of each image of the batch."""
+class HflipViews(FeatureAugmenter):
+    """Adds the mirrored view of each image of the batch, read from the store."""
 
-    def __init__(self, config: HflipViewsConfig, context: Context) -> None:
+    config: HflipViewsConfig
+
+    def __init__(self, config: VariantConfig, context: Context) -> None:
         super().__init__(config, context)
-        self.store, self.weight = context.store, config.weight
-        self.mirrored = dict(
-            zip(
-                context.positions.tolist(),
-                mirrored(context.store, context.positions).tolist(),
-                strict=True,
-            )
-        )
+        views = mirrored(self.store, context.positions)
+        self.mirrored = dict(zip(context.positions.tolist(), views.tolist(), strict=True))
 
+    @override
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """Their features (B, C, h, w) and masks (B, H, W), read from the store."""
-        chosen = [self.mirrored[position] for position in batch.positions.tolist()]
-        return Augmented([read_samples(self.store, chosen, batch.features.device, self.weight)])
+        return self.add_samples([self.mirrored[number] for number in batch.positions.tolist()])
 
 
 def mirrored(store: FeatureStore, positions: np.ndarray) -> np.ndarray:
-    """(S,) positions of the mirrored views of the images at ``positions`` (S,).
+    """Find the mirrored views of the images at ``positions`` (S,).
+
+    Returns
+    -------
+    numpy.ndarray
+        Their positions (S,).
 
     Raises
     ------
     SpecMismatchError
-        When one has none.
+        When an image has no mirrored view.
     """
     ids = store.ids
-    by_id = {ids[position]: position for position in store.positions("hflip").tolist()}
-    for position in positions.tolist():
-        if ids[position] not in by_id:
-            message = f"there is no mirrored view of {ids[position]}; set extract.views to [identity, hflip] for this variant"
-            raise SpecMismatchError(message, path=store.path)
-    return np.array([by_id[ids[position]] for position in positions.tolist()])
+    views = {ids[position]: position for position in store.positions("hflip").tolist()}
+    wanted = [ids[position] for position in positions.tolist()]
+    if missing := [name for name in wanted if name not in views]:
+        message = (
+            f"there is no mirrored view of {missing[0]}; set extract.views to [identity, hflip]"
+            " for this variant"
+        )
+        raise SpecMismatchError(message, path=store.path)
+    return np.array([views[name] for name in wanted])
 
 
 def training_views(store: FeatureStore, view: str) -> np.ndarray:
@@ -66,9 +67,9 @@ def training_views(store: FeatureStore, view: str) -> np.ndarray:
 
     Returns
     -------
-    positions
-        (S,) of all images; where ``view`` is ``random`` (S, 2): of each one, and of its mirrored
-        view, among which the loader draws.
+    numpy.ndarray
+        Positions (S,) of all images. Where ``view`` is ``random`` (S, 2): of each image and of its
+        mirrored view, between which the loader draws.
     """
     positions = store.positions("identity")
     if view == "identity":

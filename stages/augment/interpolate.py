@@ -1,4 +1,7 @@
-"""Hard-example interpolation: towards the nearest hard sample of the class (thesis section 2.2.1, after Cheung and Yeung 2020, MODALS)."""
+"""Hard-example interpolation: regions move towards the nearest hard region of their class.
+
+Thesis section 2.2.1, after Cheung and Yeung 2020 (MODALS).
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from torch import Tensor
+from typing_extensions import override
 
 from featurestore import VOID
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
+from stages.augment.base import RegionAugmenter, SourceConfig
 from stages.segmentation.regions import Regions
 
 
@@ -21,51 +26,34 @@ class InterpolateConfig(SourceConfig):
     strength: float = Field(0.5, gt=0, le=1, description="lambda")
 
 
-class Interpolate(Augmenter):
-    """``x + lambda * (s - m)`` with m the centre of x's region and s that of the nearest hard region of its class in the batch.
+class Interpolate(RegionAugmenter):
+    """``x + lambda * (s - m)`` with m the centre of x's region and s that of a hard region.
 
-    The thesis takes the hardest of q candidates and does not say how many; here those are hard on which the decoder's present
-    cross-entropy is above that of the region at hand.
+    s is the nearest hard region of the class in the batch. The thesis takes the hardest of q
+    candidates and does not define q. Here a region is hard if the decoder's present cross-entropy
+    is higher on it than on the region at hand.
     """
 
-    def __init__(self, config: InterpolateConfig, context: Context) -> None:
-        super().__init__(config, context)
-        self.config = config
-        self.num_classes, self.nonnegative = (
-            context.store.spec.num_classes,
-            context.store.spec.nonnegative,
-        )
-        self.decoder = context.decoder
+    config: InterpolateConfig
 
-    @torch.no_grad()
-    def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """One copy with every region moved that has a harder one of its class beside it."""
-        regions = Regions.of(batch.features, batch.masks, self.num_classes)
-        by = self.config.strength * self._towards(regions, self._losses(batch, regions))
-        moved = regions.moved(by, nonnegative=self.nonnegative)
-        return Augmented([Labelled(moved, [(batch.masks, 1.0)], self.config.weight)])
-
-    def _losses(self, batch: Batch, regions: Regions) -> torch.Tensor:
-        """(B, K) mean cross-entropy of each region, by the decoder as it is used for prediction."""
-        self.decoder.eval()
-        with self.accelerator.autocast():
-            scores = self.decoder(batch.features, tuple(regions.labels.shape[1:]))
-        self.decoder.train()
-        by_pixel = F.cross_entropy(
-            scores.float(), regions.labels, ignore_index=VOID, reduction="none"
-        ).flatten(1)  # (B, h*w)
-        return torch.einsum("bkp,bp->bk", regions.shares, by_pixel) / regions.shares.sum(2).clamp(
-            min=1
-        )
-
-    def _towards(self, regions: Regions, losses: torch.Tensor) -> torch.Tensor:
-        """(B, K, C) from each region's centre to that of the nearest harder one; 0 where there is none."""
-        centres = regions.centres.transpose(0, 1)  # (K, B, C)
+    @override
+    def shifts(self, batch: Batch, regions: Regions, rng: torch.Generator) -> Tensor:
+        losses = self._losses(batch, regions).T  # (K, B)
+        centres, present = regions.centres.transpose(0, 1), regions.present.T  # (K, B, C), (K, B)
+        # [k, i, j]: whether region j of class k is harder than region i
+        usable = (losses[:, None] > losses[..., None]) & present[:, None] & present[..., None]
         distances = torch.cdist(centres, centres)  # (K, B, B)
-        harder = (
-            losses.T[:, None, :] > losses.T[:, :, None]
-        )  # [k, i, j]: region j of class k is harder than region i
-        usable = harder & regions.present.T[:, None, :] & regions.present.T[:, :, None]
         nearest = distances.masked_fill(~usable, torch.inf).min(2)
         hard = centres.gather(1, nearest.indices[..., None].expand_as(centres))
-        return ((hard - centres) * nearest.values.isfinite()[..., None]).transpose(0, 1)
+        shifts = (hard - centres) * nearest.values.isfinite()[..., None]
+        return self.config.strength * shifts.transpose(0, 1)
+
+    def _losses(self, batch: Batch, regions: Regions) -> Tensor:
+        """Compute the mean cross-entropy (B, K) of each region, by the decoder in evaluation."""
+        self.decoder.eval()
+        with self.accelerator.autocast():
+            logits = self.decoder(batch.features, tuple(regions.labels.shape[1:])).float()
+        self.decoder.train()
+        losses = F.cross_entropy(logits, regions.labels, ignore_index=VOID, reduction="none")
+        sums = torch.einsum("bkp,bp->bk", regions.one_hot, losses.flatten(1))
+        return sums / regions.one_hot.sum(2).clamp(min=1)

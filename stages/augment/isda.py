@@ -1,15 +1,19 @@
-"""Implicit semantic data augmentation for segmentation (Wang et al. 2019, 2021; thesis section 2.2.1): a loss in place of samples."""
+"""Implicit semantic data augmentation for segmentation: a loss in place of samples.
+
+Wang et al. 2019, 2021; thesis section 2.2.1.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import override
 
 from featurestore import VOID
-from stages.augment.base import Augmented, Augmenter, Context, LogitAdjustment, VariantConfig
+from stages.augment.base import Augmented, Augmenter, Context, LogitAdjustment, State, VariantConfig
 from stages.segmentation.regions import labels_at
 
 
@@ -23,94 +27,101 @@ class ISDAConfig(VariantConfig):
 class ISDA(Augmenter):
     """Cross-entropy under infinitely many samples around each vector, in closed form.
 
-    Let a vector x of class y, in front of the last 1 x 1 convolution (w, b), be drawn from N(x, lambda * V_y) instead, V_y
-    diagonal. The expected cross-entropy is at most that of the scores ``w_k x + b_k + lambda / 2 * sum(V_y * (w_k - w_y)^2)``
-    (the paper's Proposition 1, with a diagonal covariance as in its code for segmentation). V is estimated on the way, over all
-    vectors seen, and not differentiated. lambda grows from 0 with the steps, because V means little at first.
+    Let a vector x of class y, in front of the last 1 x 1 convolution (w, b), be drawn from
+    N(x, lambda * V_y) instead, V_y diagonal. The expected cross-entropy is at most that of the
+    logits ``w_k x + b_k + lambda / 2 * sum(V_y * (w_k - w_y)^2)`` (the paper's Proposition 1, with
+    a diagonal covariance as in its code for segmentation). V is estimated during the training, over
+    all vectors seen, and not differentiated. lambda grows linearly from 0, because V means little
+    at first.
 
     Attributes
     ----------
+    step
+        Number of steps taken.
     counts
         (K,) vectors seen of each class.
     means, variances
         (K, A) of their A channels.
     """
 
-    def __init__(self, config: ISDAConfig, context: Context) -> None:
+    config: ISDAConfig
+
+    def __init__(self, config: VariantConfig, context: Context) -> None:
         super().__init__(config, context)
-        last = context.decoder.last
-        device = context.accelerator.device
-        self.strength, self.steps = config.strength, context.steps
-        self.step = 0
-        self.counts = torch.zeros(last.out_channels, device=device)
-        self.means, self.variances = torch.zeros(
-            2, last.out_channels, last.in_channels, device=device
-        )
+        last, device = context.decoder.last, self.accelerator.device
+        classes, channels = last.out_channels, last.in_channels
+        self.step, self.steps = 0, context.steps
+        self.counts = torch.zeros(classes, device=device)
+        self.means, self.variances = torch.zeros(2, classes, channels, device=device)
 
+    @override
     def adjust_logits(self, masks: Tensor) -> LogitAdjustment:
-        """Add each pixel's margin to its scores; masks (B, H, W)."""
-
-        def change(embeddings: Tensor, scores: Tensor, last: nn.Conv2d) -> Tensor:
-            labels = labels_at(masks, (scores.shape[2], scores.shape[3]))
+        def adjust(embeddings: Tensor, logits: Tensor, last: nn.Conv2d) -> Tensor:
+            labels = labels_at(masks, logits.shape[2:])
             self._observe(embeddings.detach().float(), labels)
-            with torch.autocast(
-                scores.device.type, enabled=False
-            ):  # margins are differences of nearly equal sums
-                margins = self.margins(
-                    last.weight.float().flatten(1)
-                )  # (K, K), row: the pixel's class
+            # Margins are differences of nearly equal sums: float32.
+            with torch.autocast(logits.device.type, enabled=False):
+                margins = self.margins(last.weight.float().flatten(1))
             known = labels != VOID
             added = margins[torch.where(known, labels, 0)] * known[..., None]  # (B, h, w, K)
-            return scores.float() + added.permute(0, 3, 1, 2)
+            return logits.float() + added.permute(0, 3, 1, 2)
 
-        return change
+        return adjust
 
     def margins(self, weight: Tensor) -> Tensor:
-        """(K, A) weights -> (K, K): lambda / 2 * sum over A of V_y * (w_k - w_y)^2, at row y and column k."""
-        ratio = self.strength * self.step / self.steps
+        """Compute what is added to the logits of a pixel.
+
+        Parameters
+        ----------
+        weight
+            (K, A) of the last convolution.
+
+        Returns
+        -------
+        Tensor
+            (K, K): lambda / 2 * sum over A of V_y * (w_k - w_y)^2 at row y (the pixel's class) and
+            column k.
+        """
+        strength = self.config.strength * self.step / self.steps
         crossed = (self.variances * weight) @ weight.T  # at (y, k): sum of V_y * w_y * w_k
         squares = self.variances @ weight.square().T
-        return ratio / 2 * (squares - 2 * crossed + crossed.diagonal()[:, None])
+        return strength / 2 * (squares - 2 * crossed + crossed.diagonal()[:, None])
 
     @torch.no_grad()
     def _observe(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Merge a batch's moments (of all processes) into those of all vectors before."""
-        classes = len(self.counts)
+        """Merge the moments of a batch of all processes into the moments of all batches before."""
         known = labels.flatten() != VOID
         vectors = embeddings.permute(0, 2, 3, 1).flatten(0, 2)[known]  # (B, A, h, w) -> (n, A)
         index = labels.flatten()[known]
-        sums = torch.zeros(3, classes, vectors.shape[1], device=vectors.device)
-        sums[0].index_add_(0, index, torch.ones_like(vectors))
-        sums[1].index_add_(0, index, vectors)
-        sums[2].index_add_(0, index, vectors.square())
+        sums = torch.zeros(3, len(self.counts), vectors.shape[1], device=vectors.device)
+        for moment, values in enumerate((torch.ones_like(vectors), vectors, vectors.square())):
+            sums[moment].index_add_(0, index, values)
         number, total, squares = self.accelerator.reduce(sums, "sum")
         count = number[:, 0]
         mean = total / number.clamp(min=1)
         variance = (squares / number.clamp(min=1) - mean.square()).clamp(min=0)
-        share = (count / (self.counts + count).clamp(min=1))[:, None]
+        fraction = (count / (self.counts + count).clamp(min=1))[:, None]
         self.variances = (
-            (1 - share) * self.variances
-            + share * variance
-            + share * (1 - share) * (self.means - mean).square()
+            (1 - fraction) * self.variances
+            + fraction * variance
+            + fraction * (1 - fraction) * (self.means - mean).square()
         )
-        self.means = torch.lerp(self.means, mean, share)
+        self.means = torch.lerp(self.means, mean, fraction)
         self.counts = self.counts + count
 
+    @override
     def after_step(self, added: Augmented) -> None:
-        """Let lambda grow."""
         self.step += 1
 
-    def state_dict(self) -> dict[str, Any]:
-        """The estimate, and how far lambda has grown."""
-        return {
-            "step": self.step,
-            "counts": self.counts,
-            "means": self.means,
-            "variances": self.variances,
-        }
+    @override
+    def state_dict(self) -> State:
+        moments = {"counts": self.counts, "means": self.means, "variances": self.variances}
+        return {"step": self.step, **moments}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
+    @override
+    def load_state_dict(self, state: State) -> None:
+        device = self.counts.device
         self.step = state["step"]
-        for name in ("counts", "means", "variances"):
-            setattr(self, name, state[name].to(self.counts.device))
+        self.counts, self.means, self.variances = (
+            state[name].to(device) for name in ("counts", "means", "variances")
+        )

@@ -1,13 +1,18 @@
-"""Linear delta: the difference of two samples of a class added to a third (Kumar et al. 2019; thesis section 2.2.1)."""
+"""Linear delta: the difference of two samples of a class is added to a third one.
+
+Kumar et al. 2019; thesis section 2.2.1.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
+from torch import Tensor
+from typing_extensions import override
 
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
+from stages.augment.base import RegionAugmenter, SourceConfig
 from stages.segmentation.regions import Regions
 
 
@@ -17,24 +22,17 @@ class LinearDeltaConfig(SourceConfig):
     augmenter: Literal["linear-delta"]
 
 
-class LinearDelta(Augmenter):
-    """``x + (m_j - m_k)`` with the centres m of two other regions of x's class in the batch; x where there are fewer."""
+class LinearDelta(RegionAugmenter):
+    """``x + (m_j - m_k)`` with the centres m of two other regions of x's class in the batch.
 
-    def __init__(self, config: LinearDeltaConfig, context: Context) -> None:
-        super().__init__(config, context)
-        self.weight = config.weight
-        self.num_classes, self.nonnegative = (
-            context.store.spec.num_classes,
-            context.store.spec.nonnegative,
-        )
+    Where there are fewer than two other regions, x stays.
+    """
 
-    def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """One copy with every region moved."""
-        regions = Regions.of(batch.features, batch.masks, self.num_classes)
-        pairs, found = regions.others(2, rng)  # (B, K, 2), (B, K)
-        classes = torch.arange(self.num_classes, device=pairs.device)
-        first, second = (
-            regions.centres[pairs[..., number], classes] for number in range(2)
-        )  # (B, K, C)
-        moved = regions.moved((first - second) * found[..., None], nonnegative=self.nonnegative)
-        return Augmented([Labelled(moved, [(batch.masks, 1.0)], self.weight)])
+    config: LinearDeltaConfig
+
+    @override
+    def shifts(self, batch: Batch, regions: Regions, rng: torch.Generator) -> Tensor:
+        pairs, enough = regions.others(2, rng)  # (B, K, 2), (B, K)
+        classes = torch.arange(pairs.shape[1], device=pairs.device)
+        first, second = (regions.centres[images, classes] for images in pairs.unbind(2))
+        return (first - second) * enough[..., None]  # (B, K, C)

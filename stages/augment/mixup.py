@@ -7,10 +7,10 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
+from stages.augment.base import Augmented, FeatureAugmenter, Labelled, SourceConfig
 
 
 class MixupConfig(SourceConfig):
@@ -28,26 +28,19 @@ class MixupConfig(SourceConfig):
         return self
 
 
-class Mixup(Augmenter):
-    """``s * x_i + (1 - s) * x_j`` with s from Beta(alpha, alpha), one a batch; the cross-entropies with both masks in the same shares."""
+class Mixup(FeatureAugmenter):
+    """``s * x_i + (1 - s) * x_j`` with s from Beta(alpha, alpha), one s a batch.
 
-    def __init__(self, config: MixupConfig, context: Context) -> None:
-        super().__init__(config, context)
-        self.config = config
+    The cross-entropies with both masks are mixed in the same way.
+    """
 
+    config: MixupConfig
+
+    @override
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """The batch mixed with itself in another order."""
-        order = torch.randperm(len(batch.masks), generator=rng, device=batch.masks.device)
-        share = float(
-            np.random.default_rng(rng.initial_seed()).beta(self.config.alpha, self.config.alpha)
-        )
-        mixed = share * batch.features + (1 - share) * batch.features[order]
-        return Augmented(
-            [
-                Labelled(
-                    mixed,
-                    [(batch.masks, share), (batch.masks[order], 1 - share)],
-                    self.config.weight,
-                )
-            ]
-        )
+        alpha, masks = self.config.alpha, batch.masks
+        order = torch.randperm(len(masks), generator=rng, device=masks.device)
+        fraction = float(np.random.default_rng(rng.initial_seed()).beta(alpha, alpha))
+        mixed = fraction * batch.features + (1 - fraction) * batch.features[order]
+        targets = [(masks, fraction), (masks[order], 1 - fraction)]
+        return Augmented([Labelled(mixed, targets, self.config.weight)])

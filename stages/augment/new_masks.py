@@ -1,4 +1,7 @@
-"""Masks that do not exist in the training set: what a generator can be asked for and a cache of real features cannot give."""
+"""New masks: random changes of the training masks.
+
+A generator can be asked for their features; a cache of real features does not have them.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ from torch import Tensor
 
 from featurestore import VOID, StoreSpec
 from stages.common.errors import ConfigError
+from stages.segmentation.regions import count_pixels, draw_allowed
+from stages.segmentation.transforms import flip
 
 Change = Literal["flip", "shift", "scale", "paste", "swap"]
-SHIFT = 1 / 4  # of a side, at most
-SCALE = (0.6, 1.6)  # of an object's or a scene's size
+SHIFT = 1 / 4  # largest shift as a fraction of a side
+SCALE = (0.6, 1.6)  # of the size of an object or a scene
 
 
 class MaskSource(Protocol):
@@ -22,38 +27,35 @@ class MaskSource(Protocol):
 
     @property
     def spec(self) -> StoreSpec:
-        """What their values mean."""
+        """What the values of the masks mean."""
 
     def mask(self, position: int, /) -> np.ndarray:
-        """(H, W) uint8."""
+        """Read a mask (H, W) uint8."""
 
 
-def moved(masks: Tensor, scales: Tensor, shifts: Tensor, fill: int | None = None) -> Tensor:
-    """Masks (B, H, W) scaled about their centre and then shifted, by nearest pixels.
+def resample(masks: Tensor, scales: Tensor, shifts: Tensor, fill: int | None = None) -> Tensor:
+    """Scale masks (B, H, W) about their centre and then shift them, by nearest pixels.
 
     Parameters
     ----------
     scales
         (B,) > 0; 2 shows everything twice as large.
     shifts
-        (B, 2) down and right, as shares of the sides.
+        (B, 2) down and right, as fractions of the sides.
     fill
-        What the outside becomes; None: what stands at the nearest border.
+        Value of the pixels that move in from outside; None: the value of the nearest border pixel.
     """
-    _, height, width = masks.shape
     sources, inside = [], []
-    for axis, size in enumerate((height, width)):
+    for axis, size in enumerate(masks.shape[1:]):
         places = (torch.arange(size, device=masks.device) + 0.5) / size - 0.5  # (size,) -1/2..1/2
         source = (places - shifts[:, axis, None]) / scales[:, None] + 0.5  # (B, size) 0..1 inside
         inside.append((source >= 0) & (source < 1))
         sources.append((source * size).floor().long().clamp(0, size - 1))
-    rows = torch.arange(len(masks), device=masks.device)[:, None, None]
-    picked = masks[rows, sources[0][:, :, None], sources[1][:, None, :]]
-    return (
-        picked
-        if fill is None
-        else torch.where(inside[0][:, :, None] & inside[1][:, None, :], picked, fill)
-    )
+    samples = torch.arange(len(masks), device=masks.device)[:, None, None]
+    picked = masks[samples, sources[0][:, :, None], sources[1][:, None, :]]
+    if fill is None:
+        return picked
+    return torch.where(inside[0][:, :, None] & inside[1][:, None, :], picked, fill)
 
 
 class NewMasks:
@@ -62,15 +64,16 @@ class NewMasks:
     Parameters
     ----------
     changes
-        ``flip`` half of them; ``shift`` and ``scale`` the whole scene; ``paste`` an object of another mask over it, of a
-        class chosen with a chance that falls with how many images have it, itself moved and scaled; ``swap`` gives a
-        thing of the mask another class, any with the same chance.
+        ``flip`` mirrors half of the masks. ``shift`` and ``scale`` move the whole scene. ``paste``
+        puts an object of another mask on top, moved and scaled too; classes in few images are drawn
+        more often. ``swap`` gives an object of the mask another class; all classes have the same
+        probability.
     store, positions
-        Where objects come from.
-    share
-        Of the masks that are changed, each by chance; the others stay as they are.
+        Masks from which objects are taken.
+    fraction
+        Of the masks that are changed, drawn at random; the others stay as they are. 0..1.
     known
-        (K,) which classes may be pasted or swapped; None: all.
+        (K,) bool: which classes may be pasted or swapped; None: all.
 
     Raises
     ------
@@ -83,98 +86,88 @@ class NewMasks:
         changes: Sequence[str],
         store: MaskSource,
         positions: np.ndarray,
-        share: float = 1.0,
+        fraction: float = 1.0,
         known: np.ndarray | None = None,
     ) -> None:
-        if unknown := sorted(set(changes) - set(get_args(Change))):
-            raise ConfigError(
-                "new_masks", f"{unknown[0]!r} is unknown; known are {', '.join(get_args(Change))}"
-            )
-        self.changes, self.store, self.share = changes, store, share
-        self.holders: list[np.ndarray] = []  # by class: who has it
+        allowed = get_args(Change)
+        if unknown := sorted(set(changes) - set(allowed)):
+            message = f"{unknown[0]!r} is unknown; known are {', '.join(allowed)}"
+            raise ConfigError("new_masks", message)
+        self.changes, self.store, self.fraction = changes, store, fraction
         if "paste" in changes or "swap" in changes:
-            present = [
-                np.bincount(store.mask(int(position)).ravel(), minlength=VOID + 1)[:VOID] > 0
-                for position in positions
-            ]
-            classes = np.stack(present).T[: store.spec.num_classes]
-            # The most frequent class (the background) is what things lie on, not a thing.
-            self.holders = [positions[there] for there in classes]
-            most = max(range(len(self.holders)), key=lambda number: len(self.holders[number]))
-            self.chances = np.array(
-                [
-                    0.0 if number == most or not len(h) else 1 / len(h) ** 0.5
-                    for number, h in enumerate(self.holders)
-                ]
+            self._find_objects(positions, known)
+
+    def _find_objects(self, positions: np.ndarray, known: np.ndarray | None) -> None:
+        """Find the classes of objects (T,), and which masks have them."""
+        masks = (self.store.mask(int(position)) for position in positions)
+        present = np.stack([np.bincount(mask.ravel(), minlength=VOID + 1) > 0 for mask in masks])
+        present = present[:, : self.store.spec.num_classes]  # (N, K)
+        self.holders = [positions[has_class] for has_class in present.T]  # by class
+        images = present.sum(0)
+        weights = np.array([1 / max(count, 1) ** 0.5 for count in images.tolist()])
+        # The most frequent class is taken for the background.
+        is_object = (images > 0) & (np.arange(len(images)) != images.argmax())
+        weights[~is_object if known is None else ~(is_object & known)] = 0
+        self.probabilities = weights / max(weights.sum(), 1e-12)
+        self.objects = torch.from_numpy(np.flatnonzero(self.probabilities))
+        needed, change = 1, "pasting objects"
+        if "swap" in self.changes:
+            needed, change = 2, "exchanging classes (swap, class-transfer)"
+        if (actual := len(self.objects)) < needed:
+            message = (
+                f"{change} needs {needed} classes beside the one that most images have,"
+                f" found {actual}; leave it out"
             )
-            if known is not None:
-                self.chances[~known] = 0
-            self.chances /= max(self.chances.sum(), 1e-12)
-            self.things = torch.from_numpy(np.flatnonzero(self.chances))
-            needed, doing = (
-                (2, "exchanging classes (swap, class-transfer)")
-                if "swap" in changes
-                else (1, "pasting objects")
-            )
-            if len(self.things) < needed:
-                found = len(self.things)
-                message = f"{doing} needs {needed} classes beside the one that most images have, found {found}; leave it out"
-                raise ConfigError("new_masks", message, expected=needed, actual=found)
+            raise ConfigError("new_masks", message, expected=needed, actual=actual)
 
     def __call__(self, masks: Tensor, rng: torch.Generator) -> Tensor:
-        """(B, H, W) uint8 -> (B, H, W) uint8."""
-
-        def uniform(low: float, high: float, *size: int) -> Tensor:
-            return low + (high - low) * torch.rand(size, generator=rng, device=masks.device)
-
-        def scales() -> Tensor:
-            low, high = (torch.tensor(bound).log().item() for bound in SCALE)
-            return uniform(low, high, count).exp()
-
-        count, given = len(masks), masks
+        """Change masks (B, H, W) uint8."""
+        changed, count = masks, len(masks)
         if "flip" in self.changes:
-            masks = torch.where(uniform(0, 1, count)[:, None, None] < 0.5, masks.flip(2), masks)
-        ones, still = (
-            torch.ones(count, device=masks.device),
-            torch.zeros(count, 2, device=masks.device),
-        )
+            _, changed = flip([], changed, rng)
         if "shift" in self.changes or "scale" in self.changes:
-            by = uniform(-SHIFT, SHIFT, count, 2) if "shift" in self.changes else still
-            masks = moved(masks, scales() if "scale" in self.changes else ones, by)
+            shifts, scales = torch.zeros(count, 2), torch.ones(count)
+            if "shift" in self.changes:
+                shifts = _draw_shifts(count, rng)
+            if "scale" in self.changes:
+                scales = _draw_scales(count, rng)
+            changed = resample(changed, scales.to(masks.device), shifts.to(masks.device))
         if "paste" in self.changes:
-            drawing = np.random.default_rng(rng.initial_seed())
-            classes = drawing.choice(len(self.chances), count, p=self.chances)
-            donors = [drawing.choice(self.holders[number]) for number in classes]
-            objects = torch.from_numpy(
-                np.stack([self.store.mask(int(donor)) for donor in donors])
-            ).to(masks.device)
-            wanted = torch.from_numpy(classes).to(masks.device, masks.dtype)[:, None, None]
-            objects = moved(
-                torch.where(objects == wanted, objects, VOID),
-                scales(),
-                uniform(-SHIFT, SHIFT, count, 2),
-                fill=VOID,
-            )
-            masks = torch.where(objects == wanted, wanted, masks)
+            changed = self._paste(changed, rng)
         if "swap" in self.changes:
-            masks = _swapped(masks, self.things.to(masks.device), rng)
-        return (
-            masks
-            if self.share == 1
-            else torch.where(uniform(0, 1, count)[:, None, None] < self.share, masks, given)
-        )
+            changed = swap_classes(changed, self.objects.to(masks.device), rng)
+        if self.fraction == 1:
+            return changed
+        chosen = torch.rand(count, generator=rng, device=masks.device) < self.fraction
+        return torch.where(chosen[:, None, None], changed, masks)
+
+    def _paste(self, masks: Tensor, rng: torch.Generator) -> Tensor:
+        """Paste an object of another mask, moved and scaled, over each mask (B, H, W)."""
+        drawing = np.random.default_rng(rng.initial_seed())
+        drawn = drawing.choice(len(self.probabilities), len(masks), p=self.probabilities)
+        donors = [self.store.mask(int(drawing.choice(self.holders[number]))) for number in drawn]
+        given = torch.from_numpy(np.stack(donors)).to(masks.device)
+        classes = torch.from_numpy(drawn).to(masks.device, masks.dtype)[:, None, None]
+        scales, shifts = _draw_scales(len(masks), rng), _draw_shifts(len(masks), rng)
+        objects = resample(torch.where(given == classes, given, VOID), scales, shifts, fill=VOID)
+        return torch.where(objects == classes, classes, masks)
 
 
-def _swapped(masks: Tensor, things: Tensor, rng: torch.Generator) -> Tensor:
-    """Masks (B, H, W) with one of the classes ``things`` (T,) that each has called another of them."""
-    pixels = masks.flatten(1).long()
-    counts = torch.zeros(len(masks), VOID + 1, device=masks.device).scatter_add_(
-        1, pixels, torch.ones_like(pixels, dtype=torch.float32)
-    )
-    draws = torch.rand(2, len(masks), len(things), generator=rng, device=masks.device)
-    old = torch.where(counts[:, things] > 0, draws[0], -1.0).argmax(
-        1
-    )  # a mask without things has none of the first one's pixels either
-    new = draws[1].scatter(1, old[:, None], -1.0).argmax(1)
-    old_class, new_class = (things[chosen].to(masks.dtype)[:, None, None] for chosen in (old, new))
-    return torch.where(masks == old_class, new_class, masks)
+def swap_classes(masks: Tensor, objects: Tensor, rng: torch.Generator) -> Tensor:
+    """Give another class to one class of each mask (B, H, W), both drawn of ``objects`` (T,)."""
+    draws = torch.rand(2, len(masks), len(objects), generator=rng, device=masks.device)
+    # In a mask without objects the first class is drawn, which has no pixel to change either.
+    old = draw_allowed(count_pixels(masks)[:, objects] > 0, draws[0])
+    others = torch.arange(len(objects), device=masks.device) != old[:, None]
+    new = draw_allowed(others, draws[1])
+    old, new = (objects[number].to(masks.dtype)[:, None, None] for number in (old, new))
+    return torch.where(masks == old, new, masks)
+
+
+def _draw_shifts(count: int, rng: torch.Generator) -> Tensor:
+    return -SHIFT + 2 * SHIFT * torch.rand(count, 2, generator=rng, device=rng.device)
+
+
+def _draw_scales(count: int, rng: torch.Generator) -> Tensor:
+    low, high = (torch.tensor(bound).log().item() for bound in SCALE)
+    return (low + (high - low) * torch.rand(count, generator=rng, device=rng.device)).exp()

@@ -1,4 +1,7 @@
-"""Perturb: additive and multiplicative Gaussian noise (Kumar et al. 2019; thesis section 2.2.1)."""
+"""Noise: additive and multiplicative Gaussian noise.
+
+"Perturb" of Kumar et al. 2019; thesis section 2.2.1.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from featurestore import VOID
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Labelled, SourceConfig
-from stages.segmentation.class_statistics import ClassStatistics
+from stages.augment.base import Augmented, Context, FeatureAugmenter, SourceConfig, VariantConfig
 from stages.segmentation.regions import labels_at
 
 
@@ -26,33 +29,32 @@ class NoiseConfig(SourceConfig):
     )
 
 
-class Noise(Augmenter):
-    """``x * (1 + m * e) + a * s * n`` with e, n from N(0, 1) at every value, and s the channel's standard deviation."""
+class Noise(FeatureAugmenter):
+    """``x * (1 + m * e) + a * s * n`` with e, n from N(0, 1) at every value.
 
-    def __init__(self, config: NoiseConfig, context: Context) -> None:
+    s is the standard deviation of the channel.
+    """
+
+    config: NoiseConfig
+
+    def __init__(self, config: VariantConfig, context: Context) -> None:
         super().__init__(config, context)
-        self.config = config
-        store, device = context.store, context.accelerator.device
-        overall = torch.from_numpy(store.stats.std).float().to(device)  # (C,)
+        overall = torch.from_numpy(self.store.stats.std).float().to(self.accelerator.device)  # (C,)
         self.deviations = overall.repeat(VOID + 1, 1)  # (256, C): a row a mask value
-        if config.deviation == "class":
-            by_class = ClassStatistics.of(store, context.positions, device)
-            there = by_class.images > 0
-            self.deviations[: len(there)][there] = by_class.deviations[there]
-        self.nonnegative = store.spec.nonnegative
+        if self.config.deviation == "class":
+            statistics = context.class_statistics()
+            present = (statistics.images > 0).nonzero().flatten()
+            self.deviations[present] = statistics.deviations[present]
 
+    @override
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """One noisy copy."""
+        features = batch.features
 
-        def noise() -> Tensor:
-            return torch.randn(batch.features.shape, generator=rng, device=batch.features.device)
+        def normal() -> Tensor:
+            return torch.randn(features.shape, generator=rng, device=features.device)
 
-        labels = labels_at(batch.masks, (batch.features.shape[2], batch.features.shape[3]))
-        deviations = self.deviations[labels].permute(0, 3, 1, 2)  # (B, h, w, C) -> (B, C, h, w)
-        noisy = (
-            batch.features * (1 + self.config.multiplicative * noise())
-            + self.config.additive * deviations * noise()
-        )
-        if self.nonnegative:  # as the backbone's are
-            noisy = noisy.clamp(min=0)
-        return Augmented([Labelled(noisy, [(batch.masks, 1.0)], self.config.weight)])
+        deviations = self.deviations[labels_at(batch.masks, features.shape[2:])]
+        deviations = deviations.permute(0, 3, 1, 2)  # (B, h, w, C) -> (B, C, h, w)
+        scaled = features * (1 + self.config.multiplicative * normal())
+        noisy = scaled + self.config.additive * deviations * normal()
+        return self.add(batch.masks, self.clamp(noisy))

@@ -1,4 +1,4 @@
-"""All augmenters by the name that a variant gives."""
+"""All augmenters, by the key ``augmenter`` of a variant."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from stages.augment.base import Augmenter, Context, VariantConfig
 from stages.augment.calibration import Calibration, CalibrationConfig
@@ -24,7 +24,7 @@ from stages.augment.linear_delta import LinearDelta, LinearDeltaConfig
 from stages.augment.mixup import Mixup, MixupConfig
 from stages.augment.noise import Noise, NoiseConfig
 from stages.augment.upsample import Upsample, UpsampleConfig
-from stages.common.config import Listed
+from stages.common.config import Listed, reason
 
 
 class NoneConfig(VariantConfig):
@@ -33,7 +33,7 @@ class NoneConfig(VariantConfig):
     augmenter: Literal["none"]
 
 
-AUGMENTERS: dict[type[VariantConfig], Callable[[Any, Context], Augmenter]] = {
+AUGMENTERS: dict[type[VariantConfig], Callable[..., Augmenter]] = {
     NoneConfig: Augmenter,
     DuplicateConfig: Duplicate,
     NoiseConfig: Noise,
@@ -56,71 +56,40 @@ Member: Any = Annotated[Union[_MEMBERS], Field(discriminator="augmenter")]  # no
 
 
 class CombinedConfig(VariantConfig):
-    """Variants of several augmenters."""
+    """Variants that combine several augmenters."""
 
     augmenter: Literal["combined"]
     of: Annotated[tuple[Member, ...], Listed, Field(min_length=2)]
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
+        shared = set(VariantConfig.model_fields) - {"augmenter"}
         for member in self.of:
-            if shared := sorted(
-                (set(VariantConfig.model_fields) - {"augmenter"}) & member.model_fields_set
-            ):
+            if misplaced := sorted(shared & member.model_fields_set):
                 raise ValueError(
-                    f"{shared[0]} of {member.augmenter} is for all that are combined; write it where augmenter: combined stands"
+                    f"{misplaced[0]} of {member.augmenter} is for all that are combined; write it"
+                    " where augmenter: combined stands"
                 )
             if getattr(member, "generator", None) == "joint":
                 raise ValueError(
                     "a joint generator learns with its own decoder alone; set generator: frozen"
                 )
-            try:  # what is for all must suit each
-                type(member).model_validate(
-                    {
-                        **member.model_dump(exclude_unset=True),
-                        "augment": self.augment,
-                        "view": self.view,
-                    }
-                )
+            # What applies to all members must suit each of them.
+            common = {"augment": self.augment, "view": self.view}
+            try:
+                type(member)(**member.model_dump(exclude_unset=True), **common)
             except ValidationError as error:
-                first = error.errors()[0]
-                wrong = ": ".join(
-                    [*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")]
-                )
-                raise ValueError(f"{member.augmenter} cannot be among them: {wrong}") from error
+                problem = error.errors()[0]
+                text = ": ".join([*map(str, problem["loc"]), reason(problem)])
+                raise ValueError(f"{member.augmenter} cannot be among them: {text}") from error
         if sum(member.augmenter == "isda" for member in self.of) > 1:
             raise ValueError("isda more than once is isda with another strength; name it once")
         return self
 
     @property
-    def needs_gan(self) -> bool:
-        """Where a member does."""
-        return any(member.needs_gan for member in self.of)
-
-    @property
-    def added_batches(self) -> int:
-        """Of all members."""
-        return sum(member.added_batches for member in self.of)
-
-    @property
-    def added_weights(self) -> tuple[float, ...]:
-        """Of all members'."""
-        return tuple(weight for member in self.of for weight in member.added_weights)
-
-    @property
-    def needs_mirrored(self) -> bool:
-        """Where a member does, or all read them."""
-        return super().needs_mirrored or any(member.needs_mirrored for member in self.of)
-
-    @property
-    def needs_classes(self) -> int:
-        """What the most demanding member does."""
-        return max(member.needs_classes for member in self.of)
-
-    @property
-    def needs_family(self) -> str | None:
-        """The members'; there is one generator."""
-        return next((member.needs_family for member in self.of if member.needs_family), None)
+    @override
+    def members(self) -> tuple[VariantConfig, ...]:
+        return self.of
 
 
 # One entry of section ``variants``: its key ``augmenter`` says which of these it is.
@@ -129,12 +98,12 @@ VARIANTS: TypeAdapter[dict[str, VariantConfig]] = TypeAdapter(dict[str, Variant]
 
 
 def build_augmenter(config: VariantConfig, context: Context) -> Augmenter:
-    """The augmenter that a variant describes.
+    """Build the augmenter that a variant describes.
 
     Raises
     ------
     ConfigError, DataError, FeatureStoreError
-        When it does not fit the store, or needs a GAN and there is no usable one.
+        When the augmenter does not fit the store, or needs a GAN and there is no usable one.
     """
     if isinstance(config, CombinedConfig):
         return Combined(config, context, [build_augmenter(member, context) for member in config.of])

@@ -1,4 +1,7 @@
-"""Upsample: images of rare classes more often (Kumar et al. 2019; thesis section 2.2.1)."""
+"""Upsampling: images of rare classes are drawn more often.
+
+Kumar et al. 2019; thesis section 2.2.1.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import Field
+from typing_extensions import override
 
 from featurestore import FeatureStore
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, SourceConfig, read_samples
+from stages.augment.base import Augmented, Context, FeatureAugmenter, SourceConfig, VariantConfig
 
 
 class UpsampleConfig(SourceConfig):
@@ -27,30 +31,45 @@ class UpsampleConfig(SourceConfig):
 
 
 def repeat_factors(store: FeatureStore, positions: np.ndarray, threshold: float) -> np.ndarray:
-    """(n,) how much more often than the others each sample is drawn: ``max over its classes of sqrt(threshold / share)``, 1 at least.
+    """Compute how often each sample is drawn, relative to a sample of frequent classes.
 
-    ``share`` is the share of the images that have the class (Gupta et al. 2019, LVIS).
+    The factor is ``max over its classes of sqrt(threshold / fraction)``, at least 1, where
+    ``fraction`` is the fraction of the images that have the class (Gupta et al. 2019, LVIS).
+
+    Parameters
+    ----------
+    store
+        Store of the masks.
+    positions
+        (n,) of the samples.
+    threshold
+        Fraction of the images below which a class is rare, 0..1.
+
+    Returns
+    -------
+    numpy.ndarray
+        (n,).
     """
     masks = (store.mask(int(position)) for position in positions)
-    there = np.stack(
-        [np.bincount(mask.ravel(), minlength=256)[: store.spec.num_classes] > 0 for mask in masks]
-    )  # (n, K)
-    shares = there.mean(0)
-    factors = np.sqrt(threshold / np.maximum(shares, 1 / len(there)))
-    return np.maximum(1.0, (there * factors).max(1))
+    counts = [np.bincount(mask.ravel(), minlength=256)[: store.spec.num_classes] for mask in masks]
+    present = np.stack(counts) > 0  # (n, K)
+    factors = np.sqrt(threshold / np.maximum(present.mean(0), 1 / len(present)))
+    return np.maximum(1.0, (present * factors).max(1))
 
 
-class Upsample(Augmenter):
-    """A second batch of real features, in which images of rare classes are more frequent."""
+class Upsample(FeatureAugmenter):
+    """Adds a second batch of real features, in which images of rare classes are more frequent."""
 
-    def __init__(self, config: UpsampleConfig, context: Context) -> None:
+    config: UpsampleConfig
+
+    def __init__(self, config: VariantConfig, context: Context) -> None:
         super().__init__(config, context)
-        self.store, self.positions, self.weight = context.store, context.positions, config.weight
-        factors = repeat_factors(context.store, context.positions, config.threshold)
-        self.chances = factors / factors.sum()
+        self.positions = context.positions
+        factors = repeat_factors(self.store, self.positions, self.config.threshold)
+        self.probabilities = factors / factors.sum()
 
+    @override
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        """As many samples, drawn with their chances."""
         drawing = np.random.default_rng([rng.initial_seed(), self.accelerator.process_index])
-        chosen = np.sort(drawing.choice(self.positions, len(batch), p=self.chances))
-        return Augmented([read_samples(self.store, chosen, batch.features.device, self.weight)])
+        chosen = drawing.choice(self.positions, len(batch), p=self.probabilities)
+        return self.add_samples(np.sort(chosen))

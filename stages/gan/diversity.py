@@ -1,4 +1,4 @@
-"""How varied generated feature vectors are, against the real ones of the same class."""
+"""How varied generated feature vectors are, compared with real ones of the same class."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ FEWEST = 20  # vectors of a class on each side; fewer say nothing about its vari
 
 
 def class_variances(vectors: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """(K,) variance of each class's vectors about their mean, summed over channels; NaN for a class with too few vectors.
+    """Compute the variance of each class's vectors about their mean, summed over channels.
 
     Parameters
     ----------
@@ -17,26 +17,35 @@ def class_variances(vectors: Tensor, labels: Tensor, num_classes: int) -> Tensor
         (n, C).
     labels
         (n,) classes.
+
+    Returns
+    -------
+    Tensor
+        (K,); NaN for a class with too few vectors.
     """
-    variances = torch.full((num_classes,), torch.nan)
-    for number in range(num_classes):
-        mine = vectors[labels == number]
-        if len(mine) >= FEWEST:
-            variances[number] = mine.var(0).sum()
-    return variances
+    groups = [vectors[labels == number] for number in range(num_classes)]
+    variances = [group.var(0).sum() if len(group) >= FEWEST else torch.nan for group in groups]
+    return torch.tensor(variances)
 
 
 def variance_ratios(real: Tensor, fake: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """(K,) generated over real variance of each class; near 0 where a class has collapsed, NaN where there are too few vectors."""
-    return class_variances(fake, labels, num_classes) / class_variances(
-        real, labels, num_classes
-    ).clamp(min=1e-12)
+    """Compute generated over real variance of each class.
+
+    Returns
+    -------
+    Tensor
+        (K,); near 0 for a collapsed class, NaN for a class with too few vectors.
+    """
+    real_variances = class_variances(real, labels, num_classes)
+    return class_variances(fake, labels, num_classes) / real_variances.clamp(min=1e-12)
 
 
 def draw_diversity(first: Tensor, second: Tensor, labels: Tensor, real_variances: Tensor) -> float:
-    """Mean squared distance of two draws of z at the same place of the same mask, over that of two real vectors of its class.
+    """Compare two draws of z at the same places of the same masks with two real vectors.
 
-    Two independent vectors of a class are 2 * variance apart; so 1: draws differ as strangers do, 0: z is ignored.
+    The mean squared distance of the draws is divided by that of two independent real vectors of the
+    class, which is twice their variance. 1: draws differ as unrelated real vectors do; 0: z is
+    ignored.
 
     Parameters
     ----------

@@ -1,7 +1,8 @@
 """How near generated feature vectors are to real ones, as distributions.
 
-All measures take vectors (n, C) of both sides. Distances between clouds of points say little in thousands of dimensions
-and need more points than dimensions, so callers reduce C first (:data:`DIMENSIONS`).
+All measures take vectors (n, C) of both sides. In thousands of dimensions distances between sets of
+vectors say little, and need more vectors than dimensions: callers reduce C to :data:`DIMENSIONS`
+first.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-DIMENSIONS = 64  # random orthonormal mixtures of the channels; a covariance of so many needs thousands of vectors, not millions
+DIMENSIONS = 64  # random orthonormal mixtures of the channels: a covariance needs few vectors
 NEIGHBOURS = 5  # Naeem et al. 2020
 
 
 class _Identity(nn.Identity):
-    """Stands where torchmetrics expects an Inception network: the vectors are features already."""
+    """Takes the place of torchmetrics' Inception network: the vectors are features already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -25,16 +26,17 @@ class _Identity(nn.Identity):
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
-    """Fréchet distance of the two sides' Gaussians (Heusel et al. 2017); 0 for equal moments.
+    """Compute the Fréchet distance of the two sides' Gaussians (Heusel et al. 2017).
+
+    It is 0 for equal moments.
 
     Parameters
     ----------
     real, fake
         (n, C) and (m, C); more vectors than dimensions on both sides.
     """
-    from torchmetrics.image.fid import (
-        FrechetInceptionDistance,  # seconds to import, which only a measurement pays for
-    )
+    # Seconds to import, and only a monitored training needs it.
+    from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(_Identity(real.shape[1]), sync_on_compute=False)
     metric.update(real, real=True)
@@ -45,46 +47,57 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 def kernel_distance(
     real: Tensor, fake: Tensor, *, subsets: int = 10, subset_size: int = 500
 ) -> float:
-    """Kernel distance (KID, Bińkowski et al. 2018), unbiased, so about 0, and below it by chance, for equal distributions.
+    """Compute the kernel distance (KID, Bińkowski et al. 2018).
+
+    The estimate is unbiased: for equal distributions it is near 0, and may be below 0.
 
     Parameters
     ----------
     real, fake
         (n, C) and (m, C).
     subsets, subset_size
-        It is averaged over so many random subsets of at most so many vectors.
+        Number of random subsets that are averaged, and the largest number of vectors in each.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    size = min(subset_size, len(real), len(fake))
+    network, size = _Identity(real.shape[1]), min(subset_size, len(real), len(fake))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
-        metric = KernelInceptionDistance(
-            _Identity(real.shape[1]), subsets=subsets, subset_size=size, sync_on_compute=False
-        )
+        metric = KernelInceptionDistance(network, subsets, size, sync_on_compute=False)
     metric.update(real, real=True)
     metric.update(fake, real=False)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # which subsets
+        torch.manual_seed(0)  # of the subsets
         return float(metric.compute()[0])
 
 
 def coverage(real: Tensor, fake: Tensor, *, neighbours: int = NEIGHBOURS) -> dict[str, float]:
-    """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
+    """Compute precision and recall (Kynkäänniemi et al. 2019), density and coverage.
 
-    A vector's ball reaches to its ``neighbours``-th nearest of its own side. Precision: share of generated vectors inside
-    some real ball; recall: share of real ones inside some generated ball; density: real balls around a generated vector, over
-    ``neighbours`` (may exceed 1); coverage: share of real balls with a generated vector inside.
+    Density and coverage are those of Naeem et al. 2020. The ball of a vector reaches to its
+    ``neighbours``-th nearest vector of the same side.
 
     Parameters
     ----------
     real, fake
         (n, C) and (m, C), n and m above ``neighbours``.
+
+    Returns
+    -------
+    precision
+        Fraction of generated vectors inside a real ball.
+    recall
+        Fraction of real vectors inside a generated ball.
+    density
+        Mean number of real balls around a generated vector, over ``neighbours``; may exceed 1.
+    coverage
+        Fraction of real balls with a generated vector inside.
     """
     across = torch.cdist(real, fake)  # (n, m)
-    # The nearest of one's own side is oneself, at distance 0.
-    real_reach = torch.cdist(real, real).kthvalue(neighbours + 1, dim=1).values  # (n,)
-    fake_reach = torch.cdist(fake, fake).kthvalue(neighbours + 1, dim=1).values  # (m,)
+    # A vector's nearest of its side is itself, at distance 0.
+    real_reach, fake_reach = (
+        torch.cdist(side, side).kthvalue(neighbours + 1, dim=1).values for side in (real, fake)
+    )  # (n,), (m,)
     in_real_ball = across < real_reach[:, None]
     return {
         "precision": float(in_real_ball.any(0).float().mean()),
@@ -95,9 +108,11 @@ def coverage(real: Tensor, fake: Tensor, *, neighbours: int = NEIGHBOURS) -> dic
 
 
 def two_sample_accuracy(real: Tensor, fake: Tensor) -> float:
-    """Classifier two-sample test (Lopez-Paz and Oquab 2017): held-out accuracy of a logistic regression, real against generated.
+    """Compute the accuracy of a classifier of real against generated vectors.
 
-    0.5: it cannot tell them apart; 1: it always can. Every second vector of each side is held out.
+    Classifier two-sample test (Lopez-Paz and Oquab 2017): a logistic regression learns from every
+    second vector of each side and is tested on the others. 0.5: it cannot tell the sides apart;
+    1: it always can.
     """
     from sklearn.linear_model import LogisticRegression
 

@@ -1,8 +1,8 @@
-"""Watching a GAN in training: is what it generates near the real features, as varied, and of the right class?
+"""Monitor of a GAN in training: are its features near real ones, as varied, of their class.
 
-Every measure compares the features of held-out images with features generated from their masks, at the same random
-labelled pixels, in the scale that the GAN sees. Masks, pixels and noise are drawn once a run, so
-that one epoch's figures can be compared with the next one's.
+Every measure compares features of held-out images with features generated from their masks, at the
+same random labelled pixels, in the scale that the GAN sees. Masks, pixels and noise are drawn once
+a run: the measures of two epochs can be compared.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from dataclasses import dataclass
 from itertools import islice
+from operator import gt, lt
 from typing import Literal
 
 import numpy as np
@@ -38,13 +38,35 @@ from stages.segmentation.metrics import confusion_matrix, score
 from stages.segmentation.regions import labels_at
 
 log = logging.getLogger(__name__)
-MEASURED = {
-    "every",
-    "samples",
-    "vectors",
-}  # settings that the figures depend on; the others decide what is said about them
+MEASURED = {"every", "samples", "vectors"}  # settings that the measures depend on
 FEWEST_VECTORS = 50  # labelled pixels, on each side
 PROBE_VECTORS = 4000  # real training vectors from which the probe learns the classes
+SAMPLES = 8  # generated at a time
+# What is a collapse: a setting, how a measure compares with it, and what is said of the measure.
+LIMITS = (
+    (
+        "max_accuracy",
+        gt,
+        "the discriminator is right about {:.1%} of real and of generated patches",
+    ),
+    (
+        "min_variance_ratio",
+        lt,
+        "generated features of a class vary {:.3f} times as much as real ones",
+    ),
+    ("min_coverage", lt, "generated features come near {:.1%} of the real ones"),
+    (
+        "min_consistency",
+        lt,
+        "generated features are of their mask's class {:.2f} times as well as real ones (by mIoU)",
+    ),
+    (
+        "max_frechet",
+        gt,
+        "generated features are {:.2f} times as far from real ones as at the start (Fréchet"
+        " distance)",
+    ),
+)
 
 
 class MonitorConfig(Config):
@@ -74,73 +96,109 @@ class MonitorConfig(Config):
     )
 
 
-@dataclass
-class _Pixels:
-    """Random labelled feature pixels of some samples: where, and their classes.
+class _PixelSample:
+    """Random labelled feature pixels of random samples of a store.
+
+    Parameters
+    ----------
+    scale
+        (C,) by which features are divided.
+    samples, vectors
+        Largest number of samples, and about how many pixels all of them have.
 
     Attributes
     ----------
-    samples
-        Positions in the store.
     masks
         (S, H, W) uint8.
     labels
-        (S, h, w) uint8 at the features' resolution.
-    chosen
-        For each sample the flat indices of its pixels.
+        (S, h, w) int64 at the features' resolution.
+    pixels
+        For each sample the flat indices of its chosen pixels.
+    classes, vectors
+        (n,) int64 and (n, C) float32 of the pixels.
     """
 
-    samples: list[int]
-    masks: Tensor
-    labels: Tensor
-    chosen: list[Tensor]
+    def __init__(
+        self,
+        store: FeatureStore,
+        scale: Tensor,
+        samples: int,
+        vectors: int,
+        rng: np.random.Generator,
+    ) -> None:
+        def read_masks(positions: list[int]) -> tuple[Tensor, Tensor]:
+            masks = torch.from_numpy(store.gather("masks", positions))
+            return masks, labels_at(masks, store.spec.feature_shape[1:])
 
-    @classmethod
-    def draw(
-        cls, store: FeatureStore, samples: int, vectors: int, rng: np.random.Generator
-    ) -> _Pixels:
-        _, height, width = store.spec.feature_shape
-
-        def is_labelled(position: int) -> bool:
-            return bool(
-                (
-                    labels_at(torch.from_numpy(store.gather("masks", [position])), (height, width))
-                    != VOID
-                ).any()
-            )
-
-        labelled = filter(is_labelled, rng.permutation(len(store)).tolist())
+        drawn = rng.permutation(len(store)).tolist()
+        labelled = (number for number in drawn if (read_masks([number])[1] != VOID).any())
         if not (positions := sorted(islice(labelled, samples))):
-            message = "the masks have no label at the features' resolution, by which the GAN could be watched; set it to 0, or label more"
+            message = (
+                "the masks have no label at the features' resolution, by which the GAN could be"
+                " watched; set it to 0, or label more"
+            )
             raise ConfigError("monitor.every", f"{store.path}: {message}")
-        masks = torch.from_numpy(store.gather("masks", positions))
-        labels = labels_at(masks, (height, width))
+        self.masks, self.labels = read_masks(positions)
         each = -(-vectors // len(positions))
-        chosen = [np.flatnonzero(label.numpy().ravel() != VOID) for label in labels]
-        return cls(
-            positions,
-            masks,
-            labels,
-            [torch.from_numpy(rng.permutation(places)[:each]) for places in chosen],
-        )
-
-    def classes(self) -> Tensor:
-        """(n,) int64 class of each chosen pixel."""
-        return torch.cat(
-            [
-                label.flatten()[places]
-                for label, places in zip(self.labels, self.chosen, strict=True)
-            ]
-        )
+        places = [np.flatnonzero(label.numpy() != VOID) for label in self.labels]
+        self.pixels = [torch.from_numpy(rng.permutation(indices)[:each]) for indices in places]
+        self.classes = _pick(self.labels[:, None], self.pixels)[:, 0]
+        if (count := len(self.classes)) < FEWEST_VECTORS:
+            message = (
+                f"{store.path}: {count} labelled feature pixels are too few to watch the GAN by;"
+                " raise it, label more, or set monitor.every to 0"
+            )
+            raise ConfigError("monitor.samples", message, expected=FEWEST_VECTORS, actual=count)
+        maps = (torch.from_numpy(store.features(number).copy())[None] for number in positions)
+        vectors_of = [
+            _pick(features, [pixels]) for features, pixels in zip(maps, self.pixels, strict=True)
+        ]
+        self.vectors = torch.cat(vectors_of).float() / scale
 
 
-def _vectors(features: Tensor, chosen: list[Tensor]) -> Tensor:
-    """(S, C, h, w) at each sample's chosen pixels -> (n, C) float32 on the CPU."""
-    parts = [
-        sample.flatten(1)[:, places.to(sample.device)].T
-        for sample, places in zip(features, chosen, strict=True)
-    ]
-    return torch.cat(parts).float().cpu()
+def _pick(maps: Tensor, pixels: list[Tensor]) -> Tensor:
+    """Pick the pixels, flat indices a sample, of maps (S, C, h, w): (n, C)."""
+    samples = zip(maps, pixels, strict=True)
+    return torch.cat([sample.flatten(1)[:, index.to(maps.device)].T for sample, index in samples])
+
+
+class _Probe:
+    """A linear classifier of real vectors: the cheapest decoder that never saw a generated one.
+
+    Parameters
+    ----------
+    vectors, labels
+        Training samples (n, C) and (n,).
+    num_classes
+        K.
+    """
+
+    def __init__(self, vectors: Tensor, labels: Tensor, num_classes: int) -> None:
+        self.weight = torch.zeros(num_classes, vectors.shape[1])
+        self.bias = torch.full((num_classes,), -torch.inf)
+        classes = labels.unique()
+        self.bias[classes] = 0
+        if len(classes) > 1:
+            self.weight[classes], self.bias[classes] = self._fit(vectors, labels)
+
+    @staticmethod
+    def _fit(vectors: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Fit weights (T, C) and biases (T,) of the T > 1 classes in ``labels``."""
+        # A second to import, and only a monitored training needs it.
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
+        with warnings.catch_warnings():  # a hundred steps are enough to tell classes apart
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            fitted = LogisticRegression(C=0.1, max_iter=100).fit(vectors.numpy(), labels.numpy())
+        weight, bias = (torch.from_numpy(x).float() for x in (fitted.coef_, fitted.intercept_))
+        if len(bias) == 1:  # scikit-learn keeps one row for two classes
+            return torch.cat([-weight, weight]), torch.cat([-bias, bias])
+        return weight, bias
+
+    def predict(self, vectors: Tensor) -> Tensor:
+        """Predict the classes (n,) of vectors (n, C)."""
+        return torch.addmm(self.bias, vectors, self.weight.T).argmax(1)
 
 
 class Monitor:
@@ -149,9 +207,10 @@ class Monitor:
     Parameters
     ----------
     config
-        How often, on how much, and what counts as a collapse.
+        How often, on how many samples, and what is a collapse.
     train, held_out
-        Stores: from the first one's features a linear probe learns the classes; the second one's are compared with.
+        Stores. A linear probe learns the classes from features of ``train``; generated features are
+        compared with features of ``held_out``.
     feature_scale
         (1, C, 1, 1) by which features are divided.
     seed
@@ -168,202 +227,138 @@ class Monitor:
         feature_scale: Tensor,
         seed: int,
     ) -> None:
-        self.config = config
-        self.accelerator = accelerator
+        self.config, self.accelerator = config, accelerator
         self.class_names = held_out.spec.class_names
-        self._warned = False
-        self._seed = seed
+        self._seed, self._warned = seed, False
         self._measures = bool(config.every) and accelerator.is_main_process
-        if not self._measures:
-            return
-        rng = np.random.default_rng([seed, 0])
-        scale = feature_scale.flatten().cpu()
-        pixels = self._pixels = _Pixels.draw(held_out, config.samples, config.vectors, rng)
-        learned = _Pixels.draw(train, 2 * config.samples, max(PROBE_VECTORS, config.vectors), rng)
-        for store, count in ((held_out, len(pixels.classes())), (train, len(learned.classes()))):
-            if count < FEWEST_VECTORS:
-                message = f"{count} labelled feature pixels are too few to watch the GAN by; raise it, label more, or set monitor.every to 0"
-                raise ConfigError(
-                    "monitor.samples",
-                    f"{store.path}: {message}",
-                    expected=FEWEST_VECTORS,
-                    actual=count,
-                )
+        if self._measures:
+            self._learn(train, held_out, feature_scale.flatten().cpu())
 
-        def read(store: FeatureStore, some: _Pixels) -> Tensor:
-            parts = []
-            for position, chosen in zip(some.samples, some.chosen, strict=True):
-                parts.append(
-                    _vectors(torch.from_numpy(store.features(position).copy())[None], [chosen])
-                )
-            return torch.cat(parts) / scale
-
-        self._real, self._labels = read(held_out, pixels), pixels.classes()
-        others, other_labels = read(train, learned), learned.classes()
-        self._real_variances = class_variances(self._real, self._labels, len(self.class_names))
+    def _learn(self, train: FeatureStore, held_out: FeatureStore, scale: Tensor) -> None:
+        """Draw the pixels, learn the probe, and measure what real features are measured at."""
+        config, classes, channels = self.config, len(self.class_names), len(scale)
+        rng = np.random.default_rng([self._seed, 0])
+        real = _PixelSample(held_out, scale, config.samples, config.vectors, rng)
+        count = max(PROBE_VECTORS, config.vectors)
+        learned = _PixelSample(train, scale, 2 * config.samples, count, rng)
+        self._real, self._probe = real, _Probe(learned.vectors, learned.classes, classes)
+        self._real_variances = class_variances(real.vectors, real.classes, classes)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            channels = len(scale)
-            self._mix = RandomProjection(channels, min(channels, DIMENSIONS)).weight.flatten(
-                1
-            )  # (P, C)
+            torch.manual_seed(self._seed)
+            projection = RandomProjection(channels, min(channels, DIMENSIONS))
+        self._mixture = projection.weight.flatten(1).T  # (C, P)
         # What two sets of real features measure: no generator can be expected below it.
-        floor = others[torch.from_numpy(rng.permutation(len(others))[: len(self._real)])]
-        self._floors = {
-            "monitor/frechet_floor": frechet_distance(
-                self._real @ self._mix.T, floor @ self._mix.T
-            ),
-            "monitor/kernel_floor": kernel_distance(self._real @ self._mix.T, floor @ self._mix.T),
+        chosen = rng.permutation(len(learned.vectors))[: len(real.vectors)]
+        mixed = [side @ self._mixture for side in (real.vectors, learned.vectors[chosen])]
+        confusion = confusion_matrix(self._probe.predict(real.vectors), real.classes, classes)
+        self._references = {
+            "monitor/frechet_floor": frechet_distance(*mixed),
+            "monitor/kernel_floor": kernel_distance(*mixed),
+            "monitor/consistency_real": score(confusion, self.class_names).miou,
         }
-        self._learn_probe(others, other_labels)
-        real_scores = confusion_matrix(self._probe(self._real), self._labels, len(self.class_names))
-        self._floors["monitor/consistency_real"] = score(real_scores, self.class_names).miou
 
     def due(self, epoch: int, epochs: int) -> bool:
-        """Whether to measure after this epoch: every so many, and after the last."""
-        return bool(self.config.every) and (
-            (epoch + 1) % self.config.every == 0 or epoch + 1 == epochs
-        )
+        """Whether to measure after this epoch: every N epochs, and after the last."""
+        every = self.config.every
+        return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
 
     @torch.no_grad()
     def measure(self, generator: FeatureGenerator) -> dict[str, float]:
-        """All measures of a generator, by their names in the logs; of several processes the main one measures."""
+        """Compute all measures of a generator, by their names in the logs.
+
+        Only the main process measures; the others return nothing.
+        """
         if not self._measures:
             return {}
         was_training = generator.training
-        generator.eval()
-        device, pixels = self.accelerator.device, self._pixels
+        fake, again, predicted = self._generate(generator.eval())
+        generator.train(was_training)
+        if not fake.isfinite().all():  # no other measure takes such features
+            return {"monitor/frechet": math.inf, **self._references}
+        real, classes = self._real, len(self.class_names)
+        mixed = [side @ self._mixture for side in (real.vectors, fake)]
+        confusion = confusion_matrix(predicted, real.labels.flatten(), classes)
+        consistency = score(confusion, self.class_names)
+        by_class = {name.replace(" ", "_"): iou for name, iou in consistency.iou.items()}
+        ratios = variance_ratios(real.vectors, fake, real.classes, classes)
+        values = {
+            "frechet": frechet_distance(*mixed),
+            "kernel": kernel_distance(*mixed),
+            **coverage(*mixed),
+            "two_sample_accuracy": two_sample_accuracy(real.vectors, fake),
+            "variance_ratio": float(ratios[~ratios.isnan()].mean()),
+            "diversity": draw_diversity(fake, again, real.classes, self._real_variances),
+            "consistency": consistency.miou,
+            **{f"class_consistency/{name}": iou for name, iou in by_class.items()},
+        }
+        row = {f"monitor/{name}": value for name, value in values.items() if value is not None}
+        # The first generator that is measured is the one at the start.
+        start = self._references.get("monitor/frechet_start", row["monitor/frechet"])
+        self._references["monitor/frechet_start"] = start
+        return {**row, **self._references}
+
+    def _generate(self, generator: FeatureGenerator) -> tuple[Tensor, Tensor, Tensor]:
+        """Generate features from the masks of the sample.
+
+        Returns
+        -------
+        fake, again
+            Two draws (n, C) at the sample's pixels.
+        predicted
+            (S*h*w,) the probe's classes of all pixels of the first draw.
+        """
+        device, sample = self.accelerator.device, self._real
         rng = torch.Generator(device).manual_seed(self._seed)
-        draws: list[list[Tensor]] = [[], []]
-        confusion = torch.zeros(len(self.class_names), len(self.class_names), dtype=torch.int64)
-        for start in range(0, len(pixels.samples), 8):
-            part = slice(start, start + 8)
-            masks = pixels.masks[part].to(device)
+        parts = []
+        for start in range(0, len(sample.masks), SAMPLES):
+            part = slice(start, start + SAMPLES)
+            masks = sample.masks[part].to(device)
             z = torch.randn(2 * len(masks), generator.z_dim, generator=rng, device=device)
             with self.accelerator.autocast():
-                both = generator(z, masks).float().chunk(2)
-            for vectors, features in zip(draws, both, strict=True):
-                vectors.append(_vectors(features, pixels.chosen[part]))
-            predicted = self._probe(
-                both[0].permute(0, 2, 3, 1).flatten(0, 2).cpu()
-            )  # (S, C, h, w) -> (S*h*w, C)
-            confusion += confusion_matrix(
-                predicted, pixels.labels[part].flatten(), len(self.class_names)
-            )
-        generator.train(was_training)
-        fake, again = (torch.cat(vectors) for vectors in draws)
-        if not fake.isfinite().all():  # no other measure takes such features
-            return {"monitor/frechet": math.inf, **self._floors}
-        real_mixed, fake_mixed = self._real @ self._mix.T, fake @ self._mix.T
-        consistency = score(confusion, self.class_names)
-        ratios = variance_ratios(self._real, fake, self._labels, len(self.class_names))
-        values = {
-            "frechet": frechet_distance(real_mixed, fake_mixed),
-            "kernel": kernel_distance(real_mixed, fake_mixed),
-            **coverage(real_mixed, fake_mixed),
-            "two_sample_accuracy": two_sample_accuracy(self._real, fake),
-            "variance_ratio": float(ratios[~ratios.isnan()].mean()),
-            "diversity": draw_diversity(fake, again, self._labels, self._real_variances),
-            "consistency": consistency.miou,
-            **{
-                f"class_consistency/{name.replace(' ', '_')}": iou
-                for name, iou in consistency.iou.items()
-                if iou is not None
-            },
-        }
-        row = {**{f"monitor/{name}": value for name, value in values.items()}, **self._floors}
-        self._floors.setdefault(
-            "monitor/frechet_start", row["monitor/frechet"]
-        )  # the first generator measured is the one at the start
-        return {**row, **self._floors}
+                draws = generator(z, masks).float().chunk(2)
+            vectors = [_pick(draw, sample.pixels[part]).cpu() for draw in draws]
+            everywhere = draws[0].permute(0, 2, 3, 1).flatten(0, 2)  # (S, C, h, w) -> (S*h*w, C)
+            parts.append((*vectors, self._probe.predict(everywhere.cpu())))
+        fake, again, predicted = (torch.cat(values) for values in zip(*parts, strict=True))
+        return fake, again, predicted
 
     def check(self, row: dict[str, float], epoch: int) -> CollapseError | None:
-        """Say so, once, when an epoch's figures are those of a collapse.
+        """Report, once, that the measures of an epoch are those of a collapse.
 
         Returns
         -------
         CollapseError or None
-            Where ``on_collapse`` is ``stop``, what is to be raised once the state is saved.
+            Where ``on_collapse`` is ``stop``, the error to raise after the state is saved.
         """
         if self._warned or epoch + 1 <= self.config.patience:
             return None
-        reason = agree(
-            self.collapse(row)
-        )  # the main process alone has measured, and all must stop or go on
-        if reason is None:
+        # Only the main process has measured, and all processes must stop or continue together.
+        if (reason := agree(self.collapse(row))) is None:
             return None
         self._warned = True
         message = f"epoch {epoch + 1}: the GAN collapses: {reason}"
         if self.config.on_collapse == "stop":
-            return CollapseError(
-                f"{message}; train with other settings, or set monitor.on_collapse to warn"
-            )
+            remedy = "train with other settings, or set monitor.on_collapse to warn"
+            return CollapseError(f"{message}; {remedy}")
         if self.accelerator.is_main_process:
             log.warning(message)
         return None
 
     def collapse(self, row: dict[str, float]) -> str | None:
-        """What is wrong, with the figure, or None."""
-        config = self.config
-        right = min(
-            row.get("discriminator/accuracy_real", 0.0), row.get("discriminator/accuracy_fake", 0.0)
-        )  # a flow has none
-        if right > config.max_accuracy:
-            what = f"the discriminator is right about {right:.1%} of real and of generated patches"
-            return f"{what} (monitor.max_accuracy is {config.max_accuracy})"
-        if "monitor/frechet" not in row:  # not measured after this epoch
-            return None
-        if math.isinf(row["monitor/frechet"]):
-            return "generated features are no finite numbers"
-        ratio, covered = row["monitor/variance_ratio"], row["monitor/coverage"]
-        right_class = row["monitor/consistency"] / max(row["monitor/consistency_real"], 1e-12)
-        further = row["monitor/frechet"] / max(row["monitor/frechet_start"], 1e-12)
-        if ratio < config.min_variance_ratio:
-            what = f"generated features of a class vary {ratio:.3f} times as much as real ones"
-            return f"{what} (monitor.min_variance_ratio is {config.min_variance_ratio})"
-        if covered < config.min_coverage:
-            return f"generated features come near {covered:.1%} of the real ones (monitor.min_coverage is {config.min_coverage})"
-        if right_class < config.min_consistency:
-            what = f"generated features are of their mask's class {right_class:.2f} times as well as real ones (by mIoU)"
-            return f"{what} (monitor.min_consistency is {config.min_consistency})"
-        if further > config.max_frechet:
-            what = f"generated features are {further:.2f} times as far from real ones as at the start (Fréchet distance)"
-            return f"{what} (monitor.max_frechet is {config.max_frechet})"
-        return None
-
-    # -- the probe ---------------------------------------------------------------------------------
-
-    def _learn_probe(self, vectors: Tensor, labels: Tensor) -> None:
-        """A linear classifier of real vectors: the cheapest decoder that has never seen a generated one."""
-        from sklearn.exceptions import (
-            ConvergenceWarning,  # a second to import, which only a training that is watched pays for
-        )
-        from sklearn.linear_model import LogisticRegression
-
-        if len(labels.unique()) < 2:  # nothing to tell apart
-            self._weight, self._bias = (
-                torch.zeros(len(self.class_names), vectors.shape[1]),
-                torch.zeros(len(self.class_names)),
-            )
-            self._bias[labels[:1]] = 1
-            return
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", ConvergenceWarning
-            )  # a hundred steps are enough to tell classes apart
-            classifier = LogisticRegression(C=0.1, max_iter=100).fit(
-                vectors.numpy(), labels.numpy()
-            )
-        weight, bias = (
-            torch.from_numpy(part).float() for part in (classifier.coef_, classifier.intercept_)
-        )
-        if len(classifier.classes_) == 2:  # scikit-learn keeps one row for two classes
-            weight, bias = torch.cat([-weight, weight]), torch.cat([-bias, bias])
-        classes = torch.from_numpy(classifier.classes_)
-        self._weight = torch.zeros(len(self.class_names), vectors.shape[1])
-        self._bias = torch.full((len(self.class_names),), -torch.inf)
-        self._weight[classes], self._bias[classes] = weight, bias
-
-    def _probe(self, vectors: Tensor) -> Tensor:
-        """(n, C) -> (n,) predicted classes."""
-        return torch.addmm(self._bias, vectors, self._weight.T).argmax(1)
+        """Say what is wrong with the measures of an epoch, or None."""
+        frechet = row.get("monitor/frechet")  # None: not measured after this epoch
+        sides = ("discriminator/accuracy_real", "discriminator/accuracy_fake")
+        measures = {"max_accuracy": min(row.get(side, 0.0) for side in sides)}  # a flow has none
+        if frechet is not None and math.isfinite(frechet):
+            real_consistency = max(row["monitor/consistency_real"], 1e-12)
+            measures |= {
+                "min_variance_ratio": row["monitor/variance_ratio"],
+                "min_coverage": row["monitor/coverage"],
+                "min_consistency": row["monitor/consistency"] / real_consistency,
+                "max_frechet": frechet / max(row["monitor/frechet_start"], 1e-12),
+            }
+        for setting, exceeds, text in LIMITS:
+            limit = getattr(self.config, setting)
+            if setting in measures and exceeds(measures[setting], limit):
+                return f"{text.format(measures[setting])} (monitor.{setting} is {limit})"
+        return "generated features are no finite numbers" if frechet == math.inf else None

@@ -1,4 +1,4 @@
-"""What FeatureGAN is trained for: one batch through its networks, and the losses of Algorithm 1."""
+"""One batch through FeatureGAN's networks, and the losses of Algorithm 1."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ class Objective:
     lambda_feat, lambda_kld
         Weights of the feature matching and KLD losses.
     lambda_rec
-        Weight of the mean squared difference between generated features and the real ones of the same mask; 0: none.
+        Weight of the mean squared difference of generated features from the real ones of the same
+        mask; 0: none.
     r1_gamma, r1_every
-        Weight of R1, which is added every so many steps with so many times its weight (Karras et al. 2020, appendix B); 0: never.
+        Weight of R1, and N: R1 is applied every N steps, scaled by N (lazy R1, Karras et al. 2020,
+        appendix B). Weight 0: never.
     diffaugment
-        Names in :data:`stages.segmentation.transforms.TRANSFORMS`: what is done to features and masks in front of the discriminator.
+        Names in :data:`stages.segmentation.transforms.TRANSFORMS`: transformations of features and
+        masks in front of the discriminator.
     """
 
     adversarial_loss: str = "hinge"
@@ -53,7 +56,7 @@ class Step:
     generator_loss, discriminator_loss
         The sums to back-propagate.
     terms
-        Every single loss, detached, by its name in the logs.
+        Each loss, detached, by its name in the logs.
     """
 
     fake: Tensor
@@ -77,7 +80,7 @@ def forward(
 ) -> Step:
     """Generate, discriminate, and sum the losses of Algorithm 1 up to the segmentation terms.
 
-    The discriminator is called once, and that call serves both updates, as in Algorithm 1.
+    One call of the discriminator serves both updates, as in Algorithm 1.
 
     Parameters
     ----------
@@ -94,94 +97,81 @@ def forward(
     rng
         Source of all other random numbers, on the tensors' device.
     step
-        Number of the step, for what is done every so many.
+        Number of the step, for the lazy R1.
     """
     terms: dict[str, Tensor] = {}
 
     # Features generated from noise.
-    z, extra = noise, real.new_zeros(())
+    z, regularisation = noise, real.new_zeros(())
     if image_encoder is not None:
-        mu, logvar = (part.float() for part in image_encoder(images))
+        mu, logvar = (output.float() for output in image_encoder(images))
         ratio = len(noise) // len(real)
         z = sample_z(mu.repeat(ratio, 1), logvar.repeat(ratio, 1), noise)
         terms["generator/kld"] = losses.kl_divergence(mu, logvar)
-        extra = objective.lambda_kld * terms["generator/kld"]
+        regularisation = objective.lambda_kld * terms["generator/kld"]
     fake = generator(z, masks)
     if objective.lambda_rec:
         terms["generator/reconstruction"] = losses.reconstruction(real, fake)
-        extra = extra + objective.lambda_rec * terms["generator/reconstruction"]
+        regularisation = regularisation + objective.lambda_rec * terms["generator/reconstruction"]
 
-    # Scores of both, and each layer's activations; averaged over the discriminator's scales.
-    (real_seen, fake_seen), masks_seen = augment([real, fake], masks, objective.diffaugment, rng)
-    of_real, of_fake = discriminator([real_seen, fake_seen], masks_seen)
-    labels = labels_at(masks_seen, (real.shape[2], real.shape[3]))
-    discriminator_terms, generator_term = losses.ADVERSARIAL[objective.adversarial_loss]
-    pairs = list(zip(of_real.scores, of_fake.scores, strict=True))
-    by_scale = [discriminator_terms(ours.float(), theirs.float(), labels) for ours, theirs in pairs]
-    terms["discriminator/real"], terms["discriminator/fake"] = (
-        torch.stack(term).mean() for term in zip(*by_scale, strict=True)
-    )
-    terms["generator/adversarial"] = torch.stack(
-        [generator_term(theirs.float(), labels) for _, theirs in pairs]
-    ).mean()
+    # Scores of both and activations of the discriminator; means over its scales.
+    seen, masks_seen = augment([real, fake], masks, objective.diffaugment, rng)
+    of_real, of_fake = discriminator(seen, masks_seen)
+    labels = labels_at(masks_seen, real.shape[2:])
+    adversarial = losses.ADVERSARIAL[objective.adversarial_loss]
+    for name, loss, scores in (
+        ("discriminator/real", adversarial.real, of_real.scores),
+        ("discriminator/fake", adversarial.fake, of_fake.scores),
+        ("generator/adversarial", adversarial.generator, of_fake.scores),
+    ):
+        terms[name] = torch.stack([loss(each.float(), labels) for each in scores]).mean()
     layers = [[layer.float() for layer in side.layers] for side in (of_real, of_fake)]
-    terms["generator/feature_matching"] = losses.feature_matching(*layers) / len(pairs)
-    terms.update(_accuracies(objective, pairs, labels))
+    matching = losses.feature_matching(*layers) / len(of_real.scores)
+    terms["generator/feature_matching"] = matching
+    terms |= _accuracies(objective, of_real.scores, of_fake.scores)
 
     # Penalties on the discriminator's gradient.
     discriminator_loss = terms["discriminator/real"] + terms["discriminator/fake"]
 
-    def score(features: Tensor) -> Tensor:
+    def discriminate(features: Tensor) -> Tensor:
         (judgement,) = discriminator([features], masks_seen)
         return torch.cat([scores.flatten(1) for scores in judgement.scores], dim=1)
 
     if objective.adversarial_loss == "wasserstein-gp":
         mix = torch.rand(len(real), generator=rng, device=real.device)
-        terms["discriminator/gradient_penalty"] = losses.gradient_penalty(
-            score, real_seen, fake_seen[: len(real)].float(), mix
-        )
-        discriminator_loss = discriminator_loss + PENALTY * terms["discriminator/gradient_penalty"]
+        fake_seen = seen[1][: len(real)].float()
+        penalty = losses.gradient_penalty(discriminate, seen[0], fake_seen, mix)
+        terms["discriminator/gradient_penalty"] = penalty
+        discriminator_loss = discriminator_loss + PENALTY * penalty
     if objective.r1_gamma and step % objective.r1_every == 0:
-        terms["discriminator/r1"] = losses.r1_penalty(score, real_seen)
-        discriminator_loss = (
-            discriminator_loss
-            + objective.r1_every * objective.r1_gamma / 2 * terms["discriminator/r1"]
-        )
+        penalty = losses.r1_penalty(discriminate, seen[0])
+        terms["discriminator/r1"] = penalty
+        weight = objective.r1_every * objective.r1_gamma / 2
+        discriminator_loss = discriminator_loss + weight * penalty
 
     generator_loss = (
-        terms["generator/adversarial"]
-        + objective.lambda_feat * terms["generator/feature_matching"]
-        + extra
+        terms["generator/adversarial"] + objective.lambda_feat * matching + regularisation
     )
-    return Step(
-        fake,
-        generator_loss,
-        discriminator_loss,
-        {name: term.detach() for name, term in terms.items()},
-    )
+    detached = {name: term.detach() for name, term in terms.items()}
+    return Step(fake, generator_loss, discriminator_loss, detached)
 
 
-def _accuracies(
-    objective: Objective, pairs: list[tuple[Tensor, Tensor]], labels: Tensor
-) -> dict[str, Tensor]:
-    """Shares of real and of generated patches that the discriminator takes for what they are."""
-    if objective.adversarial_loss == "segmentation":
-        real, fake = pairs[0]
-        last = real.shape[1] - 1
-        return {
-            "discriminator/accuracy_real": (real.argmax(1) != last).float().mean(),
-            "discriminator/accuracy_fake": (fake.argmax(1) == last).float().mean(),
-        }
-    # A critic's scores have no zero; the middle between the two means takes its place.
-    critic = objective.adversarial_loss.startswith("wasserstein")
-    middles = [(real.mean() + fake.mean()) / 2 if critic else 0.0 for real, fake in pairs]
-    right_real = [
-        (real > middle).float().mean() for (real, _), middle in zip(pairs, middles, strict=True)
-    ]
-    right_fake = [
-        (fake < middle).float().mean() for (_, fake), middle in zip(pairs, middles, strict=True)
-    ]
+def _accuracies(objective: Objective, real: list[Tensor], fake: list[Tensor]) -> dict[str, Tensor]:
+    """Compute the fractions of real and of generated patches that the discriminator recognises.
+
+    ``real`` and ``fake`` are its scores, one tensor a scale.
+    """
+    if objective.adversarial_loss == "segmentation":  # the last class is "generated"
+        real_correct = [scores.argmax(1) != scores.shape[1] - 1 for scores in real]
+        fake_correct = [scores.argmax(1) == scores.shape[1] - 1 for scores in fake]
+    else:
+        # A critic's scores have no zero: the middle between the two means takes its place.
+        critic = objective.adversarial_loss.startswith("wasserstein")
+        pairs = zip(real, fake, strict=True)
+        middles = [(one.mean() + other.mean()) / 2 if critic else 0.0 for one, other in pairs]
+        real_correct = [scores > middle for scores, middle in zip(real, middles, strict=True)]
+        fake_correct = [scores < middle for scores, middle in zip(fake, middles, strict=True)]
     return {
-        "discriminator/accuracy_real": torch.stack(right_real).mean(),
-        "discriminator/accuracy_fake": torch.stack(right_fake).mean(),
+        f"discriminator/accuracy_{side}": torch.stack([x.float().mean() for x in correct]).mean()
+        for side, correct in (("real", real_correct), ("fake", fake_correct))
     }

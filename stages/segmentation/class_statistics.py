@@ -11,6 +11,8 @@ from torch import Tensor
 from featurestore import FeatureStore
 from stages.segmentation.regions import Regions
 
+SAMPLES = 16  # read at a time
+
 
 @dataclass(frozen=True)
 class ClassStatistics:
@@ -19,13 +21,13 @@ class ClassStatistics:
     Attributes
     ----------
     means, deviations
-        (K, C) of the class's pixels; 0 for a class without one.
+        (K, C) of the vectors of each class; 0 for a class without feature pixels.
     pixels
-        (K,) how many it has.
+        (K,) number of feature pixels of each class.
     images
-        (K,) how many have the class.
+        (K,) number of images with feature pixels of each class.
     centres
-        For each class (n, C): the mean features of its regions, one a image.
+        For each class (n, C): the mean features of its regions, one an image.
     """
 
     means: Tensor
@@ -38,25 +40,24 @@ class ClassStatistics:
     def of(
         cls, store: FeatureStore, positions: np.ndarray, device: torch.device
     ) -> ClassStatistics:
-        """Statistics of the samples of a store at ``positions``, in one pass over them."""
+        """Compute the statistics of the samples of a store at ``positions``, in one pass."""
         classes, channels = store.spec.num_classes, store.spec.feature_shape[0]
         sums, squares = torch.zeros(2, classes, channels, dtype=torch.float64, device=device)
         counts = torch.zeros(classes, dtype=torch.float64, device=device)
-        centres: list[list[Tensor]] = [[] for _ in range(classes)]
-        for start in range(0, len(positions), 16):
-            part = positions[start : start + 16]
-            features = torch.from_numpy(store.gather("features", part)).to(device).float()
-            regions = Regions.of(
-                features, torch.from_numpy(store.gather("masks", part)).to(device), classes
-            )
-            sizes = regions.shares.sum(2)  # (B, K)
+        by_batch: list[list[Tensor]] = []
+        for start in range(0, len(positions), SAMPLES):
+            rows = positions[start : start + SAMPLES]
+            features = torch.from_numpy(store.gather("features", rows)).to(device).float()
+            masks = torch.from_numpy(store.gather("masks", rows)).to(device)
+            regions = Regions.of(features, masks, classes)
+            sizes = regions.one_hot.sum(2)  # (B, K)
             counts += sizes.sum(0)
             sums += (regions.centres * sizes[..., None]).sum(0)
-            squares += torch.einsum("bkp,bcp->kc", regions.shares, features.flatten(2).square())
-            for number in range(classes):
-                centres[number].append(regions.centres[regions.present[:, number], number])
+            squares += torch.einsum("bkp,bcp->kc", regions.one_hot, features.flatten(2).square())
+            by_class = zip(regions.centres.unbind(1), regions.present.unbind(1), strict=True)
+            by_batch.append([rows[present] for rows, present in by_class])
         means = sums / counts.clamp(min=1)[:, None]
         variances = squares / counts.clamp(min=1)[:, None] - means.square()
-        joined = [torch.cat(parts) for parts in centres]
-        images = torch.tensor([len(rows) for rows in joined], device=device)
-        return cls(means.float(), variances.clamp(min=0).sqrt().float(), counts, images, joined)
+        centres = [torch.cat(batches) for batches in zip(*by_batch, strict=True)]
+        images = torch.tensor([len(rows) for rows in centres], device=device)
+        return cls(means.float(), variances.clamp(min=0).sqrt().float(), counts, images, centres)

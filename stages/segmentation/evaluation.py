@@ -1,4 +1,4 @@
-"""Scoring a decoder on cached features."""
+"""Predictions and scores of a decoder on cached features."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ from stages.segmentation.metrics import Scores, confusion_matrices, confusion_ma
 
 @torch.no_grad()
 def predict(accelerator: Accelerator, decoder: Decoder, batch: Batch) -> Tensor:
-    """(B, H, W) int64 classes.
+    """Predict the class of each mask pixel of a batch.
 
-    Scores are interpolated in float32, as a decoder in use does it (in bfloat16 a pixel of a thousand has two highest ones),
-    and one sample at a time: those of a whole batch at the masks' size may be gigabytes.
+    Logits are upsampled in float32, as a decoder in use does: in bfloat16 a pixel in a thousand has
+    two highest logits. One sample is upsampled at a time, because the logits of a whole batch at
+    the masks' size may take gigabytes.
+
+    Returns
+    -------
+    Tensor
+        (B, H, W) int64.
     """
-    real, size = (
-        batch.features.float().contiguous(memory_format=torch.channels_last),
-        tuple(batch.masks.shape[-2:]),
-    )
+    features = batch.features.float().contiguous(memory_format=torch.channels_last)
+    size = tuple(batch.masks.shape[-2:])
     with accelerator.autocast():
-        scores = decoder(real)
-    return torch.cat(
-        [
-            F.interpolate(one[None].float(), size, mode="bilinear", align_corners=False).argmax(1)
-            for one in scores
-        ]
+        logits = decoder(features)
+    upsampled = (
+        F.interpolate(sample[None].float(), size, mode="bilinear", align_corners=False)
+        for sample in logits
     )
+    return torch.cat([sample.argmax(1) for sample in upsampled])
 
 
 def evaluate(
@@ -42,37 +45,31 @@ def evaluate(
     batches: Iterable[Batch],
     class_names: tuple[str, ...],
 ) -> Scores:
-    """Scores of a decoder over a whole split, of which each process has its part."""
+    """Score a decoder on a whole split; each process reads its fraction of the batches."""
     decoder.eval()
-    total = torch.zeros(
-        len(class_names), len(class_names), dtype=torch.int64, device=accelerator.device
-    )
-    for batch in batches:
-        if len(batch):  # a last batch of fewer samples than processes leaves some without
-            total += confusion_matrix(
-                predict(accelerator, decoder, batch), batch.masks, len(class_names)
-            )
+    classes = len(class_names)
+    total = torch.zeros(classes, classes, dtype=torch.int64, device=accelerator.device)
+    for batch in filter(len, batches):  # a last, small batch leaves some processes without samples
+        total += confusion_matrix(predict(accelerator, decoder, batch), batch.masks, classes)
     return score(accelerator.reduce(total, "sum"), class_names)
 
 
 def evaluate_images(
     accelerator: Accelerator, decoder: Decoder, batches: Iterable[Batch], num_classes: int
 ) -> dict[int, list[int]]:
-    """The confusion matrix of every sample by its position in the store: its entries above 0 as ``true, predicted, pixels, true, ...``."""
+    """Compute the confusion matrix of every sample, by its position in the store.
+
+    Returns
+    -------
+    dict
+        The entries above 0 of each matrix as ``true, predicted, pixels, true, ...``.
+    """
     decoder.eval()
-    found: list[tuple[int, list[int]]] = []
-    for batch in batches:
-        if not len(batch):
-            continue
-        matrices = confusion_matrices(
-            predict(accelerator, decoder, batch), batch.masks, num_classes
-        ).cpu()
+    entries: list[tuple[int, list[int]]] = []
+    for batch in filter(len, batches):
+        predicted = predict(accelerator, decoder, batch)
+        matrices = confusion_matrices(predicted, batch.masks, num_classes).cpu()
         for position, matrix in zip(batch.positions.tolist(), matrices, strict=True):
-            places = matrix.nonzero()  # (n, 2)
-            found.append(
-                (
-                    position,
-                    torch.cat([places, matrix[places[:, :1], places[:, 1:]]], 1).flatten().tolist(),
-                )
-            )
-    return dict(sorted(gather_object(found)))
+            counts = torch.cat([matrix.nonzero(), matrix[matrix > 0][:, None]], 1)  # (n, 3)
+            entries.append((position, counts.flatten().tolist()))
+    return dict(sorted(gather_object(entries)))

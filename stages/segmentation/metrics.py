@@ -1,10 +1,10 @@
-"""Pixel accuracy and intersection over union, from one confusion matrix over a whole split."""
+"""Pixel accuracy and intersection over union, from one confusion matrix of a whole split."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,39 +14,42 @@ from featurestore import VOID
 IMAGES_NAME = "images.json"
 
 
-def confusion_matrix(
-    predicted: Tensor, masks: Tensor, num_classes: int, void: int = VOID
-) -> Tensor:
-    """(K, K) int64 pixel counts, row: true class, column: predicted class; void pixels are left out.
+def confusion_matrix(predicted: Tensor, masks: Tensor, num_classes: int) -> Tensor:
+    """Count the pixels of each pair of a true and a predicted class; void pixels are left out.
 
     Parameters
     ----------
     predicted
-        (B, H, W) class indices; any shape will do.
+        Class indices, of any shape.
     masks
-        (B, H, W) class indices or void.
+        Class indices or void, of the same shape.
+
+    Returns
+    -------
+    Tensor
+        (K, K) int64, row: true class, column: predicted class.
     """
-    labelled = masks != void
-    pairs = masks[labelled].long() * num_classes + predicted[labelled].long()
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+    return confusion_matrices(predicted.flatten()[None], masks.flatten()[None], num_classes)[0]
 
 
-def confusion_matrices(
-    predicted: Tensor, masks: Tensor, num_classes: int, void: int = VOID
-) -> Tensor:
-    """(B, K, K) int64: :func:`confusion_matrix` of each image of predictions and masks (B, H, W)."""
-    labelled = masks != void
-    image = torch.arange(len(masks), device=masks.device)[:, None, None].expand_as(masks)[labelled]
-    pairs = (image * num_classes + masks[labelled].long()) * num_classes + predicted[
-        labelled
-    ].long()
-    return torch.bincount(pairs, minlength=len(masks) * num_classes**2).view(
-        -1, num_classes, num_classes
-    )
+def confusion_matrices(predicted: Tensor, masks: Tensor, num_classes: int) -> Tensor:
+    """Compute the :func:`confusion_matrix` of each image of predictions and masks (B, ...).
+
+    Returns
+    -------
+    Tensor
+        (B, K, K) int64.
+    """
+    labelled = masks != VOID
+    image = torch.arange(len(masks), device=masks.device).view(-1, *[1] * (masks.ndim - 1))
+    rows = image.expand_as(masks)[labelled] * num_classes + masks[labelled].long()
+    pairs = rows * num_classes + predicted[labelled].long()
+    counts = torch.bincount(pairs, minlength=len(masks) * num_classes**2)
+    return counts.view(-1, num_classes, num_classes)
 
 
 def total(images: Iterable[Sequence[int]], num_classes: int) -> Tensor:
-    """(K, K) sum of confusion matrices given as ``true, predicted, pixels, true, ...``."""
+    """Sum confusion matrices given as ``true, predicted, pixels, true, ...`` to a (K, K) matrix."""
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     for counts in images:
         truth, predicted, pixels = torch.tensor(counts, dtype=torch.int64).reshape(-1, 3).T
@@ -56,7 +59,7 @@ def total(images: Iterable[Sequence[int]], num_classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one split, shares in 0..1.
+    """Scores of one split, fractions in 0..1.
 
     Attributes
     ----------
@@ -67,7 +70,7 @@ class Scores:
     iou
         By class name; None for a class in neither.
     absent
-        Names of those classes.
+        Names of the classes in neither.
     confusion
         (K, K), row: true class.
     """
@@ -78,13 +81,13 @@ class Scores:
     absent: list[str]
     confusion: list[list[int]]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
+    def to_dict(self) -> dict[str, object]:
+        """Return all scores, JSON-ready."""
         return dict(vars(self))
 
 
 def score(confusion: Tensor, class_names: Sequence[str]) -> Scores:
-    """Scores of a confusion matrix.
+    """Compute the scores of a confusion matrix.
 
     Parameters
     ----------
@@ -96,29 +99,28 @@ def score(confusion: Tensor, class_names: Sequence[str]) -> Scores:
     Raises
     ------
     ValueError
-        When the matrix is empty: a split without one labelled pixel has no score.
+        When the matrix is empty: a split without a labelled pixel has no score.
     """
     counts = confusion.double().cpu()
-    total = counts.sum()
-    if total == 0:
+    if not counts.any():
         raise ValueError("not one labelled pixel, so no score")
-    right = counts.diagonal()
-    union = counts.sum(0) + counts.sum(1) - right
-    present = union > 0
-    iou = torch.where(present, right / union.clamp(min=1), torch.nan)
+    correct = counts.diagonal()
+    union = counts.sum(0) + counts.sum(1) - correct
+    by_class = (correct / union).tolist()
+    iou = {
+        name: None if math.isnan(value) else value
+        for name, value in zip(class_names, by_class, strict=True)
+    }
     return Scores(
-        pixel_accuracy=float(right.sum() / total),
-        miou=float(iou[present].mean()),
-        iou={
-            name: float(value) if there else None
-            for name, value, there in zip(class_names, iou, present, strict=True)
-        },
-        absent=[name for name, there in zip(class_names, present, strict=True) if not there],
+        pixel_accuracy=float(correct.sum() / counts.sum()),
+        miou=float((correct / union)[union > 0].mean()),
+        iou=iou,
+        absent=[name for name, value in iou.items() if value is None],
         confusion=confusion.long().tolist(),
     )
 
 
 def mean_iou(iou: dict[str, float | None], classes: Sequence[str]) -> float:
-    """Mean over the named classes that are not absent; not a number where all of them are."""
+    """Average over the named classes that are not absent; not a number where all are absent."""
     values = [value for name in classes if (value := iou[name]) is not None]
     return sum(values) / len(values) if values else float("nan")

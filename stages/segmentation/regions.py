@@ -1,8 +1,9 @@
 """Regions: the pixels of one class in one image, and their mean feature.
 
-The feature-space methods of chapter 2.2.1 were written for one vector a sample. A dense feature map has thousands of
-vectors whose differences are mostly position; what differs from one cow to the next is in the mean of each cow. So
-here a sample of those methods is a region, and all pixels of a region move by the same vector.
+The feature-space methods of thesis section 2.2.1 were written for one vector a sample. A dense
+feature map has thousands of vectors, which differ mostly by their position. What differs from one
+cow to the next is the mean of each cow. So a sample of these methods is a region here, and all
+pixels of a region are shifted by the same vector.
 """
 
 from __future__ import annotations
@@ -16,12 +17,43 @@ from torch import Tensor
 from featurestore import VOID
 
 
-def labels_at(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks (B, H, W) uint8 at the features' resolution, (B, h, w) int64: each cell's first pixel.
+def labels_at(masks: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Reduce masks (B, H, W) to the features' resolution (h, w), by each cell's first pixel.
 
-    Not its middle one: convolutions of stride 2 with symmetric padding centre an output on that pixel (docs/choices.md).
+    Convolutions of stride 2 with symmetric padding centre an output on the first pixel, not on the
+    middle one (docs/choices.md).
+
+    Returns
+    -------
+    Tensor
+        (B, h, w) int64.
     """
     return masks[:, :: masks.shape[1] // size[0], :: masks.shape[2] // size[1]].long()
+
+
+def count_pixels(masks: Tensor) -> Tensor:
+    """Count the pixels of each value in masks (B, H, W) uint8: (B, 256) float32."""
+    pixels = masks.flatten(1).long()
+    counts = torch.zeros(len(masks), VOID + 1, device=masks.device)
+    return counts.scatter_add_(1, pixels, torch.ones_like(pixels, dtype=torch.float32))
+
+
+def draw_allowed(allowed: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one allowed column of each row; the first column where none is allowed.
+
+    Parameters
+    ----------
+    allowed
+        (B, n) bool.
+    uniform
+        (B, n) random numbers in 0..1.
+
+    Returns
+    -------
+    Tensor
+        (B,) int64.
+    """
+    return torch.where(allowed, uniform, -1.0).argmax(1)
 
 
 @dataclass
@@ -30,62 +62,57 @@ class Regions:
 
     Attributes
     ----------
+    features
+        (B, C, h, w).
     labels
         (B, h, w) int64.
-    shares
-        (B, K, h*w) float, 1 where the pixel is of the class.
+    one_hot
+        (B, K, h*w) in the features' type, 1 where the pixel is of the class.
     present
         (B, K) bool: which image has which class.
     centres
         (B, K, C) mean features, 0 where there is no pixel.
-    features
-        (B, C, h, w) themselves.
     """
 
     features: Tensor
     labels: Tensor
-    shares: Tensor
+    one_hot: Tensor
     present: Tensor
     centres: Tensor
 
     @classmethod
     def of(cls, features: Tensor, masks: Tensor, num_classes: int) -> Regions:
-        """Regions of features (B, C, h, w) and masks (B, H, W)."""
-        labels = labels_at(masks, (features.shape[2], features.shape[3]))
+        """Find the regions of features (B, C, h, w) under masks (B, H, W)."""
+        labels = labels_at(masks, features.shape[2:])
         index = torch.where(labels == VOID, num_classes, labels).flatten(1)  # (B, h*w)
-        shares = (
-            F.one_hot(index, num_classes + 1)[..., :num_classes].to(features.dtype).transpose(1, 2)
-        )
-        counts = shares.sum(2)  # (B, K)
-        centres = (
-            torch.einsum("bkp,bcp->bkc", shares, features.flatten(2))
-            / counts.clamp(min=1)[..., None]
-        )
-        return cls(features, labels, shares, counts > 0, centres)
+        one_hot = F.one_hot(index, num_classes + 1)[..., :num_classes].to(features.dtype)
+        one_hot = one_hot.transpose(1, 2)
+        counts = one_hot.sum(2)  # (B, K)
+        sums = torch.einsum("bkp,bcp->bkc", one_hot, features.flatten(2))
+        return cls(features, labels, one_hot, counts > 0, sums / counts.clamp(min=1)[..., None])
 
-    def moved(self, by: Tensor, *, nonnegative: bool) -> Tensor:
-        """(B, C, h, w) features, every region moved by its vector in (B, K, C), void pixels by none; at 0 and above if so wanted."""
-        moved = self.features + torch.einsum("bkp,bkc->bcp", self.shares, by).unflatten(
-            2, self.labels.shape[1:]
-        )
-        return moved.clamp(min=0) if nonnegative else moved
+    def shifted(self, shifts: Tensor) -> Tensor:
+        """Shift the features of every region by its vector in (B, K, C), void pixels by none."""
+        by_pixel = torch.einsum("bkp,bkc->bcp", self.one_hot, shifts)
+        return self.features + by_pixel.unflatten(2, self.labels.shape[1:])
 
     def others(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """For each region ``count`` different images of the batch, chosen at random, that have its class too.
+        """Draw for each region ``count`` different other images of the batch that have its class.
 
         Returns
         -------
-        positions (B, K, count) int64, found (B, K) bool: whether there are so many
+        positions
+            (B, K, count) int64.
+        enough
+            (B, K) bool: whether the region is present and there are ``count`` such images.
         """
         batch, classes = self.present.shape
-        draws = torch.rand(
-            batch, batch, classes, generator=rng, device=self.present.device
-        )  # [i, j, k]
+        device = self.present.device
+        draws = torch.rand(batch, batch, classes, generator=rng, device=device)  # [i, j, k]
         draws = draws.masked_fill(~self.present[None], -1.0)
         draws.diagonal(dim1=0, dim2=1).fill_(-1.0)  # not the region itself
         if batch < count:
-            return torch.zeros(
-                batch, classes, count, dtype=torch.int64, device=draws.device
-            ), torch.zeros_like(self.present)
+            positions = torch.zeros(batch, classes, count, dtype=torch.int64, device=device)
+            return positions, torch.zeros_like(self.present)
         best = draws.topk(count, dim=1)
         return best.indices.transpose(1, 2), (best.values[:, -1] >= 0) & self.present

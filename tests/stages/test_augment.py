@@ -14,13 +14,12 @@ from pydantic import TypeAdapter
 import featurestore
 from featurestore import SpecMismatchError
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Labelled
+from stages.augment.base import Augmented, Augmenter, Context, Labelled, augment_features
 from stages.augment.cvae import CVAE, fit
 from stages.augment.hflip_views import mirrored
 from stages.augment.isda import ISDA
 from stages.augment.mixup import MixupConfig
-from stages.augment.new_masks import NewMasks, moved
-from stages.augment.perturb import perturb
+from stages.augment.new_masks import NewMasks, resample
 from stages.augment.registry import Variant, build_augmenter
 from stages.augment.upsample import repeat_factors
 from stages.common.errors import ConfigError
@@ -113,7 +112,7 @@ def centre(features: torch.Tensor, masks: torch.Tensor, sample: int, number: int
     return features[sample][:, small(masks)[sample] == number].mean(1)
 
 
-def test_the_baseline_adds_nothing_and_duplicate_the_same_again(store, batch, tmp_path) -> None:
+def test_the_baseline_adds_nothing_and_duplicate_repeats_the_batch(store, batch, tmp_path) -> None:
     assert build(store, tmp_path, augmenter="none").augment(batch, rng()).batches == []
     part = only(build(store, tmp_path, augmenter="duplicate", weight=0.5), batch)
     assert torch.equal(part.features, batch.features)
@@ -135,9 +134,7 @@ def test_noise_is_additive_in_deviations_and_multiplicative(store, batch, tmp_pa
         ).features
         - many.features
     )
-    within_maps = (
-        added.flatten(2).var(2).mean(0).sqrt()
-    )  # so that every value has a draw of its own
+    within_maps = added.flatten(2).var(2).mean(0).sqrt()  # every value has its own draw
     torch.testing.assert_close(
         within_maps, 2 * torch.from_numpy(store.stats.std).float(), rtol=0.03, atol=0
     )
@@ -176,20 +173,22 @@ def test_channel_dropout_leaves_out_whole_channels_and_keeps_the_mean(
 
 def test_class_statistics_equal_numpy(store) -> None:
     positions = store.positions("identity")
-    found = ClassStatistics.of(store, positions, torch.device("cpu"))
+    statistics = ClassStatistics.of(store, positions, torch.device("cpu"))
     features, labels = (
         store.gather("features", positions),
         store.gather("masks", positions)[:, ::STRIDE, ::STRIDE],
     )
     for number in range(CLASSES):
         vectors = features.transpose(0, 2, 3, 1)[labels == number]
-        np.testing.assert_allclose(found.means[number], vectors.mean(0), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(found.deviations[number], vectors.std(0), rtol=1e-3, atol=1e-4)
-        assert found.pixels[number] == (labels == number).sum()
+        np.testing.assert_allclose(statistics.means[number], vectors.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            statistics.deviations[number], vectors.std(0), rtol=1e-3, atol=1e-4
+        )
+        assert statistics.pixels[number] == (labels == number).sum()
         assert (
-            found.images[number]
+            statistics.images[number]
             == (labels == number).any((1, 2)).sum()
-            == len(found.centres[number])
+            == len(statistics.centres[number])
         )
 
 
@@ -255,15 +254,15 @@ def test_mixup_has_two_masks_so_nothing_is_pasted_by_one() -> None:
         MixupConfig(augmenter="mixup", augment=["copy_paste"])
 
 
-def test_mixup_mixes_features_and_targets_in_the_same_shares(store, batch, tmp_path) -> None:
+def test_mixup_mixes_features_and_targets_by_the_same_fractions(store, batch, tmp_path) -> None:
     part = only(build(store, tmp_path, augmenter="mixup", alpha=1.0), batch, seed=3)
-    (masks, share), (others, rest) = part.targets
+    (masks, fraction), (others, rest) = part.targets
     assert torch.equal(masks, batch.masks)
-    assert share + rest == pytest.approx(1)
-    assert 0 < share < 1
+    assert fraction + rest == pytest.approx(1)
+    assert 0 < fraction < 1
 
-    def partner(own: torch.Tensor, other: torch.Tensor, mixed: torch.Tensor) -> int:
-        candidates = (share * own + rest * features for features in batch.features)
+    def partner(first: torch.Tensor, other: torch.Tensor, mixed: torch.Tensor) -> int:
+        candidates = (fraction * first + rest * features for features in batch.features)
         same = [torch.allclose(mixture, mixed, atol=1e-5) for mixture in candidates]
         return next(i for i in range(4) if same[i] and torch.equal(batch.masks[i], other))
 
@@ -271,13 +270,13 @@ def test_mixup_mixes_features_and_targets_in_the_same_shares(store, batch, tmp_p
     assert sorted(order) == [0, 1, 2, 3]
 
 
-def test_mixups_share_is_from_a_beta_distribution(store, batch, tmp_path) -> None:
+def test_mixups_fraction_is_from_a_beta_distribution(store, batch, tmp_path) -> None:
     augmenter = build(store, tmp_path, augmenter="mixup", alpha=0.2)
-    shares = np.array([only(augmenter, batch, seed).targets[0][1] for seed in range(1500)])
-    assert shares.mean() == pytest.approx(1 / 2, abs=0.04)
-    assert shares.var() == pytest.approx(
+    fractions = np.array([only(augmenter, batch, seed).targets[0][1] for seed in range(1500)])
+    assert fractions.mean() == pytest.approx(1 / 2, abs=0.04)
+    assert fractions.var() == pytest.approx(
         1 / (4 * (2 * 0.2 + 1)), rel=0.07
-    )  # of Beta(a, a); a uniform share's is less than half of it
+    )  # of Beta(a, a); the variance of a uniform fraction is less than half
 
 
 def test_upsample_draws_images_of_rare_classes_more_often(store, batch, tmp_path) -> None:
@@ -285,7 +284,7 @@ def test_upsample_draws_images_of_rare_classes_more_often(store, batch, tmp_path
     factors = repeat_factors(store, positions, 1.0)
     np.testing.assert_allclose(
         factors, [2, *[(8 / 6) ** 0.5] * 4, 2, 1, 1]
-    )  # sqrt(1 / share) of the rarest class
+    )  # sqrt(1 / fraction) of the rarest class
     np.testing.assert_allclose(
         repeat_factors(store, positions, 0.5), [2**0.5, 1, 1, 1, 1, 2**0.5, 1, 1]
     )
@@ -305,9 +304,9 @@ def test_hflip_views_reads_the_mirrored_views_of_the_batch(store, batch, tmp_pat
 
 def test_the_mirrored_views_of_images_are_found(store) -> None:
     positions = np.array([6, 2])
-    found = mirrored(store, positions)
-    assert [store.ids[position] for position in found] == ["photo 6", "photo 2"]
-    assert {store.views[position] for position in found} == {"hflip"}
+    views = mirrored(store, positions)
+    assert [store.ids[position] for position in views] == ["photo 6", "photo 2"]
+    assert {store.views[position] for position in views} == {"hflip"}
 
 
 def test_hflip_views_wants_mirrored_views(store, batch, tmp_path) -> None:
@@ -324,10 +323,10 @@ def test_calibration_draws_rare_regions_around_the_calibrated_mean(store, batch,
         store, tmp_path, augmenter="calibration", rare=0.5, neighbours=2
     )  # class 2 is in a quarter of them
     rows = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu")).centres
-    own = centre(batch.features, batch.masks, 0, 2)
-    mean = (own + rows[0].mean(0) + rows[1].mean(0)) / 3
+    region_centre = centre(batch.features, batch.masks, 0, 2)
+    mean = (region_centre + rows[0].mean(0) + rows[1].mean(0)) / 3
     covariance = (torch.cov(rows[0].T) + torch.cov(rows[1].T)) / 2
-    draws = torch.stack([augmenter.draw(own, rng(seed)) for seed in range(4000)])
+    draws = torch.stack([augmenter.draw(region_centre, rng(seed)) for seed in range(4000)])
     torch.testing.assert_close(draws.mean(0), mean, rtol=0, atol=0.06)
     torch.testing.assert_close(
         torch.cov(draws.T), covariance, rtol=0, atol=0.12 * float(covariance.abs().max())
@@ -394,7 +393,7 @@ def test_cvae_puts_drawn_centres_in_the_place_of_real_ones(store, batch, tmp_pat
 
 
 def test_isda_is_the_expectation_under_gaussian_samples(store, batch, tmp_path) -> None:
-    """exp(score_k - score_y) after the change is the mean of exp(...) over samples around the vector (paper, Proposition 1)."""
+    # Proposition 1: exp(logit_k - logit_y) after the adjustment is the mean over samples.
     augmenter = build(store, tmp_path, augmenter="isda", strength=1.5)
     torch.manual_seed(1)
     last = torch.nn.Conv2d(5, CLASSES, 1)
@@ -405,10 +404,10 @@ def test_isda_is_the_expectation_under_gaussian_samples(store, batch, tmp_path) 
     samples = vector + (0.6 * augmenter.variances[label]).sqrt() * torch.randn(400_000, 5)
     weight, bias = last.weight.flatten(1), last.bias
     with torch.no_grad():
-        scores = samples @ weight.T + bias
-        expected = (scores - scores[:, label : label + 1]).exp().mean(0)
-        ours = weight @ vector + bias + margins[label]
-        torch.testing.assert_close((ours - ours[label]).exp(), expected, rtol=0.02, atol=0)
+        logits = samples @ weight.T + bias
+        expected = (logits - logits[:, label : label + 1]).exp().mean(0)
+        adjusted = weight @ vector + bias + margins[label]
+        torch.testing.assert_close((adjusted - adjusted[label]).exp(), expected, rtol=0.02, atol=0)
     expected = torch.autograd.grad(  # the margins are differentiated by the weights, too
         sum(
             0.3 * (augmenter.variances[y] * (weight[k] - weight[y]).square()).sum()
@@ -450,13 +449,13 @@ def test_isda_estimates_the_variances_of_all_vectors_so_far(store, batch, tmp_pa
             parts[0]
         )
     chosen = raised.gather(1, torch.where(labels == VOID, 0, labels).long()[:, None])
-    assert float(chosen.abs().max()) < 1e-5  # the class's own score stays
+    assert float(chosen.abs().max()) < 1e-5  # the logit of the pixel's class stays
     assert (raised >= -1e-5).all()
     assert not raised[:, :, 0, 0].any()  # void
 
 
 @pytest.mark.parametrize("head", ["deeplab", "fcn"])
-def test_scores_can_be_adjusted_in_front_of_the_last_layer(head: str) -> None:
+def test_logits_can_be_adjusted_after_the_last_layer(head: str) -> None:
     decoder = Decoder(
         head=head, in_channels=8, num_classes=CLASSES, width=5, atrous_rates=(1, 2)
     ).eval()
@@ -471,11 +470,26 @@ def test_scores_can_be_adjusted_in_front_of_the_last_layer(head: str) -> None:
     torch.testing.assert_close(decoder(features, (8, 8), again), decoder(features, (8, 8)) + 1)
 
 
-def test_moved_features_stay_as_the_backbones_are(batch) -> None:
-    regions = Regions.of(batch.features.relu(), batch.masks, CLASSES)
-    down = torch.full((4, CLASSES, CHANNELS), -1.0)
-    assert float(regions.moved(down, nonnegative=True).min()) == 0
-    assert float(regions.moved(down, nonnegative=False).min()) == -1
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"augmenter": "calibration", "rare": 0.5},
+        {"augmenter": "class-transfer"},
+        {"augmenter": "cvae", "fit_steps": 5},
+        {"augmenter": "extrapolate", "strength": 5.0},
+        {"augmenter": "linear-delta"},
+        {"augmenter": "noise"},
+    ],
+    ids=lambda variant: variant["augmenter"],
+)
+def test_changed_features_are_at_least_0_where_the_backbones_are(
+    variant, store, batch, tmp_path
+) -> None:
+    augmenter = build(store, tmp_path, **variant)
+    signed = only(augmenter, batch).features
+    assert float(signed.min()) < 0
+    augmenter.spec = dataclasses.replace(augmenter.spec, nonnegative=True)
+    assert torch.equal(only(augmenter, batch).features, signed.clamp(min=0))
 
 
 def test_combined_augmenters_add_what_each_of_them_adds(store, batch, tmp_path) -> None:
@@ -559,9 +573,7 @@ def test_what_cannot_be_combined_is_refused(of, shared, text) -> None:
 
 @pytest.mark.parametrize("augmenter", ["none", "isda"])
 @pytest.mark.parametrize("key", [{"until": 0.7}, {"statistics": "real"}], ids=str)
-def test_what_is_said_of_added_batches_is_refused_where_there_are_none(
-    augmenter: str, key: dict
-) -> None:
+def test_keys_of_added_batches_are_refused_where_there_are_none(augmenter: str, key: dict) -> None:
     with pytest.raises(
         ValueError,
         match=f"{next(iter(key))} applies only to variants that add batches; remove it",
@@ -569,7 +581,7 @@ def test_what_is_said_of_added_batches_is_refused_where_there_are_none(
         TypeAdapter(Variant).validate_python({"augmenter": augmenter, **key})
 
 
-def test_copies_do_not_end_on_copies() -> None:
+def test_until_is_refused_for_duplicate() -> None:
     with pytest.raises(ValueError, match="until does nothing here"):
         TypeAdapter(Variant).validate_python({"augmenter": "duplicate", "until": 0.7})
 
@@ -596,7 +608,7 @@ def test_combined_variants_need_what_their_members_need() -> None:
     )
 
 
-def test_isda_goes_on_from_its_state(store, batch, tmp_path) -> None:
+def test_isda_resumes_from_its_state(store, batch, tmp_path) -> None:
     one, two = (build(store, tmp_path, augmenter="isda") for _ in range(2))
     last = torch.nn.Conv2d(5, CLASSES, 1)
     embeddings = torch.randn(4, 5, SIDE, SIDE)
@@ -607,10 +619,10 @@ def test_isda_goes_on_from_its_state(store, batch, tmp_path) -> None:
     assert isinstance(two, ISDA)
 
 
-def test_regions_find_others_of_the_same_class(store, batch) -> None:
+def test_regions_draw_other_regions_of_the_same_class(store, batch) -> None:
     regions = Regions.of(batch.features, batch.masks, CLASSES)
-    chosen, found = regions.others(1, rng())
-    assert found.tolist() == [
+    chosen, enough = regions.others(1, rng())
+    assert enough.tolist() == [
         [True, True, True],
         [True, True, False],
         [True, True, False],
@@ -621,13 +633,13 @@ def test_regions_find_others_of_the_same_class(store, batch) -> None:
     assert all(chosen[sample, 0, 0] != sample for sample in range(4))
 
 
-def test_moved_masks_shift_and_scale() -> None:
+def test_resampled_masks_shift_and_scale() -> None:
     masks = torch.arange(16, dtype=torch.uint8).view(1, 4, 4)
-    right = moved(masks, torch.ones(1), torch.tensor([[0.0, 0.25]]), fill=VOID)
+    right = resample(masks, torch.ones(1), torch.tensor([[0.0, 0.25]]), fill=VOID)
     assert right[0, 0].tolist() == [VOID, 0, 1, 2]
-    larger = moved(masks, torch.full((1,), 2.0), torch.zeros(1, 2))
+    larger = resample(masks, torch.full((1,), 2.0), torch.zeros(1, 2))
     assert larger[0].tolist() == [[5, 5, 6, 6], [5, 5, 6, 6], [9, 9, 10, 10], [9, 9, 10, 10]]
-    smaller = moved(masks, torch.full((1,), 0.5), torch.zeros(1, 2), fill=VOID)
+    smaller = resample(masks, torch.full((1,), 0.5), torch.zeros(1, 2), fill=VOID)
     assert smaller[0, 0].tolist() == [VOID] * 4
     assert smaller[0, 1].tolist() == [VOID, 5, 7, VOID]
 
@@ -642,15 +654,15 @@ def test_new_masks_paste_rare_objects(store, batch) -> None:
         assert set(changed[changed != batch.masks].tolist()) <= {
             1,
             2,
-        }  # things, not what they lie on
+        }  # objects, not the background
     assert torch.equal(pasting(batch.masks, rng(1)), pasting(batch.masks, rng(1)))
 
 
-def test_a_share_of_the_masks_is_changed_and_the_other_samples_are_added_as_they_are(
+def test_a_fraction_of_the_masks_is_changed_and_the_other_samples_are_added_unchanged(
     store, batch, tmp_path
 ) -> None:
     masks = batch.masks.repeat(500, 1, 1)
-    half = NewMasks(["swap"], store, store.positions("identity"), share=0.5)(masks, rng())
+    half = NewMasks(["swap"], store, store.positions("identity"), fraction=0.5)(masks, rng())
     all_of_them = NewMasks(["swap"], store, store.positions("identity"))(masks, rng())
     changed = (half != masks).flatten(1).any(1)
     assert torch.equal(half[changed], all_of_them[changed])
@@ -664,7 +676,7 @@ def test_a_share_of_the_masks_is_changed_and_the_other_samples_are_added_as_they
     torch.testing.assert_close(part.features[same], many.features[same])
 
 
-def test_new_masks_give_a_thing_another_class(store, batch) -> None:
+def test_new_masks_give_an_object_another_class(store, batch) -> None:
     swapping = NewMasks(["swap"], store, store.positions("identity"))
     seen = set()
     for seed in range(20):
@@ -676,7 +688,7 @@ def test_new_masks_give_a_thing_another_class(store, batch) -> None:
             }
             assert torch.equal(
                 after, torch.where(before == old, new, before)
-            )  # the whole of it, and nothing else
+            )  # all of its pixels, and no other
             seen.add((old, new))
     assert seen == {(1, 2), (2, 1)}
     ground = torch.zeros_like(batch.masks)
@@ -693,10 +705,10 @@ def test_new_masks_need_classes_to_change(store) -> None:
             return np.array([[0, 0], [0, position % 2]], np.uint8)
 
     positions = np.arange(4)
-    assert NewMasks(["paste"], Masks(), positions).things.tolist() == [1]
+    assert NewMasks(["paste"], Masks(), positions).objects.tolist() == [1]
     with pytest.raises(
         ConfigError,
-        match=r"new_masks: exchanging classes \(swap, class-transfer\) needs 2 classes beside .*, found 1",
+        match=r"new_masks: exchanging classes \(swap, class-transfer\) needs 2 .*, found 1",
     ):
         NewMasks(["swap"], Masks(), positions)
     with pytest.raises(ConfigError, match=r"pasting objects needs 1 classes beside .*, found 0"):
@@ -707,11 +719,11 @@ def test_new_masks_need_classes_to_change(store) -> None:
         NewMasks(["flop"], Masks(), positions)
 
 
-def test_classes_without_a_feature_pixel_are_given_to_no_object(store, batch) -> None:
+def test_no_object_gets_a_class_without_feature_pixels(store, batch) -> None:
     only_first = NewMasks(
         ["paste"], store, store.positions("identity"), known=np.arange(CLASSES) < 2
     )
-    assert only_first.things.tolist() == [1]
+    assert only_first.objects.tolist() == [1]
     with pytest.raises(ConfigError, match="needs 2 classes beside .*, found 1"):
         NewMasks(["swap"], store, store.positions("identity"), known=np.arange(CLASSES) < 2)
 
@@ -738,12 +750,12 @@ def test_class_transfer_moves_an_object_by_the_difference_of_the_means(
     assert part.weight == 0.5
 
 
-def test_perturb_does_the_same_to_features_and_to_all_targets(batch) -> None:
+def test_feature_augmentation_transforms_features_and_all_targets_alike(batch) -> None:
     part = Labelled(small(batch.masks)[:, None].float(), [(batch.masks, 0.5), (batch.masks, 0.5)])
-    (changed,) = perturb(["flip", "translation"], [part], rng(2))
+    (changed,) = augment_features(["flip", "translation"], [part], rng(2))
     assert torch.equal(changed.targets[0][0], changed.targets[1][0])
     labels = small(changed.targets[0][0])
     assert not torch.equal(labels, small(batch.masks))
     inside = labels != VOID
     assert torch.equal(changed.features[:, 0][inside], labels[inside].float())
-    assert perturb([], [part], rng())[0] is part
+    assert augment_features([], [part], rng())[0] is part

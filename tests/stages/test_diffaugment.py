@@ -1,4 +1,4 @@
-"""What the discriminator is shown: the same transformation of real features, generated features and mask."""
+"""Transformations change real features, generated features and the mask in the same way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BATCH, CHANNELS, HEIGHT, WIDTH, STRIDE = 6, 9, 8, 12, 4
 
 
 def sample() -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks of random classes 1 to 5, and features whose every channel is the mask's class there, times its number."""
+    """Draw masks of classes 1 to 5; channel c of the features is the class, times c."""
     classes = torch.randint(
         1, 6, (BATCH, HEIGHT, WIDTH), generator=torch.Generator().manual_seed(0)
     ).to(torch.uint8)
@@ -43,16 +43,17 @@ def test_transformations_by_their_definitions() -> None:
     rng = torch.Generator().manual_seed(2)
     (flipped,), _ = augment([features], masks, ["flip"], rng)
     mirrored = [
-        torch.equal(ours, before.flip(-1)) for ours, before in zip(flipped, features, strict=True)
+        torch.equal(changed, before.flip(-1))
+        for changed, before in zip(flipped, features, strict=True)
     ]
     assert 0 < sum(mirrored) < BATCH
     assert all(
-        is_mirrored or torch.equal(ours, before)
-        for is_mirrored, ours, before in zip(mirrored, flipped, features, strict=True)
+        is_mirrored or torch.equal(changed, before)
+        for is_mirrored, changed, before in zip(mirrored, flipped, features, strict=True)
     )
 
     (shifted,), moved = augment([features], masks, ["translation"], rng)
-    for ours, before in zip(shifted, features, strict=True):
+    for changed, before in zip(shifted, features, strict=True):
         fits = []
         for down in (-1, 0, 1):  # an eighth of 8 and of 12, rounded
             for right in (-2, -1, 0, 1, 2):
@@ -62,13 +63,13 @@ def test_transformations_by_their_definitions() -> None:
                     slice(max(right, 0), WIDTH + min(right, 0)),
                 )
                 expected[:, rows, columns] = before.roll((down, right), (1, 2))[:, rows, columns]
-                fits.append(torch.equal(ours, expected))
+                fits.append(torch.equal(changed, expected))
         assert sum(fits) == 1
     assert (moved == 255).any()
 
     (cut,), holed = augment([features], masks, ["cutout"], rng)
-    for ours, mask in zip(cut, holed, strict=True):
-        empty = (ours == 0).all(0)
+    for features_cut, mask in zip(cut, holed, strict=True):
+        empty = (features_cut == 0).all(0)
         assert 0 < empty.sum() <= HEIGHT // 2 * WIDTH // 2
         assert torch.equal(mask[::STRIDE, ::STRIDE] == 255, empty)
 
@@ -79,7 +80,7 @@ def test_transformations_by_their_definitions() -> None:
     assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
 
 
-def test_gradients_pass_and_the_order_of_random_numbers_is_the_seeds() -> None:
+def test_gradients_pass_and_a_seed_repeats_the_transformations() -> None:
     features, masks = sample()
     features.requires_grad_()
     every = [name for name in TRANSFORMS if name != "copy_paste"]
@@ -94,15 +95,17 @@ def test_gradients_pass_and_the_order_of_random_numbers_is_the_seeds() -> None:
 
 
 def test_copy_paste_puts_a_class_of_another_sample_over_half_of_the_samples() -> None:
-    """Samples of one background class each, with a square of another: that is what can be pasted, whole, mirrored or shifted."""
+    # Each sample has a background class, and a square of another class that can be pasted.
     classes = (
         torch.arange(1, 201)[:, None, None].expand(-1, 8, 8).clone().to(torch.uint8) // 2 * 2
     )  # 0, 2, 2, 4, 4 ...
     classes[:, 2:5, 3:5] += 1
     features = classes[:, None].float().requires_grad_()
     masks = classes.repeat_interleave(4, 1).repeat_interleave(4, 2)
-    (ours,), moved = augment([features], masks, ["copy_paste"], torch.Generator().manual_seed(0))
-    torch.testing.assert_close(ours[:, 0], moved[:, ::4, ::4].float())
+    (pasted_features,), moved = augment(
+        [features], masks, ["copy_paste"], torch.Generator().manual_seed(0)
+    )
+    torch.testing.assert_close(pasted_features[:, 0], moved[:, ::4, ::4].float())
     changed = [
         (mask, before)
         for mask, before in zip(moved, masks, strict=True)
@@ -117,15 +120,17 @@ def test_copy_paste_puts_a_class_of_another_sample_over_half_of_the_samples() ->
         places.add((int(rows.min()), int(columns.min())))
         assert len(rows) <= 6 if pasted not in before else len(rows) <= 12
     assert {row for row, _ in places} == {0, 1, 2, 3, 4}  # 2 shifted by up to a quarter of 8
-    ours.sum().backward()
+    pasted_features.sum().backward()
     assert features.grad is not None
-    assert features.grad.sum() == ours.numel()  # every pixel comes from one place
+    assert features.grad.sum() == pasted_features.numel()  # every pixel comes from one place
 
 
 def test_copy_paste_leaves_samples_of_one_class_as_they_are() -> None:
     masks = torch.full((4, 8, 8), 3, dtype=torch.uint8)
     masks[:, :2] = 255
     features = torch.randn(4, 5, 2, 2)
-    (ours,), moved = augment([features], masks, ["copy_paste"], torch.Generator().manual_seed(0))
-    assert torch.equal(ours, features)
+    (pasted_features,), moved = augment(
+        [features], masks, ["copy_paste"], torch.Generator().manual_seed(0)
+    )
+    assert torch.equal(pasted_features, features)
     assert torch.equal(moved, masks)

@@ -7,22 +7,24 @@ import torch
 import torch.nn.functional as F
 
 from stages.gan import losses
+from stages.gan.losses import ADVERSARIAL
+
+MASKS = torch.zeros(1, 1, 1, dtype=torch.uint8)  # only the segmentation loss reads the masks
 
 
-def test_hinge_discriminator_by_hand() -> None:
-    real, fake = losses.hinge_discriminator(
-        torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0])
-    )
-    assert real == pytest.approx((0 + 0.5 + 2) / 3)
-    assert fake == pytest.approx((0 + 1) / 2)
+def test_hinge_by_hand() -> None:
+    hinge = ADVERSARIAL["hinge"]
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0])
+    assert hinge.real(real, MASKS) == pytest.approx((0 + 0.5 + 2) / 3)
+    assert hinge.fake(fake, MASKS) == pytest.approx((0 + 1) / 2)
+    assert hinge.generator(torch.tensor([1.0, 3.0]), MASKS) == -2
 
 
-def test_generator_and_wasserstein_by_hand() -> None:
-    assert losses.critic_generator(torch.tensor([1.0, 3.0])) == -2
-    assert losses.wasserstein_discriminator(torch.tensor([1.0, 3.0]), torch.tensor([5.0])) == (
-        -2,
-        5,
-    )
+@pytest.mark.parametrize("name", ["wasserstein-clip", "wasserstein-gp"])
+def test_wasserstein_by_hand(name: str) -> None:
+    critic, scores = ADVERSARIAL[name], torch.tensor([1.0, 3.0])
+    assert critic.real(scores, MASKS) == critic.generator(scores, MASKS) == -2
+    assert critic.fake(torch.tensor([5.0]), MASKS) == 5
 
 
 def test_feature_matching_sums_layer_means_and_repeats_the_real_side() -> None:
@@ -77,12 +79,11 @@ def test_gradient_penalty_of_a_linear_critic() -> None:
 
 
 def test_non_saturating_is_binary_cross_entropy() -> None:
-    real, fake = torch.randn(5), torch.randn(7)
-    terms = losses.logistic_discriminator(real, fake)
+    scores, loss = torch.randn(7), ADVERSARIAL["non-saturating"]
     entropy = F.binary_cross_entropy_with_logits
-    torch.testing.assert_close(terms[0], entropy(real, torch.ones(5)))
-    torch.testing.assert_close(terms[1], entropy(fake, torch.zeros(7)))
-    torch.testing.assert_close(losses.non_saturating_generator(fake), entropy(fake, torch.ones(7)))
+    torch.testing.assert_close(loss.real(scores, MASKS), entropy(scores, torch.ones(7)))
+    torch.testing.assert_close(loss.fake(scores, MASKS), entropy(scores, torch.zeros(7)))
+    torch.testing.assert_close(loss.generator(scores, MASKS), entropy(scores, torch.ones(7)))
 
 
 def test_r1_of_a_quadratic_discriminator_by_hand() -> None:
@@ -97,13 +98,10 @@ def test_r1_of_a_quadratic_discriminator_by_hand() -> None:
 
 
 def test_segmentation_losses_in_plain_code() -> None:
-    masks = torch.tensor(
-        [[[0, 0, 0, 1]], [[0, 255, 1, 1]]], dtype=torch.uint8
-    )  # class 2 is absent; 4 pixels of 0, 3 of 1
-    real, fake = (
-        torch.randn(2, 4, 1, 4),
-        torch.randn(4, 4, 1, 4),
-    )  # three classes and "generated"; two draws a mask
+    # Class 2 is absent; 4 pixels of class 0, 3 of class 1.
+    masks = torch.tensor([[[0, 0, 0, 1]], [[0, 255, 1, 1]]], dtype=torch.uint8)
+    # Three classes and "generated"; two draws a mask.
+    real, fake = torch.randn(2, 4, 1, 4), torch.randn(4, 4, 1, 4)
     weight = {0: 7 / 4 / 2, 1: 7 / 3 / 2}
 
     def balanced(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -116,10 +114,10 @@ def test_segmentation_losses_in_plain_code() -> None:
         ]
         return torch.stack(terms).mean()
 
-    of_real, of_fake = losses.segmentation_discriminator(real, fake, masks)
-    torch.testing.assert_close(of_real, balanced(real, masks))
+    loss = ADVERSARIAL["segmentation"]
+    torch.testing.assert_close(loss.real(real, masks), balanced(real, masks))
     generated = torch.full_like(masks, 3).masked_fill(masks == 255, 255).repeat(2, 1, 1).long()
-    torch.testing.assert_close(of_fake, F.cross_entropy(fake, generated, ignore_index=255))
-    torch.testing.assert_close(
-        losses.segmentation_generator(fake, masks), balanced(fake, masks.repeat(2, 1, 1))
-    )
+    expected = F.cross_entropy(fake, generated, ignore_index=255)
+    torch.testing.assert_close(loss.fake(fake, masks), expected)
+    expected = balanced(fake, masks.repeat(2, 1, 1))
+    torch.testing.assert_close(loss.generator(fake, masks), expected)

@@ -12,9 +12,10 @@ NAMES = ("a", "b", "c", "d")
 
 def test_by_hand_with_void_and_an_absent_class() -> None:
     truth = torch.tensor([[[0, 0, 1], [1, 2, 255]]], dtype=torch.uint8)
-    predicted = torch.tensor([[[0, 1, 1], [1, 0, 3]]])  # the 3 lies on void: it must not count
+    predicted = torch.tensor([[[0, 1, 1], [1, 0, 3]]])  # the 3 is on void: it does not count
     scores = score(confusion_matrix(predicted, truth, 4), NAMES)
-    # a: 1 right, 1 of truth missed, 1 wrongly predicted -> 1/3; b: 2 right, 1 wrongly predicted -> 2/3; c: 0 of 1 -> 0; d: absent.
+    # a: 1 pixel correct, 1 missed, 1 wrongly predicted; b: 2 correct, 1 wrongly predicted;
+    # c: 0 of 1 correct; d: absent.
     assert scores.pixel_accuracy == pytest.approx(3 / 5)
     assert scores.iou == {"a": pytest.approx(1 / 3), "b": pytest.approx(2 / 3), "c": 0.0, "d": None}
     assert scores.miou == pytest.approx((1 / 3 + 2 / 3 + 0) / 3)

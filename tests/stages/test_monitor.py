@@ -1,4 +1,4 @@
-"""The measures of generated features by hand, and the monitor on generators whose faults are known."""
+"""The measures of generated features, and the monitor on generators with known faults."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stages.gan.monitor import Monitor, MonitorConfig
 from stages.training.checkpoint import Checkpoint
 from tests.factories import MONITOR, run_gan
 
-# -- measures ------------------------------------------------------------------------------------------
+# -- measures ------------------------------------------------------------------------------------
 
 
 def gaussian(count: int, mean: float = 0.0, spread: float = 1.0, seed: int = 0) -> Tensor:
@@ -45,7 +45,7 @@ def test_kernel_distance_is_about_zero_for_equal_distributions_only() -> None:
 
 def test_coverage_by_counting() -> None:
     real, fake = gaussian(40), gaussian(30, mean=0.5, seed=1)
-    found = coverage(real, fake, neighbours=3)
+    measured = coverage(real, fake, neighbours=3)
     reach = [sorted(float((x - y).norm()) for y in real)[3] for x in real]
     fake_reach = [sorted(float((x - y).norm()) for y in fake)[3] for x in fake]
     inside = np.array(
@@ -54,10 +54,10 @@ def test_coverage_by_counting() -> None:
     inside_fake = np.array(
         [[float((x - y).norm()) < fake_reach[j] for j, y in enumerate(fake)] for x in real]
     )
-    assert found["precision"] == pytest.approx(inside.any(0).mean())
-    assert found["density"] == pytest.approx(inside.sum() / 3 / 30)
-    assert found["coverage"] == pytest.approx(inside.any(1).mean())
-    assert found["recall"] == pytest.approx(inside_fake.any(1).mean())
+    assert measured["precision"] == pytest.approx(inside.any(0).mean())
+    assert measured["density"] == pytest.approx(inside.sum() / 3 / 30)
+    assert measured["coverage"] == pytest.approx(inside.any(1).mean())
+    assert measured["recall"] == pytest.approx(inside_fake.any(1).mean())
 
 
 def test_a_collapsed_generator_covers_little_and_a_good_one_nearly_all() -> None:
@@ -97,11 +97,11 @@ def test_variances_and_diversity_by_hand() -> None:
     assert draw_diversity(real, real, labels, variances) == 0
 
 
-# -- the monitor ---------------------------------------------------------------------------------------
+# -- the monitor ---------------------------------------------------------------------------------
 
 
 class Recall(nn.Module):
-    """A generator that gives back the features of the store that a mask came from, and changes them as it is told."""
+    """A generator that returns the stored features of a mask, changed by a function."""
 
     z_dim = 3
 
@@ -114,8 +114,8 @@ class Recall(nn.Module):
         self.change = change
 
     def forward(self, z: Tensor, masks: Tensor) -> Tensor:
-        found = torch.stack([self.known[mask.numpy().tobytes()] for mask in masks])
-        return self.change(found.repeat(len(z) // len(masks), 1, 1, 1), z)
+        stored = torch.stack([self.known[mask.numpy().tobytes()] for mask in masks])
+        return self.change(stored.repeat(len(z) // len(masks), 1, 1, 1), z)
 
 
 def monitor(features: Path, **changes) -> Monitor:
@@ -201,7 +201,7 @@ def test_a_collapse_is_one_warning_with_its_figure(
         watching.check(row, 5)
     assert len(caplog.records) == 1
     assert (
-        "epoch 5: the GAN collapses: generated features of a class vary 0.000 times as much as real ones"
+        "epoch 5: the GAN collapses: generated features of a class vary 0.000 times as much as real"
         in caplog.text
     )
     stopping = monitor(features, on_collapse="stop").check(row, 4)
@@ -234,7 +234,7 @@ def test_measuring_does_not_change_training(features: Path, tmp_path: Path) -> N
 
 
 def unlabelled(store: featurestore.FeatureStore, path: Path, labelled: int, pixels: int) -> None:
-    """A copy of a store in which some samples alone have a label, in a square of so many pixels a side."""
+    """Copy a store; only the first ``labelled`` samples keep labels, in a square."""
     with featurestore.create(path, store.spec, fingerprint=str(path)) as writer:
         for number, sample in enumerate(store):
             mask = np.full_like(sample.mask, 255)
@@ -248,7 +248,7 @@ def test_masks_with_few_labels_are_measured_or_refused(features: Path, tmp_path:
         unlabelled(featurestore.open(features / split), tmp_path / "few" / split, labelled, pixels)
     watching = monitor(
         tmp_path / "few", samples=1
-    )  # the one that has labels, whichever is drawn first
+    )  # the sample that has labels, whichever is drawn first
     row = watching.measure(Recall(featurestore.open(tmp_path / "few" / "val")))
     assert row["monitor/consistency_real"] >= 0
     for name, labelled, pixels, message in (
@@ -274,14 +274,14 @@ def test_masks_with_few_labels_are_measured_or_refused(features: Path, tmp_path:
         assert not monitor(tmp_path / name, every=0).due(0, 1)  # switched off, it asks for none
 
 
-def test_a_stopped_training_goes_on_where_it_was_when_only_warned(
+def test_a_stopped_training_resumes_with_on_collapse_warn(
     features: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Checkpoint, "due", lambda checkpoint: False)  # the minutes are not over yet
     watching = {"every": 1, "min_variance_ratio": 1.0}
-    for _ in range(2):  # the same command again is no way round it
+    for _ in range(2):  # the same command stops again
         with pytest.raises(CollapseError, match="epoch 1"):
             run_gan(features, tmp_path / "stopped", {**watching, "on_collapse": "stop"})
     (state,) = (tmp_path / "stopped" / "scratch" / "train-gan").glob("*/checkpoint.pt")
@@ -294,7 +294,7 @@ def test_a_stopped_training_goes_on_where_it_was_when_only_warned(
     assert stopped.read_bytes() == undisturbed.read_bytes()
 
 
-def test_features_that_are_no_numbers_are_a_collapse(
+def test_features_that_are_not_finite_are_a_collapse(
     features: Path, held_out: featurestore.FeatureStore
 ) -> None:
     watching = monitor(features)

@@ -9,9 +9,9 @@ from stages.gan.losses import cross_entropy
 from stages.segmentation.upsampled_loss import upsampled_cross_entropy
 
 
-def in_two_steps(scores: Tensor, masks: Tensor) -> Tensor:
+def in_two_steps(logits: Tensor, masks: Tensor) -> Tensor:
     return cross_entropy(
-        F.interpolate(scores.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False),
+        F.interpolate(logits.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False),
         masks,
     )
 
@@ -21,32 +21,31 @@ def test_value_and_gradient_are_those_of_interpolation_and_cross_entropy(
     size: tuple[int, int],
 ) -> None:
     torch.manual_seed(0)
-    scores = 5 * torch.randn(3, 6, 4, 5)
-    scores[0, 0] += (
-        200  # far above the others: exponentials must not overflow, nor those of the others vanish
-    )
+    logits = 5 * torch.randn(3, 6, 4, 5)
+    # Far above the other logits: exponentials must neither overflow nor vanish.
+    logits[0, 0] += 200
     masks = torch.randint(0, 6, (3, *size), dtype=torch.uint8)
     masks[1, 0] = 255
     masks[2] = 255
-    ours, theirs = scores.clone().requires_grad_(), scores.clone().requires_grad_()
-    loss, expected = upsampled_cross_entropy(ours, masks), in_two_steps(theirs, masks)
+    fused, reference = (logits.clone().requires_grad_() for _ in range(2))
+    loss, expected = upsampled_cross_entropy(fused, masks), in_two_steps(reference, masks)
     torch.testing.assert_close(loss, expected)
     (7 * loss).backward()
     (7 * expected).backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fused.grad, reference.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_without_a_label_there_is_neither_loss_nor_gradient() -> None:
-    scores = torch.randn(2, 3, 4, 4, requires_grad=True)
-    loss = upsampled_cross_entropy(scores, torch.full((2, 8, 8), 255, dtype=torch.uint8))
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = upsampled_cross_entropy(logits, torch.full((2, 8, 8), 255, dtype=torch.uint8))
     loss.backward()
     assert loss == 0
-    assert scores.grad is not None
-    assert not scores.grad.any()
+    assert logits.grad is not None
+    assert not logits.grad.any()
 
 
-def test_scores_of_a_decoder_in_bfloat16_are_upsampled_in_float32() -> None:
-    scores = (
+def test_logits_of_a_decoder_in_bfloat16_are_upsampled_in_float32() -> None:
+    logits = (
         torch.randn(2, 3, 4, 4)
         .bfloat16()
         .contiguous(memory_format=torch.channels_last)
@@ -54,11 +53,11 @@ def test_scores_of_a_decoder_in_bfloat16_are_upsampled_in_float32() -> None:
     )
     masks = torch.randint(0, 3, (2, 16, 16), dtype=torch.uint8)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = upsampled_cross_entropy(scores, masks)
+        loss = upsampled_cross_entropy(logits, masks)
     loss.backward()
-    expected = scores.detach().float().requires_grad_()
+    expected = logits.detach().float().requires_grad_()
     in_two_steps(expected, masks).backward()
-    assert scores.grad is not None
+    assert logits.grad is not None
     assert expected.grad is not None
-    torch.testing.assert_close(loss, in_two_steps(scores.detach(), masks))
-    torch.testing.assert_close(scores.grad.float(), expected.grad, rtol=2**-7, atol=1e-7)
+    torch.testing.assert_close(loss, in_two_steps(logits.detach(), masks))
+    torch.testing.assert_close(logits.grad.float(), expected.grad, rtol=2**-7, atol=1e-7)
