@@ -1,1 +1,1 @@
-"""Side-by-side measurements: each prints a table, and writes it as JSON on request. None of them is a test."""
+"""Side-by-side measurements: each prints a table and writes it as JSON on request."""

@@ -1,7 +1,7 @@
-"""The thesis's method written down as it reads, with nothing done for speed: what ``benchmarks/train.py`` measures us against.
+"""The thesis's method as it is written, without optimizations, for ``benchmarks/train.py``.
 
-Its networks have our widths, so that both compute the same; like SPADE's code they embed the mask for
-every generated sample and every pass, with gamma and beta as convolutions of their own, in PyTorch's default layout.
+The networks have the project's widths. Like SPADE's code they embed the mask for every generated
+sample and every pass, with separate convolutions for gamma and beta, in PyTorch's default layout.
 """
 
 from __future__ import annotations

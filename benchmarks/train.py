@@ -1,12 +1,12 @@
-"""A training step against a literal implementation of the thesis, and an epoch from cached features against one with the backbone in it.
+"""A training step against a literal implementation of the thesis; an epoch with and without cache.
 
     python -m benchmarks.train [--size voc2012-lite] [--size thesis] [--folder FOLDER] [--json FILE]
 
-Steps: ours and ``benchmarks/literal.py`` have networks of the same widths and batches of the same shapes, and take turns in
-one process; the median step counts. Both compute at ``--precision``, unless ``--literal-precision`` says otherwise for the
-literal one. Epochs (with
-``--folder``): the baseline decoder and the GAN see every image once, either from a feature store, or as the thesis
-did it: read, resized and sent through the backbone.
+Steps: the project and ``benchmarks/literal.py`` have networks of equal widths and batches of equal
+shapes, and take turns in one process; the median step counts. Both compute in ``--precision``,
+unless ``--literal-precision`` names another one for the literal implementation. Epochs (with
+``--folder``): the baseline decoder and the GAN read every image once, from a feature store or, as
+the thesis did, as an image that passes the backbone.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def time_steps(
 def time_epochs(
     name: str, size: Size, device: str, precision: str, folder: Path, count: int
 ) -> list[dict[str, Any]]:
-    """Seconds of an epoch over ``count`` images, from cached features and with the backbone in the loop."""
+    """Time an epoch over ``count`` images, from cached features and with the backbone in it."""
     import featurestore
     from featurestore.dataset import FeatureLoader
 
@@ -230,7 +230,7 @@ def time_epochs(
                 )
                 with accelerator.autocast():
                     features = backbone(batch)
-                yield features.clone()  # one that gradients may pass by: the backbone gives inference tensors
+                yield features.clone()  # the backbone gives inference tensors, without gradients
 
         spec = featurestore.StoreSpec(
             feature_shape=(size.channels, size.side, size.side),

@@ -68,7 +68,8 @@ class ExtractConfig(Config):
     )
     views: Annotated[tuple[Literal["identity", "hflip"], ...], Listed, Once] = Field(
         ("identity",),
-        description="of training images; hflip adds mirrored ones, for hflip-views and view: random",
+        description="of training images; hflip adds mirrored ones, for hflip-views and"
+        " view: random",
     )
     compute: Literal["fp32", "bf16"] = Field("fp32", description="precision of the backbone")
     batch_size: int = Field(16, ge=1, description="images a batch")

@@ -58,7 +58,7 @@ TINY = {
 
 
 def tiny_params(changes: Mapping[str, object] | None = None) -> str:
-    """Return the quickstart's parameters, reduced to sizes for tests, with ``section.key`` changes."""
+    """Return the quickstart's parameters, reduced for tests, with ``section.key`` changes."""
     from stages.commands.options import load_preset
     from stages.commands.params import PARAMS, as_yaml
     from stages.common.config import parse, with_settings

@@ -1,1 +1,1 @@
-"""Generators in training: networks, losses, one step, trainers, and the monitor with its measures."""
+"""Generators in training: networks, losses, one step, trainers, monitor and its measures."""

@@ -2,8 +2,8 @@
 
 The thesis names diffusion as future work (chapter 6). A flow is its simplest form: a network learns
 the velocity that carries noise to features along straight lines, and generating follows it. It
-works on the principal components of the features, because a small network cannot learn the velocity of
-2048 channels.
+works on the principal components of the features, because a small network cannot learn the
+velocity of 2048 channels.
 
 Feature maps are smooth. From white noise a flow first learns to blur, and in few steps little else:
 generated features are grainy and vary too little between objects. The noise here has the features'

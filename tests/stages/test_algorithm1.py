@@ -69,7 +69,7 @@ def literal_step(
     rng: torch.Generator,
     ratio: int,
 ) -> None:
-    """Algorithm 1, line by line; ``decoder`` None is its first branch. Nothing is shared between passes but the weights."""
+    """Algorithm 1, line by line; ``decoder`` None is its first branch."""
     generator, encoder = networks.generator, networks.image_encoder
 
     def discriminator(features: Tensor, masks: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -129,7 +129,7 @@ def literal_step(
 def assert_same_parameters(
     ours: nn.Module, literal: nn.Module, start: nn.Module, lr: float
 ) -> None:
-    """Parameters agree. Adam's first step is lr * sign(gradient), so where the gradient is rounding noise only the size can."""
+    """Compare parameters; Adam's first step is lr * sign(gradient), also of rounding noise."""
     theirs, before = dict(literal.named_parameters()), dict(start.named_parameters())
     noise = 1e-5 * max(
         float(parameter.grad.abs().max()) for parameter in literal.parameters()

@@ -1,4 +1,4 @@
-"""Two processes compute what one does: losses, weights and scores, to the rounding of sums in another order."""
+"""Two processes compute what one does: losses, weights and scores, to rounding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture(scope="module")
 def roots(features: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Results of one process, of two, and of two that divide the weights; the decoders start from the same GAN."""
+    """Results of one process, of two, and of two with sharded weights, from the same GAN."""
     launchers = {"one": (sys.executable,), "two": TORCHRUN, "sharded": TORCHRUN}
     found = {how: tmp_path_factory.mktemp(how) for how in launchers}
     for how, launcher in launchers.items():
@@ -52,7 +52,7 @@ def test_losses_and_scores_agree(roots: dict[str, Path], stage: str, how: str) -
         pd.testing.assert_series_equal(
             two[curve][first], one[curve][first], check_exact=False, rtol=2e-3, atol=2e-4
         )
-        # Adam takes a whole step even where a gradient is nothing but rounding, so the runs part slowly.
+        # Adam takes a whole step even where a gradient is rounding noise, so the runs diverge.
         pd.testing.assert_series_equal(
             two[curve][last], one[curve][last], check_exact=False, rtol=5e-2, atol=2e-2
         )

@@ -99,7 +99,7 @@ def test_noise_has_the_spectrum_of_the_features_and_an_untrained_flow_leaves_it_
 
 
 def test_the_velocity_of_a_gaussian_field_is_known() -> None:
-    """Regression of x_1 - x_0 on x_t, for fields of one spectrum, finds what an untrained network gives."""
+    """Regression of x_1 - x_0 on x_t, for fields of one spectrum, gives the untrained velocity."""
     generator = torch.Generator().manual_seed(0)
     network = flow()
     network.set_amplitude(torch.rand(12, 8, 5, generator=generator) + 0.2)
@@ -114,7 +114,7 @@ def test_the_velocity_of_a_gaussian_field_is_known() -> None:
 
 
 def test_integration_follows_the_velocity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For dx/dt = a x + b t the solution at 1 is known; the midpoint rule's error falls with the square of the steps."""
+    """For dx/dt = a x + b t the midpoint rule's error falls with the square of the steps."""
     errors = []
     for steps in (8, 16):
         network = flow(steps=steps, components=12)
@@ -128,7 +128,7 @@ def test_integration_follows_the_velocity(monkeypatch: pytest.MonkeyPatch) -> No
 def test_variations_start_from_the_real_features_in_their_share_of_noise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With dx/dt = b, what starts at time 1 - s ends s b further on; what the components do not hold stays as it was."""
+    """With dx/dt = b, features from time 1 - s move by s b, the rest of them by 0."""
     network = flow(components=4, steps=8)
     directions = torch.linalg.qr(torch.randn(12, 12))[0]
     network.set_components((torch.randn(12), directions[:, :4], torch.rand(4) + 0.5))

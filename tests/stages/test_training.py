@@ -1,4 +1,4 @@
-"""Training resumes to the same bits, keeps its promises to the comparison, and refuses what does not fit."""
+"""Training resumes to the same bits, compares variants fairly, and refuses what does not fit."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def trained(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-# -- train-gan -----------------------------------------------------------------------------------------
+# -- train-gan -----------------------------------------------------------------------------------
 
 
 def test_gan_leaves_networks_config_and_curves(features: Path, trained: Path) -> None:
@@ -137,7 +137,8 @@ def test_a_gan_of_another_version_is_refused_in_one_line(trained: Path, tmp_path
     for load in (load_generator, load_gan):
         with pytest.raises(
             DataError,
-            match=r"config.json: does not describe networks of this version \(KeyError\('prior'\)\); run train-gan again",
+            match=r"config.json: does not describe networks of this version \(KeyError\('prior'\)\);"
+            " run train-gan again",
         ):
             load(tmp_path / "gan")
 
@@ -450,7 +451,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(
     assert checkpoint.load() == {"history": [], "step": 1}
 
 
-# -- train-decoder -------------------------------------------------------------------------------------
+# -- train-decoder -------------------------------------------------------------------------------
 
 KILLED = [
     ("baseline", 3),
@@ -769,7 +770,7 @@ def test_no_pickle_is_ever_loaded() -> None:
             assert "weights_only=True" in text[start : start + 120], file
 
 
-# -- options -------------------------------------------------------------------------------------------
+# -- options -------------------------------------------------------------------------------------
 
 
 @pytest.mark.medium
@@ -809,7 +810,7 @@ def test_options_train_resume_and_go_on_jointly(
 def test_accumulated_gradients_are_those_of_the_whole_batch(
     features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no statistics are taken over the batch, two halves of it give the gradients of the whole."""
+    """Without batch statistics, two halves of a batch give the gradients of the whole."""
     gradients: dict[int, list[torch.Tensor]] = {}
     for parts in (1, 2):
         taken = gradients[parts] = []

@@ -1,4 +1,4 @@
-"""What ``test_distributed.py`` starts in one process and in two: training stages, one after the other, on a small store."""
+"""Training stages on a small store, which ``test_distributed.py`` starts in several processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ class NoDropout(nn.Module):
 
 
 def main(stages: str, features: Path, root: Path, gan: Path, saves: int = 0) -> None:
-    """Train GANs of :data:`GANS`, and ``joint``: a decoder with ``gan``; die after so many saved states, where that is not 0."""
+    """Train GANs of :data:`GANS`, and ``joint``: a decoder with ``gan``.
+
+    ``saves`` above 0: die after so many saved states.
+    """
     save, saved = Checkpoint.save, []
 
     def dying(self: Checkpoint, **state) -> None:
