@@ -137,8 +137,8 @@ def test_a_gan_of_another_version_is_refused_in_one_line(trained: Path, tmp_path
     for load in (load_generator, load_gan):
         with pytest.raises(
             DataError,
-            match=r"config.json: does not describe networks of this version \(KeyError\('prior'\)\);"
-            " run train-gan again",
+            match=r"config.json: does not describe networks of this version"
+            r" \(KeyError\('prior'\)\); run train-gan again",
         ):
             load(tmp_path / "gan")
 
