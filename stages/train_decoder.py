@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import featurestore
 from featurestore import FeatureStore, SpecMismatchError, StoreSpec
-from featurestore.dataset import FeatureLoader
+from featurestore.dataset import Batch, FeatureLoader
 from featurestore.files import file_sha256
 from stages.augment.base import (
     Augmenter,
@@ -43,7 +44,7 @@ from stages.segmentation.evaluation import evaluate, evaluate_images
 from stages.segmentation.metrics import IMAGES_NAME, Scores, score, total
 from stages.segmentation.upsampled_loss import upsampled_cross_entropy
 from stages.training.models import CONFIG_NAME, save_weights
-from stages.training.session import Session, Stateful, check_batch
+from stages.training.session import Session, check_batch
 from stages.training.update import backward, parameters_of, step_optimizers
 
 
@@ -130,14 +131,12 @@ def run(
     validation = session.loader(stores["val"], config.batch_size)
     learning = math.ceil(variant.until * config.epochs)  # epochs in which a joint GAN learns
     session.watch(monitoring, augmenter.monitored, stores, seed=seed, epochs=learning)
-    state: dict[str, Stateful] = {
-        "decoder": decoder,
-        "optimizer": optimizer,
-        "augmenter": augmenter,
-        "best": best,
-    }
-    identity = identify(config, variant, monitoring, seed, stores, gan)
-    session.resume(loader, config.epochs, identity=identity, state=state)
+    session.resume(
+        loader,
+        config.epochs,
+        identity=identify(config, variant, monitoring, seed, stores, gan),
+        state={"decoder": decoder, "optimizer": optimizer, "augmenter": augmenter, "best": best},
+    )
 
     # The order of the batches and all noise are functions of seed, epoch, step and process.
     for epoch in session.epochs():
@@ -145,18 +144,14 @@ def run(
         for number, batch in session.batches(epoch):
             done = (epoch * len(loader) + number) / steps
             set_learning_rate(optimizer, config, done)
-            for micro, samples in enumerate(batch.split(config.gradient_accumulation)):
+            for micro, samples in enumerate(micro_batches(batch, config.gradient_accumulation)):
                 rng = partial(random_generator, accelerator.device, seed, epoch, number, micro)
                 seed_everything(seed, epoch, number, micro, rank)  # dropout
                 with accelerator.accumulate(wrapped, *augmenter.modules):
-                    samples.features = samples.features.float().contiguous(
-                        memory_format=torch.channels_last
-                    )
                     if done < variant.until:
-                        added = augmenter.augment(
-                            samples, rng(1, 0 if augmenter.shares_noise else rank)
-                        )
-                    else:
+                        noise = rng(1, 0 if augmenter.shares_noise else rank)
+                        added = augmenter.augment(samples, noise)
+                    else:  # as many real batches instead
                         added = repeat_real(samples, variant.added_weights)
                     batches = [Labelled.of(samples), *added.batches]
                     batches = augment_features(variant.augment, batches, rng(2, rank))
@@ -167,22 +162,27 @@ def run(
                     backward(accelerator, *added.separate_losses, (loss, parameters))
                     if step_optimizers(accelerator, optimizer, *added.optimizers):
                         augmenter.after_step(added)
-                session.log({"decoder/ce_real": losses[0], **added.terms})
-                if len(losses) > 1:
-                    session.log({"decoder/ce_added": torch.stack(losses[1:]).mean()})
+                session.log(name_losses(losses, added.terms))
             session.save_if_due(number + 1)
         scores = evaluate(accelerator, decoder, validation, spec.class_names)
         best.update(scores.miou, epoch, decoder)
         session.end_epoch({**session.means(), **as_row(scores), **session.measure(epoch)})
 
     test = session.loader(stores["test"], config.batch_size, cache="none")
-    loaders, run = {"val": validation, "test": test}, {"variant": name, "seed": seed}
-    scores = save_results(config, session, loaders, decoder, augmenter, best, run, out)
+    run = {"variant": name, "seed": seed}
+    scores = save_results(config, session, validation, test, decoder, augmenter, best, run, out)
     session.finish()
     return scores
 
 
 # -- the loop's parts ----------------------------------------------------------------------------
+
+
+def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
+    """Divide a batch, with features in float32 and in the decoder's memory layout."""
+    for samples in batch.split(count):
+        features = samples.features.float().contiguous(memory_format=torch.channels_last)
+        yield replace(samples, features=features)
 
 
 def decoder_losses(
@@ -222,6 +222,12 @@ def weighted_sum(losses: list[Tensor], batches: list[Labelled], other: Tensor | 
     for added, batch in zip(losses[1:], batches[1:], strict=True):
         loss = loss + batch.weight * added
     return loss if other is None else other + loss
+
+
+def name_losses(losses: list[Tensor], terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name the losses of a step as they are logged, with those of the augmenter."""
+    added = {"decoder/ce_added": torch.stack(losses[1:]).mean()} if len(losses) > 1 else {}
+    return {"decoder/ce_real": losses[0], **terms, **added}
 
 
 def set_learning_rate(
@@ -337,7 +343,8 @@ def open_stores(
 def save_results(
     config: TrainDecoderConfig,
     session: Session,
-    loaders: dict[str, FeatureLoader],
+    validation: FeatureLoader,
+    test: FeatureLoader,
     decoder: Decoder,
     augmenter: Augmenter,
     best: Best,
@@ -348,8 +355,6 @@ def save_results(
 
     Parameters
     ----------
-    loaders
-        Splits ``val`` and ``test``.
     run
         Variant and seed.
     out
@@ -363,10 +368,10 @@ def save_results(
     Scores
         Scores of the last epoch on the test split.
     """
-    accelerator, store = session.accelerator, loaders["test"].store
+    accelerator, store = session.accelerator, test.store
     spec, main = store.spec, session.accelerator.is_main_process
-    on_val = evaluate(accelerator, decoder, loaders["val"], spec.class_names)
-    by_image = evaluate_images(accelerator, decoder, loaders["test"], spec.num_classes)
+    on_val = evaluate(accelerator, decoder, validation, spec.class_names)
+    by_image = evaluate_images(accelerator, decoder, test, spec.num_classes)
     scores = score(total(by_image.values(), spec.num_classes), spec.class_names)
     if main:
         shutil.rmtree(out, ignore_errors=True)
@@ -379,7 +384,7 @@ def save_results(
         write_json(out / CONFIG_NAME, {**settings, **run, "features": spec.to_dict()})
     augmenter.save(out)
     decoder.load_state_dict(best.weights)
-    best_scores = evaluate(accelerator, decoder, loaders["test"], spec.class_names)
+    best_scores = evaluate(accelerator, decoder, test, spec.class_names)
     if main:
         save_weights(decoder.state_dict(), out / "decoder-best.safetensors")
         result = {
