@@ -112,9 +112,7 @@ def run(
     train, spec = stores["train"], stores["train"].spec
     seed_everything(seed)  # variants of a seed start with the same weights
     decoder = Decoder(**describe(config, spec))
-    if machine.compile:
-        decoder.compile()
-    wrapped = distribute(accelerator, decoder)
+    wrapped = distribute(accelerator, decoder, compile=machine.compile)
     optimizer = torch.optim.Adam(decoder.parameters(), config.lr, config.betas, fused=True)
     steps = config.epochs * (config.repeats * len(train.positions("identity")) // config.batch_size)
     context = Context(name, accelerator, train, decoder, gan, seed, steps, machine)

@@ -129,13 +129,17 @@ def _keep_freed_memory() -> None:
             mallopt(M_ARENA_MAX, 1)
 
 
-def distribute(accelerator: Accelerator, network: nn.Module, *, sharded: bool = False) -> nn.Module:
+def distribute(
+    accelerator: Accelerator, network: nn.Module, *, compile: bool, sharded: bool = False
+) -> nn.Module:
     """Move a network to the accelerator's device and return what training calls.
 
     One process calls the network itself. Several processes share batch statistics and average
     gradients: each has a copy (DistributedDataParallel) or, with ``sharded``, a part of the weights
     (FSDP).
     """
+    if compile:
+        network.compile()
     if sharded:  # FSDP needs weights in PyTorch's default layout
         return shard(synchronise_batch_norm(network).to(accelerator.device), accelerator.device)
     network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -83,11 +83,11 @@ class Trainer(ABC):
         for name, network in networks.by_name().items():
             network.train()
             module = self._called(network)
-            if machine.compile:
-                # Back-propagation passes a network twice.
+            if machine.compile:  # back-propagation passes a network twice
                 torch._functorch.config.donated_buffer = False
-                module.compile()
-            self.modules[name] = distribute(accelerator, module, sharded=self.sharded)
+            self.modules[name] = distribute(
+                accelerator, module, compile=machine.compile, sharded=self.sharded
+            )
         trained = [networks.generator, networks.image_encoder]
         self.generator_parameters = _parameters(*trained)
         self.discriminator_parameters = _parameters(networks.discriminator)
