@@ -496,6 +496,7 @@ def test_a_store_of_other_parameters_is_refused(
         assert "report.headline_classes: 'dragon' is no class of this data set" in one_line(result)
 
 
+@pytest.mark.slow
 def test_inspect_and_verify(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(project)
     shown = call("inspect", "features/train").output

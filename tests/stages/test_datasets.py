@@ -89,7 +89,7 @@ def test_voc_with_sbd(tmp_path: Path) -> None:
     np.testing.assert_array_equal(masks["e"][1], stripes(0, 20, 7))
     np.testing.assert_array_equal(masks["a"][1], stripes(0, 1, 255))  # VOC's own mask, not SBD's
     assert summary["classes"] == list(voc.NAMES)
-    with pytest.raises(ValueError, match="split sbd is for dataset voc alone"):
+    with pytest.raises(ValueError, match="split sbd is only for dataset voc"):
         config(tmp_path, dataset="camvid", split="sbd")
 
 

@@ -590,7 +590,7 @@ def test_from_until_on_real_batches_take_the_place_of_added_ones(
         {"augmenter": "noise", "weight": 0.5},
     ]
     seen = []
-    perturb, decoder_loss = train_decoder.perturb, train_decoder.decoder_loss
+    augment, decoder_loss = train_decoder.augment_features, train_decoder.decoder_loss
 
     def look(names: tuple[str, ...], parts: list[Labelled], rng: torch.Generator) -> list[Labelled]:
         real, *added = parts
@@ -600,10 +600,10 @@ def test_from_until_on_real_batches_take_the_place_of_added_ones(
                 [torch.equal(part.features, real.features) for part in added],
             )
         )
-        return perturb(names, parts, rng)
+        return augment(names, parts, rng)
 
     adjusted = []
-    monkeypatch.setattr(train_decoder, "perturb", look)
+    monkeypatch.setattr(train_decoder, "augment_features", look)
     monkeypatch.setattr(
         train_decoder,
         "decoder_loss",
