@@ -34,8 +34,8 @@ from stages.gan.networks import build_networks
 from stages.gan.objective import Objective
 from stages.models.decoder import Decoder
 from stages.segmentation.upsampled_loss import upsampled_cross_entropy
-from stages.train_decoder import decoder_losses, weighted_sum
-from stages.training.update import backward, step_optimizers
+from stages.train_decoder import decoder_loss
+from stages.training.update import backward, step_and_zero_grad
 
 CLASSES, STRIDE = 21, 8
 
@@ -97,8 +97,8 @@ def our_trainer(size: Size, device: str, precision: str) -> GanTrainer:
 def gan_step(trainer: GanTrainer, features: Tensor, masks: Tensor, rng: torch.Generator) -> None:
     """Take one step of Algorithm 1's first branch."""
     step = trainer.forward(features, masks, None, ratio=1, rng=rng)
-    backward(trainer.accelerator, *trainer.losses(step))
-    step_optimizers(trainer.accelerator, *trainer.optimizers.values())
+    backward(trainer.accelerator, *trainer.losses_with_parameters(step))
+    step_and_zero_grad(trainer.accelerator, *trainer.optimizers.values())
 
 
 def new_decoder(size: Size) -> Decoder:
@@ -122,13 +122,14 @@ def our_steps(
         real = features.float().contiguous(memory_format=torch.channels_last)
         batch = Batch(torch.arange(len(masks)), real, masks, None)
         added = augmenter.augment(batch, rng)
-        batches = [Labelled.of(batch), *added.batches]
         with trainer.accelerator.autocast():
-            losses = decoder_losses(decoder, decoder, batches, augmenter, variant)
-        loss = weighted_sum(losses, batches, added.loss)
-        parameters = [*decoder.parameters(), *added.parameters]
-        backward(trainer.accelerator, *added.separate_losses, (loss, parameters))
-        step_optimizers(trainer.accelerator, optimizer, *added.optimizers)
+            batches = [Labelled.of(batch), *added.batches]
+            losses = torch.stack([decoder_loss(decoder, each) for each in batches])
+        assert added.generator_loss is not None
+        trained = [*decoder.parameters(), *added.generator_parameters]
+        loss = added.generator_loss + losses.sum()
+        backward(trainer.accelerator, *added.discriminator_losses, (loss, trained))
+        step_and_zero_grad(trainer.accelerator, optimizer, *added.optimizers)
 
     return {"gan step": gan, "joint step 1:1": lambda: joint(1), "joint step 2:1": lambda: joint(2)}
 

@@ -48,7 +48,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def split(self, count: int) -> list[Batch]:
+    def chunk(self, count: int) -> list[Batch]:
         """Split into ``count`` batches of equal size that share this one's memory."""
         size = len(self) // count
         rows = [slice(start, start + size) for start in range(0, size * count, size)]

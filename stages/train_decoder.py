@@ -45,7 +45,9 @@ from stages.segmentation.metrics import IMAGES_NAME, Scores, score, total
 from stages.segmentation.upsampled_loss import upsampled_cross_entropy
 from stages.training.models import CONFIG_NAME, save_weights
 from stages.training.session import Session, check_batch
-from stages.training.update import backward, parameters_of, step_optimizers
+from stages.training.update import backward, step_and_zero_grad
+
+FOR_AUGMENTER, FOR_ALL = 1, 2  # purposes of random numbers, a part of their seeds
 
 
 class TrainDecoderConfig(Config):
@@ -117,17 +119,9 @@ def run(
     steps = config.epochs * (config.repeats * len(train.positions("identity")) // config.batch_size)
     context = Context(name, accelerator, train, decoder, gan, seed, steps, machine)
     augmenter, best = build_augmenter(variant, context), Best()
-    loader = session.loader(
-        train,
-        config.batch_size,
-        seed=seed,
-        drop_last=True,
-        positions=training_views(train, variant.view),
-        repeats=config.repeats,
-        images=augmenter.needs_images,
-    )
+    loader = training_loader(session, config, train, variant.view, seed, augmenter.needs_images)
     validation = session.loader(stores["val"], config.batch_size)
-    learning = math.ceil(variant.until * config.epochs)  # epochs in which a joint GAN learns
+    learning = math.ceil(round(variant.until * config.epochs, 6))  # epochs of a joint GAN
     session.watch(monitoring, augmenter.monitored, stores, seed=seed, epochs=learning)
     session.resume(
         loader,
@@ -136,39 +130,48 @@ def run(
         state={"decoder": decoder, "optimizer": optimizer, "augmenter": augmenter, "best": best},
     )
 
-    # The order of the batches and all noise are functions of seed, epoch, step and process.
+    # The order of the batches and all noise are functions of seed, epoch, step, part and process.
     for epoch in session.epochs():
         decoder.train()
-        for number, batch in session.batches(epoch):
-            done = (epoch * len(loader) + number) / steps
-            set_learning_rate(optimizer, config, done)
-            for micro, samples in enumerate(micro_batches(batch, config.gradient_accumulation)):
-                rng = partial(random_generator, accelerator.device, seed, epoch, number, micro)
-                seed_everything(seed, epoch, number, micro, rank)  # dropout
-                with accelerator.accumulate(wrapped, *augmenter.modules):
-                    if done < variant.until:
-                        noise = rng(1, 0 if augmenter.shares_noise else rank)
-                        added = augmenter.augment(samples, noise)
-                    else:  # as many real batches instead
-                        added = repeat_real(samples, variant.added_weights)
-                    batches = [Labelled.of(samples), *added.batches]
-                    batches = augment_features(variant.augment, batches, rng(2, rank))
-                    with accelerator.autocast():
-                        losses = decoder_losses(wrapped, decoder, batches, augmenter, variant)
-                    loss = weighted_sum(losses, batches, added.loss)
-                    parameters = [*parameters_of(optimizer), *added.parameters]
-                    backward(accelerator, *added.separate_losses, (loss, parameters))
-                    if step_optimizers(accelerator, optimizer, *added.optimizers):
-                        augmenter.after_step(added)
-                session.log(name_losses(losses, added.terms))
-            session.save_if_due(number + 1)
+        for index, batch in session.batches(epoch):
+            progress = (epoch * len(loader) + index) / context.steps
+            set_learning_rate(optimizer, config, progress)
+            for part, micro_batch in enumerate(micro_batches(batch, config.gradient_accumulation)):
+                make_rng = partial(random_generator, accelerator.device, seed, epoch, index, part)
+                seed_everything(seed, epoch, index, part, rank)  # dropout
+                with accelerator.accumulate(wrapped, *augmenter.modules):  # divides losses by parts
+                    if progress < variant.until:
+                        noise = make_rng(FOR_AUGMENTER, augmenter.noise_rank)
+                        added = augmenter.augment(micro_batch, noise)
+                    else:  # real batches instead: as many, with the same weights
+                        added = repeat_real(micro_batch, variant.added_weights)
+                    batches = [Labelled.of(micro_batch), *added.batches]
+                    noise = make_rng(FOR_ALL, rank)
+                    real, *others = augment_features(variant.augment, batches, noise)
+                    with accelerator.autocast():  # one forward a batch: BatchNorm must not mix them
+                        adjust = augmenter.adjust_logits(real.masks)
+                        loss = ce_real = decoder_loss(wrapped, real, adjust)
+                        with decoder.running_statistics(kept=variant.statistics == "all"):
+                            ce_added = [decoder_loss(wrapped, other) for other in others]
+                    for other, cross_entropy in zip(others, ce_added, strict=True):
+                        loss = loss + other.weight * cross_entropy
+                    if added.generator_loss is not None:
+                        loss = added.generator_loss + loss
+                    trained = [*decoder.parameters(), *added.generator_parameters]
+                    backward(accelerator, *added.discriminator_losses, (loss, trained))
+                    if accelerator.sync_gradients:  # the last part of the batch
+                        step_and_zero_grad(accelerator, optimizer, *added.optimizers)
+                        augmenter.after_optimizer_step(added)
+                session.log({"decoder/ce_real": ce_real, **added.terms, **mean_of(ce_added)})
+                del added  # it keeps a part of the discriminator's graph
+            session.save_if_due(index + 1)
         scores = evaluate(accelerator, decoder, validation, spec.class_names)
         best.update(scores.miou, epoch, decoder)
-        session.end_epoch({**session.means(), **as_row(scores), **session.measure(epoch)})
+        measures = {**as_row(scores), **session.measure_if_due(epoch)}
+        session.end_epoch({**session.take_means(), **measures})
 
     test = session.loader(stores["test"], config.batch_size, cache="none")
-    run = {"variant": name, "seed": seed}
-    scores = save_results(config, session, validation, test, decoder, augmenter, best, run, out)
+    scores = save_results(config, session, context, augmenter, best, validation, test, out)
     session.finish()
     return scores
 
@@ -176,30 +179,31 @@ def run(
 # -- the loop's parts ----------------------------------------------------------------------------
 
 
+def training_loader(
+    session: Session,
+    config: TrainDecoderConfig,
+    store: FeatureStore,
+    view: str,
+    seed: int,
+    images: bool,
+) -> FeatureLoader:
+    """Read the training samples in a random order that depends only on the seed."""
+    return session.loader(
+        store,
+        config.batch_size,
+        seed=seed,
+        drop_last=True,
+        positions=training_views(store, view),
+        repeats=config.repeats,
+        images=images,
+    )
+
+
 def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
     """Divide a batch, with features in float32 and in the decoder's memory layout."""
-    for samples in batch.split(count):
+    for samples in batch.chunk(count):
         features = samples.features.float().contiguous(memory_format=torch.channels_last)
         yield replace(samples, features=features)
-
-
-def decoder_losses(
-    wrapped: nn.Module,
-    decoder: Decoder,
-    batches: list[Labelled],
-    augmenter: Augmenter,
-    variant: VariantConfig,
-) -> list[Tensor]:
-    """Compute the cross-entropy of each batch (equation 3.7), the real one's first.
-
-    Each passes the decoder separately (Algorithm 1), so that BatchNorm does not mix them.
-    ``wrapped`` is the decoder as the accelerator calls it.
-    """
-    real, *added = batches
-    losses = [decoder_loss(wrapped, real, augmenter.adjust_logits(real.targets[0][0]))]
-    with decoder.running_statistics(kept=variant.statistics == "all"):
-        losses += [decoder_loss(wrapped, batch) for batch in added]
-    return losses
 
 
 def decoder_loss(
@@ -214,28 +218,19 @@ def decoder_loss(
     return torch.stack(losses).sum()
 
 
-def weighted_sum(losses: list[Tensor], batches: list[Labelled], other: Tensor | None) -> Tensor:
-    """Sum the losses of batches by their weights; a real batch weighs 1."""
-    loss = losses[0]
-    for added, batch in zip(losses[1:], batches[1:], strict=True):
-        loss = loss + batch.weight * added
-    return loss if other is None else other + loss
-
-
-def name_losses(losses: list[Tensor], terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Name the losses of a step as they are logged, with those of the augmenter."""
-    added = {"decoder/ce_added": torch.stack(losses[1:]).mean()} if len(losses) > 1 else {}
-    return {"decoder/ce_real": losses[0], **terms, **added}
+def mean_of(ce_added: list[Tensor]) -> dict[str, Tensor]:
+    """Name the mean cross-entropy of the added batches as it is logged, if there are any."""
+    return {"decoder/ce_added": torch.stack(ce_added).mean()} if ce_added else {}
 
 
 def set_learning_rate(
-    optimizer: torch.optim.Optimizer, config: TrainDecoderConfig, done: float
+    optimizer: torch.optim.Optimizer, config: TrainDecoderConfig, progress: float
 ) -> None:
-    """Set the rate after a fraction ``done`` of all steps.
+    """Set the rate after a fraction ``progress`` of all steps.
 
     ``poly`` falls to 0 (Chen et al. 2017, section 4.1).
     """
-    factor = (1 - done) ** 0.9 if config.lr_schedule == "poly" else 1
+    factor = (1 - progress) ** 0.9 if config.lr_schedule == "poly" else 1
     for group in optimizer.param_groups:
         group["lr"] = config.lr * factor
 
@@ -341,20 +336,19 @@ def open_stores(
 def save_results(
     config: TrainDecoderConfig,
     session: Session,
-    validation: FeatureLoader,
-    test: FeatureLoader,
-    decoder: Decoder,
+    context: Context,
     augmenter: Augmenter,
     best: Best,
-    run: dict[str, Any],
+    validation: FeatureLoader,
+    test: FeatureLoader,
     out: Path,
 ) -> Scores:
     """Score the decoder of the last epoch, and the best one, and write all results.
 
     Parameters
     ----------
-    run
-        Variant and seed.
+    context
+        Variant, seed and decoder.
     out
         Folder of ``decoder.safetensors`` (last epoch), ``decoder-best.safetensors`` (best mIoU on
         the validation split), ``config.json``, and ``gan/`` of a jointly trained GAN. The session's
@@ -366,7 +360,8 @@ def save_results(
     Scores
         Scores of the last epoch on the test split.
     """
-    accelerator, store = session.accelerator, test.store
+    accelerator, decoder, store = session.accelerator, context.decoder, test.store
+    run = {"variant": context.variant, "seed": context.seed}
     spec, main = store.spec, session.accelerator.is_main_process
     on_val = evaluate(accelerator, decoder, validation, spec.class_names)
     by_image = evaluate_images(accelerator, decoder, test, spec.num_classes)

@@ -22,7 +22,7 @@ from stages.models.generator import UPSAMPLING
 from stages.segmentation.transforms import Transform
 from stages.training.models import save_gan, save_weights
 from stages.training.session import Session, check_batch
-from stages.training.update import backward, step_optimizers
+from stages.training.update import backward, step_and_zero_grad
 
 
 class TrainGanConfig(Config):
@@ -197,22 +197,23 @@ def run(
     }
     session.resume(loader, config.frozen_epochs, identity=identity, state={"trainer": trainer})
 
-    # Train. The order of the batches and all noise are functions of seed, epoch and step.
+    # The order of the batches and all noise are functions of seed, epoch, step and micro-batch.
     for epoch in session.epochs():
-        for number, batch in session.batches(epoch):
-            for micro, samples in enumerate(batch.split(config.gradient_accumulation)):
-                rng = random_generator(accelerator.device, config.seed, epoch, number, micro)
-                with accelerator.accumulate(*trainer.modules.values()):
-                    step = trainer.forward(
-                        samples.features, samples.masks, samples.images, ratio=1, rng=rng
+        for index, batch in session.batches(epoch):
+            for part, micro_batch in enumerate(batch.chunk(config.gradient_accumulation)):
+                rng = random_generator(accelerator.device, config.seed, epoch, index, part)
+                with accelerator.accumulate(*trainer.modules.values()):  # divides losses by parts
+                    output = trainer.forward(
+                        micro_batch.features, micro_batch.masks, micro_batch.images, rng=rng
                     )
-                    backward(accelerator, *trainer.losses(step))
-                    if step_optimizers(accelerator, *trainer.optimizers.values()):
-                        trainer.after_step()
-                session.log(step.terms)
-                del step  # and what is left of its graph
-            session.save_if_due(number + 1)
-        session.end_epoch({**session.means(), **session.measure(epoch)})
+                    backward(accelerator, *trainer.losses_with_parameters(output))
+                    if accelerator.sync_gradients:  # the last part of the batch
+                        step_and_zero_grad(accelerator, *trainer.optimizers.values())
+                        trainer.after_optimizer_step()  # average, weight clipping
+                session.log(output.terms)
+                del output  # it keeps a part of the discriminator's graph
+            session.save_if_due(index + 1)
+        session.end_epoch({**session.take_means(), **session.measure_if_due(epoch)})
 
     state = trainer.state_dict()
     if accelerator.is_main_process:

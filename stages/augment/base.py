@@ -124,6 +124,11 @@ class Labelled:
         """Label the real features of a batch with its masks."""
         return cls(batch.features, [(batch.masks, 1.0)], weight)
 
+    @property
+    def masks(self) -> Tensor:
+        """Masks (B, H, W) uint8 of features with one target."""
+        return self.targets[0][0]
+
 
 @dataclass
 class Augmented:
@@ -135,11 +140,11 @@ class Augmented:
         Added features with their masks, any number of batches.
     terms
         Losses to log by name, detached.
-    loss
-        Loss that is added to the decoder's.
-    parameters
+    generator_loss
+        Loss of a generator in training; it is added to the decoder's.
+    generator_parameters
         Parameters that the sum trains, in addition to the decoder's.
-    separate_losses
+    discriminator_losses
         Losses that are back-propagated before the sum, each with the parameters that it trains.
     optimizers
         Optimizers that step together with the decoder's.
@@ -147,9 +152,9 @@ class Augmented:
 
     batches: list[Labelled] = field(default_factory=list)
     terms: dict[str, Tensor] = field(default_factory=dict)
-    loss: Tensor | None = None
-    parameters: Sequence[nn.Parameter] = ()
-    separate_losses: Sequence[tuple[Tensor, Sequence[nn.Parameter]]] = ()
+    generator_loss: Tensor | None = None
+    generator_parameters: Sequence[nn.Parameter] = ()
+    discriminator_losses: Sequence[tuple[Tensor, Sequence[nn.Parameter]]] = ()
     optimizers: Sequence[torch.optim.Optimizer] = ()
 
 
@@ -236,9 +241,6 @@ class Augmenter:
     ----------
     needs_images
         Whether :meth:`augment` reads the images of a batch.
-    shares_noise
-        Whether all processes of a training get the same random numbers, because the augmenter
-        divides them itself.
     modules
         Networks that it trains, as the accelerator wraps them.
     monitored
@@ -246,13 +248,17 @@ class Augmenter:
     """
 
     needs_images: bool = False
-    shares_noise: bool = False
     modules: Sequence[nn.Module] = ()
     monitored: Callable[[], FeatureGenerator] | None = None
 
     def __init__(self, config: VariantConfig, context: Context) -> None:
         self.config, self.accelerator, self.decoder = config, context.accelerator, context.decoder
         self.store, self.spec = context.store, context.store.spec
+
+    @property
+    def noise_rank(self) -> int:
+        """Process whose random numbers :meth:`augment` gets; each process has its own."""
+        return self.accelerator.process_index
 
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """Add features, and losses, to a batch.
@@ -270,7 +276,7 @@ class Augmenter:
         """Return how to change the logits of real features in training; masks (B, H, W)."""
         return None
 
-    def after_step(self, added: Augmented) -> None:
+    def after_optimizer_step(self, added: Augmented) -> None:
         """Advance, after the optimizers took a step on what :meth:`augment` added."""
 
     def state_dict(self) -> State:

@@ -48,9 +48,9 @@ class Combined(Augmenter):
         return adjust if any(adjustments) else None
 
     @override
-    def after_step(self, added: Augmented) -> None:
+    def after_optimizer_step(self, added: Augmented) -> None:
         for member in self.members:
-            member.after_step(added)
+            member.after_optimizer_step(added)
 
     @override
     def state_dict(self) -> State:

@@ -135,7 +135,6 @@ class JointFeatureGAN(FeatureAugmenter):
     """
 
     config: FeatureGANConfig
-    shares_noise = True
 
     def __init__(self, config: FeatureGANConfig, trainer: Trainer, pretrained: Path) -> None:
         self.config, self.accelerator = config, trainer.accelerator
@@ -144,26 +143,31 @@ class JointFeatureGAN(FeatureAugmenter):
         self.modules = tuple(trainer.modules.values())
         self.monitored = trainer.generator
 
+    @property
+    @override
+    def noise_rank(self) -> int:
+        return 0  # the trainer divides the noise of a batch over the processes
+
     @override
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         trainer, ratio = self.trainer, self.config.ratio
         step = trainer.forward(batch.features, batch.masks, batch.images, ratio=ratio, rng=rng)
         fake = step.fake if self.config.segmentation_loss else step.fake.detach()
         draws = (fake * trainer.networks.generator.feature_scale).chunk(ratio)
-        separate, (loss, parameters) = trainer.losses(step)
+        discriminator, (loss, parameters) = trainer.losses_with_parameters(step)
         return Augmented(
             self.add(batch.masks, *draws).batches,
             terms=step.terms,
-            loss=loss,
-            parameters=parameters,
-            separate_losses=[separate],
+            generator_loss=loss,
+            generator_parameters=parameters,
+            discriminator_losses=[discriminator],
             optimizers=list(trainer.optimizers.values()),
         )
 
     @override
-    def after_step(self, added: Augmented) -> None:
+    def after_optimizer_step(self, added: Augmented) -> None:
         if added.optimizers:  # after ``until`` the GAN rests
-            self.trainer.after_step()
+            self.trainer.after_optimizer_step()
 
     @override
     def state_dict(self) -> State:

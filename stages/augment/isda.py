@@ -110,7 +110,7 @@ class ISDA(Augmenter):
         self.counts = self.counts + count
 
     @override
-    def after_step(self, added: Augmented) -> None:
+    def after_optimizer_step(self, added: Augmented) -> None:
         self.step += 1
 
     @override

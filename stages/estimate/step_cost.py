@@ -158,7 +158,7 @@ class Workload:
         step = self.trainer.forward(
             batch.features, batch.masks, batch.images, ratio=1, rng=self.rng
         )
-        backward(self.trainer.accelerator, *self.trainer.losses(step))
+        backward(self.trainer.accelerator, *self.trainer.losses_with_parameters(step))
 
     def joint_step(self, ratio: int) -> None:
         """Compute losses and gradients of the second branch of Algorithm 1."""
@@ -166,9 +166,11 @@ class Workload:
         added = JointFeatureGAN(variant, self.trainer, Path()).augment(self.batch, self.rng)
         seen = [self.features, *(each.features for each in added.batches)]
         losses = torch.stack([self.decoder_loss(features) for features in seen])
-        loss = losses.sum() if added.loss is None else losses.sum() + added.loss
-        trained = [*self.decoder.parameters(), *added.parameters]
-        backward(self.trainer.accelerator, *added.separate_losses, (loss, trained))
+        loss = losses.sum()
+        if added.generator_loss is not None:
+            loss = loss + added.generator_loss
+        trained = [*self.decoder.parameters(), *added.generator_parameters]
+        backward(self.trainer.accelerator, *added.discriminator_losses, (loss, trained))
 
 
 def count(setup: Setup) -> tuple[dict[str, Cost], tuple[int, ...]]:

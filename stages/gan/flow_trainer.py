@@ -137,7 +137,7 @@ class FlowTrainer(Trainer):
         masks: Tensor,
         images: Tensor | None,
         *,
-        ratio: int,
+        ratio: int = 1,
         rng: torch.Generator,
     ) -> Step:
         # No features are generated; ``ratio`` lines lead to each sample.

@@ -98,7 +98,7 @@ class GanTrainer(Trainer):
         masks: Tensor,
         images: Tensor | None,
         *,
-        ratio: int,
+        ratio: int = 1,
         rng: torch.Generator,
     ) -> Step:
         generator = self.networks.generator
@@ -123,8 +123,8 @@ class GanTrainer(Trainer):
             )
 
     @override
-    def after_step(self) -> None:
-        super().after_step()
+    def after_optimizer_step(self) -> None:
+        super().after_optimizer_step()
         if self.objective.adversarial_loss == "wasserstein-clip":
             with torch.no_grad():
                 for parameter in self.discriminator_parameters:

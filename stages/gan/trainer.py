@@ -114,7 +114,7 @@ class Trainer(ABC):
         masks: Tensor,
         images: Tensor | None,
         *,
-        ratio: int,
+        ratio: int = 1,
         rng: torch.Generator,
     ) -> Step:
         """Compute the losses of a batch.
@@ -133,7 +133,7 @@ class Trainer(ABC):
             The same in all processes: the noise of a batch does not depend on their number.
         """
 
-    def losses(self, step: Step) -> list[Loss]:
+    def losses_with_parameters(self, step: Step) -> list[Loss]:
         """List a step's losses in the order of their back-propagation, with what each trains.
 
         The discriminator's comes first: the generator's graph is then freed by its own.
@@ -143,7 +143,7 @@ class Trainer(ABC):
             (step.generator_loss, self.generator_parameters),
         ]
 
-    def after_step(self) -> None:
+    def after_optimizer_step(self) -> None:
         """Count a step of the optimizers and update the average."""
         self.steps += 1
         if self._average is not None:

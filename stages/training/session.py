@@ -218,12 +218,12 @@ class Session:
         if step < len(self._loader) and self.checkpoint.due():
             self._save(step)
 
-    def means(self) -> dict[str, float]:
-        """Return the means of the epoch's logged values, over the steps of all processes."""
-        means, self._means, self._step = self._means, Means(), 0
+    def take_means(self) -> dict[str, float]:
+        """Return the means of the logged values over steps and processes, and start new ones."""
+        means, self._means = self._means, Means()
         return means.result(self.accelerator)
 
-    def measure(self, epoch: int) -> dict[str, float]:
+    def measure_if_due(self, epoch: int) -> dict[str, float]:
         """Measure the watched generator, after the epochs where it is due."""
         if (
             self._monitor is None
@@ -242,6 +242,7 @@ class Session:
             When the GAN collapsed and ``monitor.on_collapse`` is ``stop``; the state is saved.
         """
         self.history.log(row)
+        self._step = 0
         collapse = self._collapse(row)
         if self.checkpoint.due() or collapse:
             self._save(0)

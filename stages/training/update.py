@@ -35,18 +35,11 @@ def backward(accelerator: Accelerator, *losses: Loss) -> None:
         _restore_grads(others, gradients)
 
 
-def step_optimizers(accelerator: Accelerator, *optimizers: torch.optim.Optimizer) -> bool:
-    """Step all optimizers, unless an accumulated batch has micro-batches left.
+def step_and_zero_grad(accelerator: Accelerator, *optimizers: torch.optim.Optimizer) -> None:
+    """Step all optimizers and clear their gradients.
 
     They step together, because the loss scale of fp16 must not change between them.
-
-    Returns
-    -------
-    bool
-        Whether they stepped.
     """
-    if not accelerator.sync_gradients:
-        return False
     scaler = accelerator.scaler
     for optimizer in optimizers:
         optimizer.step() if scaler is None else scaler.step(optimizer)
@@ -54,12 +47,6 @@ def step_optimizers(accelerator: Accelerator, *optimizers: torch.optim.Optimizer
         scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad()
-    return True
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """List the parameters that an optimizer trains."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _detach_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:

@@ -19,8 +19,8 @@ from stages.gan.networks import Networks, build_networks
 from stages.gan.objective import Objective
 from stages.models.decoder import Decoder
 from stages.models.spectral import SpectralConv2d
-from stages.train_decoder import decoder_losses, weighted_sum
-from stages.training.update import backward, step_optimizers
+from stages.train_decoder import decoder_loss
+from stages.training.update import backward, step_and_zero_grad
 
 BATCH, CLASSES, CHANNELS, SIDE = 3, 4, 12, 8
 LAMBDA_FEAT, LAMBDA_KLD = 7.0, 0.05
@@ -207,21 +207,22 @@ def test_a_step_equals_algorithm_1(
     rng = torch.Generator().manual_seed(7)
     if branch == "gan":
         step = trainer.forward(features, masks, images, ratio=ratio, rng=rng)
-        backward(trainer.accelerator, *trainer.losses(step))
-        assert step_optimizers(trainer.accelerator, *trainer.optimizers.values())
+        backward(trainer.accelerator, *trainer.losses_with_parameters(step))
+        step_and_zero_grad(trainer.accelerator, *trainer.optimizers.values())
     else:
         optimizer = torch.optim.Adam(decoder.parameters(), LR["decoder"])
         variant = FeatureGANConfig(augmenter="featuregan", ratio=ratio)
         augmenter = JointFeatureGAN(variant, trainer, Path())
         batch = Batch(torch.arange(len(masks)), features, masks, images)
         added = augmenter.augment(batch, rng)
-        batches = [Labelled.of(batch), *added.batches]
-        losses = decoder_losses(decoder, decoder, batches, augmenter, variant)
-        loss = weighted_sum(losses, batches, added.loss)
+        assert added.generator_loss is not None
+        loss = added.generator_loss + decoder_loss(decoder, Labelled.of(batch))
+        for generated in added.batches:
+            loss = loss + generated.weight * decoder_loss(decoder, generated)
         monkeypatch.setattr(optimizer, "zero_grad", lambda: None)
-        parameters = [*decoder.parameters(), *added.parameters]
-        backward(trainer.accelerator, *added.separate_losses, (loss, parameters))
-        assert step_optimizers(trainer.accelerator, optimizer, *added.optimizers)
+        parameters = [*decoder.parameters(), *added.generator_parameters]
+        backward(trainer.accelerator, *added.discriminator_losses, (loss, parameters))
+        step_and_zero_grad(trainer.accelerator, optimizer, *added.optimizers)
         assert_same_parameters(decoder, literal_decoder, start_decoder, LR["decoder"])
     assert_same_parameters(networks.generator, literal.generator, start.generator, LR["generator"])
     assert_same_parameters(

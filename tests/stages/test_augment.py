@@ -513,7 +513,7 @@ def test_combined_augmenters_add_what_each_of_them_adds(store, batch, tmp_path) 
     embeddings = torch.randn(4, 5, SIDE, SIDE)
     adjusted = []
     for augmenter in (combined, alone):
-        augmenter.after_step(Augmented())
+        augmenter.after_optimizer_step(Augmented())
         adjusted.append(augmenter.adjust_logits(batch.masks)(embeddings, last(embeddings), last))
     assert torch.equal(*adjusted)
     assert not torch.equal(adjusted[0], last(embeddings))

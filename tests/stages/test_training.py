@@ -869,10 +869,10 @@ def test_the_average_generator_is_an_exponential_moving_average(
 ) -> None:
     """Its weights equal the closed form over the weights after each step."""
     seen: list[dict[str, torch.Tensor]] = []
-    after_step = GanTrainer.after_step
+    after_optimizer_step = GanTrainer.after_optimizer_step
 
     def watched(self: GanTrainer) -> None:
-        after_step(self)
+        after_optimizer_step(self)
         seen.append(
             {
                 name: parameter.detach().clone()
@@ -880,7 +880,7 @@ def test_the_average_generator_is_an_exponential_moving_average(
             }
         )
 
-    monkeypatch.setattr(GanTrainer, "after_step", watched)
+    monkeypatch.setattr(GanTrainer, "after_optimizer_step", watched)
     run_gan(features, tmp_path, ema_decay=0.75)
     average = dict(load_generator(tmp_path / "gan").named_parameters())
     raw = dict(load_gan(tmp_path / "gan")[0].generator.named_parameters())
