@@ -440,9 +440,8 @@ def _read_pair(
         (mask_path, mask_bytes, entry.mask_sha256),
     ):
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise DataError(
-                path, "this file changed since the prepare stage; run `dvc repro`, or prepare again"
-            )
+            message = "this file changed since the prepare stage; run `dvc repro`, or prepare again"
+            raise DataError(path, message)
     original = decode_image(image_bytes, image_path)
     labels = decode_mask(
         mask_bytes, mask_path, num_classes=len(classes.names), void_index=classes.void_index
