@@ -139,19 +139,19 @@ def run(
             for part, micro_batch in enumerate(micro_batches(batch, config.gradient_accumulation)):
                 make_rng = partial(random_generator, accelerator.device, seed, epoch, index, part)
                 seed_everything(seed, epoch, index, part, rank)  # dropout
-                with accelerator.accumulate(wrapped, *augmenter.modules):  # divides losses by parts
+                with accelerator.accumulate(wrapped, *augmenter.modules):  # sets sync_gradients
                     if progress < variant.until:
-                        noise = make_rng(FOR_AUGMENTER, augmenter.noise_rank)
-                        added = augmenter.augment(micro_batch, noise)
+                        rng = make_rng(FOR_AUGMENTER, augmenter.noise_rank)
+                        added = augmenter.augment(micro_batch, rng)  # with losses of a joint GAN
                     else:  # real batches instead: as many, with the same weights
                         added = repeat_real(micro_batch, variant.added_weights)
                     batches = [Labelled.of(micro_batch), *added.batches]
-                    noise = make_rng(FOR_ALL, rank)
-                    real, *others = augment_features(variant.augment, batches, noise)
+                    rng = make_rng(FOR_ALL, rank)
+                    real, *others = augment_features(variant.augment, batches, rng)
                     with accelerator.autocast():  # one forward a batch: BatchNorm must not mix them
-                        adjust = augmenter.adjust_logits(real.masks)
+                        adjust = augmenter.adjust_logits(real.masks)  # a function, or None
                         loss = ce_real = decoder_loss(wrapped, real, adjust)
-                        with decoder.running_statistics(kept=variant.statistics == "all"):
+                        with decoder.running_statistics(updated=variant.statistics == "all"):
                             ce_added = [decoder_loss(wrapped, other) for other in others]
                     for other, cross_entropy in zip(others, ce_added, strict=True):
                         loss = loss + other.weight * cross_entropy
@@ -163,7 +163,7 @@ def run(
                         step_and_zero_grad(accelerator, optimizer, *added.optimizers)
                         augmenter.after_optimizer_step(added)
                 session.log({"decoder/ce_real": ce_real, **added.terms, **mean_of(ce_added)})
-                del added  # it keeps a part of the discriminator's graph
+                del added  # it holds the rest of the discriminator's graph
             session.save_if_due(index + 1)
         scores = evaluate(accelerator, decoder, validation, spec.class_names)
         best.update(scores.miou, epoch, decoder)

@@ -202,16 +202,20 @@ def run(
         for index, batch in session.batches(epoch):
             for part, micro_batch in enumerate(batch.chunk(config.gradient_accumulation)):
                 rng = random_generator(accelerator.device, config.seed, epoch, index, part)
-                with accelerator.accumulate(*trainer.modules.values()):  # divides losses by parts
+                with accelerator.accumulate(*trainer.modules.values()):  # sets sync_gradients
                     output = trainer.forward(
                         micro_batch.features, micro_batch.masks, micro_batch.images, rng=rng
                     )
-                    backward(accelerator, *trainer.losses_with_parameters(output))
+                    backward(  # each loss to its own parameters; a flow has no discriminator
+                        accelerator,
+                        (output.discriminator_loss, trainer.discriminator_parameters),
+                        (output.generator_loss, trainer.generator_parameters),
+                    )
                     if accelerator.sync_gradients:  # the last part of the batch
                         step_and_zero_grad(accelerator, *trainer.optimizers.values())
                         trainer.after_optimizer_step()  # average, weight clipping
                 session.log(output.terms)
-                del output  # it keeps a part of the discriminator's graph
+                del output  # it holds the rest of the discriminator's graph
             session.save_if_due(index + 1)
         session.end_epoch({**session.take_means(), **session.measure_if_due(epoch)})
 

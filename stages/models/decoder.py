@@ -65,17 +65,17 @@ class Decoder(nn.Module):
         return cast(nn.Conv2d, self.head[-1])
 
     @contextmanager
-    def running_statistics(self, *, kept: bool) -> Iterator[None]:
+    def running_statistics(self, *, updated: bool) -> Iterator[None]:
         """Choose whether training batches update the running statistics of BatchNorm.
 
         In training BatchNorm normalises by each batch's statistics either way.
 
         Parameters
         ----------
-        kept
+        updated
             Whether to update them.
         """
-        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d) and not kept]
+        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d) and not updated]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.momentum = 0.0

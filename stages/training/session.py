@@ -103,7 +103,7 @@ class Session:
         )
         self._monitor: Monitor | None = None
         self._stateful: Mapping[str, Stateful] = {}
-        self._step = 0  # steps of the epoch that are done
+        self._step = 0  # first step of the epoch; above 0 only in a resumed one
         self._means = Means()
 
     def loader(self, store: FeatureStore, batch_size: int, **options: Any) -> FeatureLoader:
@@ -210,7 +210,7 @@ class Session:
             self._bar.update()
 
     def log(self, values: Mapping[str, Tensor]) -> None:
-        """Add a step's values to the means of the epoch, without waiting for the device."""
+        """Add values of a micro-batch to the means of the epoch; nothing waits for the device."""
         self._means.add(values)
 
     def save_if_due(self, step: int) -> None:

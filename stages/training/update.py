@@ -17,7 +17,8 @@ def backward(accelerator: Accelerator, *losses: Loss) -> None:
     """Back-propagate each loss to its own parameters, before any optimizer takes a step.
 
     Algorithm 1 computes all losses first. The graphs of the losses overlap: all but the last
-    back-propagation keep theirs. Losses without parameters are left out.
+    back-propagation keep theirs. Losses without parameters are left out. accelerate divides each
+    loss by the number of micro-batches.
     """
     trained = [(loss, list(parameters)) for loss, parameters in losses if parameters]
     sharded = any(is_sharded(parameter) for _, group in trained for parameter in group)
