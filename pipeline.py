@@ -74,12 +74,12 @@ class Pipeline(click.Group):
 @click.group(cls=Pipeline, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="featuregan", message="%(package)s %(version)s")
 def main() -> None:
-    r"""FeatureGAN: cache a frozen backbone's features, generate more, train a better decoder.
+    """FeatureGAN: cache a frozen backbone's features, generate more, train a better decoder.
 
     The stages run in this order; `dvc repro` runs those whose inputs changed:
 
     \b
-      prepare        images and masks        -> dataset/
+      prepare        images and masks             -> dataset/
       extract        frozen backbone, once        -> features/{train,val,test}/
       train-gan      FeatureGAN alone             -> models/gan/
       train-decoder  one variant, one seed        -> models/decoders/VARIANT-SEED/

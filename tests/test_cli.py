@@ -79,6 +79,17 @@ def test_help_imports_nothing_heavy(command: tuple[str, ...]) -> None:
     assert result.stdout.startswith("Usage:")
 
 
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_keeps_its_tables(command: str) -> None:
+    """Click reads a backspace as the start of lines that it must not wrap."""
+    assert "\\b" not in call(*filter(None, [command]), "--help").output
+
+
+def test_the_list_of_stages_has_a_line_each() -> None:
+    lines = call("--help").output.splitlines()
+    assert "    prepare        images and masks             -> dataset/" in lines
+
+
 def test_help_names_stages_options_and_environment_variables() -> None:
     assert all(command in call("--help").output for command in COMMANDS)
     text = call("train-gan", "--help").output

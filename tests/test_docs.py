@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from stages.augment.registry import AUGMENTERS
+from stages.commands.options import load_preset
+from stages.commands.params import PARAMS
+from stages.common.config import parse, with_settings
 from tests.imports import ROOT
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,3 +52,26 @@ def test_everything_cited_is_listed() -> None:
         for found in sorted(cited)
         if not re.search(rf"\| {re.escape(found[0])} [\d, ]*{found[1]}", listed)
     ] == []
+
+
+def test_the_changes_that_the_page_on_your_own_data_asks_for_are_accepted() -> None:
+    page = (ROOT / "docs" / "your-data.md").read_text(encoding="utf-8")
+    block = page.partition("change these lines:\n\n")[2].partition("\n\n")[0]
+    changes = YAML(typ="safe").load(textwrap.dedent(block))
+    settings = {
+        f"{section}.{key}": value
+        for section, keys in changes.items()
+        for key, value in keys.items()
+    }
+    params = parse(PARAMS, with_settings(load_preset("voc2012-lite").plain(), settings))
+    assert params.compare.names == ("baseline", "perturbed", "featuregan-edited")
+
+
+def test_named_variants_of_the_pages_are_described_somewhere() -> None:
+    described = set(load_preset("quickstart").variants)
+    for study in (ROOT / "studies").glob("*.yaml"):
+        described |= set(re.findall(r"variants\.([\w-]+)", study.read_text(encoding="utf-8")))
+    page = (ROOT / "docs" / "your-data.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:class-transfer|featuregan|mirrored)-[\w-]*perturbed)`", page))
+    assert named
+    assert named <= described
