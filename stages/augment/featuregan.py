@@ -27,6 +27,7 @@ from stages.common.errors import ConfigError
 from stages.gan.families import build_trainer
 from stages.gan.networks import Networks
 from stages.gan.trainer import Trainer
+from stages.models.feature_generator import FeatureGenerator
 from stages.models.image_encoder import sample_z
 from stages.training.models import (
     load_gan,
@@ -192,7 +193,7 @@ class FrozenFeatureGAN(FeatureAugmenter):
     def __init__(self, config: FeatureGANConfig, context: Context, networks: Networks) -> None:
         super().__init__(config, context)
         device, encoder = self.accelerator.device, networks.image_encoder
-        self.generator = load_generator(context.gan).to(  # type: ignore[call-overload]
+        self.generator: FeatureGenerator = load_generator(context.gan).to(  # type: ignore[call-overload]
             device, memory_format=torch.channels_last
         )
         self.encoder = None if encoder is None else encoder.to(device).eval()
@@ -208,7 +209,9 @@ class FrozenFeatureGAN(FeatureAugmenter):
         with self.accelerator.autocast():
             if self.encoder is not None:
                 assert batch.images is not None
-                mu, logvar = (part.float().repeat(ratio, 1) for part in self.encoder(batch.images))
+                mu, logvar = (
+                    output.float().repeat(ratio, 1) for output in self.encoder(batch.images)
+                )
                 z = sample_z(mu, logvar, z)
             if self.config.class_swap:
                 generated = self._swap_classes(batch, masks, z)
@@ -240,7 +243,7 @@ class FrozenFeatureGAN(FeatureAugmenter):
         changed = (masks != batch.masks).flatten(1).any(1)
         if changed.any():
             draws = changed.repeat(self.config.ratio)
-            features[draws] = self.generator.edit(
+            features[draws] = self.generator.swap_classes(
                 features[draws], batch.masks[changed], masks[changed], z=z[draws]
             )
         return features
