@@ -3,9 +3,8 @@
 ``JointFeatureGAN`` is Algorithm 1's second branch: generator and discriminator are trained further
 while the decoder learns, and the segmentation loss reaches the generator. ``FrozenFeatureGAN``
 does not train the generator: it samples from it (the thesis's first approach, section 5.1), or
-changes real features with it. A class swap changes real features as the generator says that the
-change of the mask changes them: what no mask says of an image stays real. A flow can also vary real
-features.
+changes real features with it. A class swap adds the generator's difference between the new and
+the old mask to real features. A flow can also vary real features.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from stages.training.models import (
 
 
 class FeatureGANConfig(SourceConfig):
-    """Variants ``featuregan-*``."""
+    """Which generator makes the features, from which masks, and whether it is trained."""
 
     augmenter: Literal["featuregan"]
     generator: Literal["joint", "frozen"] = Field(
@@ -85,12 +84,12 @@ class FeatureGANConfig(SourceConfig):
             ),
             (
                 self.fraction < 1 and not self.new_masks,
-                "fraction applies to the masks that new_masks changes; name some, or leave it out",
+                "fraction needs new_masks; list a change or remove fraction",
             ),
             (
                 self.class_swap and (joint or not self.new_masks or moves_objects),
-                "class_swap needs generator: frozen and new_masks of paste and swap alone: real"
-                " features stay where they are",
+                "class_swap needs generator: frozen and only paste or swap in new_masks, because"
+                " real features keep their places",
             ),
             (
                 self.vary and (joint or self.class_swap or moves_objects),
@@ -116,7 +115,8 @@ class FeatureGANConfig(SourceConfig):
     @property
     @override
     def needs_family(self) -> str | None:
-        # Joint training needs a discriminator; a flow swaps classes in one way, whatever it draws.
+        # Joint training needs a discriminator; a flow's class swap does not depend on z, so more
+        # than one draw repeats it.
         if self.generator == "joint" or (self.class_swap and self.ratio > 1):
             return "gan"
         return "flow" if self.vary else None
@@ -167,7 +167,7 @@ class JointFeatureGAN(FeatureAugmenter):
 
     @override
     def after_optimizer_step(self, added: Augmented) -> None:
-        if added.optimizers:  # after ``until`` the GAN rests
+        if added.optimizers:  # the GAN is not trained after ``until``
             self.trainer.after_optimizer_step()
 
     @override
