@@ -130,15 +130,17 @@ def run(
         state={"decoder": decoder, "optimizer": optimizer, "augmenter": augmenter, "best": best},
     )
 
-    # The order of the batches and all noise are functions of seed, epoch, step, part and process.
+    # Batch order and noise are functions of seed, epoch, step, micro-batch and process.
     for epoch in session.epochs():
         decoder.train()
         for index, batch in session.batches(epoch):
             progress = (epoch * len(loader) + index) / context.steps
             set_learning_rate(optimizer, config, progress)
-            for part, micro_batch in enumerate(micro_batches(batch, config.gradient_accumulation)):
-                make_rng = partial(random_generator, accelerator.device, seed, epoch, index, part)
-                seed_everything(seed, epoch, index, part, rank)  # dropout
+            divided = micro_batches(batch, config.gradient_accumulation)
+            for micro_index, micro_batch in enumerate(divided):
+                seeds = (seed, epoch, index, micro_index)
+                make_rng = partial(random_generator, accelerator.device, *seeds)
+                seed_everything(*seeds, rank)  # dropout
                 with accelerator.accumulate(wrapped, *augmenter.modules):  # sets sync_gradients
                     if progress < variant.until:
                         rng = make_rng(FOR_AUGMENTER, augmenter.noise_rank)
@@ -159,7 +161,7 @@ def run(
                         loss = added.generator_loss + loss
                     trained = [*decoder.parameters(), *added.generator_parameters]
                     backward(accelerator, *added.discriminator_losses, (loss, trained))
-                    if accelerator.sync_gradients:  # the last part of the batch
+                    if accelerator.sync_gradients:  # the last micro-batch
                         step_and_zero_grad(accelerator, optimizer, *added.optimizers)
                         augmenter.after_optimizer_step(added)
                 session.log({"decoder/ce_real": ce_real, **added.terms, **mean_of(ce_added)})

@@ -200,8 +200,8 @@ def run(
     # The order of the batches and all noise are functions of seed, epoch, step and micro-batch.
     for epoch in session.epochs():
         for index, batch in session.batches(epoch):
-            for part, micro_batch in enumerate(batch.chunk(config.gradient_accumulation)):
-                rng = random_generator(accelerator.device, config.seed, epoch, index, part)
+            for micro_index, micro_batch in enumerate(batch.chunk(config.gradient_accumulation)):
+                rng = random_generator(accelerator.device, config.seed, epoch, index, micro_index)
                 with accelerator.accumulate(*trainer.modules.values()):  # sets sync_gradients
                     output = trainer.forward(
                         micro_batch.features, micro_batch.masks, micro_batch.images, rng=rng
@@ -211,7 +211,7 @@ def run(
                         (output.discriminator_loss, trainer.discriminator_parameters),
                         (output.generator_loss, trainer.generator_parameters),
                     )
-                    if accelerator.sync_gradients:  # the last part of the batch
+                    if accelerator.sync_gradients:  # the last micro-batch
                         step_and_zero_grad(accelerator, *trainer.optimizers.values())
                         trainer.after_optimizer_step()  # average, weight clipping
                 session.log(output.terms)

@@ -287,7 +287,7 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, object], str]] = {
     ),
     "a fraction of no masks": (
         {"variants.mine": {**FROZEN, "fraction": 0.5, "vary": 0.5}},
-        "variants.mine: fraction applies to the masks that new_masks changes; name some",
+        "variants.mine: fraction needs new_masks; list a change or remove fraction",
     ),
     "variations by a GAN": (
         {"compare.gan_variants": ["mine"], "variants.mine": {**FROZEN, "vary": 0.5}},

@@ -17,7 +17,7 @@ from stages.segmentation.regions import Regions
 
 
 class CalibrationConfig(SourceConfig):
-    """Variant ``calibration``."""
+    """Which classes are rare, and how far their calibrated features spread."""
 
     augmenter: Literal["calibration"]
     rare: float = Field(

@@ -16,7 +16,7 @@ from stages.augment.base import Augmented, FeatureAugmenter, SourceConfig
 
 
 class ChannelDropoutConfig(SourceConfig):
-    """Variant ``channel-dropout``."""
+    """Probability of dropping a channel."""
 
     augmenter: Literal["channel-dropout"]
     fraction: float = Field(0.3, gt=0, lt=1, description="probability that a channel is dropped")

@@ -17,7 +17,7 @@ from stages.segmentation.regions import labels_at
 
 
 class ClassTransferConfig(SourceConfig):
-    """Variant ``class-transfer``."""
+    """Fraction of the samples that are changed."""
 
     augmenter: Literal["class-transfer"]
     fraction: float = Field(

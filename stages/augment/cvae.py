@@ -20,7 +20,7 @@ VECTORS = 128  # a step
 
 
 class CVAEConfig(SourceConfig):
-    """Variant ``cvae``."""
+    """Size and training of the conditional VAE."""
 
     augmenter: Literal["cvae"]
     latent: int = Field(16, ge=1, description="latent dimensions")

@@ -16,7 +16,7 @@ from stages.augment.base import Augmented, Augmenter, SourceConfig, repeat_real
 
 
 class DuplicateConfig(SourceConfig):
-    """Variants ``duplicate*``."""
+    """Number of copies of the real batch."""
 
     augmenter: Literal["duplicate"]
     ratio: int = Field(1, ge=1, le=16, description="copies of the batch")
@@ -25,8 +25,7 @@ class DuplicateConfig(SourceConfig):
     def _adds_to_the_end(self) -> Self:
         if self.until < 1:
             raise ValueError(
-                "until does nothing here: real batches would take the place of their own copies;"
-                " remove it"
+                "until has no effect on duplicate, whose added batches are real; remove it"
             )
         return self
 

@@ -18,7 +18,7 @@ from stages.segmentation.regions import Regions
 
 
 class ExtrapolateConfig(SourceConfig):
-    """Variant ``extrapolate``."""
+    """Strength of the extrapolation."""
 
     augmenter: Literal["extrapolate"]
     strength: float = Field(0.5, gt=0, description="lambda")

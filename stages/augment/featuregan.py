@@ -3,9 +3,8 @@
 ``JointFeatureGAN`` is Algorithm 1's second branch: generator and discriminator are trained further
 while the decoder learns, and the segmentation loss reaches the generator. ``FrozenFeatureGAN``
 does not train the generator: it samples from it (the thesis's first approach, section 5.1), or
-changes real features with it. A class swap changes real features as the generator says that the
-change of the mask changes them: what no mask says of an image stays real. A flow can also vary real
-features.
+changes real features with it. A class swap adds the generator's difference between the new and
+the old mask to real features. A flow can also vary real features.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from stages.common.errors import ConfigError
 from stages.gan.families import build_trainer
 from stages.gan.networks import Networks
 from stages.gan.trainer import Trainer
+from stages.models.feature_generator import FeatureGenerator
 from stages.models.image_encoder import sample_z
 from stages.training.models import (
     load_gan,
@@ -38,7 +38,7 @@ from stages.training.models import (
 
 
 class FeatureGANConfig(SourceConfig):
-    """Variants ``featuregan-*``."""
+    """Which generator makes the features, from which masks, and whether it is trained."""
 
     augmenter: Literal["featuregan"]
     generator: Literal["joint", "frozen"] = Field(
@@ -84,12 +84,12 @@ class FeatureGANConfig(SourceConfig):
             ),
             (
                 self.fraction < 1 and not self.new_masks,
-                "fraction applies to the masks that new_masks changes; name some, or leave it out",
+                "fraction needs new_masks; list a change or remove fraction",
             ),
             (
                 self.class_swap and (joint or not self.new_masks or moves_objects),
-                "class_swap needs generator: frozen and new_masks of paste and swap alone: real"
-                " features stay where they are",
+                "class_swap needs generator: frozen and only paste or swap in new_masks, because"
+                " real features keep their places",
             ),
             (
                 self.vary and (joint or self.class_swap or moves_objects),
@@ -115,7 +115,8 @@ class FeatureGANConfig(SourceConfig):
     @property
     @override
     def needs_family(self) -> str | None:
-        # Joint training needs a discriminator; a flow swaps classes in one way, whatever it draws.
+        # Joint training needs a discriminator; a flow's class swap does not depend on z, so more
+        # than one draw repeats it.
         if self.generator == "joint" or (self.class_swap and self.ratio > 1):
             return "gan"
         return "flow" if self.vary else None
@@ -166,7 +167,7 @@ class JointFeatureGAN(FeatureAugmenter):
 
     @override
     def after_optimizer_step(self, added: Augmented) -> None:
-        if added.optimizers:  # after ``until`` the GAN rests
+        if added.optimizers:  # the GAN is not trained after ``until``
             self.trainer.after_optimizer_step()
 
     @override
@@ -192,7 +193,7 @@ class FrozenFeatureGAN(FeatureAugmenter):
     def __init__(self, config: FeatureGANConfig, context: Context, networks: Networks) -> None:
         super().__init__(config, context)
         device, encoder = self.accelerator.device, networks.image_encoder
-        self.generator = load_generator(context.gan).to(  # type: ignore[call-overload]
+        self.generator: FeatureGenerator = load_generator(context.gan).to(  # type: ignore[call-overload]
             device, memory_format=torch.channels_last
         )
         self.encoder = None if encoder is None else encoder.to(device).eval()
@@ -208,7 +209,9 @@ class FrozenFeatureGAN(FeatureAugmenter):
         with self.accelerator.autocast():
             if self.encoder is not None:
                 assert batch.images is not None
-                mu, logvar = (part.float().repeat(ratio, 1) for part in self.encoder(batch.images))
+                mu, logvar = (
+                    output.float().repeat(ratio, 1) for output in self.encoder(batch.images)
+                )
                 z = sample_z(mu, logvar, z)
             if self.config.class_swap:
                 generated = self._swap_classes(batch, masks, z)
@@ -240,7 +243,7 @@ class FrozenFeatureGAN(FeatureAugmenter):
         changed = (masks != batch.masks).flatten(1).any(1)
         if changed.any():
             draws = changed.repeat(self.config.ratio)
-            features[draws] = self.generator.edit(
+            features[draws] = self.generator.swap_classes(
                 features[draws], batch.masks[changed], masks[changed], z=z[draws]
             )
         return features

@@ -14,7 +14,7 @@ from stages.augment.base import Augmented, Context, FeatureAugmenter, SourceConf
 
 
 class HflipViewsConfig(SourceConfig):
-    """Variant ``hflip-views``."""
+    """Mirrored views from the store; real samples are read unmirrored."""
 
     augmenter: Literal["hflip-views"]
     view: Literal["identity"] = "identity"  # the mirrored one is what it adds

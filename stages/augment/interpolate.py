@@ -20,7 +20,7 @@ from stages.segmentation.regions import Regions
 
 
 class InterpolateConfig(SourceConfig):
-    """Variant ``interpolate``."""
+    """Strength of the interpolation."""
 
     augmenter: Literal["interpolate"]
     strength: float = Field(0.5, gt=0, le=1, description="lambda")

@@ -18,7 +18,7 @@ from stages.segmentation.regions import labels_at
 
 
 class ISDAConfig(VariantConfig):
-    """Variant ``isda``."""
+    """Strength of the implicit augmentation."""
 
     augmenter: Literal["isda"]
     strength: float = Field(2.5, gt=0, description="lambda_0, reached at the last step")

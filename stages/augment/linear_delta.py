@@ -17,7 +17,7 @@ from stages.segmentation.regions import Regions
 
 
 class LinearDeltaConfig(SourceConfig):
-    """Variant ``linear-delta``."""
+    """Differences of regions; no keys beyond those of all added features."""
 
     augmenter: Literal["linear-delta"]
 

@@ -14,7 +14,7 @@ from stages.augment.base import Augmented, FeatureAugmenter, Labelled, SourceCon
 
 
 class MixupConfig(SourceConfig):
-    """Variant ``mixup``."""
+    """Distribution of the mixing fraction."""
 
     augmenter: Literal["mixup"]
     alpha: float = Field(0.2, gt=0, description="parameter of the Beta distribution")
@@ -23,7 +23,7 @@ class MixupConfig(SourceConfig):
     def _one_mask(self) -> Self:
         if "copy_paste" in self.augment:
             raise ValueError(
-                "augment: copy_paste pastes by one mask, and mixup has two; leave one of them out"
+                "copy_paste needs one mask a sample, mixup has two; remove one of them"
             )
         return self
 

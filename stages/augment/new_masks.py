@@ -116,7 +116,7 @@ class NewMasks:
         if (actual := len(self.objects)) < needed:
             message = (
                 f"{change} needs {needed} classes beside the one that most images have,"
-                f" found {actual}; leave it out"
+                f" found {actual}; remove this change"
             )
             raise ConfigError("new_masks", message, expected=needed, actual=actual)
 

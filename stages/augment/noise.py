@@ -19,7 +19,7 @@ from stages.segmentation.regions import labels_at
 
 
 class NoiseConfig(SourceConfig):
-    """Variant ``noise``."""
+    """Strengths of the noise, and the deviation that scales it."""
 
     augmenter: Literal["noise"]
     additive: float = Field(0.5, ge=0, description="in standard deviations of the channel")

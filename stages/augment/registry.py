@@ -28,7 +28,7 @@ from stages.common.config import Listed, reason
 
 
 class NoneConfig(VariantConfig):
-    """Variant ``baseline``."""
+    """No features are added: the baseline."""
 
     augmenter: Literal["none"]
 
@@ -56,7 +56,7 @@ Member: Any = Annotated[Union[_MEMBERS], Field(discriminator="augmenter")]  # no
 
 
 class CombinedConfig(VariantConfig):
-    """Variants that combine several augmenters."""
+    """Augmenters that are applied together."""
 
     augmenter: Literal["combined"]
     of: Annotated[tuple[Member, ...], Listed, Field(min_length=2)]
@@ -67,12 +67,12 @@ class CombinedConfig(VariantConfig):
         for member in self.of:
             if misplaced := sorted(shared & member.model_fields_set):
                 raise ValueError(
-                    f"{misplaced[0]} of {member.augmenter} is for all that are combined; write it"
-                    " where augmenter: combined stands"
+                    f"{misplaced[0]} of {member.augmenter} applies to all members; write it"
+                    " beside augmenter: combined"
                 )
             if getattr(member, "generator", None) == "joint":
                 raise ValueError(
-                    "a joint generator learns with its own decoder alone; set generator: frozen"
+                    "combined variants cannot train a generator; set generator: frozen"
                 )
             # What applies to all members must suit each of them.
             common = {"augment": self.augment, "view": self.view}
@@ -81,9 +81,9 @@ class CombinedConfig(VariantConfig):
             except ValidationError as error:
                 problem = error.errors()[0]
                 text = ": ".join([*map(str, problem["loc"]), reason(problem)])
-                raise ValueError(f"{member.augmenter} cannot be among them: {text}") from error
+                raise ValueError(f"{member.augmenter} cannot be combined here: {text}") from error
         if sum(member.augmenter == "isda" for member in self.of) > 1:
-            raise ValueError("isda more than once is isda with another strength; name it once")
+            raise ValueError("isda is listed twice; list it once and raise strength")
         return self
 
     @property

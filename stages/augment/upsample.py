@@ -18,7 +18,7 @@ from stages.augment.base import Augmented, Context, FeatureAugmenter, SourceConf
 
 
 class UpsampleConfig(SourceConfig):
-    """Variant ``upsample``."""
+    """Threshold below which a class is rare."""
 
     augmenter: Literal["upsample"]
     threshold: float = Field(

@@ -32,7 +32,7 @@ def principal_components(
     Parameters
     ----------
     store
-        The store.
+        Store of the training features.
     scale
         (C,) by which features are divided first.
     count
@@ -47,11 +47,11 @@ def principal_components(
     rng = np.random.default_rng([seed, 1])
     samples = rng.permutation(len(store))[: min(len(store), 500)]
     each = -(-VECTORS // len(samples))
-    parts = []
+    sampled = []
     for position in samples:
         pixels = store.features(int(position)).reshape(len(scale), -1)  # (C, h*w)
-        parts.append(pixels[:, rng.permutation(pixels.shape[1])[:each]].T.astype(np.float32))
-    vectors = torch.from_numpy(np.concatenate(parts)) / scale.cpu()  # (n, C)
+        sampled.append(pixels[:, rng.permutation(pixels.shape[1])[:each]].T.astype(np.float32))
+    vectors = torch.from_numpy(np.concatenate(sampled)) / scale.cpu()  # (n, C)
     mean = vectors.mean(0)
     values, directions = torch.linalg.eigh(
         (vectors - mean).T.double() @ (vectors - mean).double() / (len(vectors) - 1)

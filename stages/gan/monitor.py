@@ -58,7 +58,8 @@ LIMITS = (
     (
         "min_consistency",
         lt,
-        "generated features are of their mask's class {:.2f} times as well as real ones (by mIoU)",
+        "a probe recognises the classes of generated features {:.2f} times as well as those of real"
+        " ones (mIoU)",
     ),
     (
         "max_frechet",
@@ -134,8 +135,8 @@ class _PixelSample:
         labelled = (number for number in drawn if (read_masks([number])[1] != VOID).any())
         if not (positions := sorted(islice(labelled, samples))):
             message = (
-                "the masks have no label at the features' resolution, by which the GAN could be"
-                " watched; set it to 0, or label more"
+                "the masks have no labelled pixel at the features' resolution; set it to 0, or"
+                " label more pixels"
             )
             raise ConfigError("monitor.every", f"{store.path}: {message}")
         self.masks, self.labels = read_masks(positions)
@@ -235,7 +236,7 @@ class Monitor:
             self._learn(train, held_out, feature_scale.flatten().cpu())
 
     def _learn(self, train: FeatureStore, held_out: FeatureStore, scale: Tensor) -> None:
-        """Draw the pixels, learn the probe, and measure what real features are measured at."""
+        """Draw the pixels, fit the probe, and measure real features as the reference."""
         config, classes, channels = self.config, len(self.class_names), len(scale)
         rng = np.random.default_rng([self._seed, 0])
         real = _PixelSample(held_out, scale, config.samples, config.vectors, rng)
@@ -309,17 +310,17 @@ class Monitor:
         """
         device, sample = self.accelerator.device, self._real
         rng = torch.Generator(device).manual_seed(self._seed)
-        parts = []
+        chunks = []
         for start in range(0, len(sample.masks), SAMPLES):
-            part = slice(start, start + SAMPLES)
-            masks = sample.masks[part].to(device)
+            rows = slice(start, start + SAMPLES)
+            masks = sample.masks[rows].to(device)
             z = torch.randn(2 * len(masks), generator.z_dim, generator=rng, device=device)
             with self.accelerator.autocast():
                 draws = generator(z, masks).float().chunk(2)
-            vectors = [_pick(draw, sample.pixels[part]).cpu() for draw in draws]
+            vectors = [_pick(draw, sample.pixels[rows]).cpu() for draw in draws]
             everywhere = draws[0].permute(0, 2, 3, 1).flatten(0, 2)  # (S, C, h, w) -> (S*h*w, C)
-            parts.append((*vectors, self._probe.predict(everywhere.cpu())))
-        fake, again, predicted = (torch.cat(values) for values in zip(*parts, strict=True))
+            chunks.append((*vectors, self._probe.predict(everywhere.cpu())))
+        fake, again, predicted = (torch.cat(values) for values in zip(*chunks, strict=True))
         return fake, again, predicted
 
     def check(self, row: dict[str, float], epoch: int) -> CollapseError | None:

@@ -1,1 +1,1 @@
-"""Networks; these modules import only torch, torchvision and timm."""
+"""Networks; these modules import only torch and torchvision."""

@@ -59,10 +59,10 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
 class RandomProjection(nn.Module):
     """C channels -> P fixed orthonormal mixtures of them (after Sauer et al. 2021).
 
-    A discriminator that sees few mixtures cannot single out the few channels that give a generator
-    away, and its first layer is smaller by P / C. Sauer et al. (Projected GANs, section 3.2) use
-    random 1 x 1 convolutions; rows are orthonormal here: no direction counts twice, and P features
-    have the variance of C on average.
+    A discriminator that sees few mixtures cannot rely on a few channels in which generated features
+    are unrealistic, and its first layer is smaller by P / C. Sauer et al. (Projected GANs, section
+    3.2) use random 1 x 1 convolutions; rows are orthonormal here: no direction counts twice, and P
+    features have the variance of C on average.
 
     Parameters
     ----------

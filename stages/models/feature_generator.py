@@ -67,8 +67,8 @@ class FeatureGenerator(nn.Module, ABC):
         return self(z, masks) * self.feature_scale
 
     @abstractmethod
-    def edit(self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor) -> Tensor:
-        """Change real features as a change of their mask changes generated ones.
+    def swap_classes(self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor) -> Tensor:
+        """Swap classes: change real features as the generator does when the mask changes.
 
         Parameters
         ----------
@@ -84,3 +84,29 @@ class FeatureGenerator(nn.Module, ABC):
         Tensor
             (k*B, C, h, w) float32 in the backbone's scale.
         """
+
+    def vary(self, features: Tensor, masks: Tensor, *, z: Tensor, strength: float) -> Tensor:
+        """Vary real features without a change of their masks.
+
+        Parameters
+        ----------
+        features
+            (B, C, h, w) in the backbone's scale.
+        masks
+            (B, H, W) uint8, 255 = void: what the variations should show.
+        z
+            (B, z_dim) noise.
+        strength
+            0 < strength <= 1: fraction of noise at the start; 1 keeps nothing of the features.
+
+        Returns
+        -------
+        Tensor
+            (B, C, h, w) float32 in the backbone's scale.
+
+        Raises
+        ------
+        NotImplementedError
+            When the generator is not a flow.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot vary features; use a flow")

@@ -157,8 +157,10 @@ class FlowGenerator(FeatureGenerator):
         height, width = self.shape[1:]
         dtype = autocast_dtype(x)
         labels = [
-            one_hot(masks, self.num_classes, dtype=dtype, size=(height // part, width // part))
-            for part in (1, 2, 4)
+            one_hot(
+                masks, self.num_classes, dtype=dtype, size=(height // divisor, width // divisor)
+            )
+            for divisor in (1, 2, 4)
         ]
         x = self.first(x)
         skips = []
@@ -193,41 +195,24 @@ class FlowGenerator(FeatureGenerator):
             x = x + step * self.velocity(middle, now + step / 2, masks)
         return x
 
+    @override
     @torch.no_grad()
     def vary(self, features: Tensor, masks: Tensor, *, z: Tensor, strength: float) -> Tensor:
-        """Vary features: add noise part of the way back, and carry them forwards under the masks.
-
-        SDEdit (Meng et al. 2022, section 3) does it to images; DA-Fusion (Trabucco et al. 2024)
-        augments with it. What the principal components do not hold stays as it is.
-
-        Parameters
-        ----------
-        features
-            (B, C, h, w) in the backbone's scale.
-        masks
-            (B, H, W) uint8, 255 = void: what the variations should show.
-        z
-            (B, z_dim) noise.
-        strength
-            0 < strength <= 1: fraction of noise at the start; 1 keeps nothing of the components.
-
-        Returns
-        -------
-        Tensor
-            (B, C, h, w) float32 in the backbone's scale.
-        """
+        # Noise replaces a fraction of the components, and the flow carries them forwards under the
+        # masks. SDEdit (Meng et al. 2022, section 3) does it to images; DA-Fusion (Trabucco et al.
+        # 2024) augments with it. What the principal components do not hold stays as it is.
         old = self.reduce(features / self.feature_scale).float()
         new = self._integrate(torch.lerp(old, self.start(z), strength), masks, start=1 - strength)
         return self._changed(features, new - old)
 
     @override
     @torch.no_grad()
-    def edit(
+    def swap_classes(
         self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor | None = None
     ) -> Tensor:
         # Back to the noise that the flow makes of the features under the old mask, and forwards
         # under the new one (Su et al. 2023, dual diffusion implicit bridges). Features have their
-        # own noise: z is not read, and there is one edit of them. Either way takes half as many
+        # own noise: z is not read, and their swap has one result. Either way takes half as many
         # steps as generating, at least two; there and back under one mask, two steps lose 0.1% of
         # the features' variance. What the principal components do not hold stays as it is.
         times = len(features) // len(old)

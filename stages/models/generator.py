@@ -105,21 +105,25 @@ class Generator(FeatureGenerator):
     def forward(self, z: Tensor, masks: Tensor) -> Tensor:
         # Spatial noise may also be (k*B, z_dim, h, w): another z at every pixel.
         height, width = self.feature_size
-        sizes = {part: (height // part, width // part) for part in (4, 2, 1)}
+        sizes = {divisor: (height // divisor, width // divisor) for divisor in (4, 2, 1)}
         dtype = autocast_dtype(z)
         labels = {
-            part: one_hot(masks, self.num_classes, dtype=dtype, size=size)
-            for part, size in sizes.items()
+            divisor: one_hot(masks, self.num_classes, dtype=dtype, size=size)
+            for divisor, size in sizes.items()
         }
         if self.spatial:
             z = z.to(dtype)
             if z.ndim == 2:
                 z = z[:, :, None, None].expand(-1, -1, height, width)
             labels = {
-                part: torch.cat(
-                    [label.repeat(len(z) // len(masks), 1, 1, 1), z[:, :, ::part, ::part]], dim=1
+                divisor: torch.cat(
+                    [
+                        label.repeat(len(z) // len(masks), 1, 1, 1),
+                        z[:, :, ::divisor, ::divisor],
+                    ],
+                    dim=1,
                 )
-                for part, label in labels.items()
+                for divisor, label in labels.items()
             }
         if self.z_dim and not self.spatial:
             # (k*B, 16*ngf * h/4 * w/4) -> (k*B, 16*ngf, h/4, w/4)
@@ -150,7 +154,7 @@ class Generator(FeatureGenerator):
 
     @override
     @torch.no_grad()
-    def edit(self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor) -> Tensor:
+    def swap_classes(self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor) -> Tensor:
         # x + G(z, new) - G(z, old)
         moved = features + (self.generate(new, z=z).float() - self.generate(old, z=z).float())
         return F.relu(moved) if self.nonnegative else moved

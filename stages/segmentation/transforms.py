@@ -1,9 +1,9 @@
 """Random transformations of features together with their masks.
 
 They are used in front of the decoder (feature augmentation), and in front of the discriminator
-(DiffAugment, Zhao et al. 2020). With few images the discriminator learns them by heart. It then
-sees real and generated features through the same differentiable transformation: it learns less by
-heart, and the generator does not learn the transformation. A transformation is drawn for each mask
+(DiffAugment, Zhao et al. 2020). With few images the discriminator memorises them. If it sees
+real and generated features through the same differentiable transformation, it overfits less, and
+the generator does not learn the transformation. A transformation is drawn for each mask
 and applied to the mask, its real and its generated features.
 """
 

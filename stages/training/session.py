@@ -193,7 +193,8 @@ class Session:
         self._bar = progress((), self.name, epochs * len(loader), "step")
         self._bar.update(len(self.history.rows) * len(loader) + self._step)
         if self.history.rows and (collapse := self._collapse(self.history.rows[-1])):
-            raise collapse  # it stopped the run before; it does until on_collapse is warn
+            # The run stopped here before; it stops again unless on_collapse is warn.
+            raise collapse
 
     # -- the loop --------------------------------------------------------------------------------
 

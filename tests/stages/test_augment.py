@@ -539,29 +539,29 @@ def test_combined_augmenters_draw_apart_and_the_first_as_it_would_alone(
         (
             [{"augmenter": "noise", "augment": ["flip"]}, {"augmenter": "isda"}],
             {},
-            "augment of noise is for all that are combined",
+            "augment of noise applies to all members; write it beside augmenter: combined",
         ),
         (
             [{"augmenter": "noise", "until": 0.5}, {"augmenter": "isda"}],
             {},
-            "until of noise is for all that are combined",
+            "until of noise applies to all members; write it beside augmenter: combined",
         ),
         (
             [{"augmenter": "featuregan"}, {"augmenter": "isda"}],
             {},
-            "a joint generator learns with its own decoder alone",
+            "combined variants cannot train a generator",
         ),
         (
             [{"augmenter": "mixup"}, {"augmenter": "isda"}],
             {"augment": ["copy_paste"]},
-            "mixup cannot be among them: augment: copy_paste",
+            "mixup cannot be combined here: copy_paste",
         ),
         (
             [{"augmenter": "hflip-views"}, {"augmenter": "isda"}],
             {"view": "random"},
-            "hflip-views cannot be among them: view: ",
+            "hflip-views cannot be combined here: view: ",
         ),
-        ([{"augmenter": "isda"}, {"augmenter": "isda"}], {}, "name it once"),
+        ([{"augmenter": "isda"}, {"augmenter": "isda"}], {}, "isda is listed twice; list it once and raise strength"),
         ([{"augmenter": "none"}, {"augmenter": "isda"}], {}, "'none' found"),
         ([{"augmenter": "isda"}], {}, "at least 2"),
     ],
@@ -582,7 +582,7 @@ def test_keys_of_added_batches_are_refused_where_there_are_none(augmenter: str, 
 
 
 def test_until_is_refused_for_duplicate() -> None:
-    with pytest.raises(ValueError, match="until does nothing here"):
+    with pytest.raises(ValueError, match="until has no effect on duplicate"):
         TypeAdapter(Variant).validate_python({"augmenter": "duplicate", "until": 0.7})
 
 

@@ -186,17 +186,17 @@ def test_an_edit_carries_an_object_from_the_distribution_of_its_class_to_that_of
     real, scale = torch.randn(4, 12, 8, 8), network.feature_scale
     old = MASKS.clone()
     new = torch.where(old == 1, 2, old)
-    edited = network.edit(real, old, new)
-    before, after = network.reduce(real / scale), network.reduce(edited / scale)
+    swapped = network.swap_classes(real, old, new)
+    before, after = network.reduce(real / scale), network.reduce(swapped / scale)
     changed = (old[:, ::8, ::8] == 1).repeat(2, 1, 1)[:, None]
     expected = torch.where(changed, -1.0 + 1.5 / 0.5 * (before - 2.0), before)
     torch.testing.assert_close(after, expected, rtol=5e-3, atol=5e-3)
     rest = [
-        torch.einsum("bchw,cr->brhw", maps / scale, directions[:, 4:]) for maps in (edited, real)
+        torch.einsum("bchw,cr->brhw", maps / scale, directions[:, 4:]) for maps in (swapped, real)
     ]
     torch.testing.assert_close(rest[0], rest[1], rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(network, "nonnegative", True)
-    assert network.edit(real, old, new).min() == 0
+    assert network.swap_classes(real, old, new).min() == 0
 
 
 def test_loss_is_the_regression_of_straight_lines() -> None:
@@ -266,15 +266,15 @@ def test_a_decoder_gets_the_flows_variations_of_its_batch(
         )
 
 
-def test_a_decoder_gets_the_flows_edits_of_its_batch(features: Path, flows: Path) -> None:
+def test_a_decoder_gets_the_flows_class_swaps_of_its_batch(features: Path, flows: Path) -> None:
     parts, real, masks, wanted, _ = added_by_a_frozen_generator(
         features, flows, ["swap"], class_swap=True, ratio=1
     )
     network = load_generator(flows / "gan")
     (part,) = parts
-    edited = network.edit(real, masks, wanted)
-    torch.testing.assert_close(part.features, edited, rtol=1e-4, atol=1e-4)
-    assert (edited - real).abs().max() > 0.01 * real.std()
+    swapped = network.swap_classes(real, masks, wanted)
+    torch.testing.assert_close(part.features, swapped, rtol=1e-4, atol=1e-4)
+    assert (swapped - real).abs().max() > 0.01 * real.std()
     with pytest.raises(ConfigError, match="works only with a gan"):
         added_by_a_frozen_generator(features, flows, ["swap"], class_swap=True, ratio=2)
 

@@ -213,7 +213,7 @@ def test_a_collapse_is_one_warning_with_its_figure(
     assert watching.collapse(fine) is None
     reasons = {
         "near 1.0% of the real ones": {"monitor/coverage": 0.01},
-        "of their mask's class 0.10 times as well": {
+        "a probe recognises the classes of generated features 0.10 times as well": {
             "monitor/consistency": 0.1 * fine["monitor/consistency_real"]
         },
         "2.00 times as far from real ones as at the start": {
@@ -256,7 +256,7 @@ def test_masks_with_few_labels_are_measured_or_refused(features: Path, tmp_path:
             "none",
             0,
             0,
-            r"monitor\.every: .*val: the masks have no label at the features' resolution",
+            r"monitor\.every: .*val: the masks have no labelled pixel at the features' resolution",
         ),
         (
             "dots",

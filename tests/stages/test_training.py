@@ -195,27 +195,27 @@ def test_a_frozen_generator_gives_features_of_the_masks_that_the_decoder_is_to_f
         )
 
 
-@pytest.mark.parametrize(("change", "share"), [("paste", 1.0), ("swap", 1.0), ("swap", 0.3)])
-def test_edited_features_are_real_ones_moved_as_the_generators_are(
-    features: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, change: str, share: float
+@pytest.mark.parametrize(("change", "fraction"), [("paste", 1.0), ("swap", 1.0), ("swap", 0.3)])
+def test_a_class_swap_moves_real_features_as_the_generators_move(
+    features: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, change: str, fraction: float
 ) -> None:
     asked = []
-    edit = Generator.edit
+    swap_classes = Generator.swap_classes
     monkeypatch.setattr(
         Generator,
-        "edit",
+        "swap_classes",
         lambda self, real, old, new, *, z: (
             asked.append(len(real)),
-            edit(self, real, old, new, z=z),
+            swap_classes(self, real, old, new, z=z),
         )[1],
     )
     parts, real, masks, new, z = added_by_a_frozen_generator(
-        features, trained, [change], class_swap=True, weight=0.5, fraction=share
+        features, trained, [change], class_swap=True, weight=0.5, fraction=fraction
     )
     assert [part.weight for part in parts] == [0.5, 0.5]
     generator = load_generator(trained / "gan")
     same = (new == masks).flatten(1).all(1)
-    assert (0 < same.sum() < 3) == (share < 1)
+    assert (0 < same.sum() < 3) == (fraction < 1)
     assert asked == [2 * int((~same).sum())]  # what stays costs nothing
     for part, noise in zip(parts, z.chunk(2), strict=True):
         expected = real + generator.generate(new, z=noise) - generator.generate(masks, z=noise)
