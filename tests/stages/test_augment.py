@@ -561,7 +561,11 @@ def test_combined_augmenters_draw_apart_and_the_first_as_it_would_alone(
             {"view": "random"},
             "hflip-views cannot be combined here: view: ",
         ),
-        ([{"augmenter": "isda"}, {"augmenter": "isda"}], {}, "isda is listed twice; list it once and raise strength"),
+        (
+            [{"augmenter": "isda"}, {"augmenter": "isda"}],
+            {},
+            "isda is listed twice; list it once and raise strength",
+        ),
         ([{"augmenter": "none"}, {"augmenter": "isda"}], {}, "'none' found"),
         ([{"augmenter": "isda"}], {}, "at least 2"),
     ],
