@@ -22,7 +22,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.process import answer, in_a_process
+from benchmarks.process import in_a_process, measure_or_run
 
 
 def extract(config: dict[str, Any], folder: str, device: str, workers: int) -> dict[str, float]:
@@ -230,4 +230,4 @@ def _write_dataset(source: Path, target: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
-    answer(measure, main)
+    measure_or_run(measure, main)

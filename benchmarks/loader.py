@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import click
 import numpy as np
 
-from benchmarks.process import answer, in_a_process
+from benchmarks.process import in_a_process, measure_or_run
 
 if TYPE_CHECKING:  # imports count as memory of the measured process
     from featurestore import FeatureStore
@@ -175,4 +175,4 @@ def main(
 
 
 if __name__ == "__main__":
-    answer(measure, main)
+    measure_or_run(measure, main)

@@ -26,7 +26,7 @@ from typing import TypedDict
 import click
 import numpy as np
 
-from benchmarks.process import answer, in_a_process
+from benchmarks.process import in_a_process, measure_or_run
 
 BATCH = 8
 Reader = tuple[Callable[[int], np.ndarray], Callable[[list[int], np.ndarray], None]]
@@ -474,4 +474,4 @@ def _rows(
 
 
 if __name__ == "__main__":
-    answer(measure, main)
+    measure_or_run(measure, main)

@@ -28,7 +28,7 @@ from benchmarks import common, literal
 from featurestore.dataset import Batch
 from stages.augment.base import Labelled
 from stages.augment.featuregan import FeatureGANConfig, JointFeatureGAN
-from stages.common.runtime import make_accelerator
+from stages.common.runtime import make_accelerator, to_channels_last
 from stages.gan.gan_trainer import GanTrainer
 from stages.gan.networks import build_networks
 from stages.gan.objective import Objective
@@ -109,7 +109,7 @@ def our_steps(
     size: Size, device: str, precision: str, features: Tensor, masks: Tensor
 ) -> dict[str, Callable[[], object]]:
     trainer = our_trainer(size, device, precision)
-    decoder = new_decoder(size).to(trainer.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    decoder = to_channels_last(new_decoder(size), trainer.accelerator.device)
     optimizer = torch.optim.Adam(decoder.parameters(), 5e-4)
     rng = torch.Generator(trainer.accelerator.device).manual_seed(0)
 
@@ -266,7 +266,7 @@ def time_epochs(
             return (batch.features for batch in loader.epoch(0))
 
         trainer = our_trainer(size, device, precision)
-        decoder = new_decoder(size).to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        decoder = to_channels_last(new_decoder(size), accelerator.device)
         optimizer = torch.optim.Adam(decoder.parameters(), 5e-4)
         rng = torch.Generator(accelerator.device).manual_seed(0)
 

@@ -36,9 +36,9 @@ def not_written(path: Path | str, error: OSError | RuntimeError) -> StoreWriteEr
     """Build the error of a file that could not be written."""
     number = error.errno if isinstance(error, OSError) else None
     reason = os.strerror(number) if number else " ".join(str(error).split())[:200]
-    room = "make room or " if number in (None, *FULL) else ""
+    remedy = "make room or " if number in (None, *FULL) else ""
     return StoreWriteError(
-        f"cannot be written ({reason}); {room}choose another folder, and start again",
+        f"cannot be written ({reason}); {remedy}choose another folder, and start again",
         path=path,
         actual=reason,
     )

@@ -291,13 +291,13 @@ def check_version(version: object, path: Path) -> None:
         )
 
 
-def fingerprint(**parts: object) -> str:
+def fingerprint(**values: object) -> str:
     """Compute the identity of what a store is made from: sha256 of JSON-ready values.
 
     >>> fingerprint(a=1, b=[2]) == fingerprint(b=[2], a=1)
     True
     """
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

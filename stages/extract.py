@@ -39,7 +39,13 @@ from stages.backbones.build import build_backbone, known_backbone
 from stages.common.config import Config, Listed, Once
 from stages.common.distributed import agree
 from stages.common.errors import ConfigError, DataError
-from stages.common.runtime import make_accelerator, progress, source_digest, verify_store
+from stages.common.runtime import (
+    make_accelerator,
+    progress,
+    source_digest,
+    to_channels_last,
+    verify_store,
+)
 from stages.data.images import decode_image, decode_mask, read_bytes, resize_pair
 from stages.data.manifest import SPLITS, Classes, Entry, read_manifest
 
@@ -94,7 +100,7 @@ class ExtractConfig(Config):
     @classmethod
     def _with_identity(cls, views: tuple[str, ...]) -> tuple[str, ...]:
         if "identity" not in views:
-            raise ValueError("must have identity: everything is trained on the images as they are")
+            raise ValueError("must contain identity: trainings read unmirrored images")
         return views
 
 
@@ -134,8 +140,7 @@ def run(
     precision = "bf16" if config.compute == "bf16" else "no"
     accelerator = make_accelerator(device, precision, kwargs_handlers=[patience])
     entries, classes = read_manifest(dataset)
-    backbone = _backbone(config)
-    backbone = backbone.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    backbone = to_channels_last(_backbone(config), accelerator.device)
     spec = _spec(config, backbone, classes)
 
     # No split is published before all are extracted: DVC removes a stage's outputs before it
@@ -342,7 +347,7 @@ def _mention_unfinished(scratch: Path) -> None:
             size = sum(file.stat().st_size for file in folder.iterdir())
             tqdm.write(
                 f"{folder}: {size / 1e9:.1f} GB of an unfinished extraction with other parameters; "
-                "remove it if it is not to go on"
+                "remove it unless you resume that extraction"
             )
 
 

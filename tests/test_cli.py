@@ -229,7 +229,7 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, object], str]] = {
     ),
     "mirrored images alone": (
         {"extract.views": ["hflip"]},
-        "extract.views: must have identity",
+        "extract.views: must contain identity",
     ),
     "several draws without noise": (
         {"train_gan.z_dim": 0},

@@ -17,8 +17,9 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
+from stages.common.sources import imported_sources
 from tests.factories import copy_project, run
-from tests.imports import ROOT, import_closure
+from tests.imports import ROOT
 
 DVC = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 MODULES = {
@@ -37,7 +38,7 @@ def test_a_stage_depends_on_all_sources_that_it_imports(stage: str) -> None:
     listed = {
         ROOT / path for path in DVC[stage]["deps"] if path.startswith(("featurestore", "stages"))
     }
-    imported = import_closure(MODULES[stage]) - {ROOT / "stages" / "__init__.py"}
+    imported = set(imported_sources(MODULES[stage])) - {ROOT / "stages" / "__init__.py"}
     assert {path for path in imported if not listed & {path, *path.parents}} == set()
     assert {
         path for path in listed if not any(path in (file, *file.parents) for file in imported)

@@ -20,7 +20,7 @@ from stages.commands.estimate import _store_spec
 from stages.commands.params import PARAMS
 from stages.common.config import parse
 from stages.common.errors import ConfigError
-from stages.estimate import step_cost as operations
+from stages.estimate import step_cost
 from stages.estimate.sizes import (
     cache_bytes,
     joint_ratios,
@@ -76,15 +76,15 @@ def test_sizes_are_those_of_the_extracted_stores(
 @pytest.mark.medium
 def test_operations_are_those_of_the_steps_that_train() -> None:
     """Counted on real tensors in the trainer itself, and on fake ones."""
-    costs, shape = operations.count(setup((1, 2)))
+    costs, shape = step_cost.count(setup((1, 2)))
     assert shape == (320, 8, 8)
-    size = Size("efficientnet_lite0", 320, operations.BATCH, 8, 1, 8, 4, 8, side=8)
+    size = Size("efficientnet_lite0", 320, step_cost.BATCH, 8, 1, 8, 4, 8, side=8)
     features, masks = torch.rand(2, 320, 8, 8), torch.randint(0, 21, (2, 64, 64), dtype=torch.uint8)
     for name, step in our_steps(size, "cpu", "no", features, masks).items():
         with FlopCounterMode(display=False) as counter:
             step()
         cost = costs[name.replace(" step", "")]
-        assert cost.operations == counter.get_total_flops() / operations.BATCH, name
+        assert cost.operations == counter.get_total_flops() / step_cost.BATCH, name
     with FlopCounterMode(display=False) as counter:
         build_backbone(name="efficientnet_lite0", weights="default")(
             torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
@@ -95,7 +95,7 @@ def test_operations_are_those_of_the_steps_that_train() -> None:
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet50", "timm/resnet18"])
 def test_the_untrained_backbone_is_the_backbone(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = operations.untrained_backbone(name)
+    network = step_cost.untrained_backbone(name)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     built = build_backbone(name=name, weights=str(tmp_path / "weights.pth"))
     images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
@@ -108,7 +108,7 @@ def test_the_untrained_backbone_is_the_backbone(name: str, tmp_path: Path) -> No
 def test_counting_leaves_nothing_fake_behind() -> None:
     from stages.segmentation.upsampled_loss import upsampled_cross_entropy
 
-    operations.count(setup())
+    step_cost.count(setup())
     loss = upsampled_cross_entropy(
         torch.zeros(2, 7, 8, 8), torch.zeros(2, 64, 64, dtype=torch.uint8)
     )
@@ -118,7 +118,7 @@ def test_counting_leaves_nothing_fake_behind() -> None:
 
 @pytest.mark.medium
 def test_memory_grows_with_what_is_kept() -> None:
-    costs, _ = operations.count(setup((1, 2)))
+    costs, _ = step_cost.count(setup((1, 2)))
     assert costs["backbone"].weight_bytes == costs["backbone"].activation_bytes == 0
     assert costs["decoder"].activation_bytes > 320 * 8 * 8 * 4  # the features themselves, at least
     assert (
@@ -144,7 +144,7 @@ CHANGES = [
 
 
 def gan_operations(**changes: object) -> float:
-    costs, _ = operations.count(setup(**changes))
+    costs, _ = step_cost.count(setup(**changes))
     return costs["gan"].operations
 
 
@@ -189,7 +189,7 @@ VARIANTS = registry.VARIANTS.validate_python(
 def test_work_adds_up() -> None:
     assert joint_ratios(VARIANTS) == [2]
     kinds = ("backbone", "decoder", "gan", "joint 2:1", "generator")
-    cost = {name: operations.Cost(float(number), 0, 0) for number, name in enumerate(kinds, 1)}
+    cost = {name: step_cost.Cost(float(number), 0, 0) for number, name in enumerate(kinds, 1)}
     counts = {"extract": 15, "gan": 20, "decoder": 60}
     rows = work_rows(cost, None, 1e-12, samples=counts, family="gan", variants=VARIANTS)
     *rows, everything = rows
@@ -215,9 +215,9 @@ def test_work_adds_up() -> None:
 
 def test_memory_is_that_of_the_variant_that_adds_most() -> None:
     cost = {
-        "gan": operations.Cost(0.0, 200, 30.0),
-        "decoder": operations.Cost(0.0, 100, 10.0),
-        "joint 2:1": operations.Cost(0.0, 300, 20.0),
+        "gan": step_cost.Cost(0.0, 200, 30.0),
+        "decoder": step_cost.Cost(0.0, 100, 10.0),
+        "joint 2:1": step_cost.Cost(0.0, 300, 20.0),
     }
     for chosen, batches in ((["baseline"], 1), (["baseline", "duplicate-2x", "featuregan-2x"], 3)):
         variants = {name: VARIANTS[name] for name in chosen}
@@ -247,7 +247,7 @@ def test_a_network_without_dense_features_is_refused_in_one_line() -> None:
             ConfigError,
             match=f"extract.backbone: timm/{name} cannot give dense features at stride 8",
         ):
-            operations.untrained_backbone(f"timm/{name}")
+            step_cost.untrained_backbone(f"timm/{name}")
 
 
 def test_splits_are_those_of_prepare() -> None:

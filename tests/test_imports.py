@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.imports import ROOT, file_of, imported_modules
+from stages.common.sources import file_of, imported_modules
+from tests.imports import ROOT
 
 # A folder, or a module directly in stages/, imports only from the lines below its own.
 DIRECTION = (
@@ -26,7 +27,7 @@ DIRECTION = (
     ("common",),
     ("featurestore",),
 )
-LEVEL = {room: level for level, rooms in enumerate(DIRECTION) for room in rooms}
+LEVEL = {name: level for level, names in enumerate(DIRECTION) for name in names}
 SOURCES = sorted(
     [*ROOT.glob("featurestore/**/*.py"), *ROOT.glob("stages/**/*.py"), ROOT / "pipeline.py"]
 )
@@ -37,7 +38,7 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def room_of(module: str) -> str:
+def folder_of(module: str) -> str:
     """The folder of a module, or the module itself where it is directly in stages/."""
     top, *inside = module.split(".")
     return inside[0] if top == "stages" and inside else top
@@ -55,10 +56,10 @@ def own_imports(path: Path) -> set[str]:
 
 def test_folders_import_in_one_direction() -> None:
     arrows = Counter(
-        (room_of(module_of(path)), room_of(name))
+        (folder_of(module_of(path)), folder_of(name))
         for path in SOURCES
         for name in own_imports(path)
-        if module_of(path) != "stages" and room_of(module_of(path)) != room_of(name)
+        if module_of(path) != "stages" and folder_of(module_of(path)) != folder_of(name)
     )
     print("\n".join(f"{here:14} -> {there:14} {count}" for (here, there), count in arrows.items()))
     wrong = [f"{here} -> {there}" for here, there in arrows if LEVEL[here] >= LEVEL[there]]

@@ -211,7 +211,7 @@ def test_the_verdict_names_images_seeds_and_variants() -> None:
         [BASELINE_ROW, row("a", [1.0, 2.0], (0.5, 2.5)), row("b", [0.0, 1.0], (-1.0, 1.0))], 100, 20
     )
     assert "over the 100 test images in blocks of 20, for these 2 seeds" in alike.certainty
-    assert "picked from 2 variants" in alike.certainty
+    assert "selected from 2 variants" in alike.certainty
     two = verdict([BASELINE_ROW, row("a", [-1.0, -3.0], (-4.0, -1.0))], 100)
     assert "for these 2 seeds; by seed the difference is −1.00, −3.00" in two.certainty
     assert "picked" not in two.certainty

@@ -154,7 +154,7 @@ def _prepared(dataset: str) -> Data | None:
         return None
     try:
         read = json.loads(SUMMARY.read_text(encoding="utf-8"))
-        images = {split: part["images"] for split, part in read["splits"].items()}
+        images = {split: counts["images"] for split, counts in read["splits"].items()}
         return Data(images, len(read["classes"])) if read["dataset"] == dataset else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = (

@@ -14,8 +14,8 @@ CHANGES = ("flip", "shift", "scale", "paste", "swap")
 
 def _changes(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
     """Split ``flip,shift`` into a tuple."""
-    changes = tuple(part.strip() for part in value.split(",") if part.strip())
-    unknown = [part for part in changes if part not in CHANGES]
+    changes = tuple(filter(None, map(str.strip, value.split(","))))
+    unknown = [change for change in changes if change not in CHANGES]
     if unknown:
         raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(CHANGES)}")
     return changes

@@ -83,7 +83,7 @@ class Params(Config):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        """Check what no section can check alone."""
+        """Check settings of several sections against each other."""
         self._check_names()
         self._check_generator()
         for key in ("train_gan", "train_decoder"):

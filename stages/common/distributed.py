@@ -1,4 +1,4 @@
-"""Training in several processes: sums over all of them, so that they compute what one would."""
+"""Training in several processes, with the results of one process."""
 
 from __future__ import annotations
 

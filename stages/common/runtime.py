@@ -26,6 +26,7 @@ from stages.common.distributed import gather, replicate, shard, synchronise_batc
 from stages.common.errors import ConfigError
 
 Item = TypeVar("Item")
+Network = TypeVar("Network", bound=nn.Module)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # glibc's malloc.h
 
 
@@ -79,6 +80,12 @@ def check_device(device: str) -> None:
 def on_cpu(device: str) -> bool:
     """Return whether networks run on the CPU with this ``--device``."""
     return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+
+
+def to_channels_last(network: Network, device: torch.device) -> Network:
+    """Move a network to a device, with convolution weights in channels-last order."""
+    channels_last = torch.channels_last  # torch's stubs lack the argument
+    return network.to(device, memory_format=channels_last)  # type: ignore[call-overload]
 
 
 def check_precision(device: str, mixed_precision: str, key: str) -> None:

@@ -36,16 +36,16 @@ def imported_modules(path: Path) -> set[str]:
 
 def imported_sources(module: str) -> list[Path]:
     """List the project's files that importing ``module`` reads, packages' ``__init__`` included."""
-    found: set[Path] = set()
+    sources: set[Path] = set()
     waiting = [module]
     while waiting:
         parts = waiting.pop().split(".")
         for depth in range(1, len(parts) + 1):
             path = file_of(".".join(parts[:depth]))
-            if path is not None and path not in found:
-                found.add(path)
+            if path is not None and path not in sources:
+                sources.add(path)
                 waiting.extend(imported_modules(path))
-    return sorted(found)
+    return sorted(sources)
 
 
 def imports_digest(module: str) -> str:

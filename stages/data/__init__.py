@@ -1,1 +1,1 @@
-"""Segmentation data sets, one file each; what every later stage knows of them is the manifest."""
+"""Images, masks and the manifest."""

@@ -69,7 +69,7 @@ def read_manifest(folder: Path) -> tuple[list[Entry], Classes]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             entries = [
-                Entry(**{**row, "width": int(row["width"]), "height": int(row["height"])})  # type: ignore[arg-type]
+                Entry(width=int(row.pop("width")), height=int(row.pop("height")), **row)
                 for row in csv.DictReader(file)
             ]
         summary = json.loads((folder / SUMMARY_NAME).read_text(encoding="utf-8"))

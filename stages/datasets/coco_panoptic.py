@@ -48,7 +48,8 @@ def find(root: Path, config: PrepareConfig) -> DatasetLayout:
             for entry in file.annotations:
                 mask, image = masks / Path(entry["file_name"]).name, names[entry["image_id"]]
                 segments = {
-                    part["id"]: index[part["category_id"]] for part in entry["segments_info"]
+                    segment["id"]: index[segment["category_id"]]
+                    for segment in entry["segments_info"]
                 }
                 relabel[mask.stem] = Relabel(
                     {UNLABELLED: VOID, **segments}, remedy, "segment {}".format, read_colours

@@ -129,8 +129,11 @@ def pairs_by_stem(images: Path, masks: Path, split: str, prefix: str = "") -> li
     DataError
         When a folder is missing, or two files of a folder share a stem.
     """
-    image_files = _by_stem(images, IMAGE_SUFFIXES, "images")
-    mask_files = _by_stem(masks, MASK_SUFFIXES, "masks")
+    for folder, content in ((images, "images"), (masks, "masks")):
+        if not folder.is_dir():
+            raise DataError(folder, f"there is no such folder; put the {content} there")
+    image_files = files_by_stem(images, IMAGE_SUFFIXES)
+    mask_files = files_by_stem(masks, MASK_SUFFIXES)
     return [
         Pair(
             prefix + stem,
@@ -142,9 +145,14 @@ def pairs_by_stem(images: Path, masks: Path, split: str, prefix: str = "") -> li
     ]
 
 
-def _by_stem(folder: Path, suffixes: tuple[str, ...], what: str) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise DataError(folder, f"there is no such folder; put the {what} there")
+def files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """List the files of a folder with one of these suffixes, by stem, sorted by name.
+
+    Raises
+    ------
+    DataError
+        When two files share a stem.
+    """
     files: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in suffixes and not file.name.startswith("."):

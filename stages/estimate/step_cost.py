@@ -204,7 +204,8 @@ def _as_on_a_gpu() -> Iterator[None]:
     Networks without values stay on the device on which they were made.
     """
     dense, to = aspp.DENSE, nn.Module.to
-    aspp.DENSE, nn.Module.to = 0.0, lambda network, *_, **__: network  # type: ignore[method-assign,assignment]
+    aspp.DENSE = 0.0
+    nn.Module.to = lambda network, *_, **__: network  # type: ignore[method-assign,assignment]
     try:
         with winograd.disabled():
             yield

@@ -108,11 +108,11 @@ def _certainty(best: Row, variants: int, images: int, block_length: int) -> str:
     seeds = f"for these {len(by_seed)} seeds; by seed the difference is "
     seeds += f"{', '.join(map(signed, by_seed))}."
     if len(by_seed) == 1:
-        seeds = "for one seed: how far another seed would move the difference is not known."
+        seeds = "for one seed; the variation between seeds is unknown."
     if variants > 1:
         seeds += (
-            f" It is picked from {variants} variants: of twenty that change nothing,"
-            " one interval is expected to miss 0 by chance."
+            f" It was selected from {variants} variants; of 20 without effect,"
+            " one interval is expected to exclude 0."
         )
     return f"The interval is over the {images} test images{blocks}, {seeds}"
 

@@ -158,8 +158,8 @@ def compare(
     """
     having = [group for group in groups if baseline in group.runs]
     if not having:
-        found = ", ".join(sorted({name for group in groups for name in group.runs}))
-        raise ConfigError("--baseline", f"there is no {baseline!r} among {found}")
+        labels = ", ".join(sorted({name for group in groups for name in group.runs}))
+        raise ConfigError("--baseline", f"there is no {baseline!r} among {labels}")
     compared = []
     for group in having:
         rows = tables.compare(

@@ -49,7 +49,7 @@ class ExperimentConfig(Config):
 
 
 class StudyConfig(Config):
-    """A study file."""
+    """Configure a study: experiments, their variants and seeds."""
 
     preset: str = Field(description="parameters that `set` changes")
     set: Plain = Field({}, description="section.key: value of the parameters")

@@ -20,13 +20,13 @@ OVER_ALL = "over all classes of the test images"
 
 def as_text(compared: Sequence[Comparison]) -> str:
     """Format all tables for a terminal."""
-    parts = []
+    blocks = []
     for entry in compared:
-        parts.append(f"{entry.title}\n{tables.as_text(entry.rows)}")
+        blocks.append(f"{entry.title}\n{tables.as_text(entry.rows)}")
         if entry.classes:
             over_all = tables.as_text([tables.over_all(row) for row in entry.rows])
-            parts.append(f"{entry.group.name}: mIoU {OVER_ALL}\n{over_all}")
-    return "\n\n".join(parts)
+            blocks.append(f"{entry.group.name}: mIoU {OVER_ALL}\n{over_all}")
+    return "\n\n".join(blocks)
 
 
 def as_markdown(compared: Sequence[Comparison]) -> str:
@@ -34,17 +34,17 @@ def as_markdown(compared: Sequence[Comparison]) -> str:
 
     Where classes are named, columns over all classes follow those over the named ones.
     """
-    parts = []
+    blocks = []
     if has_curve(compared):
         about = "The baseline's mIoU, and differences to it, by number of training images"
         sized = {entry.group.train_images: entry.rows for entry in compared}
         classes = ", ".join(compared[0].classes)
-        parts.append(f"## {about}, over {classes or 'all classes'}\n\n{_gains(sized)}")
+        blocks.append(f"## {about}, over {classes or 'all classes'}\n\n{_gains(sized)}")
         if classes:
             over_all = {size: [*map(tables.over_all, rows)] for size, rows in sized.items()}
-            parts.append(f"## {about}, {OVER_ALL}\n\n{_gains(over_all)}")
-    parts += [f"## {entry.title}\n\n{_comparison(entry)}" for entry in compared]
-    return "\n\n".join(parts) + "\n"
+            blocks.append(f"## {about}, {OVER_ALL}\n\n{_gains(over_all)}")
+    blocks += [f"## {entry.title}\n\n{_comparison(entry)}" for entry in compared]
+    return "\n\n".join(blocks) + "\n"
 
 
 def has_curve(compared: Sequence[Comparison]) -> bool:

@@ -112,10 +112,10 @@ def torchvision_name(spec: StoreSpec, architecture: Mapping[str, object]) -> str
 
 def write_torchvision(model: Model, path: Path, metadata: Metadata) -> None:
     """Write the state dict of torchvision's model; ``.pth`` files hold no metadata."""
-    parts = {"backbone": model.backbone.network, "classifier": model.decoder.head}
+    networks = {"backbone": model.backbone.network, "classifier": model.decoder.head}
     state = {
-        f"{part}.{name}": tensor.contiguous()
-        for part, network in parts.items()
+        f"{prefix}.{name}": tensor.contiguous()
+        for prefix, network in networks.items()
         for name, tensor in network.state_dict().items()
     }
     if path.suffix == ".safetensors":

@@ -28,7 +28,7 @@ from featurestore.prefetch import prefetch
 from stages.augment.new_masks import NewMasks
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import generator as random_generator
-from stages.common.runtime import make_accelerator, progress, source_digest
+from stages.common.runtime import make_accelerator, progress, source_digest, to_channels_last
 from stages.models.feature_generator import FeatureGenerator
 from stages.models.image_encoder import sample_z
 from stages.training.models import load_gan, load_generator, read_config, read_spec
@@ -226,7 +226,7 @@ class Sampler:
     ) -> None:
         self._source, self._seed = source, seed
         self._device = make_accelerator(device, "no").device
-        self._generator = generator.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._generator = to_channels_last(generator, self._device)
         self._encoder = load_gan(gan)[0].image_encoder if source.has_images else None
         if self._encoder is not None:
             self._encoder.to(self._device).eval()

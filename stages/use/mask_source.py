@@ -15,6 +15,7 @@ from featurestore import VOID, FeatureStore, SpecMismatchError, StoreSpec
 from featurestore.index import INDEX_NAME
 from stages.common.errors import DataError
 from stages.data.images import MASK_SUFFIXES, decode_mask, read_bytes, resize_pair
+from stages.datasets.layout import files_by_stem
 
 Pair = tuple[np.ndarray | None, np.ndarray]  # image (H, W, 3) uint8, or None; mask (H, W) uint8
 
@@ -73,13 +74,7 @@ def folder_masks(path: Path, spec: StoreSpec) -> Masks:
     DataError
         When there is no mask file, or two have the same name.
     """
-    files: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
-        if file.suffix.lower() in MASK_SUFFIXES and not file.name.startswith("."):
-            other = files.setdefault(file.stem, file)
-            if other != file:
-                message = f"has the same id ({file.stem}) as {other.name}; rename one of them"
-                raise DataError(file, message)
+    files = files_by_stem(path, MASK_SUFFIXES)
     if not files:
         raise DataError(
             path,

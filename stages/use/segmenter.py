@@ -19,7 +19,7 @@ from featurestore import StoreSpec
 from stages.backbones.backbone import Backbone, BackboneError
 from stages.backbones.build import build_backbone
 from stages.common.errors import ConfigError, DataError
-from stages.common.runtime import make_accelerator
+from stages.common.runtime import make_accelerator, to_channels_last
 from stages.data.images import decode_image, read_bytes, too_deep, upright
 from stages.training.models import load_decoder, read_precision, read_spec
 from stages.use.windows import View, WindowedImage, cut, join
@@ -89,8 +89,8 @@ class Segmenter:
     ) -> None:
         self.spec = spec
         self.device = device
-        self._backbone = backbone.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._decoder = decoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._backbone = to_channels_last(backbone, device)
+        self._decoder = to_channels_last(decoder, device)
         self._precision = {
             "bf16": torch.bfloat16,
             "fp16": torch.float16 if device.type == "cuda" else None,
