@@ -22,14 +22,7 @@ from tqdm import tqdm
 import featurestore
 import stages.backbones
 import stages.data.images
-from featurestore import (
-    FeatureStore,
-    FeatureStoreError,
-    SampleError,
-    SpecMismatchError,
-    StoreReadError,
-    StoreSpec,
-)
+from featurestore import FeatureStore, FeatureStoreError, SampleError, SpecMismatchError
 from featurestore.disk_space import check_disk_space
 from featurestore.float16 import all_finite
 from featurestore.prefetch import prefetch
@@ -202,7 +195,9 @@ def _backbone(config: ExtractConfig) -> Backbone:
         raise DataError(config.weights, str(error).removeprefix(f"{config.weights}: ")) from error
 
 
-def _identity(config: ExtractConfig, spec: StoreSpec, samples: list[Sample], device: str) -> str:
+def _identity(
+    config: ExtractConfig, spec: featurestore.StoreSpec, samples: list[Sample], device: str
+) -> str:
     """Hash all that the bytes of a store depend on."""
     return featurestore.fingerprint(
         format_version=featurestore.FORMAT_VERSION,
@@ -260,9 +255,9 @@ def _fill(
         torch.set_num_threads(threads)
 
 
-def _spec(config: ExtractConfig, backbone: Backbone, classes: Classes) -> StoreSpec:
+def _spec(config: ExtractConfig, backbone: Backbone, classes: Classes) -> featurestore.StoreSpec:
     height, width = config.input_size
-    return StoreSpec(
+    return featurestore.StoreSpec(
         feature_shape=(backbone.channels, height // OUTPUT_STRIDE, width // OUTPUT_STRIDE),
         mask_shape=(height, width),
         class_names=classes.names,
@@ -281,7 +276,7 @@ def _spec(config: ExtractConfig, backbone: Backbone, classes: Classes) -> StoreS
     )
 
 
-def check_spec(config: ExtractConfig, path: Path) -> StoreSpec:
+def check_spec(config: ExtractConfig, path: Path) -> featurestore.StoreSpec:
     """Return the spec of a store that was extracted with the present parameters.
 
     ``weights`` are not compared, which would need loading them: the store has their digest, not
@@ -320,7 +315,7 @@ def _is_there(path: Path, identity: str, scratch: Path, workers: int) -> bool:
 
     Raises
     ------
-    StoreReadError, StoreBusyError
+    featurestore.StoreReadError, StoreBusyError
         When the store cannot be read here, which is no reason to replace it; when it is being
         written.
     """
@@ -329,7 +324,7 @@ def _is_there(path: Path, identity: str, scratch: Path, workers: int) -> bool:
         if store.fingerprint != identity:
             return False
         verify_store(store, workers=workers)
-    except StoreReadError:
+    except featurestore.StoreReadError:
         raise
     except FeatureStoreError as problem:
         if path.exists():
