@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -80,3 +82,11 @@ def real_data() -> Path:
     if not root:
         pytest.skip("FEATUREGAN_TEST_DATA is not set")
     return Path(root)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Seed the global generators: no test depends on the tests before it."""
+    np.random.seed(0)  # noqa: NPY002
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)

@@ -104,6 +104,7 @@ def test_help_names_stages_options_and_environment_variables() -> None:
     assert "featuregan 0." in call("--version").output
 
 
+@pytest.mark.medium
 def test_init_lists_and_writes_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     listed = call("init", "--list").output.splitlines()
@@ -283,7 +284,7 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, object], str]] = {
     ),
     "a class swap that would move real features": (
         {"variants.featuregan-edited.new_masks": ["swap", "flip"]},
-        "variants.featuregan-edited: class_swap needs generator: frozen and new_masks of paste and",
+        "variants.featuregan-edited: class_swap needs generator: frozen and only paste or swap in",
     ),
     "a fraction of no masks": (
         {"variants.mine": {**FROZEN, "fraction": 0.5, "vary": 0.5}},

@@ -135,6 +135,7 @@ def test_nothing_reruns_without_an_edit(edited: Path) -> None:
         ("stages/commands", set()),
     ],
 )
+@pytest.mark.medium
 def test_an_edit_of_sources_reruns_only_stages_that_import_them(
     edited: Path, sources: str, expected: set[str]
 ) -> None:

@@ -89,6 +89,7 @@ def test_files_stay_readable_in_one_sitting() -> None:
         assert len(path.read_text().splitlines()) <= 450, path
 
 
+@pytest.mark.medium
 def test_parameters_are_checked_without_the_libraries_that_few_stages_need() -> None:
     """Every command checks them first; each of these takes a second to import."""
     code = (

@@ -33,6 +33,7 @@ def sections() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("written", "text"), sections(), ids=[written.split(" --")[0] for written, _ in sections()]
 )
+@pytest.mark.medium
 def test_the_page_has_the_tables_that_its_commands_write(
     written: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

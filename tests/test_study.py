@@ -165,6 +165,7 @@ def test_a_study_resumes_from_its_result_files(
     assert "prepare failed with exit code 1" in failed.stderr
 
 
+@pytest.mark.medium
 def test_stages_run_the_code_of_the_study_not_the_installed_one(tmp_path: Path) -> None:
     for name in ("featurestore", "stages"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -98,6 +98,7 @@ def test_a_folder_of_images(project_copy: Path) -> None:
     assert (classes.names, classes.palette) == (segmenter.spec.class_names, segmenter.spec.palette)
 
 
+@pytest.mark.medium
 def test_files_and_patterns(project_copy: Path) -> None:
     for inputs, names in (
         (["photos/1.jpg"], {"1"}),
@@ -378,6 +379,7 @@ def test_overlays_colour_classes_and_leave_black_ones_as_photographed() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 21, 150])
+@pytest.mark.medium
 def test_confusion_and_legend_are_drawn_for_few_and_many_classes(
     count: int, tmp_path: Path
 ) -> None:

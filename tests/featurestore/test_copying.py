@@ -22,6 +22,7 @@ from tests.factories import SPEC
     offset=st.integers(0, 70),
     rows=st.lists(st.integers(0, 6), min_size=1, max_size=5),
 )
+@pytest.mark.medium
 def test_any_shape_at_any_address(
     shape: tuple[int, ...], dtype: str, offset: int, rows: list[int]
 ) -> None:
@@ -49,6 +50,7 @@ def test_memory_that_does_not_fit_is_refused(out: np.ndarray) -> None:
     assert not out.any()
 
 
+@pytest.mark.medium
 def test_a_large_batch_over_several_shards(tmp_path: Path) -> None:
     spec = dataclasses.replace(
         SPEC, feature_shape=(64, 32, 32), mask_shape=(8, 8), has_images=False

@@ -157,6 +157,7 @@ def test_a_store_that_does_not_fit_into_memory_is_refused(
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 @pytest.mark.parametrize("compression", ["none", "zeros", "lz4"])
+@pytest.mark.medium
 def test_a_dataloader_with_worker_processes(tmp_path: Path, start: str, compression: str) -> None:
     store = write(tmp_path / "store", spec=dataclasses.replace(SPEC, compression=compression))
     store.features(0)  # handles that are open before the workers start

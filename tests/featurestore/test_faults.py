@@ -222,6 +222,7 @@ print("survived", times)
 
 
 @pytest.mark.parametrize("compression", ["none", "zeros", "lz4", "int8"])
+@pytest.mark.medium
 def test_reading_a_damaged_single_shard_never_crashes(tmp_path: Path, compression: str) -> None:
     """Without a hash, damage gives wrong numbers or a FeatureStoreError, and no crash."""
     store = write(tmp_path / "store", 3, spec=dataclasses.replace(SPEC, compression=compression))

@@ -101,6 +101,7 @@ def test_intervals_cover_the_true_difference() -> None:
     assert np.mean(wide) < 0.6 * unpaired  # what pairing is for
 
 
+@pytest.mark.medium
 def test_block_intervals_cover_for_video() -> None:
     """A video of 24 scenes with ten frames: the gain depends on the scene.
 

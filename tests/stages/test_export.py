@@ -112,6 +112,7 @@ def lite0_decoder(lite0: Backbone, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.parametrize(
     ("head", "suffix"), [("deeplab", ".pth"), ("deeplab", ".safetensors"), ("fcn", ".pth")]
 )
+@pytest.mark.medium
 def test_torchvision_loads_every_tensor_and_computes_equal_logits(
     resnet: tuple[Path, Backbone], tmp_path: Path, head: str, suffix: str
 ) -> None:
@@ -197,6 +198,7 @@ def test_programs_take_any_number_of_images_of_any_size(
         )
 
 
+@pytest.mark.medium
 def test_a_fixed_size(lite0: Backbone, lite0_decoder: Path, tmp_path: Path) -> None:
     done = export.run(
         lite0_decoder, format="torch-export", out=tmp_path / "model.pt2", size=(72, 64)
@@ -246,6 +248,7 @@ def test_a_network_that_depends_on_the_size_needs_size() -> None:
 
 
 @pytest.mark.parametrize("damage", [1.01, float("nan")])
+@pytest.mark.medium
 def test_a_file_with_other_logits_is_removed(
     resnet: tuple[Path, Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: float
 ) -> None:
@@ -274,6 +277,7 @@ def call(*arguments: object) -> Result:
     return CliRunner().invoke(pipeline.main, [str(argument) for argument in arguments])
 
 
+@pytest.mark.medium
 def test_the_command_says_what_it_wrote_and_replaces_nothing_unasked(
     resnet: tuple[Path, Backbone], tmp_path: Path
 ) -> None:
@@ -344,6 +348,7 @@ def test_wrong_options_are_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.medium
 def test_other_models_and_other_weights_are_refused(
     resnet: tuple[Path, Backbone], lite0: Backbone, tmp_path: Path
 ) -> None:

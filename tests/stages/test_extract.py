@@ -53,6 +53,7 @@ def test_stored_features_are_those_of_the_backbone(prepared: Path) -> None:
         )
 
 
+@pytest.mark.medium
 def test_bytes_do_not_depend_on_workers_and_a_second_run_computes_nothing(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +81,7 @@ def test_only_train_has_mirrored_views(prepared: Path) -> None:
     )  # the network saw the mirrored image
 
 
+@pytest.mark.medium
 def test_compression_and_bf16_read_back_through_the_same_interface(prepared: Path) -> None:
     plain = run(config(), prepared, out="plain")["train"]
     packed = run(config(compression="lz4", store_images=False), prepared, out="packed")["train"]
@@ -140,6 +142,7 @@ def test_a_feature_that_cannot_be_stored_names_its_image(
     assert not (prepared / "features").exists()
 
 
+@pytest.mark.medium
 def test_after_a_bad_image_no_shard_holds_features_of_others_under_its_ids(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +210,7 @@ def test_a_store_that_cannot_be_read_here_is_not_replaced(
     assert digests(prepared / "features") == before
 
 
+@pytest.mark.medium
 def test_unfinished_work_of_other_parameters_is_named(
     prepared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,6 +235,7 @@ def test_unfinished_work_of_other_parameters_is_named(
 # -- kill -9 ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 def test_nothing_is_published_before_all_splits_are_extracted(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

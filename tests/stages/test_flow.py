@@ -116,10 +116,10 @@ def test_the_velocity_of_a_gaussian_field_is_known() -> None:
 def test_integration_follows_the_velocity(monkeypatch: pytest.MonkeyPatch) -> None:
     """For dx/dt = a x + b t the midpoint rule's error falls with the square of the steps."""
     errors = []
+    z = torch.randn(2, 12 * 8 * 8)
     for steps in (8, 16):
         network = flow(steps=steps, components=12)
         monkeypatch.setattr(network, "velocity", lambda x, time, masks: -x + time.view(-1, 1, 1, 1))
-        z = torch.randn(2, network.z_dim, dtype=torch.float32)
         exact = (z.view(2, 12, 8, 8) + 1) * np.exp(-1)  # x(t) = (x(0) + 1) e^-t + t - 1
         errors.append(float((network(z, MASKS) - exact).abs().max()))
     assert errors[1] < 0.3 * errors[0] < 0.01
@@ -279,6 +279,7 @@ def test_a_decoder_gets_the_flows_class_swaps_of_its_batch(features: Path, flows
         added_by_a_frozen_generator(features, flows, ["swap"], class_swap=True, ratio=2)
 
 
+@pytest.mark.medium
 def test_a_killed_decoder_with_variations_resumes_to_the_same_bits(
     features: Path,
     flows: Path,
@@ -308,6 +309,7 @@ def test_a_gan_is_not_asked_for_variations(features: Path, tmp_path: Path) -> No
         )
 
 
+@pytest.mark.medium
 def test_a_killed_flow_training_resumes_to_the_same_bits(
     features: Path,
     tmp_path: Path,

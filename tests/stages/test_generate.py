@@ -210,6 +210,7 @@ run(Path("gan"), Path("masks"), Path("out"), per_mask=3)
 """
 
 
+@pytest.mark.medium
 def test_a_killed_run_resumes_to_equal_bytes(
     gan: Path, masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -346,6 +346,7 @@ def test_timm_networks_that_flatten_their_names_take_weights_too(tmp_path: Path)
     assert not backbone.nonnegative
 
 
+@pytest.mark.medium
 def test_weights_that_do_not_fit_or_cannot_be_read_are_named(tmp_path: Path) -> None:
     torch.save(torchvision.models.resnet50(weights=None).state_dict(), tmp_path / "r50.pth")
     with pytest.raises(

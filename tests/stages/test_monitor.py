@@ -274,6 +274,7 @@ def test_masks_with_few_labels_are_measured_or_refused(features: Path, tmp_path:
         assert not monitor(tmp_path / name, every=0).due(0, 1)  # switched off, it asks for none
 
 
+@pytest.mark.medium
 def test_a_stopped_training_resumes_with_on_collapse_warn(
     features: Path,
     tmp_path: Path,

@@ -213,6 +213,7 @@ def test_a_batch_equals_its_images_one_by_one(mode: str) -> None:
             np.testing.assert_array_equal(classes, segmenter(image, mode=mode))
 
 
+@pytest.mark.medium
 def test_a_large_image_does_not_need_all_its_logits_at_once() -> None:
     """40 classes of 4 megapixels are 640 MB."""
     code = (
@@ -345,6 +346,7 @@ def test_an_image_is_cut_by_the_rule_of_its_training(trained: Path) -> None:
     assert shapes == {"stretch": (64, 64, 3), "pad": (32, 64, 3), "crop": (64, 128, 3)}
 
 
+@pytest.mark.medium
 def test_importing_the_package_does_not_import_pytorch() -> None:
     """The command line imports it for --help."""
     code = (

@@ -465,6 +465,7 @@ KILLED = [
 
 
 @pytest.mark.parametrize(("name", "saves"), KILLED)
+@pytest.mark.medium
 def test_a_killed_decoder_training_resumes_to_the_same_bits(
     features: Path,
     trained: Path,
@@ -489,6 +490,7 @@ def test_a_killed_decoder_training_resumes_to_the_same_bits(
     assert files(killed / "metrics" / f"{name}-0") == files(whole / "metrics" / f"{name}-0")
 
 
+@pytest.mark.medium
 def test_variants_of_a_seed_start_alike_and_take_equal_steps(
     features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -536,6 +538,7 @@ def test_every_images_confusion_matrix_adds_up_to_the_splits(
     assert total.tolist() == json.loads((metrics / "test.json").read_text())["confusion"]
 
 
+@pytest.mark.medium
 def test_passes_and_schedule_are_those_of_the_parameters(
     features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -564,6 +567,7 @@ def test_passes_and_schedule_are_those_of_the_parameters(
     assert len(rates) == 2 * 5
 
 
+@pytest.mark.medium
 def test_added_features_may_be_kept_out_of_the_running_statistics(
     features: Path, tmp_path: Path
 ) -> None:
@@ -623,6 +627,7 @@ def test_from_until_on_real_batches_take_the_place_of_added_ones(
     assert None not in adjusted
 
 
+@pytest.mark.medium
 def test_a_jointly_trained_gan_rests_from_until_on(
     features: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -841,6 +846,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
         torch.testing.assert_close(halves, whole, rtol=1e-3, atol=1e-5 * largest)
 
 
+@pytest.mark.medium
 def test_the_segmentation_loss_may_be_kept_from_the_generator(
     features: Path, trained: Path, tmp_path: Path
 ) -> None:
