@@ -136,8 +136,7 @@ def run(
         for index, batch in session.batches(epoch):
             progress = (epoch * len(loader) + index) / context.steps
             set_learning_rate(optimizer, config, progress)
-            divided = micro_batches(batch, config.gradient_accumulation)
-            for micro_index, micro_batch in enumerate(divided):
+            for micro_index, micro_batch in enumerate(divide(batch, config.gradient_accumulation)):
                 seeds = (seed, epoch, index, micro_index)
                 make_rng = partial(random_generator, accelerator.device, *seeds)
                 seed_everything(*seeds, rank)  # dropout
@@ -169,8 +168,9 @@ def run(
             session.save_if_due(index + 1)
         scores = evaluate(accelerator, decoder, validation, spec.class_names)
         best.update(scores.miou, epoch, decoder)
-        measures = {**as_row(scores), **session.measure_if_due(epoch)}
-        session.end_epoch({**session.take_means(), **measures})
+        session.end_epoch(
+            {**session.take_means(), **named(scores), **session.measure_if_due(epoch)}
+        )
 
     test = session.loader(stores["test"], config.batch_size, cache="none")
     scores = save_results(config, session, context, augmenter, best, validation, test, out)
@@ -201,7 +201,7 @@ def training_loader(
     )
 
 
-def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
+def divide(batch: Batch, count: int) -> Iterator[Batch]:
     """Divide a batch, with features in float32 and in the decoder's memory layout."""
     for samples in batch.chunk(count):
         features = samples.features.float().contiguous(memory_format=torch.channels_last)
@@ -237,7 +237,7 @@ def set_learning_rate(
         group["lr"] = config.lr * factor
 
 
-def as_row(scores: Scores) -> dict[str, float]:
+def named(scores: Scores) -> dict[str, float]:
     """Name the scores of the validation split as they are logged."""
     by_class = {name.replace(" ", "_"): iou for name, iou in scores.iou.items() if iou is not None}
     return {

@@ -23,10 +23,10 @@ from stages.augment.base import Augmented, Augmenter, Context, FeatureAugmenter,
 from stages.augment.new_masks import Change, NewMasks
 from stages.common.config import Listed, Once
 from stages.common.errors import ConfigError
+from stages.common.runtime import to_channels_last
 from stages.gan.families import build_trainer
 from stages.gan.networks import Networks
 from stages.gan.trainer import Trainer
-from stages.models.feature_generator import FeatureGenerator
 from stages.models.image_encoder import sample_z
 from stages.training.models import (
     load_gan,
@@ -193,9 +193,7 @@ class FrozenFeatureGAN(FeatureAugmenter):
     def __init__(self, config: FeatureGANConfig, context: Context, networks: Networks) -> None:
         super().__init__(config, context)
         device, encoder = self.accelerator.device, networks.image_encoder
-        self.generator: FeatureGenerator = load_generator(context.gan).to(  # type: ignore[call-overload]
-            device, memory_format=torch.channels_last
-        )
+        self.generator = to_channels_last(load_generator(context.gan), device)
         self.encoder = None if encoder is None else encoder.to(device).eval()
         self.needs_images = encoder is not None
         self.new_masks = NewMasks(config.new_masks, self.store, context.positions, config.fraction)
