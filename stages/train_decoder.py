@@ -168,9 +168,7 @@ def run(
             session.save_if_due(index + 1)
         scores = evaluate(accelerator, decoder, validation, spec.class_names)
         best.update(scores.miou, epoch, decoder)
-        session.end_epoch(
-            {**session.take_means(), **named(scores), **session.measure_if_due(epoch)}
-        )
+        session.end_epoch({**session.take_means(), **named(scores), **session.measures_due(epoch)})
 
     test = session.loader(stores["test"], config.batch_size, cache="none")
     scores = save_results(config, session, context, augmenter, best, validation, test, out)

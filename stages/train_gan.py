@@ -217,7 +217,7 @@ def run(
                 session.log(output.terms)
                 del output  # it holds the rest of the discriminator's graph
             session.save_if_due(index + 1)
-        session.end_epoch({**session.take_means(), **session.measure_if_due(epoch)})
+        session.end_epoch({**session.take_means(), **session.measures_due(epoch)})
 
     state = trainer.state_dict()
     if accelerator.is_main_process:

@@ -224,7 +224,7 @@ class Session:
         means, self._means = self._means, Means()
         return means.result(self.accelerator)
 
-    def measure_if_due(self, epoch: int) -> dict[str, float]:
+    def measures_due(self, epoch: int) -> dict[str, float]:
         """Measure the watched generator, after the epochs where it is due."""
         if (
             self._monitor is None
