@@ -7,21 +7,24 @@ import math
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
+from dataclasses import KW_ONLY, dataclass
+from typing import TypeAlias
 
 import numpy as np
 import psutil
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from featurestore.copying import LARGE, LINE, take_rows
 from featurestore.errors import StoreMemoryError
-from featurestore.layouts import FEATURES, IMAGES, MASKS
+from featurestore.layouts import IMAGES, MASKS
 from featurestore.prefetch import prefetch
 from featurestore.reader import FeatureStore
+from featurestore.schema import StoreSpec
 
 CACHES = ("none", "host", "device")
+Tensors: TypeAlias = dict[str, torch.Tensor]  # a batch as it is stored, by dataset
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Batch:
     positions
         (B,) int64 positions of the samples in the store, on the CPU.
     features
-        (B, C, h, w) of the store's type.
+        (B, C, h, w) of the store's type; float32 where layers were assembled.
     masks
         (B, H, W) uint8.
     images
@@ -62,14 +65,48 @@ class Batch:
             for row in rows
         ]
 
-    def to(self, device: torch.device) -> Batch:
-        """Copy to ``device``, except ``positions``; copies from pinned memory do not block."""
-        return replace(
-            self,
-            features=self.features.to(device, non_blocking=True),
-            masks=self.masks.to(device, non_blocking=True),
-            images=None if self.images is None else self.images.to(device, non_blocking=True),
-        )
+
+def assemble(layers: Sequence[torch.Tensor], spec: StoreSpec) -> torch.Tensor:
+    """Assemble the layers of B samples into one map.
+
+    Parameters
+    ----------
+    layers
+        (B, c, h', w') of each layer of ``spec``, on one device.
+    spec
+        Properties of the store.
+
+    Returns
+    -------
+    torch.Tensor
+        (B, C, h, w). A layer that is the whole map as it is stored is returned as it is.
+        Otherwise float32, channels last in memory: coarser layers are upsampled bilinearly, and
+        finer ones folded, ``pixel_unshuffle``: channel c*r*r + y*r + x has row y and column x of
+        each square of stored channel c.
+    """
+    size = spec.feature_shape[1:]
+    if len(layers) == 1 and layers[0].shape[2:] == size:
+        return layers[0]
+    blocks = []
+    for layer, (_, factor) in zip(layers, spec.folds, strict=True):
+        block = layer.float().contiguous(memory_format=torch.channels_last)
+        if factor > 1:
+            block = F.pixel_unshuffle(block, factor)
+        elif block.shape[2:] != size:
+            block = F.interpolate(block, size, mode="bilinear", align_corners=False)
+        blocks.append(block)
+    return torch.cat(blocks, dim=1).contiguous(memory_format=torch.channels_last)
+
+
+def gather_maps(
+    store: FeatureStore, positions: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Read the assembled maps of the samples at ``positions``: (B, C, h, w) float32 on a device."""
+    layers = [
+        torch.from_numpy(store.gather(name, positions)).to(device)
+        for name in store.spec.feature_names
+    ]
+    return assemble(layers, store.spec).float()
 
 
 class FeatureDataset(Dataset[Batch]):
@@ -105,9 +142,12 @@ class FeatureDataset(Dataset[Batch]):
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """Read the samples at ``positions``, in that order, as one batch."""
-        arrays = {name: self.store.gather(name, positions) for name in names_of(self.images)}
+        names = names_of(self.store.spec, self.images)
+        arrays = {name: self.store.gather(name, positions) for name in names}
         return _as_batch(
-            positions, {name: torch.from_numpy(array) for name, array in arrays.items()}
+            {name: torch.from_numpy(array) for name, array in arrays.items()},
+            positions,
+            self.store.spec,
         )
 
 
@@ -250,9 +290,9 @@ class FeatureLoader:
         self._read_positions = np.unique(self.positions)  # by row of the resident tensors
         self.workers = workers
         self.device = torch.device(device)
-        self.names = names_of(images)
+        self.names = names_of(store.spec, images)
         self._buffers = _Buffers()
-        self._resident: dict[str, torch.Tensor] = {}
+        self._resident: Tensors = {}
         if cache != "none":
             self._read_all(self.device if cache == "device" else torch.device("cpu"))
 
@@ -271,11 +311,12 @@ class FeatureLoader:
         batches = [positions[batch].tolist() for batch in self.order.epoch(epoch)[first:]]
         ready = prefetch(self._gather, batches, workers=self.workers, ahead=2 * self.workers)
         if self.device.type == "cuda":
-            return copied_ahead(ready, self.device)
-        return map(partial(Batch.to, device=self.device), ready)
+            ready = copied_ahead(ready, self.device)
+        for chosen, tensors in zip(batches, ready, strict=True):
+            yield _as_batch(tensors, chosen, self.store.spec)
 
-    def _gather(self, positions: list[int]) -> Batch:
-        tensors: dict[str, torch.Tensor] = {}
+    def _gather(self, positions: list[int]) -> Tensors:
+        tensors: Tensors = {}
         rows = np.searchsorted(self._read_positions, positions).astype(np.int64)
         for name in self.names:
             resident = self._resident.get(name)
@@ -288,7 +329,7 @@ class FeatureLoader:
                 self.store.gather(name, positions, out=out)
             else:  # PyTorch would start more threads beside the loader's
                 take_rows(resident.numpy(), rows, out, past_caches=out.nbytes >= LARGE)
-        return _as_batch(positions, tensors)
+        return tensors
 
     def _empty(self, name: str, samples: int) -> torch.Tensor:
         """Uninitialised host memory for a batch of a dataset, page-locked if it goes to a GPU."""
@@ -339,7 +380,7 @@ def _free_memory(device: torch.device) -> tuple[str, int]:
     return f"this process's share of memory, one of {processes}", free
 
 
-def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+def copied_ahead(batches: Iterable[Tensors], device: torch.device) -> Iterator[Tensors]:
     """Copy batches to a CUDA device, the next one while the caller computes with this one.
 
     The copies have a separate stream. On the stream that computes, a copy would wait for
@@ -347,9 +388,10 @@ def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Bat
     """
     copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def copy(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+    def copy(batch: Tensors) -> tuple[Tensors, torch.cuda.Event]:
         with torch.cuda.stream(copying):
-            return batch.to(device), copying.record_event()
+            moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            return moved, copying.record_event()
 
     # The pair of a copy and the next one exists once the next one has started.
     for started, _ in itertools.pairwise(itertools.chain(map(copy, batches), [None])):
@@ -357,23 +399,22 @@ def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Bat
         batch, copied = started
         computing = torch.cuda.current_stream(device)
         computing.wait_event(copied)
-        for tensor in (batch.features, batch.masks, batch.images):
-            if tensor is not None:  # the copying stream reuses its memory only after this stream
-                tensor.record_stream(computing)
+        for tensor in batch.values():  # the copying stream reuses its memory only after this one
+            tensor.record_stream(computing)
         yield batch
 
 
-def names_of(images: bool) -> tuple[str, ...]:
+def names_of(spec: StoreSpec, images: bool) -> tuple[str, ...]:
     """Name the datasets of a batch."""
-    return (FEATURES, MASKS, IMAGES) if images else (FEATURES, MASKS)
+    return (*spec.feature_names, MASKS, *([IMAGES] if images else []))
 
 
-def _as_batch(positions: Sequence[int], tensors: dict[str, torch.Tensor]) -> Batch:
+def _as_batch(tensors: Tensors, positions: Sequence[int], spec: StoreSpec) -> Batch:
     """Make a batch of tensors by name; (B, H, W, 3) images become a (B, 3, H, W) view."""
     images = tensors.get(IMAGES)
     return Batch(
         torch.tensor(positions, dtype=torch.int64),
-        tensors[FEATURES],
+        assemble([tensors[name] for name in spec.feature_names], spec),
         tensors[MASKS],
         None if images is None else images.permute(0, 3, 1, 2),
     )

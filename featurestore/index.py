@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from featurestore.errors import IncompleteStoreError
-from featurestore.schema import FORMAT_VERSION, StoreSpec, check_version
+from featurestore.schema import StoreSpec, check_version
 from featurestore.statistics import Statistics
 
 INDEX_NAME = "index.json"
@@ -50,7 +50,7 @@ class Index:
         """Return the only text that stands for this index: canonical, with a digest of itself."""
         body: dict[str, object] = {
             "format": "featurestore",
-            "format_version": FORMAT_VERSION,
+            "format_version": self.spec.format_version,
             "samples": sum(shard.samples for shard in self.shards),
             "fingerprint": self.fingerprint,
             "spec": self.spec.to_dict(),

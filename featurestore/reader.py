@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import itertools
 import os
 import resource
@@ -36,13 +37,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample: features (C, h, w), mask (H, W) uint8, image (H, W, 3) uint8 or None."""
+    """One sample.
+
+    Attributes
+    ----------
+    id, view
+        Name of the image; ``identity`` or ``hflip``.
+    layers
+        (c, h, w) features of each layer by its name, which is empty where the store names none.
+    mask
+        (H, W) uint8.
+    image
+        (H, W, 3) uint8, or None.
+    """
 
     id: str
     view: str
-    features: np.ndarray
+    layers: dict[str, np.ndarray]
     mask: np.ndarray
     image: np.ndarray | None
+
+    @property
+    def features(self) -> np.ndarray:
+        """(C, h, w) features of the only layer.
+
+        Raises
+        ------
+        ValueError
+            When there are several layers.
+        """
+        (features,) = self.layers.values()
+        return features
 
 
 def open(path: str | Path) -> FeatureStore:
@@ -96,6 +121,7 @@ class FeatureStore:
             raise StoreNotFoundError(
                 "there is no feature store here; run the extract stage first", path=path
             )
+        self._stored_spec = self.spec  # of all layers; ``spec`` may have fewer
         counts = (record.samples for record in self.records)
         self._ends = list(itertools.accumulate(counts))  # position after each shard's last sample
 
@@ -135,14 +161,54 @@ class FeatureStore:
         return Sample(
             shard.ids[row],
             shard.views[row],
-            shard.read(FEATURES, row),
+            {layer.name: shard.read(layer.dataset(FEATURES), row) for layer in self.spec.layers},
             shard.read(MASKS, row),
             shard.read(IMAGES, row) if self.spec.has_images else None,
         )
 
-    def features(self, position: int) -> np.ndarray:
-        """(C, h, w) features; a read-only view of the file's pages where uncompressed."""
-        return self._read(FEATURES, position)
+    def features(self, position: int, layer: str = "") -> np.ndarray:
+        """Read the features of a sample.
+
+        Parameters
+        ----------
+        position
+            Position of the sample.
+        layer
+            Name of the layer; default: the only one.
+
+        Returns
+        -------
+        np.ndarray
+            (c, h, w); a read-only view of the file's pages where uncompressed.
+
+        Raises
+        ------
+        SpecMismatchError
+            When there are several layers and none is named, or there is no such layer.
+        """
+        names = [each.name for each in self.spec.layers]
+        if len(names) == 1 and not layer:
+            layer = names[0]
+        if layer not in names:
+            text = f"has no layer {layer!r}" if layer else "has several layers; name one"
+            raise SpecMismatchError(f"{text} of {', '.join(names)}", path=self.path)
+        return self._read(self.spec.layers[names.index(layer)].dataset(FEATURES), position)
+
+    def select(self, layers: Sequence[str]) -> FeatureStore:
+        """Return this store with only some of its layers; none: all.
+
+        Raises
+        ------
+        SpecMismatchError
+            When a layer is not stored.
+        """
+        selected = copy.copy(self)
+        try:
+            selected.spec = self.spec.select(layers)
+        except ValueError as error:
+            message = f"{error}; extract it with extract.layers"
+            raise SpecMismatchError(message, path=self.path) from error
+        return selected
 
     def mask(self, position: int) -> np.ndarray:
         """(H, W) uint8 mask."""
@@ -184,7 +250,7 @@ class FeatureStore:
         Parameters
         ----------
         name
-            ``features``, ``masks`` or ``images``.
+            ``masks``, ``images`` or one of the spec's ``feature_names``.
         positions
             (B,) positions in any order.
         out
@@ -236,11 +302,31 @@ class FeatureStore:
 
     @property
     def stats(self) -> Statistics:
-        """Statistics of each channel and class; computed on first use for a single shard."""
+        """Statistics of each class, and of each channel of the assembled map.
+
+        Channels folded from one stored channel share its statistics. Those of a single shard are
+        computed on first use.
+        """
+        stored = self._stored_spec
         if self._statistics is None:
-            samples = (Statistics.of_sample(self.spec, one.features, one.mask) for one in self)
-            self._statistics = Statistics.merge_all(samples)
-        return self._statistics
+            self._statistics = Statistics.merge_all(
+                Statistics.of_sample(
+                    stored,
+                    [shard.read(name, row) for name in stored.feature_names],
+                    shard.read(MASKS, row),
+                )
+                for shard in self._all_shards()
+                for row in range(len(shard))
+            )
+        if not stored.layer_names:
+            return self._statistics
+        ends = itertools.accumulate(layer.shape[0] for layer in stored.layers)
+        end_of = dict(zip(stored.layer_names, ends, strict=True))
+        channels = [
+            np.repeat(np.arange(end_of[name] - count, end_of[name]), factor**2)
+            for name, (count, factor) in zip(self.spec.layer_names, self.spec.folds, strict=True)
+        ]
+        return self._statistics.at(np.concatenate(channels))
 
     def to_frame(self) -> pandas.DataFrame:
         """Make a table with a row for each sample.
@@ -346,11 +432,11 @@ class FeatureStore:
                 raise IncompleteStoreError(
                     "the store was written anew since it was opened; open it again", path=self.path
                 )
-            if (shard.spec, len(shard)) != (self.spec, record.samples):
+            if (shard.spec, len(shard)) != (self._stored_spec, record.samples):
                 raise ShardCorruptError(
                     "the shard's own description is not the index's; write the store again",
                     path=shard.path,
-                    expected=self.spec,
+                    expected=self._stored_spec,
                     actual=shard.spec,
                 )
             self._shards[number] = shard

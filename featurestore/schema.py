@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,22 +14,27 @@ import numpy as np
 
 from featurestore.errors import FormatVersionError, SampleError
 from featurestore.float16 import all_finite, any_negative
+from featurestore.layers import Layer, fold, map_shape
 from featurestore.layouts import FEATURES, IMAGES, LAYOUTS, MASKS, Layout
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, LAYERED_VERSION = 1, 2  # of stores without, and with, named layers
 VOID = 255  # mask value of pixels without a label
 
 IDS, VIEWS = "ids", "views"  # datasets of text
-GENERATOR = "generator"  # the only attribute that a store may lack
+OPTIONAL = ("generator", "layer_names", "layer_shapes")  # a store lacks those that are empty
 
 FEATURE_DTYPES = ("float16", "float32")
 VIEW_NAMES = ("identity", "hflip")
+
+TEXTS = {"class_names", "layer_names"}  # attributes that are lists of text
 
 # HDF5 types of the attributes that are not text.
 ATTRIBUTE_DTYPES = {
     "feature_shape": "int64",
     "mask_shape": "int64",
     "class_names": "S",
+    "layer_names": "S",
+    "layer_shapes": "int64",
     "palette": "uint8",
     "output_stride": "int64",
     "normalization_mean": "float64",
@@ -49,7 +54,8 @@ class StoreSpec:
     Attributes
     ----------
     feature_shape
-        (C, h, w): channels, height and width of a feature map.
+        (C, h, w): channels, height and width of a feature map; of several layers, of the map
+        that they are assembled into (:mod:`featurestore.layers`).
     mask_shape
         (H, W): height and width in pixels of a mask, and of an image.
     class_names
@@ -83,6 +89,9 @@ class StoreSpec:
         Generator that made the features in the backbone's place: its family, and the sha256 of
         its weights. Empty for features of the backbone; index and shards then lack the field,
         as before the field existed.
+    layer_names, layer_shapes
+        Names of the backbone's layers, shallow to deep, and the shape (c, h, w) of each as it is
+        stored. Empty for a store of one layer without a name.
     """
 
     feature_shape: tuple[int, int, int]
@@ -102,6 +111,8 @@ class StoreSpec:
     has_images: bool = False
     compression: str = "none"
     generator: str = ""
+    layer_names: tuple[str, ...] = ()
+    layer_shapes: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
         classes, colours = len(self.class_names), len(self.palette)
@@ -136,6 +147,11 @@ class StoreSpec:
         for holds, message in checks:
             if not holds:
                 raise ValueError(message)
+        assembled = map_shape(self.layers, self.mask_shape) if self.layer_names else None
+        if assembled not in (None, self.feature_shape):
+            raise ValueError(
+                f"the layers make a map of {assembled}, but feature_shape is {self.feature_shape}"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -148,35 +164,89 @@ class StoreSpec:
         return (MASKS, IMAGES) if self.has_images else (MASKS,)
 
     @property
-    def layout(self) -> Layout:
-        """Layout of the features in a shard."""
+    def layers(self) -> tuple[Layer, ...]:
+        """Stored layers, shallow to deep; one without a name where the store names none."""
+        if not self.layer_names:
+            return (Layer("", self.feature_shape),)
+        return tuple(map(Layer, self.layer_names, self.layer_shapes))
+
+    @property
+    def folds(self) -> tuple[tuple[int, int], ...]:
+        """Channels c and fold r of each layer, which has c*r*r channels of the assembled map."""
+        grid = self.feature_shape[1:]
+        return tuple((layer.shape[0], fold(layer, grid)) for layer in self.layers)
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Path of each layer's features in a shard: ``features``, or ``layers/NAME/features``."""
+        return tuple(layer.dataset(FEATURES) for layer in self.layers)
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """Layout of each layer in a shard, by its HDF5 group."""
         layout = LAYOUTS[self.compression]
-        return layout(self.feature_shape, self.feature_dtype, self.nonnegative)
+        return {
+            layer.group: layout(layer.shape, self.feature_dtype, self.nonnegative)
+            for layer in self.layers
+        }
+
+    def select(self, names: Sequence[str]) -> StoreSpec:
+        """Describe a store as if it had only the layers ``names``; none: all.
+
+        Raises
+        ------
+        ValueError
+            When a layer is not stored.
+        """
+        if not names or tuple(names) == self.layer_names:
+            return self
+        if missing := [name for name in names if name not in self.layer_names]:
+            known = ", ".join(self.layer_names) or "one layer without a name"
+            raise ValueError(f"layer {missing[0]!r} is not stored; stored is {known}")
+        layers = [layer for layer in self.layers if layer.name in names]
+        shape = map_shape(layers, self.mask_shape)
+        return dataclasses.replace(
+            self,
+            feature_shape=shape,
+            output_stride=round(self.mask_shape[0] / shape[1]),
+            layer_names=tuple(layer.name for layer in layers),
+            layer_shapes=tuple(layer.shape for layer in layers),
+        )
 
     @property
     def sample_bytes(self) -> int:
         """Bytes of a sample: features, mask, and image where stored; before lossless packing."""
         pixels = self.mask_shape[0] * self.mask_shape[1]
-        return self.layout.sample_bytes + pixels * (4 if self.has_images else 1)
+        features = sum(layout.sample_bytes for layout in self.layouts.values())
+        return features + pixels * (4 if self.has_images else 1)
+
+    @property
+    def exact_size(self) -> bool:
+        """Whether :attr:`sample_bytes` is exact."""
+        return LAYOUTS[self.compression].exact_size
 
     def row(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Return shape and type of a sample's ``features``, ``masks`` or ``images`` as read."""
-        return {
-            FEATURES: (self.feature_shape, self.feature_dtype),
-            MASKS: (self.mask_shape, "uint8"),
-            IMAGES: ((*self.mask_shape, 3), "uint8"),
-        }[name]
+        """Return shape and type of a sample's row in a dataset, as read.
+
+        ``name`` is ``masks``, ``images`` or one of :attr:`feature_names`.
+        """
+        rows: dict[str, tuple[tuple[int, ...], str]] = {
+            layer.dataset(FEATURES): (layer.shape, self.feature_dtype) for layer in self.layers
+        }
+        rows[MASKS] = (self.mask_shape, "uint8")
+        rows[IMAGES] = ((*self.mask_shape, 3), "uint8")
+        return rows[name]
 
     def checked_features(
         self,
         *,
         id: str,
         view: str,
-        features: np.ndarray,
+        features: np.ndarray | Mapping[str, np.ndarray],
         mask: np.ndarray,
         image: np.ndarray | None,
         path: Path,
-    ) -> np.ndarray:
+    ) -> list[np.ndarray]:
         """Check a sample that is to be written, and convert its features to the spec's type.
 
         Parameters
@@ -188,8 +258,8 @@ class StoreSpec:
 
         Returns
         -------
-        np.ndarray
-            (C, h, w) features of type ``feature_dtype``.
+        list of np.ndarray
+            (c, h, w) features of type ``feature_dtype`` of each layer.
 
         Raises
         ------
@@ -205,9 +275,17 @@ class StoreSpec:
             raise problem(f"view {view!r} is none of {VIEW_NAMES}", VIEW_NAMES, view)
         if not id or "\0" in id:
             raise problem("an id must have a character, and no NUL", "text", id)
+        arrays = features if isinstance(features, Mapping) else {"": features}
+        names = tuple(layer.name for layer in self.layers)
+        if set(arrays) != set(names):
+            raise problem(f"layers are {tuple(arrays)}, expected {names}", names, tuple(arrays))
         image_type = f"uint8 {(*self.mask_shape, 3)}" if self.has_images else None
+        shapes = [
+            (f"{layer.name} features are".lstrip(), arrays[layer.name].shape, layer.shape)
+            for layer in self.layers
+        ]
         for name, actual, expected in (
-            ("features are", features.shape, self.feature_shape),
+            *shapes,
             ("mask is", f"{mask.dtype} {mask.shape}", f"uint8 {self.mask_shape}"),
             ("image is", None if image is None else f"{image.dtype} {image.shape}", image_type),
         ):
@@ -217,6 +295,12 @@ class StoreSpec:
         if unknown.size:
             text = f"is no class (0 to {self.num_classes - 1}) and not void ({self.void_index})"
             raise problem(f"mask value {unknown[0]} {text}", self.num_classes, int(unknown[0]))
+        return [self._converted(arrays[name], problem) for name in names]
+
+    def _converted(
+        self, features: np.ndarray, problem: Callable[[str, object, object], SampleError]
+    ) -> np.ndarray:
+        """Convert one layer's features (c, h, w) to the spec's type."""
         if not all_finite(features):
             raise problem("a feature value is not finite (NaN or infinite)", "finite", "not finite")
         with np.errstate(over="ignore"):
@@ -231,9 +315,14 @@ class StoreSpec:
         return stored
 
     def to_dict(self) -> Values:
-        """Return the spec as JSON-ready values: tuples become lists; without an empty generator."""
+        """Return the spec as JSON-ready values without the empty ones; tuples become lists."""
         values: Values = json.loads(json.dumps(dataclasses.asdict(self)))
-        return {key: value for key, value in values.items() if key != GENERATOR or value}
+        return {key: value for key, value in values.items() if key not in OPTIONAL or value}
+
+    @property
+    def format_version(self) -> int:
+        """Version of the format of a store with this spec: 2 with named layers, else 1."""
+        return LAYERED_VERSION if self.layer_names else FORMAT_VERSION
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StoreSpec:
@@ -249,10 +338,12 @@ class StoreSpec:
     def to_attributes(self) -> dict[str, object]:
         """Return the spec as HDF5 attributes: numbers, text and arrays that any HDF5 tool shows."""
         values = self.to_dict()
-        values["class_names"] = [name.encode() for name in self.class_names]
+        for key in TEXTS & values.keys():
+            values[key] = [name.encode() for name in values[key]]
         for key, dtype in ATTRIBUTE_DTYPES.items():
-            values[key] = np.asarray(values[key], dtype)
-        return {"format": "featurestore", "format_version": FORMAT_VERSION, **values}
+            if key in values:
+                values[key] = np.asarray(values[key], dtype)
+        return {"format": "featurestore", "format_version": self.format_version, **values}
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> StoreSpec:
@@ -263,11 +354,11 @@ class StoreSpec:
         KeyError, ValueError, TypeError
             When an attribute is missing or out of range.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if GENERATOR not in attributes:
-            names.remove(GENERATOR)
+        fields = {field.name for field in dataclasses.fields(cls)}
+        names = fields - (set(OPTIONAL) - attributes.keys())
         values = {name: _as_tuple(np.asarray(attributes[name]).tolist()) for name in names}
-        values["class_names"] = tuple(name.decode() for name in values["class_names"])
+        for key in TEXTS & values.keys():
+            values[key] = tuple(name.decode() for name in values[key])
         for name in ("nonnegative", "has_images"):
             values[name] = bool(values[name])
         return cls(**values)
@@ -279,12 +370,12 @@ def check_version(version: object, path: Path) -> None:
     Raises
     ------
     FormatVersionError
-        When ``version`` is not :data:`FORMAT_VERSION`.
+        When ``version`` is neither :data:`FORMAT_VERSION` nor :data:`LAYERED_VERSION`.
     """
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, LAYERED_VERSION):
         raise FormatVersionError(
-            f"format version {version!r}, but this library reads version {FORMAT_VERSION};"
-            " write the store again",
+            f"format version {version!r}, but this library reads versions {FORMAT_VERSION} and"
+            f" {LAYERED_VERSION}; write the store again",
             path=path,
             expected=FORMAT_VERSION,
             actual=version,

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import secrets
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from featurestore.errors import (
 )
 from featurestore.files import file_sha256, sync
 from featurestore.index import ShardRecord
-from featurestore.layouts import IMAGES, MASKS, STARTS, VALUES
+from featurestore.layouts import IMAGES, MASKS, STARTS, VALUES, Layout, Rows
 from featurestore.schema import IDS, VIEWS, StoreSpec, check_version
 from featurestore.statistics import Statistics
 
@@ -79,26 +80,34 @@ class Shard:
             file = stack.enter_context(h5py.File(self.path, "r"))
             check_version(int(file.attrs["format_version"]), self.path)
             self.spec = StoreSpec.from_attributes(file.attrs)
-            self._layout = self.spec.layout
             self.ids = [text.decode() for text in file[IDS][()].tolist()]
             self.views = [text.decode() for text in file[VIEWS][()].tolist()]
             count = len(self.ids)
             if len(self.views) != count:
                 raise self._differs(VIEWS, len(self.views), count)
-            expected = self._layout.expected_datasets(file, count)
+            self._layouts = self.spec.layouts
+            self._pixel_layout = next(iter(self._layouts.values()))
+            expected: Rows = {}
             for name in self.spec.pixel_names:
                 shape, dtype = self.spec.row(name)
                 expected[name] = ((count, *shape), dtype)
+            for group, layout in self._layouts.items():
+                for name, row in layout.expected_datasets(file[group or "/"], count).items():
+                    expected[f"{group}/{name}".lstrip("/")] = row
             for name, (shape, dtype) in expected.items():
                 if (file[name].shape, file[name].dtype) != (shape, np.dtype(dtype)):
                     actual = f"{file[name].dtype} {file[name].shape}"
                     raise self._differs(name, actual, f"{dtype} {shape}")
-            self._arrays: dict[str, h5py.Dataset] = {name: file[name] for name in expected}
-            if self._layout.mapped:
+            arrays: dict[str, h5py.Dataset] = {name: file[name] for name in expected}
+            if self._pixel_layout.mapped:
                 content = np.asarray(np.memmap(self.path, np.uint8, "r"))
-                self._arrays = {name: _map(content, file[name]) for name in expected}
+                arrays = {name: _map(content, file[name]) for name in expected}
             else:
                 stack.pop_all()  # h5py reads the datasets while the file is open
+            self._arrays: dict[str, dict[str, h5py.Dataset]] = {}  # by group and name
+            for path, array in arrays.items():
+                group, _, name = path.rpartition("/")
+                self._arrays.setdefault(group, {})[name] = array
 
     def _differs(self, name: str, actual: object, expected: object) -> ShardCorruptError:
         return ShardCorruptError(
@@ -113,7 +122,7 @@ class Shard:
         return len(self.ids)
 
     def read(self, name: str, row: int) -> np.ndarray:
-        """Read row ``row`` of ``features``, ``masks`` or ``images``.
+        """Read row ``row`` of ``masks``, ``images`` or one of the spec's ``feature_names``.
 
         Returns
         -------
@@ -125,11 +134,17 @@ class Shard:
         ShardCorruptError
             When the row cannot be decoded.
         """
-        if name in self._layout.in_place:
-            return np.asarray(self._arrays[name][row])
+        layout, arrays, dataset = self._find(name)
+        if dataset in layout.in_place:
+            return np.asarray(arrays[dataset][row])
         out = np.empty(*self.spec.row(name))
         self._decode(name, row, out)
         return out
+
+    def _find(self, name: str) -> tuple[Layout, dict[str, h5py.Dataset], str]:
+        """Return the layout and the arrays of a dataset's group, and its name in the group."""
+        group, _, dataset = name.rpartition("/")
+        return self._layouts.get(group, self._pixel_layout), self._arrays[group], dataset
 
     def gather_into(
         self, name: str, rows: np.ndarray, out: np.ndarray, *, past_caches: bool = False
@@ -139,7 +154,7 @@ class Shard:
         Parameters
         ----------
         name
-            ``features``, ``masks`` or ``images``.
+            ``masks``, ``images`` or one of the spec's ``feature_names``.
         rows
             (B,) int64, numbers of the samples in the shard.
         out
@@ -152,15 +167,17 @@ class Shard:
         ShardCorruptError
             When a row cannot be decoded.
         """
-        if name in self._layout.in_place:
-            take_rows(self._arrays[name], rows, out, past_caches=past_caches)
+        layout, arrays, dataset = self._find(name)
+        if dataset in layout.in_place:
+            take_rows(arrays[dataset], rows, out, past_caches=past_caches)
         else:
             for row, target in zip(rows.tolist(), out, strict=True):
                 self._decode(name, row, target)
 
     def _decode(self, name: str, row: int, out: np.ndarray) -> None:
+        layout, arrays, dataset = self._find(name)
         try:
-            self._layout.decode(self._arrays, name, row, out)
+            layout.decode(arrays, dataset, row, out)
         except (OSError, ValueError) as error:
             raise ShardCorruptError(
                 f"row {row} of {name!r} cannot be decoded ({error}); write the store again",
@@ -211,27 +228,40 @@ class ShardWriter:
         self.path = path
         self.spec = spec
         self.capacity = capacity
-        self._layout = spec.layout
+        self._layouts = spec.layouts
         self._partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
         self._ids: list[str] = []
         self._views: list[str] = []
-        self._values: list[np.ndarray] = []  # of ``zeros``: their total is known last
+        # Of ``zeros``, by group: their total is known last.
+        self._values: dict[str, list[np.ndarray]] = {}
         self._statistics: Statistics | None = None
         self._bytes = _ErrorKeepingFile(self._partial, "w+")
         self._file = h5py.File(
             self._bytes, "w", libver=LIBVER, alignment_threshold=4096, alignment_interval=ALIGNMENT
         )
         self._file.attrs.update(spec.to_attributes())
-        self._rows = self._layout.rows | {name: spec.row(name) for name in spec.pixel_names}
-        for name, (shape, dtype) in self._rows.items():
-            options = self._layout.storage_options(shape)
+        pixel_layout = next(iter(self._layouts.values()))
+        rows = [
+            (f"{group}/{name}".lstrip("/"), layout, *row)
+            for group, layout in self._layouts.items()
+            for name, row in layout.rows.items()
+        ]
+        rows += [(name, pixel_layout, *spec.row(name)) for name in spec.pixel_names]
+        self._names = [name for name, *_ in rows]
+        for name, layout, shape, dtype in rows:
+            options = layout.storage_options(shape)
             self._file.create_dataset(name, (capacity, *shape), dtype, **options)
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def append(
-        self, id: str, view: str, features: np.ndarray, mask: np.ndarray, image: np.ndarray | None
+        self,
+        id: str,
+        view: str,
+        features: Sequence[np.ndarray],
+        mask: np.ndarray,
+        image: np.ndarray | None,
     ) -> None:
         """Write a row.
 
@@ -240,19 +270,20 @@ class ShardWriter:
         id, view
             Name of the sample; ``identity`` or ``hflip``.
         features
-            (C, h, w) of the spec's type.
+            (c, h, w) of each layer, of the spec's type.
         mask
             (H, W) uint8.
         image
             (H, W, 3) uint8 where the spec has images, else None.
         """
-        rows = self._layout.encode(features) | {MASKS: mask}
-        if image is not None:
-            rows[IMAGES] = image
-        for name in self._rows:
+        rows = {MASKS: mask} if image is None else {MASKS: mask, IMAGES: image}
+        for (group, layout), values in zip(self._layouts.items(), features, strict=True):
+            encoded = layout.encode(values)
+            if VALUES in encoded:
+                self._values.setdefault(group, []).append(encoded.pop(VALUES))
+            rows |= {f"{group}/{name}".lstrip("/"): row for name, row in encoded.items()}
+        for name in self._names:
             self._write(name, len(self), rows[name])
-        if VALUES in rows:
-            self._values.append(rows[VALUES])
         self._ids.append(id)
         self._views.append(view)
         self._bytes.check()
@@ -280,10 +311,10 @@ class ShardWriter:
         if len(self) < self.capacity:
             return self._shortened().finish()
         assert self._statistics is not None
-        if self._values:
-            starts = np.cumsum([0, *map(len, self._values)], dtype=np.int64)
-            self._file.create_dataset(STARTS, data=starts)
-            self._file.create_dataset(VALUES, data=np.concatenate(self._values))
+        for group, values in self._values.items():
+            starts = np.cumsum([0, *map(len, values)], dtype=np.int64)
+            self._file[group or "/"].create_dataset(STARTS, data=starts)
+            self._file[group or "/"].create_dataset(VALUES, data=np.concatenate(values))
         for name, texts in ((IDS, self._ids), (VIEWS, self._views)):
             encoded = [text.encode() for text in texts]
             dtype = h5py.string_dtype("utf-8", length=max(map(len, encoded)))
@@ -302,7 +333,7 @@ class ShardWriter:
         exact = ShardWriter(self.path, self.spec, len(self))
         try:
             for row in range(len(self)):
-                for name in self._rows:
+                for name in self._names:
                     exact._write(name, row, self._file[name][row])
         except BaseException:
             exact.discard()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,6 +19,7 @@ ARRAYS = {
     "class_pixels": np.int64,
     "class_samples": np.int64,
 }
+PER_CHANNEL = ("mean", "variance", "minimum", "maximum")
 
 
 @dataclass
@@ -30,7 +31,8 @@ class Statistics:
     count
         Number of samples.
     mean, variance, minimum, maximum
-        (C,) float64, of each feature channel over samples and positions; population variance.
+        (C,) float64, of each stored feature channel over samples and positions; population
+        variance. The channels of several layers follow each other.
     class_pixels
         (K,) int64, mask pixels of each class.
     class_samples
@@ -54,22 +56,28 @@ class Statistics:
         return np.asarray(np.sqrt(self.variance))
 
     @classmethod
-    def of_sample(cls, spec: StoreSpec, features: np.ndarray, mask: np.ndarray) -> Statistics:
-        """Compute the statistics of one sample: features (C, h, w), mask (H, W)."""
-        flat = as_float32(features).reshape(features.shape[0], -1)  # (C, h, w) -> (C, h*w)
-        mean = flat.mean(axis=1, dtype=np.float64)
-        centred = flat - mean[:, None].astype(np.float32)
+    def of_sample(
+        cls, spec: StoreSpec, features: Sequence[np.ndarray], mask: np.ndarray
+    ) -> Statistics:
+        """Compute the statistics of one sample: features (c, h, w) of each layer, mask (H, W)."""
+        layers = [_of_channels(layer) for layer in features]
+        mean, variance, minimum, maximum = map(np.concatenate, zip(*layers, strict=True))
         pixels = np.bincount(mask.reshape(-1), minlength=256)
         return cls(
             count=1,
             mean=mean,
-            variance=np.einsum("cp,cp->c", centred, centred).astype(np.float64) / flat.shape[1],
-            minimum=flat.min(axis=1).astype(np.float64),
-            maximum=flat.max(axis=1).astype(np.float64),
+            variance=variance,
+            minimum=minimum,
+            maximum=maximum,
             class_pixels=pixels[: spec.num_classes].astype(np.int64),
             class_samples=(pixels[: spec.num_classes] > 0).astype(np.int64),
             void_pixels=int(pixels[spec.void_index]),
         )
+
+    def at(self, channels: np.ndarray) -> Statistics:
+        """Return the statistics of the stored channels at (C,) int64 positions, in that order."""
+        arrays = {name: getattr(self, name)[channels] for name in PER_CHANNEL}
+        return replace(self, **arrays)
 
     def merged(self, other: Statistics) -> Statistics:
         """Combine the statistics of two sets of samples (Chan et al. 1979)."""
@@ -116,3 +124,16 @@ class Statistics:
         """
         arrays = {key: np.asarray(values[key], dtype) for key, dtype in ARRAYS.items()}
         return cls(count=int(values["count"]), void_pixels=int(values["void_pixels"]), **arrays)
+
+
+def _of_channels(features: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Compute :data:`PER_CHANNEL` of features (c, h, w): each (c,) float64."""
+    flat = as_float32(features).reshape(features.shape[0], -1)  # (c, h, w) -> (c, h*w)
+    mean = flat.mean(axis=1, dtype=np.float64)
+    centred = flat - mean[:, None].astype(np.float32)
+    return (
+        mean,
+        np.einsum("cp,cp->c", centred, centred).astype(np.float64) / flat.shape[1],
+        flat.min(axis=1).astype(np.float64),
+        flat.max(axis=1).astype(np.float64),
+    )

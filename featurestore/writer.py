@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
@@ -210,14 +210,14 @@ class StoreWriter:
 
         Both are 0 where the size of a packed sample is not known before it is written.
         """
-        size = self.spec.sample_bytes if self.spec.layout.exact_size else 0
+        size = self.spec.sample_bytes if self.spec.exact_size else 0
         return self._samples_missing * size, (self._announced or 0) * size
 
     def append(
         self,
         *,
         id: str,
-        features: np.ndarray,
+        features: np.ndarray | Mapping[str, np.ndarray],
         mask: np.ndarray,
         image: np.ndarray | None = None,
         view: str = "identity",
@@ -229,7 +229,8 @@ class StoreWriter:
         id
             Name of the sample; id and view together should be unique.
         features
-            (C, h, w) finite numbers that fit the spec's type.
+            (C, h, w) finite numbers that fit the spec's type; of several layers, (c, h, w) of each
+            by its name.
         mask
             (H, W) uint8, class indices or the void value.
         image

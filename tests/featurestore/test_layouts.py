@@ -113,13 +113,13 @@ def test_the_size_of_a_sample_is_exact_where_it_is_said_to_be(
 ) -> None:
     spec = dataclasses.replace(SPEC, compression=compression, has_images=False)
     features, mask = np.zeros(spec.feature_shape, np.float16), np.zeros(spec.mask_shape, np.uint8)
-    stored = spec.layout.encode(features)
+    stored = spec.layouts[""].encode(features)
     size = sum(array.nbytes for array in stored.values()) + mask.nbytes
-    assert spec.layout.exact_size == (compression in ("none", "int8"))
+    assert spec.exact_size == (compression in ("none", "int8"))
     assert (size == spec.sample_bytes) == (compression != "zeros")
     with featurestore.create(tmp_path / "store", spec, fingerprint="f") as writer:
         writer.resume(1)
-        assert writer.bytes_announced[1] == (size if spec.layout.exact_size else 0)
+        assert writer.bytes_announced[1] == (size if spec.exact_size else 0)
         writer.append(id="a", features=features, mask=mask)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore.dataset import Batch, FeatureLoader, copied_ahead
+from featurestore.dataset import FeatureLoader, copied_ahead
 from tests.factories import sample, write
 
 
@@ -36,26 +36,20 @@ class Stream:
 
 
 class Tensor:
-    def __init__(self, diary: Diary, name: str) -> None:
-        self.diary, self.name = diary, name
+    def __init__(self, diary: Diary, name: str, number: int) -> None:
+        self.diary, self.name, self.number = diary, f"{name} {number}", number
 
     def record_stream(self, stream: Stream) -> None:
         self.diary.append(f"{self.name} are {stream.name}'s too")
 
-
-class Numbered(Batch):
-    def __init__(self, diary: Diary, number: int) -> None:
-        super().__init__(
-            torch.tensor([number]),
-            Tensor(diary, f"features {number}"),
-            Tensor(diary, f"masks {number}"),
-            None,
-        )
-        self.diary, self.number = diary, number
-
-    def to(self, device: torch.device) -> Batch:
-        self.diary.append(f"copy {self.number} on {self.diary.stream}")
+    def to(self, device: torch.device, *, non_blocking: bool) -> Tensor:
+        assert non_blocking
+        self.diary.append(f"copy {self.name} on {self.diary.stream}")
         return self
+
+
+def numbered(diary: Diary, number: int) -> dict[str, Tensor]:
+    return {name: Tensor(diary, name, number) for name in ("features", "masks")}
 
 
 @pytest.fixture
@@ -77,17 +71,20 @@ def diary(monkeypatch: pytest.MonkeyPatch) -> Diary:
 def test_a_step_waits_for_its_own_copy_while_the_next_one_runs(
     diary: Diary,
 ) -> None:
-    batches = (Numbered(diary, number) for number in range(3))
+    batches = (numbered(diary, number) for number in range(3))
     for batch in copied_ahead(batches, torch.device("cuda")):
-        diary.append(f"step {batch.number}")
+        diary.append(f"step {batch['masks'].number}")
     assert diary == [
-        "copy 0 on copies",
-        "copy 1 on copies",
+        "copy features 0 on copies",
+        "copy masks 0 on copies",
+        "copy features 1 on copies",
+        "copy masks 1 on copies",
         "compute waits for copy 0",
         "features 0 are compute's too",
         "masks 0 are compute's too",
         "step 0",
-        "copy 2 on copies",
+        "copy features 2 on copies",
+        "copy masks 2 on copies",
         "compute waits for copy 1",
         "features 1 are compute's too",
         "masks 1 are compute's too",
@@ -101,9 +98,9 @@ def test_a_step_waits_for_its_own_copy_while_the_next_one_runs(
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_no_batch_or_one_is_copied_too(diary: Diary, count: int) -> None:
-    batches = [Numbered(diary, number) for number in range(count)]
+    batches = [numbered(diary, number) for number in range(count)]
     copied = copied_ahead(batches, torch.device("cuda"))
-    assert [batch.number for batch in copied] == list(range(count))
+    assert [batch["masks"].number for batch in copied] == list(range(count))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
