@@ -79,23 +79,38 @@ def assemble(layers: Sequence[torch.Tensor], spec: StoreSpec) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        (B, C, h, w). A layer that is the whole map as it is stored is returned as it is.
-        Otherwise float32, channels last in memory: coarser layers are upsampled bilinearly, and
+        (B, C, h, w). The only layer is returned as it is, unless it is folded. Otherwise float32, channels last in memory: coarser layers are upsampled bilinearly, and
         finer ones folded, ``pixel_unshuffle``: channel c*r*r + y*r + x has row y and column x of
         each square of stored channel c.
     """
-    size = spec.feature_shape[1:]
-    if len(layers) == 1 and layers[0].shape[2:] == size:
+    folds = [factor for _, factor in spec.folds]
+    if folds == [1]:
         return layers[0]
+    # Of the layer that the grid is taken from: the finest after folding.
+    sides = [layer.shape[1] // factor for layer, factor in zip(spec.layers, folds, strict=True)]
+    finest = sides.index(max(sides))
+    size = [side // folds[finest] for side in layers[finest].shape[2:]]
     blocks = []
-    for layer, (_, factor) in zip(layers, spec.folds, strict=True):
+    for layer, factor in zip(layers, folds, strict=True):
         block = layer.float().contiguous(memory_format=torch.channels_last)
         if factor > 1:
             block = F.pixel_unshuffle(block, factor)
-        elif block.shape[2:] != size:
+        elif list(block.shape[2:]) != size:
             block = F.interpolate(block, size, mode="bilinear", align_corners=False)
         blocks.append(block)
     return torch.cat(blocks, dim=1).contiguous(memory_format=torch.channels_last)
+
+
+def split_map(maps: torch.Tensor, spec: StoreSpec) -> list[torch.Tensor]:
+    """Split assembled maps (B, C, h, w) into their layers: folded ones unfolded, all others as is.
+
+    Assembling the result gives the maps again.
+    """
+    blocks = torch.split(maps, [count * factor**2 for count, factor in spec.folds], dim=1)
+    return [
+        F.pixel_shuffle(block, factor) if factor > 1 else block
+        for block, (_, factor) in zip(blocks, spec.folds, strict=True)
+    ]
 
 
 def gather_maps(

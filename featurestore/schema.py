@@ -17,11 +17,12 @@ from featurestore.float16 import all_finite, any_negative
 from featurestore.layers import Layer, fold, map_shape
 from featurestore.layouts import FEATURES, IMAGES, LAYOUTS, MASKS, Layout
 
-FORMAT_VERSION, LAYERED_VERSION = 1, 2  # of stores without, and with, named layers
+FORMAT_VERSION, LAYERED_VERSION = 1, 2  # LAYERED: with named layers or native strides
 VOID = 255  # mask value of pixels without a label
 
 IDS, VIEWS = "ids", "views"  # datasets of text
-OPTIONAL = ("generator", "layer_names", "layer_shapes")  # a store lacks those that are empty
+# A store lacks those that are empty or false.
+OPTIONAL = ("generator", "layer_names", "layer_shapes", "native_strides")
 
 FEATURE_DTYPES = ("float16", "float32")
 VIEW_NAMES = ("identity", "hflip")
@@ -35,6 +36,7 @@ ATTRIBUTE_DTYPES = {
     "class_names": "S",
     "layer_names": "S",
     "layer_shapes": "int64",
+    "native_strides": "uint8",
     "palette": "uint8",
     "output_stride": "int64",
     "normalization_mean": "float64",
@@ -67,7 +69,7 @@ class StoreSpec:
     weights_digest
         sha256 of the network's weights, so that features of two versions are never mixed.
     output_stride
-        H / h.
+        H / h, rounded.
     normalization_mean, normalization_std
         Of each colour channel of the backbone's input images, scaled to 0..1 before.
     resize
@@ -92,6 +94,9 @@ class StoreSpec:
     layer_names, layer_shapes
         Names of the backbone's layers, shallow to deep, and the shape (c, h, w) of each as it is
         stored. Empty for a store of one layer without a name.
+    native_strides
+        Whether the backbone kept its strides; default: convolutions were dilated to stride 8 where
+        the network can.
     """
 
     feature_shape: tuple[int, int, int]
@@ -113,6 +118,7 @@ class StoreSpec:
     generator: str = ""
     layer_names: tuple[str, ...] = ()
     layer_shapes: tuple[tuple[int, int, int], ...] = ()
+    native_strides: bool = False
 
     def __post_init__(self) -> None:
         classes, colours = len(self.class_names), len(self.palette)
@@ -321,8 +327,8 @@ class StoreSpec:
 
     @property
     def format_version(self) -> int:
-        """Version of the format of a store with this spec: 2 with named layers, else 1."""
-        return LAYERED_VERSION if self.layer_names else FORMAT_VERSION
+        """Version of the format: 2 with named layers or native strides, else 1."""
+        return LAYERED_VERSION if self.layer_names or self.native_strides else FORMAT_VERSION
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StoreSpec:
@@ -359,8 +365,8 @@ class StoreSpec:
         values = {name: _as_tuple(np.asarray(attributes[name]).tolist()) for name in names}
         for key in TEXTS & values.keys():
             values[key] = tuple(name.decode() for name in values[key])
-        for name in ("nonnegative", "has_images"):
-            values[name] = bool(values[name])
+        for name in ("nonnegative", "has_images", "native_strides"):
+            values[name] = bool(values.get(name))
         return cls(**values)
 
 

@@ -25,11 +25,12 @@ import stages.data.images
 from featurestore import FeatureStore, FeatureStoreError, SampleError, SpecMismatchError
 from featurestore.disk_space import check_disk_space
 from featurestore.float16 import all_finite
+from featurestore.layers import Layer, map_shape
 from featurestore.prefetch import prefetch
 from featurestore.writer import clear_after_publication
-from stages.backbones.backbone import OUTPUT_STRIDE, Backbone, BackboneError
+from stages.backbones.backbone import Backbone, BackboneError
 from stages.backbones.build import build_backbone, known_backbone
-from stages.common.config import Config, Listed, Once
+from stages.common.config import Config, LayerName, Listed, Once
 from stages.common.distributed import agree
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import (
@@ -44,7 +45,7 @@ from stages.data.manifest import SPLITS, Classes, Entry, read_manifest
 
 Sample = tuple[Entry, str]  # an image and its view
 Compression = Literal["none", "zeros", "lz4", "zstd", "int8"]
-Side = Annotated[int, Field(ge=64, le=4096, multiple_of=OUTPUT_STRIDE)]
+Side = Annotated[int, Field(ge=64, le=4096)]
 
 
 def _both(size: object) -> object:
@@ -59,8 +60,15 @@ class ExtractConfig(Config):
         "resnet101", description="resnet101 | resnet50 | efficientnet_lite0 | timm/NAME"
     )
     weights: str = Field("default", description="default (ImageNet) or path of a state dict")
+    layers: Annotated[tuple[LayerName, ...], Listed, Once] = Field(
+        (), description="names, or block numbers of a ViT; []: the last one"
+    )
+    dilate: bool = Field(
+        True, description="true: CNNs dilated to stride 8; false: native strides, less work"
+    )
     input_size: Annotated[tuple[Side, Side], BeforeValidator(_both), Listed] = Field(
-        (256, 256), description="pixels, or [height, width]; a multiple of 32"
+        (256, 256),
+        description="pixels, or [height, width]; a multiple of the stride, or of a ViT's patch",
     )
     resize: Literal["stretch", "pad", "crop"] = Field(
         "stretch", description="how images get this size"
@@ -133,7 +141,7 @@ def run(
     precision = "bf16" if config.compute == "bf16" else "no"
     accelerator = make_accelerator(device, precision, kwargs_handlers=[patience])
     entries, classes = read_manifest(dataset)
-    backbone = to_channels_last(_backbone(config), accelerator.device)
+    backbone = to_channels_last(build(config), accelerator.device)
     spec = _spec(config, backbone, classes)
 
     # No split is published before all are extracted: DVC removes a stage's outputs before it
@@ -186,13 +194,27 @@ def run(
     return {split: featurestore.open(out / split) for split in SPLITS}
 
 
-def _backbone(config: ExtractConfig) -> Backbone:
+def build(config: ExtractConfig) -> Backbone:
+    """Build the backbone.
+
+    Raises
+    ------
+    ConfigError, DataError
+        When it has no such layers, or its weights cannot be downloaded, read or do not fit.
+    """
     try:
-        return build_backbone(name=config.backbone, weights=config.weights)
+        return build_backbone(
+            name=config.backbone,
+            weights=config.weights,
+            layers=config.layers,
+            dilate=config.dilate,
+            size=config.input_size,
+        )
     except BackboneError as error:
-        if config.weights == "default":
-            raise ConfigError("extract.backbone", str(error)) from error
-        raise DataError(config.weights, str(error).removeprefix(f"{config.weights}: ")) from error
+        if error.key == "weights" and config.weights != "default":
+            message = str(error).removeprefix(f"{config.weights}: ")
+            raise DataError(config.weights, message) from error
+        raise ConfigError(f"extract.{error.key}", str(error)) from error
 
 
 def _identity(
@@ -256,15 +278,22 @@ def _fill(
 
 
 def _spec(config: ExtractConfig, backbone: Backbone, classes: Classes) -> featurestore.StoreSpec:
-    height, width = config.input_size
+    device = next(backbone.parameters()).device
+    maps = backbone(torch.zeros(1, 3, *config.input_size, dtype=torch.uint8, device=device))
+    layers = [
+        Layer(layer.name, (len(features[0]), *features.shape[2:]))
+        for layer, features in zip(backbone.layers, maps, strict=True)
+    ]
+    shape = map_shape(layers, config.input_size)
+    named = layers if config.layers else []
     return featurestore.StoreSpec(
-        feature_shape=(backbone.channels, height // OUTPUT_STRIDE, width // OUTPUT_STRIDE),
-        mask_shape=(height, width),
+        feature_shape=shape,
+        mask_shape=config.input_size,
         class_names=classes.names,
         palette=classes.palette,
         backbone=backbone.name,
         weights_digest=backbone.digest(),
-        output_stride=OUTPUT_STRIDE,
+        output_stride=round(config.input_size[0] / shape[1]),
         normalization_mean=backbone.mean,
         normalization_std=backbone.std,
         resize=config.resize,
@@ -273,6 +302,9 @@ def _spec(config: ExtractConfig, backbone: Backbone, classes: Classes) -> featur
         feature_dtype=config.feature_dtype,
         has_images=config.store_images,
         compression=config.compression,
+        layer_names=tuple(layer.name for layer in named),
+        layer_shapes=tuple(layer.shape for layer in named),
+        native_strides=not config.dilate,
     )
 
 
@@ -297,6 +329,8 @@ def check_spec(config: ExtractConfig, path: Path) -> featurestore.StoreSpec:
         "feature_dtype": (spec.feature_dtype, config.feature_dtype),
         "compression": (spec.compression, config.compression),
         "store_images": (spec.has_images, config.store_images),
+        "dilate": (not spec.native_strides, config.dilate),
+        "layers": (sorted(spec.layer_names), sorted(config.layers)),
     }
     for key, (actual, expected) in wanted.items():
         if actual != expected:
@@ -353,8 +387,8 @@ class _Computed:
     samples: list[Sample]  # B
     images: torch.Tensor  # (B, 3, H, W) uint8, on the CPU
     masks: np.ndarray  # (B, H, W) uint8
-    features: torch.Tensor  # (B, C, h, w) as computed, on the device
-    stored: torch.Tensor  # features in the store's type, on the CPU
+    features: list[torch.Tensor]  # (B, c, h, w) of each layer as computed, on the device
+    stored: list[torch.Tensor]  # features in the store's type, on the CPU
     arrived: torch.cuda.Event | None  # set once ``stored`` is filled
 
 
@@ -382,12 +416,9 @@ def _forward(
     moved = (images.pin_memory() if cuda else images).to(accelerator.device, non_blocking=True)
     with accelerator.autocast():
         features = backbone(moved)
-    converted = torch.empty(features.shape, dtype=dtype, device=features.device)
-    torch.mul(features, 1, out=converted)  # vectorised on the CPU, which ``Tensor.half`` is not
-    stored, arrived = converted, None
+    stored = [_converted(layer, dtype) for layer in features]
+    arrived = None
     if cuda:
-        stored = torch.empty(converted.shape, dtype=dtype, pin_memory=True)
-        stored.copy_(converted, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
     return _Computed(
@@ -400,20 +431,37 @@ def _forward(
     )
 
 
+def _converted(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Convert features (B, c, h, w) to the store's type, contiguous on the CPU."""
+    converted = torch.empty(features.shape, dtype=dtype, device=features.device)
+    torch.mul(features, 1, out=converted)  # vectorised on the CPU, which ``Tensor.half`` is not
+    if features.device.type != "cuda":
+        return converted
+    pinned = torch.empty(converted.shape, dtype=dtype, pin_memory=True)
+    return pinned.copy_(converted, non_blocking=True)
+
+
 def _append(batch: _Computed, *, writer: featurestore.StoreWriter) -> int:
     """Append a batch to the store; return the number of its samples."""
     if batch.arrived is not None:
         batch.arrived.synchronize()
     images = batch.images.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-    for row, ((entry, view), features) in enumerate(
-        zip(batch.samples, batch.stored.numpy(), strict=True)
-    ):
-        if not all_finite(features):  # as computed: float16 shows only inf beyond its range
-            features = batch.features[row].float().cpu().numpy()
-        image = images[row] if writer.spec.has_images else None
+    names = [layer.name for layer in writer.spec.layers]
+    for row, (entry, view) in enumerate(batch.samples):
+        layers = [
+            # As computed where it is not finite: float16 shows only inf beyond its range.
+            array
+            if all_finite(array := stored[row].numpy())
+            else computed[row].float().cpu().numpy()
+            for stored, computed in zip(batch.stored, batch.features, strict=True)
+        ]
         try:
             writer.append(
-                id=entry.id, features=features, mask=batch.masks[row], image=image, view=view
+                id=entry.id,
+                features=dict(zip(names, layers, strict=True)),
+                mask=batch.masks[row],
+                image=images[row] if writer.spec.has_images else None,
+                view=view,
             )
         except SampleError as error:
             raise DataError(

@@ -21,6 +21,7 @@ from featurestore.files import file_sha256
 from stages.augment.base import (
     Augmenter,
     Context,
+    DecoderOverrides,
     Labelled,
     LogitAdjustment,
     VariantConfig,
@@ -29,7 +30,7 @@ from stages.augment.base import (
 )
 from stages.augment.hflip_views import training_views
 from stages.augment.registry import build_augmenter
-from stages.common.config import Beta, Config, Listed
+from stages.common.config import Beta, Config, LayerName, Listed, Once
 from stages.common.runtime import (
     Machine,
     distribute,
@@ -59,6 +60,9 @@ class TrainDecoderConfig(Config):
         32, ge=2, description="samples a step; BatchNorm after global pooling needs two"
     )
     gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step, to save memory")
+    layers: Annotated[tuple[LayerName, ...], Listed, Once] = Field(
+        (), description="stored layers that the decoder reads; []: all"
+    )
     decoder: Literal["deeplab", "fcn"] = Field("deeplab", description="head")
     width: int = Field(256, ge=1, description="channels of the deeplab head")
     atrous_rates: Annotated[
@@ -108,6 +112,7 @@ def run(
     Scores
         Scores of the last epoch on the test split.
     """
+    config = overridden(config, variant)
     session = Session(__name__, f"{name}-{seed}", machine, config, metrics=metrics, logs=logs)
     accelerator, rank = session.accelerator, session.accelerator.process_index
     stores = open_stores(config, features, machine, accelerator.num_processes)
@@ -272,6 +277,17 @@ class Best:
 # -- before and after the loop -------------------------------------------------------------------
 
 
+def overridden(config: TrainDecoderConfig, variant: VariantConfig) -> TrainDecoderConfig:
+    """Return the parameters of all decoders with those that a variant sets for itself."""
+    return config.model_copy(
+        update={
+            key: value
+            for key in DecoderOverrides.model_fields
+            if (value := getattr(variant, key)) is not None
+        }
+    )
+
+
 def describe(config: TrainDecoderConfig, spec: StoreSpec) -> dict[str, Any]:
     """Describe the decoder by the arguments of :class:`stages.models.decoder.Decoder`."""
     return {
@@ -317,7 +333,10 @@ def open_stores(
     FeatureStoreError
         When a store is missing or damaged.
     """
-    stores = {split: featurestore.open(features / split) for split in ("train", "val", "test")}
+    stores = {
+        split: featurestore.open(features / split).select(config.layers)
+        for split in ("train", "val", "test")
+    }
     train = stores["train"]
     for store in stores.values():
         if store.spec != train.spec:

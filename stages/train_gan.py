@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 import featurestore
 from featurestore import FeatureStore, SpecMismatchError
-from stages.common.config import Beta, Config, Listed, Once, Seed
+from stages.common.config import Beta, Config, LayerName, Listed, Once, Seed
 from stages.common.errors import ConfigError
 from stages.common.runtime import Machine, seed_everything, verify_stores
 from stages.common.runtime import generator as random_generator
@@ -28,6 +28,9 @@ from stages.training.update import backward, step_and_zero_grad
 class TrainGanConfig(Config):
     """Section ``train_gan`` of params.yaml."""
 
+    layers: Annotated[tuple[LayerName, ...], Listed, Once] = Field(
+        (), description="stored layers that are generated; []: all"
+    )
     family: Literal["gan", "flow"] = Field("gan", description="flow: flow matching")
     flow_components: int = Field(64, ge=1, description="principal components that a flow models")
     flow_width: int = Field(64, ge=2, description="channels of a flow's blocks")
@@ -168,7 +171,9 @@ def run(
     """
     session = Session(__name__, "train-gan", machine, config, metrics=metrics, logs=logs)
     accelerator = session.accelerator
-    store, held_out = featurestore.open(features / "train"), featurestore.open(features / "val")
+    store, held_out = (
+        featurestore.open(features / split).select(config.layers) for split in ("train", "val")
+    )
     check_store(config, store, accelerator.num_processes)
     verify_stores(store, held_out, workers=machine.workers)
     loader = session.loader(

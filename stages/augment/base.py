@@ -17,7 +17,7 @@ from typing_extensions import Self, override
 
 from featurestore import FeatureStore
 from featurestore.dataset import Batch
-from stages.common.config import Config, Listed, Once
+from stages.common.config import Config, LayerName, Listed, Once
 from stages.common.runtime import Machine
 from stages.models.decoder import Decoder
 from stages.models.feature_generator import FeatureGenerator
@@ -29,7 +29,22 @@ from stages.segmentation.transforms import Transform
 State = dict[str, Any]  # what a resumed training restores: tensors and plain values
 
 
-class VariantConfig(Config):
+class DecoderOverrides(Config):
+    """Keys of ``train_decoder`` that a variant may set for itself; default: as in that section."""
+
+    decoder: Literal["linear", "deeplab", "fcn", "deeplabv3plus"] | None = Field(
+        None, description="head"
+    )
+    layers: Annotated[tuple[LayerName, ...], Listed, Once] | None = Field(
+        None, description="stored layers that the decoder reads"
+    )
+    width: int | None = Field(None, ge=1, description="channels of the head")
+    lr: float | None = Field(None, gt=0, description="learning rate")
+    weight_decay: float | None = Field(None, ge=0, description="weight decay")
+    dropout: float | None = Field(None, ge=0, lt=1, description="dropout of the head")
+
+
+class VariantConfig(DecoderOverrides):
     """Keys of every entry of section ``variants``; each augmenter adds further keys."""
 
     augmenter: str

@@ -33,6 +33,7 @@ from stages.training.models import (
     load_generator,
     load_training_state,
     read_config,
+    read_spec,
     save_gan,
 )
 
@@ -267,6 +268,13 @@ def featuregan(config: FeatureGANConfig, context: Context) -> Augmenter:
             " again"
         )
         raise SpecMismatchError(message, path=context.gan, expected=expected, actual=actual)
+    read, generated = context.store.spec.layer_names, read_spec(context.gan).layer_names
+    if generated != read:
+        message = (
+            f"this GAN generates the layers {', '.join(generated)}, but the decoder reads"
+            f" {', '.join(read)}; set train_gan.layers and train_decoder.layers alike"
+        )
+        raise SpecMismatchError(message, path=context.gan, expected=read, actual=generated)
     family, needed = trained["training"]["family"], config.needs_family
     if needed not in (None, family):
         message = (

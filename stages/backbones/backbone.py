@@ -1,8 +1,10 @@
-"""A frozen network and the normalisation of its input: images in, features out."""
+"""A frozen network and the normalisation of its input: images in, features of its layers out."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,26 +12,75 @@ from typing_extensions import override
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Triple = tuple[float, float, float]
-OUTPUT_STRIDE = 8  # image pixels a feature pixel, along each side
+DILATED_STRIDE = 8  # image pixels a feature pixel of a dilated network, along each side
 
 
 class BackboneError(Exception):
-    """An unknown backbone, or weights that cannot be read or do not fit; the text says which."""
+    """A backbone that cannot be built as section ``extract`` says.
+
+    Attributes
+    ----------
+    key
+        The key that is wrong: ``backbone``, ``weights``, ``layers``, ``dilate`` or ``input_size``.
+    """
+
+    def __init__(self, message: str, key: str = "backbone") -> None:
+        super().__init__(message)
+        self.key = key
+
+
+@dataclass(frozen=True)
+class BackboneLayer:
+    """One layer whose features a backbone gives.
+
+    Attributes
+    ----------
+    name
+        Name of the module, such as ``layer3``; number of the block in a ViT, such as ``11``.
+    channels
+        Number of feature channels, c.
+    stride
+        Image pixels a feature pixel, along each side.
+    """
+
+    name: str
+    channels: int
+    stride: int
+
+
+def choose_layers(name: str, known: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """Find the positions of layers among all, in ascending order; none wanted: the last one.
+
+    Raises
+    ------
+    BackboneError
+        For an unknown layer; the text lists the known ones.
+    """
+    for layer in wanted:
+        if layer not in known:
+            raise BackboneError(
+                f"{name} has no layer {layer!r}; known are {', '.join(known)}", "layers"
+            )
+    return sorted(known.index(layer) for layer in wanted) or [len(known) - 1]
 
 
 class Backbone(nn.Module):
-    """Turn images into one feature map with a frozen network; made by ``build_backbone``.
+    """Turn images into feature maps with a frozen network; made by ``build_backbone``.
 
     Attributes
     ----------
     name
         Name in ``params.yaml``.
-    channels
-        Number of feature channels, C.
+    network
+        Normalised images (B, 3, H, W) to one map a layer, as a list or a dict.
+    layers
+        Layers whose features it gives, shallow to deep.
+    nonnegative
+        Whether every feature is >= 0 because each layer ends in a ReLU.
     mean, std
         (3,) normalisation of images scaled to 0..1.
-    nonnegative
-        Whether every feature is >= 0 because the network ends in a ReLU.
+    multiple
+        Sides of images must be multiples of this.
     """
 
     _scale: Tensor
@@ -40,13 +91,16 @@ class Backbone(nn.Module):
         *,
         name: str,
         network: nn.Module,
-        channels: int,
+        layers: Sequence[BackboneLayer],
         nonnegative: bool,
         mean: Triple = IMAGENET_MEAN,
         std: Triple = IMAGENET_STD,
+        multiple: int | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.channels, self.nonnegative = name, channels, nonnegative
+        self.name, self.layers, self.nonnegative = name, tuple(layers), nonnegative
+        coarse = [layer.stride for layer in layers if layer.stride >= DILATED_STRIDE]
+        self.multiple = multiple or min(coarse, default=DILATED_STRIDE)  # the grid's stride
         self.network = network
         self.mean, self.std = mean, std
         scale = torch.tensor([1 / (255 * deviation) for deviation in std])
@@ -62,7 +116,7 @@ class Backbone(nn.Module):
 
     @override
     @torch.inference_mode()
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> list[Tensor]:
         """Compute the features of images.
 
         Parameters
@@ -72,12 +126,29 @@ class Backbone(nn.Module):
 
         Returns
         -------
-        Tensor
-            (B, C, H/8, W/8), >= 0 where :attr:`nonnegative`.
+        list of Tensor
+            (B, c, h, w) of each layer, >= 0 where :attr:`nonnegative`.
         """
         normalised = images.to(self._scale.dtype) * self._scale + self._shift
         output = self.network(normalised)
-        return output[-1] if isinstance(output, (list, tuple)) else output
+        return list(output.values() if isinstance(output, dict) else output)
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Refuse images (H, W) that the network cannot take.
+
+        Raises
+        ------
+        BackboneError
+            When a side is no multiple of :attr:`multiple`; the text names the nearest valid ones.
+        """
+        for side in size:
+            if side % self.multiple:
+                below = max(self.multiple, side - side % self.multiple)
+                raise BackboneError(
+                    f"{self.name} takes sides that are multiples of {self.multiple}, found {side};"
+                    f" use {below} or {side - side % self.multiple + self.multiple}",
+                    "input_size",
+                )
 
     def digest(self) -> str:
         """Hash names, shapes, types and values of all weights with sha256."""

@@ -1,36 +1,43 @@
-"""torchvision's ResNet-50 and ResNet-101, dilated: 2048 channels at stride 8."""
+"""torchvision's ResNet-50 and ResNet-101: layer1 to layer4, of 256 to 2048 channels."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Sequence
 
 from torch import nn
 
-from stages.backbones.backbone import Backbone
+from stages.backbones.backbone import Backbone, BackboneLayer, choose_layers
 from stages.backbones.weights import State, download, fit, read_state
 
 RESNETS = ("resnet50", "resnet101")
-HEAD = ("avgpool", "fc")
+LAYERS = {"layer1": (256, 4), "layer2": (512, 8), "layer3": (1024, 16), "layer4": (2048, 32)}
+DILATED = 8  # stride of layer3 and layer4 when they are dilated
 
 
-def create(name: str) -> nn.Module:
-    """Make the network with random weights; its tensors keep torchvision's names."""
+def build(name: str, weights: str | None, layers: Sequence[str], *, dilate: bool) -> Backbone:
+    """Make the backbone; see ``build_backbone``. Its tensors keep torchvision's names."""
     import torchvision  # takes a second, which only this family of backbones should cost
+    from torchvision.models._utils import IntermediateLayerGetter
 
-    resnet = torchvision.models.get_model(
-        name, weights=None, replace_stride_with_dilation=[False, True, True]
+    indices = choose_layers(name, list(LAYERS), layers)
+    network: nn.Module = torchvision.models.get_model(
+        name, weights=None, replace_stride_with_dilation=[False, dilate, dilate]
     )
-    return nn.Sequential(
-        OrderedDict(child for child in resnet.named_children() if child[0] not in HEAD)
+    network = IntermediateLayerGetter(network, {layer: layer for layer in LAYERS})
+    if weights is not None:
+        state = _default_state(name) if weights == "default" else read_state(weights)
+        fit(network, state, weights, head=("fc.",))
+    chosen = [list(LAYERS)[index] for index in indices]
+    return Backbone(
+        name=name,
+        network=IntermediateLayerGetter(network, {layer: layer for layer in chosen}),
+        layers=[
+            BackboneLayer(layer, channels, min(stride, DILATED) if dilate else stride)
+            for layer, (channels, stride) in LAYERS.items()
+            if layer in chosen
+        ],
+        nonnegative=True,
     )
-
-
-def build(name: str, weights: str) -> Backbone:
-    """Make the backbone with its weights; see ``build_backbone``."""
-    network = create(name)
-    state = _default_state(name) if weights == "default" else read_state(weights)
-    fit(network, state, weights, head=("fc.",))
-    return Backbone(name=name, network=network, channels=2048, nonnegative=True)
 
 
 def _default_state(name: str) -> State:

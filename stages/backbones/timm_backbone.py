@@ -1,96 +1,212 @@
-"""Any timm model ``timm/NAME`` that takes ``features_only`` and ``output_stride=8``."""
+"""Networks of timm: CNNs through ``features_only``, transformers through their intermediates.
+
+A CNN gives the outputs of its stages, and can be dilated to stride 8. A ViT gives the maps of its
+blocks, and a hierarchical transformer those of its stages: prefix tokens are dropped, and the final
+norm is applied where timm applies one.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from stages.backbones.backbone import (
+    DILATED_STRIDE,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    OUTPUT_STRIDE,
     Backbone,
     BackboneError,
+    BackboneLayer,
     Triple,
+    choose_layers,
 )
 from stages.backbones.weights import State, download, fit, read_state
 
-if TYPE_CHECKING:
-    from timm.models import FeatureListNet
-
-PREFIX = "timm/"
-HEAD = ("fc.", "classifier.", "head.", "conv_head.", "bn2.", "norm_head.", "norm.")
+HEAD = ("fc.", "classifier.", "head.", "conv_head.", "bn2.", "norm_head.", "norm.", "fc_norm.")
+Load = Callable[[], State]
 
 
 def known(name: str) -> bool:
     """Whether timm's registry has the model."""
     import timm  # takes a second, which only this family of backbones should cost
 
-    return timm.is_model(name.removeprefix(PREFIX))
+    return timm.is_model(name)
 
 
-def create(name: str) -> FeatureListNet:
-    """Make the network with random weights.
+def build(
+    name: str,
+    timm_name: str,
+    weights: str | None,
+    layers: Sequence[str],
+    *,
+    dilate: bool,
+    size: tuple[int, int] | None,
+    default_state: Load | None = None,
+) -> Backbone:
+    """Make the backbone; see ``build_backbone``.
+
+    Parameters
+    ----------
+    name, timm_name
+        Names in params.yaml and in timm.
+    default_state
+        Loads the default weights; default: timm's, from its hub.
+    """
+    try:
+        with torch.device("meta"):
+            _create(name, timm_name, features_only=True, output_stride=DILATED_STRIDE)
+    except BackboneError:
+        return _transformer(name, timm_name, weights, layers, dilate, size)
+    return _cnn(name, timm_name, weights, layers, dilate, default_state)
+
+
+def _cnn(
+    name: str,
+    timm_name: str,
+    weights: str | None,
+    layers: Sequence[str],
+    dilate: bool,
+    default_state: Load | None,
+) -> Backbone:
+    options: dict[str, Any] = {"features_only": True}
+    if dilate:
+        options["output_stride"] = DILATED_STRIDE
+    network = _create(name, timm_name, **options)
+    info = network.feature_info
+    indices = choose_layers(name, info.module_name(), layers)
+    described = list(zip(info.module_name(), info.channels(), info.reduction(), strict=True))
+    chosen = [BackboneLayer(*described[index]) for index in indices]
+    if dilate and chosen[-1].stride > DILATED_STRIDE:
+        raise BackboneError(f"{name} cannot be dilated to stride 8; set it to false", "dilate")
+    if weights is not None:
+        state = _state(name, timm_name, weights, network, default_state, options)
+        fit(network, state, weights, head=HEAD)
+    state = network.state_dict()
+    network = _create(name, timm_name, out_indices=indices, **options)  # no deeper layers
+    network.load_state_dict({tensor: state[tensor] for tensor in network.state_dict()})
+    backbone = _backbone(name, network, network.pretrained_cfg, chosen)
+    # Only a network that ends in a ReLU has no negative feature on noise.
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (2, 3, 64, 64), generator=rng, dtype=torch.uint8)
+    backbone.nonnegative = all(bool((features >= 0).all()) for features in backbone(noise))
+    return backbone
+
+
+def _transformer(
+    name: str,
+    timm_name: str,
+    weights: str | None,
+    layers: Sequence[str],
+    dilate: bool,
+    size: tuple[int, int] | None,
+) -> Backbone:
+    from timm.models._features import FeatureGetterNet
+
+    # A ViT that interpolates its position embeddings takes any size; others are made for one.
+    choices = [{"dynamic_img_size": True}, {} if size is None else {"img_size": size}, {}]
+    for options in choices:
+        with suppress(BackboneError):
+            model = _create(name, timm_name, num_classes=0, **options)
+            break
+    else:
+        raise BackboneError(f"{name} cannot be made for images of {size}; choose another")
+    if weights is not None:
+        fit(
+            model,
+            _state(name, timm_name, weights, model, None, {**options, "num_classes": 0}),
+            weights,
+            head=HEAD,
+        )
+    blocks = model.feature_info
+    strides = [block["reduction"] for block in blocks]
+    is_vit = len(set(strides)) == 1
+    names = [str(n) if is_vit else block["module"] for n, block in enumerate(blocks)]
+    indices = choose_layers(name, names, layers)
+    if dilate and not is_vit and strides[indices[-1]] > DILATED_STRIDE:
+        raise BackboneError(f"{name} cannot be dilated to stride 8; set it to false", "dilate")
+    norm = "hiera" not in type(model).__module__  # timm does not normalise Hiera's features
+    network = FeatureGetterNet(model, out_indices=indices, norm=norm)
+    channels = network.feature_info.channels()
+    chosen = [
+        BackboneLayer(names[index], count, strides[index])
+        for index, count in zip(indices, channels, strict=True)
+    ]
+    return _backbone(name, network, model.pretrained_cfg, chosen, multiple=max(strides))
+
+
+def _backbone(
+    name: str,
+    network: nn.Module,
+    settings: dict[str, Any],
+    layers: Sequence[BackboneLayer],
+    multiple: int | None = None,
+) -> Backbone:
+    return Backbone(
+        name=name,
+        network=network,
+        layers=layers,
+        nonnegative=False,
+        mean=cast("Triple", settings.get("mean", IMAGENET_MEAN)),
+        std=cast("Triple", settings.get("std", IMAGENET_STD)),
+        multiple=multiple,
+    )
+
+
+def _create(name: str, timm_name: str, **options: Any) -> Any:
+    """Make a network of timm.
 
     Raises
     ------
     BackboneError
-        When the model cannot give dense features at stride 8.
+        When the model does not take the options.
     """
-    try:
-        network = _create(name, pretrained=False)
-    except Exception as error:  # each family of timm refuses in its own way
-        reason = str(error) or type(error).__name__
-        raise BackboneError(
-            f"{name} cannot give dense features at stride {OUTPUT_STRIDE} ({reason}); "
-            "choose another"
-        ) from error
-    stride = network.feature_info.reduction()[-1]
-    if stride != OUTPUT_STRIDE:
-        raise BackboneError(f"{name} has stride {stride}, not {OUTPUT_STRIDE}; choose another")
-    return network
-
-
-def build(name: str, weights: str) -> Backbone:
-    """Make the backbone with its weights; see ``build_backbone``."""
-    network = create(name)
-    settings = cast("dict[str, object]", network.pretrained_cfg)
-    if weights == "default":
-        source = f"https://huggingface.co/{settings.get('hf_hub_id') or 'timm'}"
-        state = download(name, source, lambda: _create(name, pretrained=True).state_dict())
-    else:
-        state = _flattened(read_state(weights), network)
-    fit(network, state, weights, head=HEAD)
-    backbone = Backbone(
-        name=name,
-        network=network,
-        channels=network.feature_info.channels()[-1],
-        nonnegative=False,
-        mean=cast("Triple", settings.get("mean", IMAGENET_MEAN)),
-        std=cast("Triple", settings.get("std", IMAGENET_STD)),
-    )
-    # Only a network that ends in a ReLU has no negative feature on noise.
-    rng = torch.Generator().manual_seed(0)
-    noise = torch.randint(0, 256, (2, 3, 64, 64), generator=rng, dtype=torch.uint8)
-    backbone.nonnegative = bool((backbone(noise) >= 0).all())
-    return backbone
-
-
-def _create(name: str, *, pretrained: bool) -> FeatureListNet:
     import timm
 
-    network = timm.create_model(
-        name.removeprefix(PREFIX),
-        pretrained=pretrained,
-        features_only=True,
-        output_stride=OUTPUT_STRIDE,
-    )
-    return cast("FeatureListNet", network)
+    try:
+        return timm.create_model(timm_name, **{"pretrained": False, **options})
+    except Exception as error:  # each family of timm refuses in its own way
+        reason = str(error) or type(error).__name__
+        message = f"{name} cannot give dense features ({reason}); choose another"
+        raise BackboneError(message) from error
 
 
-def _flattened(state: State, network: nn.Module) -> State:
-    """Rename tensors as ``features_only`` flattens some networks: stages.0.x becomes stages_0.x."""
-    names = {name.replace("_", "."): name for name in network.state_dict()}
-    return {names.get(name.replace("_", "."), name): tensor for name, tensor in state.items()}
+def _state(
+    name: str,
+    timm_name: str,
+    weights: str,
+    network: nn.Module,
+    default_state: Load | None,
+    options: dict[str, Any],
+) -> State:
+    """Read the weights of a network, under its names.
+
+    Raises
+    ------
+    BackboneError
+        When they cannot be downloaded, or read, or are of another model.
+    """
+    import timm
+
+    if weights == "default":
+        if default_state is not None:
+            return default_state()
+        settings = cast("dict[str, object]", network.pretrained_cfg)
+        source = f"https://huggingface.co/{settings.get('hf_hub_id') or 'timm'}"
+        make = partial(timm.create_model, timm_name, pretrained=True, **options)
+        return download(name, source, lambda: make().state_dict())
+    state = read_state(weights)
+    with torch.device("meta"):
+        model = timm.create_model(timm_name)
+    # The release of a network's authors has other names, which timm converts.
+    if convert := getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None):
+        with suppress(KeyError, AttributeError, RuntimeError):  # ``fit`` names the difference
+            state = convert(dict(state), model)
+    names = {tensor.replace("_", "."): tensor for tensor in network.state_dict()}
+    # ``features_only`` flattens some networks: stages.0.x becomes stages_0.x.
+    return {names.get(tensor.replace("_", "."), tensor): state[tensor] for tensor in state}

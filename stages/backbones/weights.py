@@ -56,15 +56,18 @@ def read_state(path: str) -> State:
         )
     except FileNotFoundError:
         raise BackboneError(
-            f"{path}: there is no such weights file; give `default` or the path of a state dict"
+            f"{path}: there is no such weights file; give `default` or the path of a state dict",
+            "weights",
         ) from None
     except Exception as error:  # errors of pickle, zip, safetensors and the operating system
         reason = " ".join(str(error).split())[:120]
-        raise BackboneError(f"{path}: cannot be read as a state dict ({reason})") from error
+        raise BackboneError(
+            f"{path}: cannot be read as a state dict ({reason})", "weights"
+        ) from error
     if isinstance(state, dict):
         state = state.get("state_dict", state.get("model", state))
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise BackboneError(f"{path}: holds no state dict (names to tensors)")
+        raise BackboneError(f"{path}: holds no state dict (names to tensors)", "weights")
     prefix = "backbone."
     backbone = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     return backbone or state
@@ -107,6 +110,7 @@ def fit(network: nn.Module, state: State, source: str, *, head: tuple[str, ...])
         if names:
             raise BackboneError(
                 f"{source}: does not fit this backbone: it {what} tensor {names[0]!r} "
-                f"(and {len(names) - 1} more); give weights of this very network"
+                f"(and {len(names) - 1} more); give weights of this very network",
+                "weights",
             )
     network.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)

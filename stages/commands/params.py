@@ -86,6 +86,7 @@ class Params(Config):
         """Check settings of several sections against each other."""
         self._check_names()
         self._check_generator()
+        self._check_layers()
         for key in ("train_gan", "train_decoder"):
             training = getattr(self, key)
             check_batch_divides(
@@ -140,6 +141,28 @@ class Params(Config):
                     f"and {name!r} trains the GAN; use bf16 or 'no'"
                 )
                 raise ConfigError("train_decoder.mixed_precision", message)
+
+    def _check_layers(self) -> None:
+        """Refuse layers that are not extracted, and decoders that read others than their GAN."""
+        stored = self.extract.layers
+        selections = {"train_gan.layers": self.train_gan.layers}
+        selections["train_decoder.layers"] = self.train_decoder.layers
+        for name, variant in self.compared.items():
+            if variant.layers is not None:
+                selections[f"variants.{name}.layers"] = variant.layers
+            read, generated = variant.layers, self.train_gan.layers or stored
+            read = (self.train_decoder.layers if read is None else read) or stored
+            if variant.needs_gan and set(read) != set(generated):
+                message = (
+                    f"variant {name!r} reads {', '.join(read)}, and the GAN generates"
+                    f" {', '.join(generated)}; both must be the same layers"
+                )
+                raise ConfigError("train_gan.layers", message)
+        for key, layers in selections.items():
+            if missing := [layer for layer in layers if layer not in stored]:
+                known = ", ".join(stored) or "the last layer, without a name"
+                message = f"{missing[0]!r} is not stored; extract.layers stores {known}"
+                raise ConfigError(key, message)
 
     def check_classes(self, classes: Sequence[str]) -> None:
         """Refuse parameters that do not fit the classes of a data set.

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
@@ -57,6 +58,8 @@ def _once(values: tuple[Value, ...]) -> tuple[Value, ...]:
 Once = AfterValidator(_once)  # a list without repeated values
 Listed = Field(strict=False)  # a tuple that YAML writes as a list
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+# Layers are names; params.yaml gives the blocks of a ViT as numbers.
+LayerName = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) is int else name)]
 Beta = Annotated[float, Field(ge=0, lt=1)]  # of Adam
 
 

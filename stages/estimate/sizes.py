@@ -73,7 +73,7 @@ def cache_bytes(
     """
     sample = sum(
         math.prod(shape) * np.dtype(dtype).itemsize
-        for shape, dtype in map(spec.row, names_of(image_encoder))
+        for shape, dtype in map(spec.row, names_of(spec, image_encoder))
     )
     views = 1 + any(variant.needs_mirrored for variant in variants.values())
     return int(sample * (views * images["train"] + images["val"]))

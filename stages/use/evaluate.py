@@ -24,6 +24,7 @@ COMPARED: dict[str, Callable[[StoreSpec], object]] = {  # of a decoder's feature
     "backbone weights": lambda spec: spec.weights_digest[:12],
     "channels": lambda spec: spec.feature_shape[0],
     "output stride": lambda spec: spec.output_stride,
+    "native strides": lambda spec: spec.native_strides,
     "classes": lambda spec: ", ".join(spec.class_names),
 }
 
@@ -97,7 +98,8 @@ def run(
     if unknown:
         known = ", ".join(spec.class_names)
         raise ConfigError("--class", f"{unknown[0]!r} is no class of this decoder ({known})")
-    network, features = load_decoder(decoder, weights=weights), featurestore.open(store)
+    network = load_decoder(decoder, weights=weights)
+    features = featurestore.open(store).select(spec.layer_names)
     check_features(spec, features)
     precision = read_precision(decoder)
     if precision == "fp16" and on_cpu(device):

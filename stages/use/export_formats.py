@@ -20,10 +20,10 @@ from torch.export import Dim, ExportedProgram
 from torchvision.transforms.functional import normalize
 
 from featurestore import StoreSpec
-from stages.backbones.backbone import Backbone
 from stages.backbones.resnet import RESNETS
 from stages.common.errors import ConfigError
 from stages.models.decoder import Decoder
+from stages.use.segmenter import MapNetwork
 
 METADATA = "metadata.json"  # name of the extra file in a .pt2
 MIN_SIDE = 32  # pixels; smaller images leave nearly empty feature maps
@@ -51,7 +51,7 @@ class Model:
         (H, W) of the images; None: any size.
     """
 
-    backbone: Backbone
+    backbone: MapNetwork
     decoder: Decoder
     spec: StoreSpec
     architecture: Mapping[str, object]
@@ -98,6 +98,9 @@ def torchvision_name(spec: StoreSpec, architecture: Mapping[str, object]) -> str
             "use torch-export or onnx"
         )
         raise ConfigError(key, message, expected=RESNETS, actual=spec.backbone)
+    if spec.layer_names or spec.native_strides:
+        message = "torchvision's models read the last, dilated layer; use torch-export or onnx"
+        raise ConfigError(key, message, actual=spec.layer_names)
     if architecture["head"] == "fcn":
         return f"fcn_{spec.backbone}"
     for name, expected in TORCHVISION.items():
@@ -112,7 +115,7 @@ def torchvision_name(spec: StoreSpec, architecture: Mapping[str, object]) -> str
 
 def write_torchvision(model: Model, path: Path, metadata: Metadata) -> None:
     """Write the state dict of torchvision's model; ``.pth`` files hold no metadata."""
-    networks = {"backbone": model.backbone.network, "classifier": model.decoder.head}
+    networks = {"backbone": model.backbone.backbone.network, "classifier": model.decoder.head}
     state = {
         f"{prefix}.{name}": tensor.contiguous()
         for prefix, network in networks.items()
@@ -147,12 +150,12 @@ def open_torchvision(path: Path, model: Model) -> Runner:
 class EndToEnd(nn.Module):
     """Copies of a frozen backbone and a trained decoder as one network, in evaluation mode."""
 
-    def __init__(self, *, backbone: Backbone, decoder: Decoder) -> None:
+    def __init__(self, *, backbone: MapNetwork, decoder: Decoder) -> None:
         super().__init__()
         self.backbone = copy.deepcopy(backbone)
         self.decoder = copy.deepcopy(decoder)
-        if backbone.name not in RESNETS:
-            _make_padding_traceable(self.backbone.network)
+        if backbone.spec.backbone not in RESNETS:
+            _make_padding_traceable(self.backbone)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import stages.data.images
 import stages.models
 import stages.use.mask_source
 from featurestore import FeatureStore, StoreSpec
+from featurestore.dataset import split_map
 from featurestore.files import file_sha256
 from featurestore.index import INDEX_NAME
 from featurestore.prefetch import prefetch
@@ -117,7 +118,15 @@ def run(
         todo = [divmod(sample, per_mask) for span in writer.resume(total) for sample in span]
         bar.update(total - len(todo))
         for sample, features in sampler.samples(todo, workers=workers):
-            writer.append(id=sample.id, features=features, mask=sample.mask, view=sample.view)
+            layers = [
+                layer[0].numpy() for layer in split_map(torch.from_numpy(features)[None], spec)
+            ]
+            writer.append(
+                id=sample.id,
+                features=dict(zip((layer.name for layer in spec.layers), layers, strict=True)),
+                mask=sample.mask,
+                view=sample.view,
+            )
             bar.update()
     return featurestore.open(out)
 
@@ -165,7 +174,14 @@ def describe(gan: Path) -> tuple[StoreSpec, bool]:
             "or the gan/ folder of a jointly trained decoder",
         )
     made_by = f"{architecture['family']} {file_sha256(weights)}"
-    spec = dataclasses.replace(spec, has_images=False, generator=made_by)
+    height, width = spec.feature_shape[1:]
+    shapes = [(count, height * factor, width * factor) for count, factor in spec.folds]
+    spec = dataclasses.replace(
+        spec,
+        has_images=False,
+        generator=made_by,
+        layer_shapes=tuple(shapes) if spec.layer_names else (),  # coarse layers at the map's size
+    )
     return spec, bool(architecture["image_encoder"])
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featurestore import StoreSpec
+from featurestore.dataset import assemble
 from stages.backbones.backbone import Backbone, BackboneError
 from stages.backbones.build import build_backbone
 from stages.common.errors import ConfigError, DataError
@@ -274,7 +275,27 @@ def as_image(image: Input) -> Image.Image:
     return decode_image(read_bytes(Path(image), "image"), Path(image))
 
 
-def load_backbone(spec: StoreSpec, weights: str) -> Backbone:
+class MapNetwork(nn.Module):
+    """A frozen backbone and the assembly of its layers: images in, the decoder's map out.
+
+    Parameters
+    ----------
+    backbone
+        The network.
+    spec
+        Spec of the features that the decoder was trained on.
+    """
+
+    def __init__(self, backbone: Backbone, spec: StoreSpec) -> None:
+        super().__init__()
+        self.backbone, self.spec = backbone, spec
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 RGB images -> (B, C, h, w) features."""
+        return assemble(self.backbone(images), self.spec)
+
+
+def load_backbone(spec: StoreSpec, weights: str) -> MapNetwork:
     """Load the backbone that made the features of a spec.
 
     Parameters
@@ -298,7 +319,13 @@ def load_backbone(spec: StoreSpec, weights: str) -> Backbone:
     )
     remedy = "give --backbone-weights the file that extract.weights named"
     try:
-        backbone = build_backbone(name=spec.backbone, weights=weights)
+        backbone = build_backbone(
+            name=spec.backbone,
+            weights=weights,
+            layers=spec.layer_names,
+            dilate=not spec.native_strides,
+            size=spec.mask_shape,
+        )
     except BackboneError as error:
         reason = str(error).removeprefix(f"{weights}: ").split(";")[0]
         raise wrong(f"{reason}; {remedy}", expected=spec.weights_digest) from error
@@ -310,4 +337,4 @@ def load_backbone(spec: StoreSpec, weights: str) -> Backbone:
             expected=spec.weights_digest,
             actual=actual,
         )
-    return backbone
+    return MapNetwork(backbone, spec)

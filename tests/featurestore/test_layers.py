@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import featurestore
 from featurestore import FeatureStore, SampleError, SpecMismatchError, StoreSpec
-from featurestore.dataset import FeatureLoader, assemble, gather_maps
+from featurestore.dataset import FeatureLoader, assemble, gather_maps, split_map
 from featurestore.layouts import LAYOUTS
 from featurestore.statistics import Statistics
 from tests.factories import SPEC
@@ -184,3 +184,26 @@ def test_a_spec_with_layers_that_do_not_make_its_map_is_refused() -> None:
         dataclasses.replace(LAYERED, feature_shape=(19, 8, 12))
     with pytest.raises(ValueError, match="'a' of 15 x 24 is no multiple of the grid 8 x 12"):
         dataclasses.replace(LAYERED, layer_shapes=((2, 15, 24), *list(SHAPES.values())[1:]))
+
+
+def test_a_split_map_assembles_to_itself(tmp_path: Path) -> None:
+    store = write_layers(tmp_path / "s")
+    maps = gather_maps(store, [3, 1])
+    layers = split_map(maps, store.spec)
+    assert [tuple(layer.shape[1:]) for layer in layers] == [
+        SHAPES["a"],
+        SHAPES["b"],
+        (4, 8, 12),
+        (5, 8, 12),
+    ]
+    np.testing.assert_array_equal(layers[0][1], layers_of(1)["a"])
+    assert torch.equal(assemble(layers, store.spec), maps)
+
+
+def test_only_layers_and_native_strides_make_a_store_of_version_2(tmp_path: Path) -> None:
+    native = dataclasses.replace(SPEC, native_strides=True)
+    assert (SPEC.format_version, native.format_version, LAYERED.format_version) == (1, 2, 2)
+    assert "native_strides" not in SPEC.to_attributes()
+    for spec in (SPEC, native, LAYERED):
+        assert StoreSpec.from_attributes(spec.to_attributes()) == spec
+        assert StoreSpec.from_dict(spec.to_dict()) == spec
