@@ -363,6 +363,21 @@ def copied_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Bat
         yield batch
 
 
+def gather_maps(
+    store: FeatureStore,
+    positions: Sequence[int] | np.ndarray,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Read the feature maps at ``positions`` (B,) as networks see them.
+
+    Returns
+    -------
+    Tensor
+        (B, C, h, w) float32 on ``device``.
+    """
+    return torch.from_numpy(store.gather(FEATURES, positions)).to(device).float()
+
+
 def names_of(images: bool) -> tuple[str, ...]:
     """Name the datasets of a batch."""
     return (FEATURES, MASKS, IMAGES) if images else (FEATURES, MASKS)

@@ -143,6 +143,11 @@ class StoreSpec:
         return len(self.class_names)
 
     @property
+    def folds(self) -> tuple[tuple[int, int], ...]:
+        """Layers of a feature map: channels of each, and how often it is folded (1: not)."""
+        return ((self.feature_shape[0], 1),)
+
+    @property
     def pixel_names(self) -> tuple[str, ...]:
         """Names of the datasets of (H, W) pixels: ``masks``, and ``images`` where stored."""
         return (MASKS, IMAGES) if self.has_images else (MASKS,)
