@@ -90,7 +90,13 @@ def our_trainer(size: Size, device: str, precision: str) -> GanTrainer:
     objective = Objective("hinge", 7.0, 0.05)
     accelerator = make_accelerator(device, precision)
     return GanTrainer(
-        accelerator, networks, objective, generator_lr=2e-4, discriminator_lr=8e-4, betas=(0.0, 0.9)
+        accelerator,
+        networks,
+        objective,
+        folds=((size.channels, 1),),
+        generator_lr=2e-4,
+        discriminator_lr=8e-4,
+        betas=(0.0, 0.9),
     )
 
 

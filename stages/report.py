@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 import featurestore
 from featurestore import FeatureStore
+from featurestore.dataset import gather_maps
 from featurestore.files import write_atomically
 from stages.common.config import Config, Listed, Once, Seed
 from stages.common.runtime import generator as random_generator
@@ -230,7 +231,7 @@ def _sample(
     shown: list[dict[str, np.ndarray]] = []
     for batch in np.array_split(chosen, -(-len(chosen) // BATCH_SIZE)):
         masks = store.gather("masks", batch)
-        features = {"real": store.gather("features", batch).astype(np.float32)}
+        features = {"real": gather_maps(store, batch).numpy()}
         for name, network in generators.items():
             made = network.generate(torch.from_numpy(masks).to(device), generator=draws[name])
             features[name] = made.float().cpu().numpy()
@@ -266,7 +267,7 @@ def _predictions(
         An image's id, and its pictures: image, true mask, a mask a variant.
     """
     positions = np.linspace(0, len(store) - 1, min(config.pictures, len(store))).round().astype(int)
-    features = torch.from_numpy(store.gather("features", positions).astype(np.float32)).to(device)
+    features = gather_maps(store, positions, device)
     masks = {"truth": store.gather("masks", positions)}
     for variant in compared.names:
         decoder = load_decoder(decoders / f"{variant}-{compared.seeds[0]}").to(device)

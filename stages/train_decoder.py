@@ -153,7 +153,7 @@ def run(
                         added = repeat_real(micro_batch, variant.added_weights)
                     batches = [Labelled.of(micro_batch), *added.batches]
                     rng = make_rng(FOR_ALL, rank)
-                    real, *others = augment_features(variant.augment, batches, rng)
+                    real, *others = augment_features(variant.augment, batches, rng, spec.folds)
                     with accelerator.autocast():  # one forward a batch: BatchNorm must not mix them
                         adjust = augmenter.adjust_logits(real.masks)  # a function, or None
                         loss = ce_real = decoder_loss(wrapped, real, adjust)

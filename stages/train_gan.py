@@ -18,11 +18,12 @@ from stages.common.runtime import Machine, seed_everything, verify_stores
 from stages.common.runtime import generator as random_generator
 from stages.gan.families import build_trainer, create_networks
 from stages.gan.monitor import MEASURED, MonitorConfig
-from stages.models.generator import UPSAMPLING
 from stages.segmentation.transforms import Transform
 from stages.training.models import save_gan, save_weights
 from stages.training.session import Session, check_batch
 from stages.training.update import backward, step_and_zero_grad
+
+LEAST_SIDE = 8  # of the feature maps that a discriminator sees
 
 
 class TrainGanConfig(Config):
@@ -190,7 +191,7 @@ def run(
     settings, architecture = config.model_dump(), describe(config, store)
     networks = create_networks(architecture, settings, store)
     untrained = copy.deepcopy(networks.generator.state_dict())
-    trainer = build_trainer(accelerator, networks, settings, machine)
+    trainer = build_trainer(accelerator, networks, settings, machine, store.spec.folds)
     stores = {"train": store, "val": held_out}
     session.watch(
         monitoring, trainer.generator, stores, seed=config.seed, epochs=config.frozen_epochs
@@ -241,8 +242,8 @@ def check_store(config: TrainGanConfig, store: FeatureStore, processes: int = 1)
     Raises
     ------
     ConfigError
-        When the feature map does not divide by the generator's up-sampling, a batch does not divide
-        over the processes, or there are fewer samples or channels than the parameters need.
+        When the feature map is too small, a batch does not divide over the processes, or there are
+        fewer samples or channels than the parameters need.
     SpecMismatchError
         When the image encoder needs images and the store has none.
     """
@@ -250,7 +251,7 @@ def check_store(config: TrainGanConfig, store: FeatureStore, processes: int = 1)
     check_input_size(store.spec.mask_shape, store.spec.output_stride)
     channels, *size = store.spec.feature_shape
     scales = config.discriminator_scales
-    least = 2 * scales * UPSAMPLING
+    least = scales * LEAST_SIDE
     if min(size) < least:
         message = f"{scales} scales need features of {least} x {least} or more, found {size}"
         raise ConfigError("train_gan.discriminator_scales", message, expected=least, actual=size)
@@ -268,21 +269,21 @@ def check_store(config: TrainGanConfig, store: FeatureStore, processes: int = 1)
 
 
 def check_input_size(size: tuple[int, int], output_stride: int) -> None:
-    """Refuse images (H, W) whose features the generator cannot make.
+    """Refuse images (H, W) whose feature maps are too small for the discriminator.
 
     Raises
     ------
     ConfigError
-        When H or W is no multiple of the backbone's stride times the generator's up-sampling, or
-        the discriminator would see a single pixel.
+        When the feature map has less than 8 rows or columns.
     """
-    step = output_stride * UPSAMPLING
-    if size[0] % step or size[1] % step or min(size) < 2 * step:
+    height, width = (-(-side // output_stride) for side in size)
+    if min(height, width) < LEAST_SIDE:
+        least = LEAST_SIDE * output_stride
         message = (
-            f"must be a multiple of {step} from {2 * step} on (backbone stride times the"
-            f" generator's up-sampling), found {size}"
+            f"{size} gives features of {height} x {width} at stride {output_stride}, and the GAN"
+            f" needs {LEAST_SIDE} x {LEAST_SIDE}; use {least} x {least} pixels or more"
         )
-        raise ConfigError("extract.input_size", message, expected=step, actual=size)
+        raise ConfigError("extract.input_size", message, expected=least, actual=size)
 
 
 def describe(config: TrainGanConfig, store: FeatureStore) -> dict[str, Any]:

@@ -327,12 +327,8 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, object], str]] = {
         "extract.backbone: unknown backbone",
     ),
     "an input size that the stride cannot take": (
-        {"extract.input_size": 60},
-        "extract.input_size",
-    ),
-    "an input size that the generator cannot take": (
-        {"extract.input_size": 72},
-        "multiple of 32",
+        {"extract.input_size": 100},
+        "extract.input_size.0: input should be a multiple of 8, found 100",
     ),
     "an input size too small for the discriminator": (
         {"extract.input_size": [64, 32]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,6 +130,18 @@ def test_memory_grows_with_what_is_kept() -> None:
         < costs["joint 1:1"].activation_bytes
         < costs["joint 2:1"].activation_bytes
     )
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("gan", [{}, {"family": "flow", "flow_components": 16, "flow_width": 8}])
+def test_sizes_that_are_not_multiples_of_32_are_counted(gan: dict) -> None:
+    transforms = () if gan else ("flip", "translation", "cutout", "channel_dropout")
+    odd = dataclasses.replace(setup(diffaugment=transforms, **gan), input_size=(72, 104))
+    costs, shape = step_cost.count(odd)
+    assert shape == (320, 9, 13)
+    larger, _ = step_cost.count(dataclasses.replace(odd, input_size=(96, 128)))
+    for name in ("backbone", "gan", "decoder", "generator"):
+        assert 0 < costs[name].operations < larger[name].operations
 
 
 CHANGES = [

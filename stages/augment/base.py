@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from featurestore import FeatureStore
-from featurestore.dataset import Batch
+from featurestore.dataset import Batch, gather_maps
 from stages.common.config import Config, LayerName, Listed, Once
 from stages.common.runtime import Machine
 from stages.models.decoder import Decoder
 from stages.models.feature_generator import FeatureGenerator
 from stages.segmentation import transforms
 from stages.segmentation.class_statistics import ClassStatistics
+from stages.segmentation.folds import Folds
 from stages.segmentation.regions import Regions
 from stages.segmentation.transforms import Transform
 
@@ -179,7 +180,7 @@ def repeat_real(batch: Batch, weights: Sequence[float]) -> Augmented:
 
 
 def augment_features(
-    policy: Sequence[str], batches: list[Labelled], rng: torch.Generator
+    policy: Sequence[str], batches: list[Labelled], rng: torch.Generator, folds: Folds
 ) -> list[Labelled]:
     """Transform the features of batches, real and added, together with their masks.
 
@@ -191,15 +192,19 @@ def augment_features(
         Features with their masks.
     rng
         Source of all random numbers, on the features' device.
+    folds
+        Layers of the features, as ``folds`` of the store's spec gives them.
     """
-    return [_augment(policy, batch, rng) for batch in batches] if policy else batches
+    return [_augment(policy, batch, rng, folds) for batch in batches] if policy else batches
 
 
-def _augment(policy: Sequence[str], batch: Labelled, rng: torch.Generator) -> Labelled:
+def _augment(
+    policy: Sequence[str], batch: Labelled, rng: torch.Generator, folds: Folds
+) -> Labelled:
     state, features, targets = rng.get_state(), batch.features, []
     for masks, fraction in batch.targets:  # each mask is transformed as the features are
         rng.set_state(state)
-        (features,), transformed = transforms.augment([batch.features], masks, policy, rng)
+        (features,), transformed = transforms.augment([batch.features], masks, policy, rng, folds)
         targets.append((transformed, fraction))
     return Labelled(features, targets, batch.weight)
 
@@ -317,11 +322,9 @@ class FeatureAugmenter(Augmenter):
 
     def add_samples(self, positions: Sequence[int] | np.ndarray) -> Augmented:
         """Add the real samples of the training store at ``positions`` (S,), with their masks."""
-        features, masks = (
-            torch.from_numpy(self.store.gather(name, positions)).to(self.accelerator.device)
-            for name in ("features", "masks")
-        )
-        return self.add(masks, features.float())
+        device = self.accelerator.device
+        masks = torch.from_numpy(self.store.gather("masks", positions)).to(device)
+        return self.add(masks, gather_maps(self.store, positions, device))
 
     def clamp(self, features: Tensor) -> Tensor:
         """Keep features (B, C, h, w) at 0 or above, if the backbone's are."""

@@ -1,5 +1,7 @@
 """Channel dropout: a copy with random channels of each sample at 0.
 
+All sub-pixels of a folded channel are dropped together.
+
 Tompson et al. 2015 call it spatial dropout.
 """
 
@@ -13,6 +15,7 @@ from typing_extensions import override
 
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, FeatureAugmenter, SourceConfig
+from stages.segmentation.folds import expand_channels, unfolded_channels
 
 
 class ChannelDropoutConfig(SourceConfig):
@@ -29,6 +32,8 @@ class ChannelDropout(FeatureAugmenter):
 
     @override
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        size, dropped = (*batch.features.shape[:2], 1, 1), self.config.fraction
+        folds, dropped = self.spec.folds, self.config.fraction
+        size = (len(batch.features), unfolded_channels(folds))
         kept = torch.rand(size, generator=rng, device=batch.features.device) >= dropped
+        kept = expand_channels(kept, folds)[:, :, None, None]  # (B, C, 1, 1)
         return self.add(batch.masks, batch.features * kept / (1 - dropped))

@@ -284,6 +284,7 @@ def featuregan(config: FeatureGANConfig, context: Context) -> Augmenter:
         raise ConfigError("train_gan.family", message)
     if config.generator == "frozen":
         return FrozenFeatureGAN(config, context, networks)
-    trainer = build_trainer(context.accelerator, networks, trained["training"], context.machine)
+    settings, folds = trained["training"], context.store.spec.folds
+    trainer = build_trainer(context.accelerator, networks, settings, context.machine, folds)
     trainer.load_training_state(load_training_state(context.gan))
     return JointFeatureGAN(config, trainer, context.gan)

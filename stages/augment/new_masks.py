@@ -124,7 +124,7 @@ class NewMasks:
         """Change masks (B, H, W) uint8."""
         changed, count = masks, len(masks)
         if "flip" in self.changes:
-            _, changed = flip([], changed, rng)
+            _, changed = flip([], changed, rng, ())
         if "shift" in self.changes or "scale" in self.changes:
             shifts, scales = torch.zeros(count, 2), torch.ones(count)
             if "shift" in self.changes:

@@ -115,7 +115,9 @@ class Workload:
                 **setup.head, in_channels=channels, num_classes=setup.num_classes
             )
         accelerator = make_accelerator(device, "no")  # the precision is that of the caller
-        self.trainer = build_trainer(accelerator, networks, setup.gan, Machine(device=device))
+        self.trainer = build_trainer(
+            accelerator, networks, setup.gan, Machine(device=device), ((channels, 1),)
+        )
         self.trainer.steps = 1  # R1 is added every few steps, not in this one
         images = (255 * self.images).byte()
         self.batch = Batch(torch.arange(batch), self.features, masks, images)

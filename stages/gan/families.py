@@ -13,6 +13,7 @@ from stages.gan.flow_trainer import FlowTrainer
 from stages.gan.gan_trainer import GanTrainer
 from stages.gan.networks import Networks, build_networks, class_means, feature_scale
 from stages.gan.trainer import Trainer
+from stages.segmentation.folds import Folds
 
 TRAINERS: dict[str, type[Trainer]] = {"gan": GanTrainer, "flow": FlowTrainer}
 
@@ -39,7 +40,14 @@ def create_networks(
 
 
 def build_trainer(
-    accelerator: Accelerator, networks: Networks, settings: Mapping[str, Any], machine: Machine
+    accelerator: Accelerator,
+    networks: Networks,
+    settings: Mapping[str, Any],
+    machine: Machine,
+    folds: Folds,
 ) -> Trainer:
-    """Build the trainer of the family that section ``train_gan`` names."""
-    return TRAINERS[settings["family"]].of(accelerator, networks, settings, machine)
+    """Build the trainer of the family that section ``train_gan`` names.
+
+    ``folds`` are the layers of the features, see :mod:`stages.segmentation.folds`.
+    """
+    return TRAINERS[settings["family"]].of(accelerator, networks, settings, machine, folds)

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from featurestore import FeatureStore
+from featurestore.dataset import gather_maps
 from stages.common.distributed import draw_noise
 from stages.common.runtime import Machine
 from stages.gan.networks import Networks
 from stages.gan.objective import Step
 from stages.gan.trainer import Trainer
 from stages.models.flow_generator import FlowGenerator
+from stages.segmentation.folds import Folds
 
 VECTORS = 20_000  # from which the principal components are computed
 MAPS = 500  # from which their spectrum is
@@ -49,8 +51,8 @@ def principal_components(
     each = -(-VECTORS // len(samples))
     sampled = []
     for position in samples:
-        pixels = store.features(int(position)).reshape(len(scale), -1)  # (C, h*w)
-        sampled.append(pixels[:, rng.permutation(pixels.shape[1])[:each]].T.astype(np.float32))
+        pixels = gather_maps(store, [int(position)])[0].flatten(1).numpy()  # (C, h*w)
+        sampled.append(pixels[:, rng.permutation(pixels.shape[1])[:each]].T)
     vectors = torch.from_numpy(np.concatenate(sampled)) / scale.cpu()  # (n, C)
     mean = vectors.mean(0)
     values, directions = torch.linalg.eigh(
@@ -66,9 +68,7 @@ def mean_amplitude(store: FeatureStore, flow: FlowGenerator, seed: int) -> Tenso
     samples = rng.permutation(len(store))[:MAPS]
     power = torch.zeros_like(flow.amplitude)
     for position in samples:
-        features = torch.from_numpy(store.features(int(position)).astype(np.float32))[None].to(
-            power.device
-        )
+        features = gather_maps(store, [int(position)], power.device)
         waves = torch.fft.rfft2(flow.reduce(features / flow.feature_scale), norm="ortho")
         power += waves[0].abs().square() / len(samples)
     return power.sqrt()
@@ -112,6 +112,7 @@ class FlowTrainer(Trainer):
         networks: Networks,
         settings: Mapping[str, Any],
         machine: Machine,
+        folds: Folds,
     ) -> Self:
         return cls(
             accelerator,

@@ -19,6 +19,7 @@ from stages.common.runtime import generator as random_generator
 from stages.gan.networks import Networks
 from stages.gan.objective import Objective, Step, forward
 from stages.gan.trainer import Trainer
+from stages.segmentation.folds import Folds
 
 CLIP = 0.01  # Arjovsky et al. 2017
 
@@ -32,6 +33,8 @@ class GanTrainer(Trainer):
         Fresh or loaded networks; they are changed in place.
     objective
         The losses.
+    folds
+        Layers of the features, for ``diffaugment``; see :mod:`stages.segmentation.folds`.
     generator_lr, discriminator_lr, betas
         Of the Adams (thesis: 2e-4, 8e-4, (0, 0.9)).
     ema_decay, machine
@@ -44,6 +47,7 @@ class GanTrainer(Trainer):
         networks: Networks,
         objective: Objective,
         *,
+        folds: Folds,
         generator_lr: float,
         discriminator_lr: float,
         betas: tuple[float, float],
@@ -51,7 +55,7 @@ class GanTrainer(Trainer):
         machine: Machine | None = None,
     ) -> None:
         super().__init__(accelerator, networks, ema_decay=ema_decay, machine=machine)
-        self.objective = objective
+        self.objective, self.folds = objective, folds
         if objective.r1_gamma or objective.adversarial_loss == "wasserstein-gp":
             # The gradient of a gradient: torch.compile and FSDP have none, fp16 rounds it to 0.
             refused = {
@@ -80,6 +84,7 @@ class GanTrainer(Trainer):
         networks: Networks,
         settings: Mapping[str, Any],
         machine: Machine,
+        folds: Folds,
     ) -> Self:
         names = {field.name for field in fields(Objective)} & settings.keys()
         rates = ("generator_lr", "discriminator_lr", "betas", "ema_decay")
@@ -87,6 +92,7 @@ class GanTrainer(Trainer):
             accelerator,
             networks,
             Objective(**{name: settings[name] for name in names}),
+            folds=folds,
             machine=machine,
             **{name: settings[name] for name in rates},
         )
@@ -117,6 +123,7 @@ class GanTrainer(Trainer):
                 real=real,
                 masks=masks,
                 images=images,
+                folds=self.folds,
                 noise=noise,
                 rng=rng,
                 step=self.steps,

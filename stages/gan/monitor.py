@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from featurestore import VOID, FeatureStore
+from featurestore.dataset import gather_maps
 from stages.common.config import Config
 from stages.common.distributed import agree
 from stages.common.errors import CollapseError, ConfigError
@@ -150,11 +151,11 @@ class _PixelSample:
                 " raise it, label more, or set monitor.every to 0"
             )
             raise ConfigError("monitor.samples", message, expected=FEWEST_VECTORS, actual=count)
-        maps = (torch.from_numpy(store.features(number).copy())[None] for number in positions)
+        maps = (gather_maps(store, [number]) for number in positions)
         vectors_of = [
             _pick(features, [pixels]) for features, pixels in zip(maps, self.pixels, strict=True)
         ]
-        self.vectors = torch.cat(vectors_of).float() / scale
+        self.vectors = torch.cat(vectors_of) / scale
 
 
 def _pick(maps: Tensor, pixels: list[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stages.gan import losses
 from stages.models.image_encoder import sample_z
+from stages.segmentation.folds import Folds
 from stages.segmentation.regions import labels_at
 from stages.segmentation.transforms import augment
 
@@ -74,6 +75,7 @@ def forward(
     real: Tensor,
     masks: Tensor,
     images: Tensor | None,
+    folds: Folds,
     noise: Tensor,
     rng: torch.Generator,
     step: int,
@@ -92,6 +94,8 @@ def forward(
         (B, H, W) uint8.
     images
         (B, 3, H, W) uint8, where there is an image encoder.
+    folds
+        Layers of the features, for the transforms.
     noise
         (k*B, z_dim) from N(0, I), k draws a mask.
     rng
@@ -115,7 +119,7 @@ def forward(
         regularisation = regularisation + objective.lambda_rec * terms["generator/reconstruction"]
 
     # Scores of both and activations of the discriminator; means over its scales.
-    seen, masks_seen = augment([real, fake], masks, objective.diffaugment, rng)
+    seen, masks_seen = augment([real, fake], masks, objective.diffaugment, rng, folds)
     of_real, of_fake = discriminator(seen, masks_seen)
     labels = labels_at(masks_seen, real.shape[2:])
     adversarial = losses.ADVERSARIAL[objective.adversarial_loss]

@@ -20,6 +20,7 @@ from stages.common.runtime import Machine, distribute, load_scaler_state, scaler
 from stages.gan.networks import Networks
 from stages.gan.objective import Step
 from stages.models.feature_generator import FeatureGenerator
+from stages.segmentation.folds import Folds
 
 Loss = tuple[Tensor, list[nn.Parameter]]  # a scalar, and the parameters that it trains
 
@@ -104,8 +105,12 @@ class Trainer(ABC):
         networks: Networks,
         settings: Mapping[str, Any],
         machine: Machine,
+        folds: Folds,
     ) -> Self:
-        """Build the trainer that section ``train_gan`` of the parameters describes."""
+        """Build the trainer that section ``train_gan`` of the parameters describes.
+
+        ``folds`` are the layers of the features; only transforms of features read them.
+        """
 
     @abstractmethod
     def forward(

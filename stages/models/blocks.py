@@ -35,19 +35,50 @@ def one_hot(
     dtype
         Type of the result.
     size
-        (h, w) of the result: nearest pixels of the masks. Default: (H, W).
+        (h, w) of the result, by :func:`nearest_pixels`. Default: (H, W).
 
     Returns
     -------
     Tensor
         (B, K + 1, h, w), channels last in memory.
     """
-    if size is not None and size != masks.shape[-2:]:
-        masks = F.interpolate(masks.unsqueeze(1), size=size, mode="nearest").squeeze(1)
+    if size is not None:
+        masks = nearest_pixels(masks, size)
     values = torch.arange(num_classes + 1, dtype=torch.uint8, device=masks.device)
     values[-1] = VOID
     # (B, h, w, K + 1) -> (B, K + 1, h, w)
     return (masks.unsqueeze(-1) == values).to(dtype).permute(0, 3, 1, 2)
+
+
+def nearest_pixels(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Resize maps by nearest pixels: row i becomes row floor(i * H / h), columns likewise.
+
+    Where h divides H, each cell of H / h rows gives its first one.
+
+    Parameters
+    ----------
+    maps
+        (..., H, W) of any type.
+    size
+        (h, w) of the result.
+
+    Returns
+    -------
+    Tensor
+        (..., h, w).
+    """
+    if maps.shape[-2:] == size:
+        return maps
+    rows, columns = (
+        torch.arange(count, device=maps.device) * side // count
+        for count, side in zip(size, maps.shape[-2:], strict=True)
+    )
+    return maps[..., rows[:, None], columns]
+
+
+def reduced_size(size: tuple[int, int], divisor: int) -> tuple[int, int]:
+    """Divide a size (h, w), rounded up."""
+    return -(-size[0] // divisor), -(-size[1] // divisor)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, cast
@@ -40,7 +41,7 @@ class Discriminator(nn.Module):
     feature_channels
         C.
     output_stride
-        H / h, a power of two.
+        Nominal H / h.
     ndf
         Width.
     layers
@@ -125,14 +126,15 @@ class Discriminator(nn.Module):
 class PatchDiscriminator(nn.Module):
     """The thesis's discriminator (section 3.1.1, figure 3.5): a PatchGAN over features and mask.
 
-    Convolutions bring the one-hot mask to h x w; the PatchGAN sees it concatenated to the features.
+    Convolutions bring the one-hot mask near h x w. Where they do not give h x w exactly, their
+    result is interpolated bilinearly. The PatchGAN sees it concatenated to the features.
 
     Parameters
     ----------
     num_classes, feature_channels, layers, init_gain
         See :class:`Discriminator`.
     output_stride
-        H / h, a power of two: one stride-2 convolution of the mask for each factor of two.
+        Nominal H / h: the mask passes round(log2(H / h)) stride-2 convolutions.
     ndf
         Width of the mask's convolutions; the PatchGAN has 4 * ndf channels, then 8 * ndf.
     """
@@ -156,7 +158,7 @@ class PatchDiscriminator(nn.Module):
                 channels, width, 4, stride, padding=1 if stride == 2 else 2, gain=init_gain
             )
 
-        halvings = output_stride.bit_length() - 1
+        halvings = round(math.log2(output_stride))
         self.mask_layers = nn.ModuleList(
             [conv(num_classes + 1 if n == 0 else ndf, ndf, 2) for n in range(halvings)]
         )
@@ -177,6 +179,8 @@ class PatchDiscriminator(nn.Module):
         embedded = one_hot(masks, self.num_classes, dtype=autocast_dtype(groups[0]))
         for layer in self.mask_layers:
             embedded = F.leaky_relu(layer(embedded), 0.2)
+        if embedded.shape[-2:] != (size := groups[0].shape[-2:]):
+            embedded = F.interpolate(embedded, size=size, mode="bilinear", align_corners=False)
 
         # The first layer over [features, mask] is the sum of a convolution of the features and one
         # of the mask. All groups share the latter; nothing is concatenated, and each gradient is

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from stages.models.blocks import autocast_dtype, one_hot
+from stages.models.blocks import autocast_dtype, one_hot, reduced_size
 from stages.models.feature_generator import FeatureGenerator
 
 GROUPS = 8  # of the normalisation
@@ -49,12 +49,14 @@ class _Block(nn.Module):
 class FlowGenerator(FeatureGenerator):
     """A U-Net of three resolutions that gives the velocity, and its integration.
 
+    The resolutions are h, h/2 and h/4, rounded up.
+
     Parameters
     ----------
     num_classes
         Classes of the masks, void not counted.
     feature_shape
-        (C, h, w); h and w multiples of 4.
+        (C, h, w).
     nonnegative
         Whether the features are >= 0.
     feature_scale
@@ -154,24 +156,19 @@ class FlowGenerator(FeatureGenerator):
         embedded = self.time(
             F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, self.width % 2))
         )
-        height, width = self.shape[1:]
         dtype = autocast_dtype(x)
-        labels = [
-            one_hot(
-                masks, self.num_classes, dtype=dtype, size=(height // divisor, width // divisor)
-            )
-            for divisor in (1, 2, 4)
-        ]
+        sizes = [reduced_size(self.shape[1:], divisor) for divisor in (1, 2, 4)]
+        labels = [one_hot(masks, self.num_classes, dtype=dtype, size=size) for size in sizes]
         x = self.first(x)
         skips = []
         for block, label in zip(self.down, labels, strict=False):
             x = block(x, label, embedded)
             skips.append(x)
-            x = F.avg_pool2d(x, 2)
+            x = F.avg_pool2d(x, 2, ceil_mode=True)
         for block in self.middle:
             x = block(x, labels[2], embedded)
         for block, label in zip(self.up, reversed(labels[:2]), strict=True):
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            x = F.interpolate(x, size=label.shape[-2:], mode="nearest")
             x = block(torch.cat([x, skips.pop()], dim=1), label, embedded)
         return gaussian + self.last(x).float()
 

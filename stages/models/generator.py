@@ -7,23 +7,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from stages.models.blocks import autocast_dtype, one_hot, xavier_
+from stages.models.blocks import autocast_dtype, nearest_pixels, one_hot, reduced_size, xavier_
 from stages.models.feature_generator import FeatureGenerator
 from stages.models.spade import SPADEResBlk
 from stages.models.winograd import WideConv2d
 
-UPSAMPLING = 4  # the first block works at h/4 x w/4
+DIVISORS = (4, 2, 1)  # of h and w, at which the blocks work
 
 
 class Generator(FeatureGenerator):
     """SPADE blocks at h/4, h/2, h/2 and h with nearest up-sampling, then a convolution.
+
+    h/4 and h/2 are rounded up.
 
     Parameters
     ----------
     num_classes
         Classes of the masks, void not counted (it gets a channel of its own).
     feature_shape
-        (C, h, w) of the features; h and w multiples of 4.
+        (C, h, w) of the features.
     nonnegative
         Whether the features are >= 0, so that the last layer is a ReLU.
     feature_scale
@@ -44,11 +46,6 @@ class Generator(FeatureGenerator):
     class_means
         (num_classes + 1, C) mean scaled features of each class, void's last; the network adds the
         difference from them. None: the network generates the whole features.
-
-    Raises
-    ------
-    ValueError
-        When h or w is no multiple of 4.
     """
 
     class_means: Tensor | None
@@ -70,15 +67,13 @@ class Generator(FeatureGenerator):
     ) -> None:
         super().__init__()
         channels, height, width = feature_shape
-        if height % UPSAMPLING or width % UPSAMPLING:
-            raise ValueError(f"features of {height} x {width} do not divide by {UPSAMPLING}")
         self.num_classes = num_classes
         self.feature_size = (height, width)
         self.nonnegative = nonnegative
         self.z_dim = z_dim
         self.spatial = noise == "spatial" and z_dim > 0
         label_channels = num_classes + 1 + (z_dim if self.spatial else 0)
-        self.start = (16 * ngf, height // UPSAMPLING, width // UPSAMPLING)
+        self.start = (16 * ngf, *reduced_size(self.feature_size, DIVISORS[0]))
         self.register_buffer("feature_scale", feature_scale.reshape(1, channels, 1, 1).float())
         self.register_buffer("class_means", class_means)
 
@@ -104,8 +99,7 @@ class Generator(FeatureGenerator):
     @override
     def forward(self, z: Tensor, masks: Tensor) -> Tensor:
         # Spatial noise may also be (k*B, z_dim, h, w): another z at every pixel.
-        height, width = self.feature_size
-        sizes = {divisor: (height // divisor, width // divisor) for divisor in (4, 2, 1)}
+        sizes = {divisor: reduced_size(self.feature_size, divisor) for divisor in DIVISORS}
         dtype = autocast_dtype(z)
         labels = {
             divisor: one_hot(masks, self.num_classes, dtype=dtype, size=size)
@@ -114,12 +108,12 @@ class Generator(FeatureGenerator):
         if self.spatial:
             z = z.to(dtype)
             if z.ndim == 2:
-                z = z[:, :, None, None].expand(-1, -1, height, width)
+                z = z[:, :, None, None].expand(-1, -1, *self.feature_size)
             labels = {
                 divisor: torch.cat(
                     [
                         label.repeat(len(z) // len(masks), 1, 1, 1),
-                        z[:, :, ::divisor, ::divisor],
+                        nearest_pixels(z, sizes[divisor]),
                     ],
                     dim=1,
                 )
@@ -132,10 +126,10 @@ class Generator(FeatureGenerator):
             x = self.first(labels[4])
             x = x.repeat(len(z) // len(x), 1, 1, 1)
         x = self.quarter(x, labels[4])
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        x = F.interpolate(x, size=sizes[2], mode="nearest")
         x = self.half_0(x, labels[2])
         x = self.half_1(x, labels[2])
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        x = F.interpolate(x, size=sizes[1], mode="nearest")
         x = self.full(x, labels[1])
         x = self.to_features(F.leaky_relu(x, 0.2))
         if self.class_means is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from featurestore import FeatureStore
+from featurestore.dataset import gather_maps
 from stages.segmentation.regions import Regions
 
 SAMPLES = 16  # read at a time
@@ -47,7 +48,7 @@ class ClassStatistics:
         by_batch: list[list[Tensor]] = []
         for start in range(0, len(positions), SAMPLES):
             rows = positions[start : start + SAMPLES]
-            features = torch.from_numpy(store.gather("features", rows)).to(device).float()
+            features = gather_maps(store, rows, device)
             masks = torch.from_numpy(store.gather("masks", rows)).to(device)
             regions = Regions.of(features, masks, classes)
             sizes = regions.one_hot.sum(2)  # (B, K)

@@ -15,20 +15,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featurestore import VOID
+from stages.models.blocks import nearest_pixels
 
 
 def labels_at(masks: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Reduce masks (B, H, W) to the features' resolution (h, w), by each cell's first pixel.
 
-    Convolutions of stride 2 with symmetric padding centre an output on the first pixel, not on the
-    middle one (docs/choices.md).
+    Row i of the features has the mask rows from floor(i * H / h) to before floor((i + 1) * H / h);
+    columns likewise. These pixels are its cell. Convolutions of stride 2 with symmetric padding
+    centre an output on the first pixel, not on the middle one (docs/choices.md).
 
     Returns
     -------
     Tensor
         (B, h, w) int64.
     """
-    return masks[:, :: masks.shape[1] // size[0], :: masks.shape[2] // size[1]].long()
+    return nearest_pixels(masks, size).long()
+
+
+def fill_cells(values: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Give all mask pixels of a cell the value of its feature pixel.
+
+    :func:`labels_at` picks the same values again.
+
+    Parameters
+    ----------
+    values
+        (B, h, w).
+    size
+        (H, W) of the masks, h and w or larger.
+
+    Returns
+    -------
+    Tensor
+        (B, H, W).
+    """
+    rows, columns = (
+        ((torch.arange(side, device=values.device) + 1) * count - 1) // side
+        for side, count in zip(size, values.shape[1:], strict=True)
+    )
+    return values[:, rows[:, None], columns]
 
 
 def count_pixels(masks: Tensor) -> Tensor:

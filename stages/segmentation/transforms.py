@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featurestore import VOID
-from stages.segmentation.regions import count_pixels, draw_allowed
+from stages.segmentation.folds import Folds, expand_channels, mirror, unfolded_channels
+from stages.segmentation.regions import count_pixels, draw_allowed, fill_cells
 
 SHIFT = 1 / 8  # largest shift as a fraction of a side, as in DiffAugment
 CUT = 1 / 2  # fraction of a side, as in DiffAugment
@@ -29,7 +30,7 @@ Transform = Literal["flip", "translation", "cutout", "channel_dropout", "copy_pa
 
 
 def augment(
-    groups: list[Tensor], masks: Tensor, policy: Sequence[str], rng: torch.Generator
+    groups: list[Tensor], masks: Tensor, policy: Sequence[str], rng: torch.Generator, folds: Folds
 ) -> tuple[list[Tensor], Tensor]:
     """Apply the transformations of ``policy``, in its order.
 
@@ -38,11 +39,13 @@ def augment(
     groups
         Each (k*B, C, h, w), k draws of B masks.
     masks
-        (B, H, W) uint8, H and W multiples of h and w.
+        (B, H, W) uint8; h and w or larger.
     policy
         Names in :data:`TRANSFORMS`.
     rng
         Source of the random numbers, on the tensors' device.
+    folds
+        Layers of the features, as ``folds`` of the store's spec gives them.
 
     Returns
     -------
@@ -51,19 +54,26 @@ def augment(
     """
     groups = [group.unflatten(0, (-1, len(masks))) for group in groups]
     for name in policy:
-        groups, masks = TRANSFORMS[name](groups, masks, rng)
+        groups, masks = TRANSFORMS[name](groups, masks, rng, folds)
     return [group.flatten(0, 1) for group in groups], masks
 
 
-def flip(groups: Groups, masks: Tensor, rng: torch.Generator) -> tuple[Groups, Tensor]:
+def flip(
+    groups: Groups, masks: Tensor, rng: torch.Generator, folds: Folds
+) -> tuple[Groups, Tensor]:
     """Mirror half of the samples, left and right."""
     mirrored = torch.rand(len(masks), generator=rng, device=masks.device) < 0.5
-    flipped = [torch.where(mirrored[:, None, None, None], x.flip(-1), x) for x in groups]
+    flipped = [torch.where(mirrored[:, None, None, None], mirror(x, folds), x) for x in groups]
     return flipped, torch.where(mirrored[:, None, None], masks.flip(-1), masks)
 
 
-def translation(groups: Groups, masks: Tensor, rng: torch.Generator) -> tuple[Groups, Tensor]:
-    """Shift each sample by up to an eighth of its sides, by whole feature pixels."""
+def translation(
+    groups: Groups, masks: Tensor, rng: torch.Generator, folds: Folds
+) -> tuple[Groups, Tensor]:
+    """Shift each sample by up to an eighth of its sides, by whole feature pixels.
+
+    Masks are shifted by as many of their pixels, rounded.
+    """
     uniform = torch.rand(len(masks), 2, generator=rng, device=masks.device)
     return _translate(groups, masks, uniform.T, SHIFT)
 
@@ -90,15 +100,15 @@ def _shift(x: Tensor, shifts: list[Tensor], size: torch.Size, fill: int) -> Tens
     x
         (k, B, channels, rows, columns).
     shifts
-        Down and right, each (B,), in pixels of maps of size ``size``.
+        Down and right, each (B,) int64, in pixels of maps of size ``size``.
     size
-        (h, w); rows and columns are multiples of them.
+        (h, w).
     fill
         Value of the pixels that move in from outside.
     """
     for shift, dim in zip(shifts, (-2, -1), strict=True):
         pixels = x.shape[dim]
-        by = shift * (pixels // size[dim])
+        by = (2 * shift * pixels + size[dim]) // (2 * size[dim])  # shift * pixels / size, rounded
         source = torch.arange(pixels, device=x.device) - by[:, None]  # (B, pixels)
         layout = (1, len(by), 1, pixels, 1) if dim == -2 else (1, len(by), 1, 1, pixels)
         outside = ((source < 0) | (source >= pixels)).view(layout)
@@ -107,7 +117,9 @@ def _shift(x: Tensor, shifts: list[Tensor], size: torch.Size, fill: int) -> Tens
     return x
 
 
-def cutout(groups: Groups, masks: Tensor, rng: torch.Generator) -> tuple[Groups, Tensor]:
+def cutout(
+    groups: Groups, masks: Tensor, rng: torch.Generator, folds: Folds
+) -> tuple[Groups, Tensor]:
     """Empty a rectangle of half the sides of each sample, its centre anywhere."""
     height, width = groups[0].shape[-2:]
     centre = torch.rand(len(masks), 2, generator=rng, device=masks.device)
@@ -118,24 +130,32 @@ def cutout(groups: Groups, masks: Tensor, rng: torch.Generator) -> tuple[Groups,
         places = torch.arange(size, device=masks.device)
         inside.append((places >= first) & (places < first + cut))
     kept = ~(inside[0][:, :, None] & inside[1][:, None, :])  # (B, h, w)
-    tall, wide = masks.shape[1] // height, masks.shape[2] // width
-    kept_pixels = kept.repeat_interleave(tall, 1).repeat_interleave(wide, 2)  # (B, H, W)
+    kept_pixels = fill_cells(kept, masks.shape[1:])  # (B, H, W)
     return [x * kept[:, None] for x in groups], torch.where(kept_pixels, masks, VOID)
 
 
-def channel_dropout(groups: Groups, masks: Tensor, rng: torch.Generator) -> tuple[Groups, Tensor]:
-    """Empty a random tenth of the channels of each sample, as colour jitter does to images."""
-    kept = torch.rand(len(masks), groups[0].shape[2], generator=rng, device=masks.device) >= DROPPED
+def channel_dropout(
+    groups: Groups, masks: Tensor, rng: torch.Generator, folds: Folds
+) -> tuple[Groups, Tensor]:
+    """Empty a random tenth of the channels of each sample, as colour jitter does to images.
+
+    All sub-pixels of a folded channel are emptied together.
+    """
+    size = (len(masks), unfolded_channels(folds))
+    kept = torch.rand(size, generator=rng, device=masks.device) >= DROPPED
+    kept = expand_channels(kept, folds)  # (B, C)
     return [x * kept[:, :, None, None] for x in groups], masks
 
 
-def copy_paste(groups: Groups, masks: Tensor, rng: torch.Generator) -> tuple[Groups, Tensor]:
+def copy_paste(
+    groups: Groups, masks: Tensor, rng: torch.Generator, folds: Folds
+) -> tuple[Groups, Tensor]:
     """Paste a class of another sample over half of the samples.
 
     The pasted pixels are mirrored with probability 0.5 and shifted by up to a quarter of the sides:
     Copy-Paste (Ghiasi et al. 2021) and ClassMix (Olsson et al. 2021) of features. The class is any
     class of the other sample, except the one that covers most of it. A feature pixel is pasted
-    where most of its mask pixels are of the class.
+    where most of the mask pixels that it covers are of the class.
     """
     batch, device = len(masks), masks.device
     donors = torch.randperm(batch, generator=rng, device=device)
@@ -149,18 +169,17 @@ def copy_paste(groups: Groups, masks: Tensor, rng: torch.Generator) -> tuple[Gro
     mirrored = (draws[1] < 0.5)[:, None, None]
 
     given = [x[:, donors] for x in groups]
-    given = [torch.where(mirrored[..., None], x.flip(-1), x) for x in given]
+    given = [torch.where(mirrored[..., None], mirror(x, folds), x) for x in given]
     objects = torch.where(mirrored, masks[donors].flip(-1), masks[donors])
     given, objects = _translate(given, objects, draws[2:], PASTE_SHIFT)
     region = (objects == classes) & pasted[:, None, None]  # (B, H, W)
     height, width = groups[0].shape[-2:]
-    stride = (masks.shape[1] // height, masks.shape[2] // width)
-    cells = F.avg_pool2d(region.float(), stride) > 0.5  # (B, h, w)
+    cells = F.adaptive_avg_pool2d(region.float(), (height, width)) > 0.5  # (B, h, w)
     composed = [torch.where(cells[:, None], new, x) for new, x in zip(given, groups, strict=True)]
     return composed, torch.where(region, classes, masks)
 
 
-TRANSFORMS: dict[str, Callable[[Groups, Tensor, torch.Generator], tuple[Groups, Tensor]]] = {
+TRANSFORMS: dict[str, Callable[[Groups, Tensor, torch.Generator, Folds], tuple[Groups, Tensor]]] = {
     "flip": flip,
     "translation": translation,
     "cutout": cutout,

@@ -198,6 +198,7 @@ def test_a_step_equals_algorithm_1(
         make_accelerator("cpu", "no"),
         networks,
         objective,
+        folds=((features.shape[1], 1),),
         generator_lr=LR["generator"],
         discriminator_lr=LR["discriminator"],
         betas=(0.0, 0.9),

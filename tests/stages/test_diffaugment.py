@@ -8,6 +8,7 @@ import torch
 from stages.segmentation.transforms import TRANSFORMS, augment
 
 BATCH, CHANNELS, HEIGHT, WIDTH, STRIDE = 6, 9, 8, 12, 4
+FOLDS = ((CHANNELS, 1),)
 
 
 def sample() -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,7 +25,7 @@ def test_features_and_mask_move_together_and_real_and_generated_alike(name: str)
     features, masks = sample()
     twice = torch.cat([features, 10 * features])  # two draws a mask
     (real, fake), moved = augment(
-        [features, twice], masks, [name], torch.Generator().manual_seed(1)
+        [features, twice], masks, [name], torch.Generator().manual_seed(1), FOLDS
     )
     assert real.shape == features.shape
     assert moved.dtype == torch.uint8
@@ -41,7 +42,7 @@ def test_features_and_mask_move_together_and_real_and_generated_alike(name: str)
 def test_transformations_by_their_definitions() -> None:
     features, masks = sample()
     rng = torch.Generator().manual_seed(2)
-    (flipped,), _ = augment([features], masks, ["flip"], rng)
+    (flipped,), _ = augment([features], masks, ["flip"], rng, FOLDS)
     mirrored = [
         torch.equal(changed, before.flip(-1))
         for changed, before in zip(flipped, features, strict=True)
@@ -52,7 +53,7 @@ def test_transformations_by_their_definitions() -> None:
         for is_mirrored, changed, before in zip(mirrored, flipped, features, strict=True)
     )
 
-    (shifted,), moved = augment([features], masks, ["translation"], rng)
+    (shifted,), moved = augment([features], masks, ["translation"], rng, FOLDS)
     for changed, before in zip(shifted, features, strict=True):
         fits = []
         for down in (-1, 0, 1):  # an eighth of 8 and of 12, rounded
@@ -67,7 +68,7 @@ def test_transformations_by_their_definitions() -> None:
         assert sum(fits) == 1
     assert (moved == 255).any()
 
-    (cut,), holed = augment([features], masks, ["cutout"], rng)
+    (cut,), holed = augment([features], masks, ["cutout"], rng, FOLDS)
     for features_cut, mask in zip(cut, holed, strict=True):
         empty = (features_cut == 0).all(0)
         assert 0 < empty.sum() <= HEIGHT // 2 * WIDTH // 2
@@ -75,7 +76,7 @@ def test_transformations_by_their_definitions() -> None:
 
     many = torch.ones(50, 400, 1, 1)
     (dropped,), _ = augment(
-        [many], torch.zeros(50, 4, 4, dtype=torch.uint8), ["channel_dropout"], rng
+        [many], torch.zeros(50, 4, 4, dtype=torch.uint8), ["channel_dropout"], rng, ((400, 1),)
     )
     assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
 
@@ -84,8 +85,8 @@ def test_gradients_pass_and_a_seed_repeats_the_transformations() -> None:
     features, masks = sample()
     features.requires_grad_()
     every = [name for name in TRANSFORMS if name != "copy_paste"]
-    (first,), _ = augment([features], masks, every, torch.Generator().manual_seed(3))
-    (again,), _ = augment([features], masks, every, torch.Generator().manual_seed(3))
+    (first,), _ = augment([features], masks, every, torch.Generator().manual_seed(3), FOLDS)
+    (again,), _ = augment([features], masks, every, torch.Generator().manual_seed(3), FOLDS)
     assert torch.equal(first, again)
     first.sum().backward()
     assert set(features.grad.unique().tolist()) == {
@@ -103,7 +104,7 @@ def test_copy_paste_puts_a_class_of_another_sample_over_half_of_the_samples() ->
     features = classes[:, None].float().requires_grad_()
     masks = classes.repeat_interleave(4, 1).repeat_interleave(4, 2)
     (pasted_features,), moved = augment(
-        [features], masks, ["copy_paste"], torch.Generator().manual_seed(0)
+        [features], masks, ["copy_paste"], torch.Generator().manual_seed(0), ((1, 1),)
     )
     torch.testing.assert_close(pasted_features[:, 0], moved[:, ::4, ::4].float())
     changed = [
@@ -130,7 +131,7 @@ def test_copy_paste_leaves_samples_of_one_class_as_they_are() -> None:
     masks[:, :2] = 255
     features = torch.randn(4, 5, 2, 2)
     (pasted_features,), moved = augment(
-        [features], masks, ["copy_paste"], torch.Generator().manual_seed(0)
+        [features], masks, ["copy_paste"], torch.Generator().manual_seed(0), ((5, 1),)
     )
     assert torch.equal(pasted_features, features)
     assert torch.equal(moved, masks)

@@ -198,6 +198,52 @@ def test_slide_is_resize_where_one_window_covers(rule: str) -> None:
     )
 
 
+class Cells(nn.Module):
+    """A backbone whose features are the mean colours of h x w cells, for any H and W."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(images.float(), self.size)
+
+
+@pytest.mark.parametrize(
+    ("stride", "window", "cells"),
+    [(14, (126, 98), (9, 7)), (16, (64, 96), (4, 6)), (32, (90, 75), (12, 10))],
+)
+def test_windows_of_any_stride_are_joined_as_training_upsamples(
+    stride: int, window: tuple[int, int], cells: tuple[int, int]
+) -> None:
+    """H / h need not be an integer (the last case): the cells cover the window evenly."""
+    spec = dataclasses.replace(
+        SPEC, feature_shape=(3, *cells), mask_shape=window, output_stride=stride, palette=PALETTE
+    )
+    segmenter = Segmenter(Cells(cells), Nearest(), spec, device=torch.device("cpu"))
+
+    def expected(image: np.ndarray) -> np.ndarray:
+        """What a decoder's logits of one window, black outside of the image, are in training."""
+        height, width = image.shape[:2]
+        padded = np.pad(image, ((0, window[0] - height), (0, window[1] - width), (0, 0)))
+        pixels = torch.from_numpy(padded).permute(2, 0, 1)[None]
+        logits = Nearest()(Cells(cells)(pixels))
+        whole = F.interpolate(logits, size=window, mode="bilinear", align_corners=False)
+        return whole[0, :, :height, :width].softmax(0).numpy()
+
+    rng = np.random.default_rng(5)
+    image = rng.integers(0, 256, (*window, 3)).astype(np.uint8)
+    whole = segmenter.probabilities(image)
+    np.testing.assert_allclose(whole, expected(image), atol=1e-5)
+    part = image[: window[0] // 2 + 3, : window[1] - 5]
+    slid = segmenter.probabilities(part, mode="slide")
+    np.testing.assert_allclose(slid, expected(part), atol=1e-5)
+    wide = rng.integers(0, 256, (window[0], 2 * window[1], 3)).astype(np.uint8)
+    halves = [segmenter.probabilities(half) for half in np.split(wide, 2, axis=1)]
+    slid = segmenter.probabilities(wide, mode="slide", overlap=0.0)
+    np.testing.assert_allclose(slid, np.concatenate(halves, 2), atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["resize", "slide"])
 def test_a_batch_equals_its_images_one_by_one(mode: str) -> None:
     rng = np.random.default_rng(4)

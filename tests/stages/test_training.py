@@ -26,6 +26,7 @@ from stages.gan.gan_trainer import GanTrainer
 from stages.models.generator import Generator
 from stages.models.spectral import SpectralConv2d
 from stages.reporting.curves import read_curves
+from stages.segmentation.folds import Folds
 from stages.segmentation.metrics import confusion_matrix, score
 from stages.train_gan import TrainGanConfig
 from stages.training.checkpoint import Checkpoint
@@ -354,10 +355,12 @@ def test_what_the_gan_refuses(features: Path, tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="64 is more than the 10 samples"):
         run_gan(features, tmp_path, batch_size=64)
-    odd = dataclasses.replace(SPEC, feature_shape=(12, 9, 8), mask_shape=(72, 64), has_images=False)
+    small = dataclasses.replace(
+        SPEC, feature_shape=(12, 8, 7), mask_shape=(64, 56), has_images=False
+    )
     for name, spec in (
-        ("odd", odd),
-        ("plain", dataclasses.replace(odd, feature_shape=(12, 8, 8), mask_shape=(64, 64))),
+        ("small", small),
+        ("plain", dataclasses.replace(small, feature_shape=(12, 8, 8), mask_shape=(64, 64))),
     ):
         for split in ("train", "val"):
             with featurestore.create(tmp_path / name / split, spec) as writer:
@@ -369,9 +372,11 @@ def test_what_the_gan_refuses(features: Path, tmp_path: Path) -> None:
                         mask=np.zeros(spec.mask_shape, np.uint8),
                     )
     with pytest.raises(
-        ConfigError, match=r"extract.input_size: must be a multiple of 32 from 64 on"
+        ConfigError,
+        match=r"extract.input_size: \(64, 56\) gives features of 8 x 7 at stride 8, and the GAN"
+        r" needs 8 x 8; use 64 x 64 pixels or more",
     ):
-        run_gan(tmp_path / "odd", tmp_path)
+        run_gan(tmp_path / "small", tmp_path)
     with pytest.raises(SpecMismatchError, match="store_images"):
         run_gan(tmp_path / "plain", tmp_path, image_encoder=True)
     with pytest.raises(ConfigError, match="2 scales need features of 16 x 16 or more"):
@@ -596,7 +601,10 @@ def test_from_until_on_real_batches_take_the_place_of_added_ones(
     seen = []
     augment, decoder_loss = train_decoder.augment_features, train_decoder.decoder_loss
 
-    def look(names: tuple[str, ...], parts: list[Labelled], rng: torch.Generator) -> list[Labelled]:
+    def look(
+        names: tuple[str, ...], parts: list[Labelled], rng: torch.Generator, folds: Folds
+    ) -> list[Labelled]:
+        assert folds == ((12, 1),)
         real, *added = parts
         seen.append(
             (
@@ -604,7 +612,7 @@ def test_from_until_on_real_batches_take_the_place_of_added_ones(
                 [torch.equal(part.features, real.features) for part in added],
             )
         )
-        return augment(names, parts, rng)
+        return augment(names, parts, rng, folds)
 
     adjusted = []
     monkeypatch.setattr(train_decoder, "augment_features", look)
