@@ -25,7 +25,7 @@ import stages.data.images
 from featurestore import FeatureStore, FeatureStoreError, SampleError, SpecMismatchError
 from featurestore.disk_space import check_disk_space
 from featurestore.float16 import all_finite
-from featurestore.layers import Layer, map_shape
+from featurestore.layers import map_shape
 from featurestore.prefetch import prefetch
 from featurestore.writer import clear_after_publication
 from stages.backbones.backbone import Backbone, BackboneError
@@ -278,12 +278,7 @@ def _fill(
 
 
 def _spec(config: ExtractConfig, backbone: Backbone, classes: Classes) -> featurestore.StoreSpec:
-    device = next(backbone.parameters()).device
-    maps = backbone(torch.zeros(1, 3, *config.input_size, dtype=torch.uint8, device=device))
-    layers = [
-        Layer(layer.name, (len(features[0]), *features.shape[2:]))
-        for layer, features in zip(backbone.layers, maps, strict=True)
-    ]
+    layers = backbone.stored_layers(config.input_size)
     shape = map_shape(layers, config.input_size)
     named = layers if config.layers else []
     return featurestore.StoreSpec(

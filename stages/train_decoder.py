@@ -31,6 +31,7 @@ from stages.augment.base import (
 from stages.augment.hflip_views import training_views
 from stages.augment.registry import build_augmenter
 from stages.common.config import Beta, Config, LayerName, Listed, Once
+from stages.common.errors import ConfigError
 from stages.common.runtime import (
     Machine,
     distribute,
@@ -63,12 +64,21 @@ class TrainDecoderConfig(Config):
     layers: Annotated[tuple[LayerName, ...], Listed, Once] = Field(
         (), description="stored layers that the decoder reads; []: all"
     )
-    decoder: Literal["deeplab", "fcn"] = Field("deeplab", description="head")
-    width: int = Field(256, ge=1, description="channels of the deeplab head")
+    decoder: Literal["linear", "deeplab", "fcn", "deeplabv3plus"] = Field(
+        "deeplab", description="head; deeplabv3plus needs a layer finer than stride 8"
+    )
+    width: int = Field(256, ge=1, description="channels of the deeplab heads")
     atrous_rates: Annotated[
         tuple[Annotated[int, Field(ge=1)], ...], Listed, Field(min_length=1)
-    ] = Field((12, 24, 36), description="rates of the deeplab head; [6, 12] for 16 x 16 maps")
+    ] = Field((12, 24, 36), description="rates of the deeplab heads; [6, 12] for 16 x 16 maps")
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="null: 0.1 in linear and fcn, 0.5 in the deeplab heads"
+    )
     lr: float = Field(5e-4, gt=0, description="learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW, on weights of convolutions")
+    class_weight_cap: float = Field(
+        1.0, ge=1, description="largest weight of a rare class in the loss; 1: all weigh 1"
+    )
     lr_schedule: Literal["constant", "poly"] = Field(
         "constant", description="poly: falls to 0 with the steps"
     )
@@ -120,7 +130,8 @@ def run(
     seed_everything(seed)  # variants of a seed start with the same weights
     decoder = Decoder(**describe(config, spec))
     wrapped = distribute(accelerator, decoder, compile=machine.compile)
-    optimizer = torch.optim.Adam(decoder.parameters(), config.lr, config.betas, fused=True)
+    optimizer = make_optimizer(config, decoder)
+    loss_of = partial(decoder_loss, wrapped, class_weights(config, train, accelerator.device))
     steps = config.epochs * (config.repeats * len(train.positions("identity")) // config.batch_size)
     context = Context(name, accelerator, train, decoder, gan, seed, steps, machine)
     augmenter, best = build_augmenter(variant, context), Best()
@@ -156,9 +167,9 @@ def run(
                     real, *others = augment_features(variant.augment, batches, rng, spec.folds)
                     with accelerator.autocast():  # one forward a batch: BatchNorm must not mix them
                         adjust = augmenter.adjust_logits(real.masks)  # a function, or None
-                        loss = ce_real = decoder_loss(wrapped, real, adjust)
+                        loss = ce_real = loss_of(real, adjust)
                         with decoder.running_statistics(updated=variant.statistics == "all"):
-                            ce_added = [decoder_loss(wrapped, other) for other in others]
+                            ce_added = [loss_of(other) for other in others]
                     for other, cross_entropy in zip(others, ce_added, strict=True):
                         loss = loss + other.weight * cross_entropy
                     if added.generator_loss is not None:
@@ -212,13 +223,20 @@ def divide(batch: Batch, count: int) -> Iterator[Batch]:
 
 
 def decoder_loss(
-    decoder: nn.Module, batch: Labelled, adjust: LogitAdjustment | None = None
+    decoder: nn.Module,
+    weights: Tensor | None,
+    batch: Labelled,
+    adjust: LogitAdjustment | None = None,
 ) -> Tensor:
-    """Compute the cross-entropy of a batch's logits with its masks, weighted by their fractions."""
+    """Compute the cross-entropy of a batch's logits with its masks, weighted by their fractions.
+
+    ``weights`` (K,) are those of the classes; None: 1 each.
+    """
     features = batch.features.contiguous(memory_format=torch.channels_last)
     logits = decoder(features, adjust=adjust)
     losses = [
-        fraction * upsampled_cross_entropy(logits, masks) for masks, fraction in batch.targets
+        fraction * upsampled_cross_entropy(logits, masks, weights)
+        for masks, fraction in batch.targets
     ]
     return torch.stack(losses).sum()
 
@@ -226,6 +244,35 @@ def decoder_loss(
 def mean_of(ce_added: list[Tensor]) -> dict[str, Tensor]:
     """Name the mean cross-entropy of the added batches as it is logged, if there are any."""
     return {"decoder/ce_added": torch.stack(ce_added).mean()} if ce_added else {}
+
+
+def make_optimizer(config: TrainDecoderConfig, decoder: Decoder) -> torch.optim.Optimizer:
+    """Make AdamW (Loshchilov and Hutter 2019); biases and BatchNorm are not decayed."""
+    kinds: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in decoder.parameters():
+        kinds[parameter.ndim > 1].append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0}
+        for decayed, parameters in kinds.items()
+    ]
+    return torch.optim.AdamW(groups, config.lr, config.betas, fused=True)
+
+
+def class_weights(
+    config: TrainDecoderConfig, store: FeatureStore, device: torch.device
+) -> Tensor | None:
+    """Compute the weight of each class in the loss.
+
+    Returns
+    -------
+    Tensor or None
+        (K,) float32: how many times as many pixels the most frequent class has, at most
+        ``class_weight_cap``, which a class without a pixel gets. None where the cap is 1.
+    """
+    if config.class_weight_cap == 1:
+        return None
+    pixels = torch.from_numpy(store.stats.class_pixels).to(device).float()
+    return (pixels.max() / pixels).clamp(max=config.class_weight_cap)
 
 
 def set_learning_rate(
@@ -296,6 +343,8 @@ def describe(config: TrainDecoderConfig, spec: StoreSpec) -> dict[str, Any]:
         "num_classes": spec.num_classes,
         "width": config.width,
         "atrous_rates": config.atrous_rates,
+        "dropout": config.dropout,
+        "folds": spec.folds,
     }
 
 
@@ -329,7 +378,8 @@ def open_stores(
     SpecMismatchError
         When two splits have different specs, or one has no labelled pixel.
     ConfigError
-        When a batch does not divide over the processes, or is larger than an epoch.
+        When a batch does not divide over the processes, or is larger than an epoch; when the
+        decoder needs a layer that is not stored.
     FeatureStoreError
         When a store is missing or damaged.
     """
@@ -348,6 +398,13 @@ def open_stores(
             message = "its masks have no labelled pixel: nothing to learn or to score"
             raise SpecMismatchError(message, path=store.path)
     check_batch(config, train, processes, "train_decoder")
+    if config.decoder == "deeplabv3plus" and len({factor for _, factor in train.spec.folds}) < 2:
+        message = (
+            f"deeplabv3plus needs a layer finer than stride 8 and a deeper one; {train.path} has"
+            f" {', '.join(train.spec.layer_names) or 'one layer'}: add one to extract.layers, and"
+            " to train_decoder.layers"
+        )
+        raise ConfigError("train_decoder.decoder", message)
     verify_stores(*stores.values(), workers=machine.workers)
     return stores
 

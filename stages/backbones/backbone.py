@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from featurestore.layers import Layer
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Triple = tuple[float, float, float]
 DILATED_STRIDE = 8  # image pixels a feature pixel of a dilated network, along each side
@@ -132,6 +134,14 @@ class Backbone(nn.Module):
         normalised = images.to(self._scale.dtype) * self._scale + self._shift
         output = self.network(normalised)
         return list(output.values() if isinstance(output, dict) else output)
+
+    def stored_layers(self, size: tuple[int, int]) -> list[Layer]:
+        """Describe what a store holds of each layer for images (H, W), by computing one."""
+        images = torch.zeros(1, 3, *size, dtype=torch.uint8, device=self._scale.device)
+        return [
+            Layer(layer.name, (features.shape[1], features.shape[2], features.shape[3]))
+            for layer, features in zip(self.layers, self(images), strict=True)
+        ]
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Refuse images (H, W) that the network cannot take.

@@ -91,6 +91,8 @@ def _cnn(
     network = _create(name, timm_name, out_indices=indices, **options)  # no deeper layers
     network.load_state_dict({tensor: state[tensor] for tensor in network.state_dict()})
     backbone = _backbone(name, network, network.pretrained_cfg, chosen)
+    if weights is None:
+        return backbone
     # Only a network that ends in a ReLU has no negative feature on noise.
     rng = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (2, 3, 64, 64), generator=rng, dtype=torch.uint8)
@@ -109,8 +111,8 @@ def _transformer(
     from timm.models._features import FeatureGetterNet
 
     # A ViT that interpolates its position embeddings takes any size; others are made for one.
-    choices = [{"dynamic_img_size": True}, {} if size is None else {"img_size": size}, {}]
-    for options in choices:
+    choices: list[dict[str, Any]] = [{"dynamic_img_size": True}, {"img_size": size}, {}]
+    for options in choices if size else (choices[0], {}):
         with suppress(BackboneError):
             model = _create(name, timm_name, num_classes=0, **options)
             break
@@ -131,7 +133,7 @@ def _transformer(
     if dilate and not is_vit and strides[indices[-1]] > DILATED_STRIDE:
         raise BackboneError(f"{name} cannot be dilated to stride 8; set it to false", "dilate")
     norm = "hiera" not in type(model).__module__  # timm does not normalise Hiera's features
-    network = FeatureGetterNet(model, out_indices=indices, norm=norm)
+    network = FeatureGetterNet(model, out_indices=tuple(indices), norm=norm)
     channels = network.feature_info.channels()
     chosen = [
         BackboneLayer(names[index], count, strides[index])

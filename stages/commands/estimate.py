@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from stages.common.text_table import markdown
 
 if TYPE_CHECKING:
     from featurestore import StoreSpec
+    from featurestore.layers import Layer
     from stages.commands.params import Params
     from stages.estimate.step_cost import Cost
 
@@ -91,8 +92,11 @@ def estimate(
         },
         num_classes=cases[0].classes,
         ratios=joint_ratios(params.compared),
+        layers=params.extract.layers,
+        dilate=params.extract.dilate,
+        decoder_layers=decoder.layers,
     )
-    costs, shape = step_cost.count(setup)
+    costs, layers = step_cost.count(setup)
     seconds = None
     if measure:
         batches = {
@@ -106,7 +110,7 @@ def estimate(
             "decoder": decoder.mixed_precision,
         }
         seconds = step_cost.measure(setup, batches, precisions, device=_device(device))
-    results = [_estimate(data, params, costs, shape, seconds, tflops) for data in cases]
+    results = [_estimate(data, params, costs, layers, seconds, tflops) for data in cases]
     hours = "hours, measured" if measure else f"hours at {tflops:g} TFLOP/s" if tflops else None
     if as_json:
         click.echo(json.dumps(results if len(results) > 1 else results[0], indent=1))
@@ -168,7 +172,7 @@ def _estimate(
     data: Data,
     params: Params,
     costs: Mapping[str, Cost],
-    shape: tuple[int, ...],
+    layers: Sequence[Layer],
     seconds: Mapping[str, float] | None,
     tflops: float | None,
 ) -> dict[str, Any]:
@@ -177,7 +181,7 @@ def _estimate(
 
     extract, gan, decoder = params.extract, params.train_gan, params.train_decoder
     variants, seeds = params.compared, len(params.compare.seeds)
-    spec = _store_spec(params, shape, data.classes)
+    spec = _store_spec(params, layers, data.classes)
     stores = sizes.store_rows(spec, len(extract.views), data.images)
     features = sum(row["bytes"] for row in stores)
     models = sizes.model_bytes(costs, variants, seeds)
@@ -193,7 +197,7 @@ def _estimate(
     }
     return {
         **asdict(data),
-        "features": list(shape),
+        "features": list(spec.feature_shape),
         "compression": extract.compression,
         "stores": stores,
         "disk": [
@@ -209,21 +213,22 @@ def _estimate(
     }
 
 
-def _store_spec(params: Params, feature_shape: tuple[int, ...], num_classes: int) -> StoreSpec:
+def _store_spec(params: Params, layers: Sequence[Layer], num_classes: int) -> StoreSpec:
     """Return the spec of the stores that extract will write, as far as sizes depend on it."""
     from featurestore import StoreSpec
-    from stages.backbones.backbone import OUTPUT_STRIDE
+    from featurestore.layers import map_shape
 
     extract = params.extract
-    channels, height, width = feature_shape
+    shape = map_shape(layers, extract.input_size)
+    named = layers if extract.layers else ()
     return StoreSpec(
-        feature_shape=(channels, height, width),
+        feature_shape=shape,
         mask_shape=extract.input_size,
         class_names=tuple(map(str, range(num_classes))),
         palette=((0, 0, 0),) * num_classes,
         backbone=extract.backbone,
         weights_digest="",
-        output_stride=OUTPUT_STRIDE,
+        output_stride=round(extract.input_size[0] / shape[1]),
         normalization_mean=(0, 0, 0),
         normalization_std=(1, 1, 1),
         resize=extract.resize,
@@ -232,6 +237,8 @@ def _store_spec(params: Params, feature_shape: tuple[int, ...], num_classes: int
         feature_dtype=extract.feature_dtype,
         has_images=extract.store_images,
         compression=extract.compression,
+        layer_names=tuple(layer.name for layer in named),
+        layer_shapes=tuple(layer.shape for layer in named),
     )
 
 

@@ -15,7 +15,6 @@ from typing_extensions import Self
 
 from stages.augment.base import VariantConfig
 from stages.augment.registry import VARIANTS, Variant
-from stages.backbones.backbone import OUTPUT_STRIDE
 from stages.common.config import Config, Plain, parse, read_params, with_settings
 from stages.common.errors import ConfigError
 from stages.common.runtime import check_batch_divides
@@ -24,7 +23,7 @@ from stages.extract import ExtractConfig, check_spec
 from stages.gan.monitor import MonitorConfig
 from stages.report import CompareConfig, ReportConfig
 from stages.train_decoder import TrainDecoderConfig
-from stages.train_gan import TrainGanConfig, check_input_size
+from stages.train_gan import TrainGanConfig
 
 WIDTH, COMMENTS = 100, 36  # columns of params.yaml, and where its comments begin
 AUGMENT = ["flip", "translation", "channel_dropout", "cutout"]
@@ -92,7 +91,6 @@ class Params(Config):
             check_batch_divides(
                 training.batch_size, 1, training.gradient_accumulation, f"{key}.batch_size"
             )
-        check_input_size(self.extract.input_size, OUTPUT_STRIDE)
         if self.train_gan.image_encoder and not self.extract.store_images:
             message = "train_gan.image_encoder reads the images; set it to true"
             raise ConfigError("extract.store_images", message)

@@ -20,15 +20,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from featurestore.dataset import Batch
+from featurestore.layers import Layer, fold, map_shape
 from stages.augment.featuregan import FeatureGANConfig, JointFeatureGAN
-from stages.backbones import build
-from stages.backbones.backbone import OUTPUT_STRIDE, BackboneError
+from stages.backbones.backbone import Backbone, BackboneError
+from stages.backbones.build import build_backbone
 from stages.common.errors import ConfigError
 from stages.common.runtime import Machine, make_accelerator
 from stages.gan.families import build_trainer
 from stages.gan.networks import build_networks
 from stages.models import aspp, winograd
 from stages.models.decoder import Decoder
+from stages.segmentation.folds import Folds
 from stages.segmentation.upsampled_loss import interpolation, upsampled_cross_entropy
 from stages.training.update import backward
 
@@ -61,12 +63,14 @@ class Setup:
 
     Attributes
     ----------
-    backbone, input_size
+    backbone, input_size, layers, dilate
         As in section ``extract`` of the parameters; (H, W) pixels.
     gan
         Section ``train_gan``.
     head
         Keys ``head``, ``width`` and ``atrous_rates`` of :class:`stages.models.decoder.Decoder`.
+    decoder_layers
+        Stored layers that decoders read; empty: all.
     num_classes
         Of the data set.
     ratios
@@ -79,6 +83,9 @@ class Setup:
     head: Mapping[str, Any]
     num_classes: int
     ratios: Sequence[int] = ()
+    layers: Sequence[str] = ()
+    dilate: bool = True
+    decoder_layers: Sequence[str] = ()
 
 
 class Workload:
@@ -98,29 +105,32 @@ class Workload:
         size = (batch, *setup.input_size)
         torch.manual_seed(0)
         with torch.device(device):
-            self.backbone = untrained_backbone(setup.backbone)
-            self.images = torch.rand(batch, 3, *setup.input_size)
+            self.backbone = untrained_backbone(setup)
+            self.images = torch.randint(0, 256, (batch, 3, *setup.input_size), dtype=torch.uint8)
             masks = torch.randint(0, setup.num_classes, size, dtype=torch.uint8)
-            self.extract_step()
-            channels, *rest = self.features.shape[1:]
+            self.layers = self.backbone.stored_layers(setup.input_size)
+            features, folds = self._features(setup, setup.gan["layers"], batch)
             architecture = {
                 **setup.gan,
-                "feature_shape": (channels, *rest),
-                "output_stride": OUTPUT_STRIDE,
+                "feature_shape": features.shape[1:],
+                "output_stride": round(setup.input_size[0] / features.shape[2]),
                 "nonnegative": True,
                 "num_classes": setup.num_classes,
             }
             networks = build_networks(architecture)
+            self.features, decoder_folds = self._features(setup, setup.decoder_layers, batch)
             self.decoder = Decoder(
-                **setup.head, in_channels=channels, num_classes=setup.num_classes
+                **setup.head,
+                in_channels=self.features.shape[1],
+                num_classes=setup.num_classes,
+                folds=decoder_folds,
             )
         accelerator = make_accelerator(device, "no")  # the precision is that of the caller
         self.trainer = build_trainer(
-            accelerator, networks, setup.gan, Machine(device=device), ((channels, 1),)
+            accelerator, networks, setup.gan, Machine(device=device), folds
         )
         self.trainer.steps = 1  # R1 is added every few steps, not in this one
-        images = (255 * self.images).byte()
-        self.batch = Batch(torch.arange(batch), self.features, masks, images)
+        self.batch = Batch(torch.arange(batch), features, masks, self.images)
         self.rng = torch.Generator(device).manual_seed(0)
         self.ratios = setup.ratios
 
@@ -138,11 +148,16 @@ class Workload:
             },
         }
 
-    @torch.no_grad()
+    def _features(self, setup: Setup, names: Sequence[str], batch: int) -> tuple[Tensor, Folds]:
+        """Make random features (B, C, h, w) of some of the layers, and describe them."""
+        layers = [layer for layer in self.layers if not names or layer.name in names]
+        shape = map_shape(layers, setup.input_size)
+        folds = [(layer.shape[0], fold(layer, shape[1:])) for layer in layers]
+        return torch.rand(batch, *shape), folds
+
     def extract_step(self) -> None:
         """Run the frozen backbone."""
-        output = self.backbone(self.images)
-        self.features: Tensor = output[-1] if isinstance(output, (list, tuple)) else output
+        self.backbone(self.images)
 
     def generate_step(self) -> None:
         """Run a frozen generator."""
@@ -175,8 +190,8 @@ class Workload:
         backward(self.trainer.accelerator, *added.discriminator_losses, (loss, trained))
 
 
-def count(setup: Setup) -> tuple[dict[str, Cost], tuple[int, ...]]:
-    """Count the cost of every kind of step; return it with the features' (C, h, w).
+def count(setup: Setup) -> tuple[dict[str, Cost], list[Layer]]:
+    """Count the cost of every kind of step; return it with the layers that are stored.
 
     PyTorch's fake tensors have shapes and no values: nothing is computed, nothing downloaded, no
     memory taken.
@@ -194,7 +209,7 @@ def count(setup: Setup) -> tuple[dict[str, Cost], tuple[int, ...]]:
                     step()
                 operations = counter.get_total_flops() / BATCH
                 costs[name] = Cost(operations, ADAM * weights, kept.bytes / BATCH)
-            return costs, tuple(work.features.shape[1:])
+            return costs, work.layers
     finally:
         interpolation.cache_clear()
 
@@ -299,15 +314,21 @@ def _synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def untrained_backbone(name: str) -> nn.Module:
-    """Build the network of a backbone without its weights.
+def untrained_backbone(setup: Setup) -> Backbone:
+    """Build a backbone without its weights.
 
     Raises
     ------
     ConfigError
-        When timm's network of this name gives no dense features.
+        When it has no such layers, or cannot take the images.
     """
     try:
-        return build.untrained_backbone(name)
+        return build_backbone(
+            name=setup.backbone,
+            weights=None,
+            layers=setup.layers,
+            dilate=setup.dilate,
+            size=setup.input_size,
+        )
     except BackboneError as error:
-        raise ConfigError("extract.backbone", str(error)) from error
+        raise ConfigError(f"extract.{error.key}", str(error)) from error

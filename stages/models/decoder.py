@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from stages.models.aspp import ASPP
 from stages.models.blocks import autocast_dtype, xavier_
+from stages.models.deeplabv3plus import DeepLabV3Plus
 
 Adjust = Callable[[Tensor, Tensor, nn.Conv2d], Tensor]
 
 
 class Decoder(nn.Module):
-    """A torchvision head whose logits are interpolated bilinearly to the size of the masks.
+    """A head whose logits are interpolated bilinearly to the size of the masks.
 
     At ``width`` 256 the ``deeplab`` head has the tensors of torchvision's ``deeplabv3_resnet*``,
     named ``head`` instead of ``classifier``.
@@ -24,15 +25,27 @@ class Decoder(nn.Module):
     Parameters
     ----------
     head
-        ``deeplab`` (atrous spatial pyramid pooling, Chen et al. 2017) or ``fcn``.
+        ``linear`` (BatchNorm, dropout, 1 x 1 convolution: the recipe of DINOv2 and DINOv3),
+        ``deeplab`` (atrous spatial pyramid pooling, Chen et al. 2017), ``fcn``, or
+        ``deeplabv3plus`` (Chen et al. 2018), whose logits have the size of the finest layer.
     in_channels
         C.
     num_classes
         K.
     width
-        A, channels of the ASPP's branches; ``deeplab`` only.
+        A, channels of the ASPP's branches; ``deeplab`` and ``deeplabv3plus`` only.
     atrous_rates
-        Dilations of the ASPP's 3 x 3 branches; ``deeplab`` only.
+        Dilations of the ASPP's 3 x 3 branches; ``deeplab`` and ``deeplabv3plus`` only.
+    dropout
+        Probability of dropout. Default: 0.1 in ``linear`` and ``fcn``, 0.5 after the ASPP.
+    folds
+        (c, r) of each layer of the map, see :attr:`featurestore.StoreSpec.folds`; read by
+        ``deeplabv3plus``. Default: one layer.
+
+    Raises
+    ------
+    ValueError
+        When ``deeplabv3plus`` has no fine layer.
     """
 
     def __init__(
@@ -42,13 +55,24 @@ class Decoder(nn.Module):
         in_channels: int,
         num_classes: int,
         width: int = 256,
-        atrous_rates: tuple[int, ...] = (12, 24, 36),
+        atrous_rates: Sequence[int] = (12, 24, 36),
+        dropout: float | None = None,
+        folds: Sequence[tuple[int, int]] = (),
     ) -> None:
         super().__init__()
         if head == "fcn":  # imported here because the import takes a second
             from torchvision.models.segmentation.fcn import FCNHead
 
             self.head: nn.Sequential = FCNHead(in_channels, num_classes)
+        elif head == "linear":
+            self.head = nn.Sequential(
+                nn.BatchNorm2d(in_channels), nn.Dropout(0.1), nn.Conv2d(in_channels, num_classes, 1)
+            )
+        elif head == "deeplabv3plus":
+            self.head = nn.Sequential(
+                DeepLabV3Plus(folds or [(in_channels, 1)], width, atrous_rates),
+                nn.Conv2d(width, num_classes, 1),
+            )
         else:
             self.head = nn.Sequential(
                 ASPP(in_channels, width, atrous_rates),
@@ -57,6 +81,9 @@ class Decoder(nn.Module):
                 nn.ReLU(),
                 nn.Conv2d(width, num_classes, 1),
             )
+        for layer in self.modules():
+            if dropout is not None and isinstance(layer, nn.Dropout):
+                layer.p = dropout
         xavier_(self, gain=1.0)
 
     @property
@@ -95,7 +122,7 @@ class Decoder(nn.Module):
         features
             (B, C, h, w) in the scale of the backbone.
         size
-            (H, W) of the masks. Default: the features' (h, w).
+            (H, W) of the masks. Default: the head's own size (h, w).
         adjust
             Changes the logits in training. It takes the last layer's input (B, A, h, w), its output
             (B, K, h, w) and the layer.

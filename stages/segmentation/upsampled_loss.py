@@ -15,7 +15,7 @@ from featurestore import VOID
 from stages.common.distributed import average_over_processes
 
 
-def upsampled_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+def upsampled_cross_entropy(logits: Tensor, masks: Tensor, weights: Tensor | None = None) -> Tensor:
     """Compute equation 3.7 of bilinearly upsampled logits.
 
     The mean over the labelled pixels of the whole batch; 0 where there is none. Value and gradient
@@ -30,16 +30,20 @@ def upsampled_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
         (B, K, h, w), any float type.
     masks
         (B, H, W) uint8; 255 is left out.
+    weights
+        (K,) weight of the pixels of each class; the mean is weighted. Default: 1 each.
     """
-    total = _SumOfCrossEntropies.apply(logits, masks)
-    return total / average_over_processes((masks != VOID).sum().float()).clamp(min=1)
+    total = _SumOfCrossEntropies.apply(logits, masks, weights)
+    known = masks != VOID
+    counted = known.sum().float() if weights is None else weights[masks[known].long()].sum()
+    return total / average_over_processes(counted).clamp(min=1)
 
 
 class _SumOfCrossEntropies(Function):
     """The sum over the labelled pixels."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, masks: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, masks: Tensor, weights: Tensor | None) -> Tensor:
         device, coarse = logits.device, logits.float().contiguous()
         gradient, losses = torch.empty_like(coarse), []
         with torch.autocast(device.type, enabled=False):
@@ -51,14 +55,17 @@ class _SumOfCrossEntropies(Function):
                 labels = masks[image].long().view(-1, *masks.shape[1:])
                 known = labels != VOID
                 labels = torch.where(known, labels, 0).unsqueeze(1)  # (b, 1, H, W)
+                weight = (
+                    known.unsqueeze(1) if weights is None else weights[labels] * known.unsqueeze(1)
+                )
                 # (b, K, h, w) -> (b, K, H, W): one array for logits, exponentials and gradient
                 fine = rows @ coarse[image].view(-1, *coarse.shape[1:]) @ columns.T
                 fine -= fine.amax(1, keepdim=True)
                 of_label = fine.gather(1, labels)
                 partition = fine.exp_().sum(1, keepdim=True)
-                losses.append(((partition.log() - of_label) * known.unsqueeze(1)).sum())
-                fine *= known.unsqueeze(1) / partition
-                fine.scatter_add_(1, labels, -known.unsqueeze(1).float())
+                losses.append(((partition.log() - of_label) * weight).sum())
+                fine *= weight / partition
+                fine.scatter_add_(1, labels, -weight.float())
                 gradient[image] = (rows.T @ fine @ columns).view(gradient[image].shape)
         ctx.save_for_backward(gradient)
         ctx.dtype = logits.dtype
@@ -66,9 +73,9 @@ class _SumOfCrossEntropies(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (factor * gradient).to(ctx.dtype), None
+        return (factor * gradient).to(ctx.dtype), None, None
 
 
 @cache

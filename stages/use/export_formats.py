@@ -27,7 +27,11 @@ from stages.use.segmenter import MapNetwork
 
 METADATA = "metadata.json"  # name of the extra file in a .pt2
 MIN_SIDE = 32  # pixels; smaller images leave nearly empty feature maps
-TORCHVISION = {"width": 256, "atrous_rates": [12, 24, 36]}  # of torchvision's deeplabv3_resnet*
+TORCHVISION = {
+    "head": "deeplab",
+    "width": 256,
+    "atrous_rates": [12, 24, 36],
+}  # of torchvision's deeplabv3_resnet*
 ONNX_BYTES = 2**31  # maximum of a protobuf file
 
 Size = tuple[int, int]  # (H, W)
