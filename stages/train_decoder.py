@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from stages.augment.base import (
 from stages.augment.hflip_views import training_views
 from stages.augment.registry import build_augmenter
 from stages.common.config import Beta, Config, Listed
+from stages.common.errors import ConfigError
 from stages.common.runtime import (
     Machine,
     distribute,
@@ -40,12 +42,15 @@ from stages.common.runtime import (
 from stages.common.runtime import generator as random_generator
 from stages.gan.monitor import MEASURED, MonitorConfig
 from stages.models.decoder import Decoder
+from stages.models.deeplabv3plus import has_pyramid
+from stages.segmentation.class_weights import class_weights
 from stages.segmentation.evaluation import evaluate, evaluate_images
 from stages.segmentation.metrics import IMAGES_NAME, Scores, score, total
 from stages.segmentation.upsampled_loss import upsampled_cross_entropy
+from stages.training.best import Best
 from stages.training.models import CONFIG_NAME, save_weights
 from stages.training.session import Session, check_batch
-from stages.training.update import backward, step_and_zero_grad
+from stages.training.update import adamw, backward, step_and_zero_grad
 
 FOR_AUGMENTER, FOR_ALL = 1, 2  # purposes of random numbers, a part of their seeds
 
@@ -59,16 +64,25 @@ class TrainDecoderConfig(Config):
         32, ge=2, description="samples a step; BatchNorm after global pooling needs two"
     )
     gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step, to save memory")
-    decoder: Literal["deeplab", "fcn"] = Field("deeplab", description="head")
-    width: int = Field(256, ge=1, description="channels of the deeplab head")
+    decoder: Literal["linear", "deeplab", "fcn", "deeplabv3plus"] = Field(
+        "deeplab", description="head; deeplabv3plus needs a layer finer than the grid"
+    )
+    width: int = Field(256, ge=1, description="channels of the deeplab heads")
     atrous_rates: Annotated[
         tuple[Annotated[int, Field(ge=1)], ...], Listed, Field(min_length=1)
-    ] = Field((12, 24, 36), description="rates of the deeplab head; [6, 12] for 16 x 16 maps")
+    ] = Field((12, 24, 36), description="rates of the deeplab heads; [6, 12] for 16 x 16 maps")
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="null: 0.5 for deeplab, 0.1 for the others"
+    )
     lr: float = Field(5e-4, gt=0, description="learning rate")
     lr_schedule: Literal["constant", "poly"] = Field(
         "constant", description="poly: falls to 0 with the steps"
     )
     betas: Annotated[tuple[Beta, Beta], Listed] = Field((0.9, 0.999), description="of Adam")
+    weight_decay: float = Field(0.0, ge=0, description="of convolution weights (AdamW)")
+    class_weight_cap: float = Field(
+        1.0, ge=1, description="largest weight of a rare class in the loss; 1: all weigh 1"
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         "no", description="of the decoder and of a GAN trained with it; fp16 needs a GPU"
     )
@@ -115,7 +129,8 @@ def run(
     seed_everything(seed)  # variants of a seed start with the same weights
     decoder = Decoder(**describe(config, spec))
     wrapped = distribute(accelerator, decoder, compile=machine.compile)
-    optimizer = torch.optim.Adam(decoder.parameters(), config.lr, config.betas, fused=True)
+    optimizer = adamw(decoder, config.lr, config.betas, config.weight_decay)
+    loss_of = partial(decoder_loss, wrapped, class_weights=weights_of(config, train, accelerator))
     steps = config.epochs * (config.repeats * len(train.positions("identity")) // config.batch_size)
     context = Context(name, accelerator, train, decoder, gan, seed, steps, machine)
     augmenter, best = build_augmenter(variant, context), Best()
@@ -150,10 +165,9 @@ def run(
                     rng = make_rng(FOR_ALL, rank)
                     real, *others = augment_features(variant.augment, batches, rng)
                     with accelerator.autocast():  # one forward a batch: BatchNorm must not mix them
-                        adjust = augmenter.adjust_logits(real.masks)  # a function, or None
-                        loss = ce_real = decoder_loss(wrapped, real, adjust)
+                        loss = ce_real = loss_of(real, augmenter.adjust_logits(real.masks))
                         with decoder.running_statistics(updated=variant.statistics == "all"):
-                            ce_added = [decoder_loss(wrapped, other) for other in others]
+                            ce_added = [loss_of(other) for other in others]
                     for other, cross_entropy in zip(others, ce_added, strict=True):
                         loss = loss + other.weight * cross_entropy
                     if added.generator_loss is not None:
@@ -206,14 +220,29 @@ def divide(batch: Batch, count: int) -> Iterator[Batch]:
         yield replace(samples, features=features)
 
 
+def weights_of(
+    config: TrainDecoderConfig, store: FeatureStore, accelerator: Accelerator
+) -> Tensor | None:
+    """Compute the weights (K,) of the classes from all training masks; None: all weigh 1."""
+    pixels = store.stats.class_pixels
+    return class_weights(pixels, config.class_weight_cap, accelerator.device)
+
+
 def decoder_loss(
-    decoder: nn.Module, batch: Labelled, adjust: LogitAdjustment | None = None
+    decoder: nn.Module,
+    batch: Labelled,
+    adjust: LogitAdjustment | None = None,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
-    """Compute the cross-entropy of a batch's logits with its masks, weighted by their fractions."""
+    """Compute the cross-entropy of a batch's logits with its masks, weighted by their fractions.
+
+    ``class_weights`` (K,) weigh the pixels of each class.
+    """
     features = batch.features.contiguous(memory_format=torch.channels_last)
     logits = decoder(features, adjust=adjust)
     losses = [
-        fraction * upsampled_cross_entropy(logits, masks) for masks, fraction in batch.targets
+        fraction * upsampled_cross_entropy(logits, masks, class_weights)
+        for masks, fraction in batch.targets
     ]
     return torch.stack(losses).sum()
 
@@ -245,30 +274,6 @@ def named(scores: Scores) -> dict[str, float]:
     }
 
 
-@dataclass
-class Best:
-    """Weights of the epoch with the best mIoU on the validation split."""
-
-    miou: float = -1.0
-    epoch: int = -1
-    weights: dict[str, Tensor] = field(default_factory=dict)
-
-    def update(self, miou: float, epoch: int, decoder: Decoder) -> None:
-        """Copy the decoder's weights if they score better than all before."""
-        if miou > self.miou:
-            weights = decoder.state_dict().items()
-            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in weights}
-            self.miou, self.epoch = miou, epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state, of tensors and plain values."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        vars(self).update(state)
-
-
 # -- before and after the loop -------------------------------------------------------------------
 
 
@@ -280,7 +285,32 @@ def describe(config: TrainDecoderConfig, spec: StoreSpec) -> dict[str, Any]:
         "num_classes": spec.num_classes,
         "width": config.width,
         "atrous_rates": config.atrous_rates,
+        "dropout": config.dropout,
+        "folds": spec.folds,
     }
+
+
+def check_decoder(config: TrainDecoderConfig, store: FeatureStore) -> None:
+    """Refuse a decoder that needs layers which the store lacks.
+
+    Raises
+    ------
+    ConfigError
+        When ``deeplabv3plus`` has no layer on the grid, or none that is finer.
+    """
+    spec = store.spec
+    if config.decoder != "deeplabv3plus" or has_pyramid(spec.folds):
+        return
+    grid = " x ".join(map(str, spec.feature_shape[1:]))
+    stored = ", ".join(
+        f"{layer.name or spec.backbone} {layer.shape[1]} x {layer.shape[2]}"
+        for layer in spec.layers
+    )
+    message = (
+        f"deeplabv3plus needs a layer on the grid {grid} and a finer one, found {stored} in"
+        f" {store.path}; add a layer of stride 4 to extract.layers, or choose another decoder"
+    )
+    raise ConfigError("train_decoder.decoder", message, actual=spec.folds)
 
 
 def identify(
@@ -313,7 +343,8 @@ def open_stores(
     SpecMismatchError
         When two splits have different specs, or one has no labelled pixel.
     ConfigError
-        When a batch does not divide over the processes, or is larger than an epoch.
+        When a batch does not divide over the processes, or is larger than an epoch; when the stores
+        lack a layer that the decoder needs.
     FeatureStoreError
         When a store is missing or damaged.
     """
@@ -329,6 +360,7 @@ def open_stores(
             message = "its masks have no labelled pixel: nothing to learn or to score"
             raise SpecMismatchError(message, path=store.path)
     check_batch(config, train, processes, "train_decoder")
+    check_decoder(config, train)
     verify_stores(*stores.values(), workers=machine.workers)
     return stores
 

@@ -111,9 +111,12 @@ class Workload:
                 "num_classes": setup.num_classes,
             }
             networks = build_networks(architecture)
-            self.decoder = Decoder(
-                **setup.head, in_channels=channels, num_classes=setup.num_classes
-            )
+            try:
+                self.decoder = Decoder(
+                    **setup.head, in_channels=channels, num_classes=setup.num_classes
+                )
+            except ValueError as error:
+                raise ConfigError("train_decoder.decoder", str(error)) from error
         accelerator = make_accelerator(device, "no")  # the precision is that of the caller
         self.trainer = build_trainer(accelerator, networks, setup.gan, Machine(device=device))
         self.trainer.steps = 1  # R1 is added every few steps, not in this one

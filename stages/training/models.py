@@ -234,6 +234,6 @@ def load_decoder(path: str | Path, *, weights: str = "decoder") -> Decoder:
         raise DataError(folder, message)
     problem = "does not describe a decoder of this version"
     with _reading(folder / CONFIG_NAME, problem, stage="train-decoder"):
-        decoder = Decoder(**{**settings, "atrous_rates": tuple(settings["atrous_rates"])})
+        decoder = Decoder(**settings)
     load_weights(decoder, folder / f"{weights}.safetensors")
     return decoder.eval().requires_grad_(False)

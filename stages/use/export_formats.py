@@ -98,7 +98,11 @@ def torchvision_name(spec: StoreSpec, architecture: Mapping[str, object]) -> str
             "use torch-export or onnx"
         )
         raise ConfigError(key, message, expected=RESNETS, actual=spec.backbone)
-    if architecture["head"] == "fcn":
+    head = architecture["head"]
+    if head not in ("deeplab", "fcn"):
+        message = f"torchvision has no {head} head; use torch-export or onnx"
+        raise ConfigError(key, message, expected=("deeplab", "fcn"), actual=head)
+    if head == "fcn":
         return f"fcn_{spec.backbone}"
     for name, expected in TORCHVISION.items():
         if (actual := architecture[name]) != expected:

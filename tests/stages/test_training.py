@@ -611,7 +611,7 @@ def test_from_until_on_real_batches_take_the_place_of_added_ones(
     monkeypatch.setattr(
         train_decoder,
         "decoder_loss",
-        lambda *args: (adjusted.extend(args[2:]), decoder_loss(*args))[1],
+        lambda *args, **weights: (adjusted.extend(args[2:]), decoder_loss(*args, **weights))[1],
     )
     run_decoder(
         features,
