@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         folds = ((in_channels, 1),) if folds is None else folds
         if (channels := sum(c * r**2 for c, r in folds)) != in_channels:
             raise ValueError(f"the layers have {channels} channels, the map has {in_channels}")
-        if head == "linear":
+        if head == "linear":  # DINOv2's order; DINOv3 drops channels before BatchNorm
             embed: list[nn.Module] = [nn.BatchNorm2d(in_channels), nn.Dropout2d(dropout)]
             last = nn.Conv2d(in_channels, num_classes, 1)
         elif head == "fcn":  # imported here because the import takes a second

@@ -359,6 +359,11 @@ def test_other_models_and_other_weights_are_refused(
         "width 256, this decoder 64"
         in call("export", narrow, "--format", "torchvision", "--out", out).stderr
     )
+    linear = write_decoder(tmp_path / "linear", backbone, head="linear")
+    assert (
+        "torchvision has no linear head; use torch-export or onnx"
+        in call("export", linear, "--format", "torchvision", "--out", out).stderr
+    )
     rates = write_decoder(tmp_path / "rates", backbone, width=256, atrous_rates=[3, 6, 9])
     assert (
         "atrous_rates [12, 24, 36], this decoder [3, 6, 9]"

@@ -544,11 +544,12 @@ def test_passes_and_schedule_are_those_of_the_parameters(
 ) -> None:
     rates = []
     step = torch.optim.Adam.step
-    monkeypatch.setattr(
-        torch.optim.Adam,
-        "step",
-        lambda self, *args: (rates.append(self.param_groups[0]["lr"]), step(self, *args))[1],
-    )
+    for optimizer in (torch.optim.Adam, torch.optim.AdamW):  # of GANs, of decoders
+        monkeypatch.setattr(
+            optimizer,
+            "step",
+            lambda self, *args: (rates.append(self.param_groups[0]["lr"]), step(self, *args))[1],
+        )
     run_decoder(
         features,
         tmp_path,
