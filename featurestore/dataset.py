@@ -79,9 +79,10 @@ def assemble(layers: Sequence[torch.Tensor], spec: StoreSpec) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        (B, C, h, w). The only layer is returned as it is, unless it is folded. Otherwise float32, channels last in memory: coarser layers are upsampled bilinearly, and
-        finer ones folded, ``pixel_unshuffle``: channel c*r*r + y*r + x has row y and column x of
-        each square of stored channel c.
+        (B, C, h, w). The only layer is returned as it is, unless it is folded. Otherwise float32,
+        channels last in memory: coarser layers are upsampled bilinearly, and finer ones folded,
+        ``pixel_unshuffle``: channel c*r*r + y*r + x has row y and column x of each square of
+        stored channel c.
     """
     folds = [factor for _, factor in spec.folds]
     if folds == [1]:

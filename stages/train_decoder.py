@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -42,12 +43,15 @@ from stages.common.runtime import (
 from stages.common.runtime import generator as random_generator
 from stages.gan.monitor import MEASURED, MonitorConfig
 from stages.models.decoder import Decoder
+from stages.models.deeplabv3plus import has_pyramid
+from stages.segmentation.class_weights import class_weights
 from stages.segmentation.evaluation import evaluate, evaluate_images
 from stages.segmentation.metrics import IMAGES_NAME, Scores, score, total
 from stages.segmentation.upsampled_loss import upsampled_cross_entropy
+from stages.training.best import Best
 from stages.training.models import CONFIG_NAME, save_weights
 from stages.training.session import Session, check_batch
-from stages.training.update import backward, step_and_zero_grad
+from stages.training.update import adamw, backward, step_and_zero_grad
 
 FOR_AUGMENTER, FOR_ALL = 1, 2  # purposes of random numbers, a part of their seeds
 
@@ -65,24 +69,24 @@ class TrainDecoderConfig(Config):
         (), description="stored layers that the decoder reads; []: all"
     )
     decoder: Literal["linear", "deeplab", "fcn", "deeplabv3plus"] = Field(
-        "deeplab", description="head; deeplabv3plus needs a layer finer than stride 8"
+        "deeplab", description="head; deeplabv3plus needs a layer finer than the grid"
     )
     width: int = Field(256, ge=1, description="channels of the deeplab heads")
     atrous_rates: Annotated[
         tuple[Annotated[int, Field(ge=1)], ...], Listed, Field(min_length=1)
     ] = Field((12, 24, 36), description="rates of the deeplab heads; [6, 12] for 16 x 16 maps")
     dropout: float | None = Field(
-        None, ge=0, lt=1, description="null: 0.1 in linear and fcn, 0.5 in the deeplab heads"
+        None, ge=0, lt=1, description="null: 0.5 for deeplab, 0.1 for the others"
     )
     lr: float = Field(5e-4, gt=0, description="learning rate")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW, on weights of convolutions")
-    class_weight_cap: float = Field(
-        1.0, ge=1, description="largest weight of a rare class in the loss; 1: all weigh 1"
-    )
     lr_schedule: Literal["constant", "poly"] = Field(
         "constant", description="poly: falls to 0 with the steps"
     )
     betas: Annotated[tuple[Beta, Beta], Listed] = Field((0.9, 0.999), description="of Adam")
+    weight_decay: float = Field(0.0, ge=0, description="of convolution weights (AdamW)")
+    class_weight_cap: float = Field(
+        1.0, ge=1, description="largest weight of a rare class in the loss; 1: all weigh 1"
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         "no", description="of the decoder and of a GAN trained with it; fp16 needs a GPU"
     )
@@ -130,8 +134,8 @@ def run(
     seed_everything(seed)  # variants of a seed start with the same weights
     decoder = Decoder(**describe(config, spec))
     wrapped = distribute(accelerator, decoder, compile=machine.compile)
-    optimizer = make_optimizer(config, decoder)
-    loss_of = partial(decoder_loss, wrapped, class_weights(config, train, accelerator.device))
+    optimizer = adamw(decoder, config.lr, config.betas, config.weight_decay)
+    loss_of = partial(decoder_loss, wrapped, class_weights=weights_of(config, train, accelerator))
     steps = config.epochs * (config.repeats * len(train.positions("identity")) // config.batch_size)
     context = Context(name, accelerator, train, decoder, gan, seed, steps, machine)
     augmenter, best = build_augmenter(variant, context), Best()
@@ -166,8 +170,7 @@ def run(
                     rng = make_rng(FOR_ALL, rank)
                     real, *others = augment_features(variant.augment, batches, rng, spec.folds)
                     with accelerator.autocast():  # one forward a batch: BatchNorm must not mix them
-                        adjust = augmenter.adjust_logits(real.masks)  # a function, or None
-                        loss = ce_real = loss_of(real, adjust)
+                        loss = ce_real = loss_of(real, augmenter.adjust_logits(real.masks))
                         with decoder.running_statistics(updated=variant.statistics == "all"):
                             ce_added = [loss_of(other) for other in others]
                     for other, cross_entropy in zip(others, ce_added, strict=True):
@@ -222,20 +225,28 @@ def divide(batch: Batch, count: int) -> Iterator[Batch]:
         yield replace(samples, features=features)
 
 
+def weights_of(
+    config: TrainDecoderConfig, store: FeatureStore, accelerator: Accelerator
+) -> Tensor | None:
+    """Compute the weights (K,) of the classes from all training masks; None: all weigh 1."""
+    pixels = store.stats.class_pixels
+    return class_weights(pixels, config.class_weight_cap, accelerator.device)
+
+
 def decoder_loss(
     decoder: nn.Module,
-    weights: Tensor | None,
     batch: Labelled,
     adjust: LogitAdjustment | None = None,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """Compute the cross-entropy of a batch's logits with its masks, weighted by their fractions.
 
-    ``weights`` (K,) are those of the classes; None: 1 each.
+    ``class_weights`` (K,) weigh the pixels of each class.
     """
     features = batch.features.contiguous(memory_format=torch.channels_last)
     logits = decoder(features, adjust=adjust)
     losses = [
-        fraction * upsampled_cross_entropy(logits, masks, weights)
+        fraction * upsampled_cross_entropy(logits, masks, class_weights)
         for masks, fraction in batch.targets
     ]
     return torch.stack(losses).sum()
@@ -244,35 +255,6 @@ def decoder_loss(
 def mean_of(ce_added: list[Tensor]) -> dict[str, Tensor]:
     """Name the mean cross-entropy of the added batches as it is logged, if there are any."""
     return {"decoder/ce_added": torch.stack(ce_added).mean()} if ce_added else {}
-
-
-def make_optimizer(config: TrainDecoderConfig, decoder: Decoder) -> torch.optim.Optimizer:
-    """Make AdamW (Loshchilov and Hutter 2019); biases and BatchNorm are not decayed."""
-    kinds: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in decoder.parameters():
-        kinds[parameter.ndim > 1].append(parameter)
-    groups = [
-        {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0}
-        for decayed, parameters in kinds.items()
-    ]
-    return torch.optim.AdamW(groups, config.lr, config.betas, fused=True)
-
-
-def class_weights(
-    config: TrainDecoderConfig, store: FeatureStore, device: torch.device
-) -> Tensor | None:
-    """Compute the weight of each class in the loss.
-
-    Returns
-    -------
-    Tensor or None
-        (K,) float32: how many times as many pixels the most frequent class has, at most
-        ``class_weight_cap``, which a class without a pixel gets. None where the cap is 1.
-    """
-    if config.class_weight_cap == 1:
-        return None
-    pixels = torch.from_numpy(store.stats.class_pixels).to(device).float()
-    return (pixels.max() / pixels).clamp(max=config.class_weight_cap)
 
 
 def set_learning_rate(
@@ -297,42 +279,13 @@ def named(scores: Scores) -> dict[str, float]:
     }
 
 
-@dataclass
-class Best:
-    """Weights of the epoch with the best mIoU on the validation split."""
-
-    miou: float = -1.0
-    epoch: int = -1
-    weights: dict[str, Tensor] = field(default_factory=dict)
-
-    def update(self, miou: float, epoch: int, decoder: Decoder) -> None:
-        """Copy the decoder's weights if they score better than all before."""
-        if miou > self.miou:
-            weights = decoder.state_dict().items()
-            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in weights}
-            self.miou, self.epoch = miou, epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state, of tensors and plain values."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        vars(self).update(state)
-
-
 # -- before and after the loop -------------------------------------------------------------------
 
 
 def overridden(config: TrainDecoderConfig, variant: VariantConfig) -> TrainDecoderConfig:
     """Return the parameters of all decoders with those that a variant sets for itself."""
-    return config.model_copy(
-        update={
-            key: value
-            for key in DecoderOverrides.model_fields
-            if (value := getattr(variant, key)) is not None
-        }
-    )
+    overrides = {key: getattr(variant, key) for key in DecoderOverrides.model_fields}
+    return config.model_copy(update={k: v for k, v in overrides.items() if v is not None})
 
 
 def describe(config: TrainDecoderConfig, spec: StoreSpec) -> dict[str, Any]:
@@ -346,6 +299,29 @@ def describe(config: TrainDecoderConfig, spec: StoreSpec) -> dict[str, Any]:
         "dropout": config.dropout,
         "folds": spec.folds,
     }
+
+
+def check_decoder(config: TrainDecoderConfig, store: FeatureStore) -> None:
+    """Refuse a decoder that needs layers which the store lacks.
+
+    Raises
+    ------
+    ConfigError
+        When ``deeplabv3plus`` has no layer on the grid, or none that is finer.
+    """
+    spec = store.spec
+    if config.decoder != "deeplabv3plus" or has_pyramid(spec.folds):
+        return
+    grid = " x ".join(map(str, spec.feature_shape[1:]))
+    stored = ", ".join(
+        f"{layer.name or spec.backbone} {layer.shape[1]} x {layer.shape[2]}"
+        for layer in spec.layers
+    )
+    message = (
+        f"deeplabv3plus needs a layer on the grid {grid} and a finer one, found {stored} in"
+        f" {store.path}; add a layer of stride 4 to extract.layers, or choose another decoder"
+    )
+    raise ConfigError("train_decoder.decoder", message, actual=spec.folds)
 
 
 def identify(
@@ -378,8 +354,8 @@ def open_stores(
     SpecMismatchError
         When two splits have different specs, or one has no labelled pixel.
     ConfigError
-        When a batch does not divide over the processes, or is larger than an epoch; when the
-        decoder needs a layer that is not stored.
+        When a batch does not divide over the processes, or is larger than an epoch; when the stores
+        lack a layer that the decoder needs.
     FeatureStoreError
         When a store is missing or damaged.
     """
@@ -398,13 +374,7 @@ def open_stores(
             message = "its masks have no labelled pixel: nothing to learn or to score"
             raise SpecMismatchError(message, path=store.path)
     check_batch(config, train, processes, "train_decoder")
-    if config.decoder == "deeplabv3plus" and len({factor for _, factor in train.spec.folds}) < 2:
-        message = (
-            f"deeplabv3plus needs a layer finer than stride 8 and a deeper one; {train.path} has"
-            f" {', '.join(train.spec.layer_names) or 'one layer'}: add one to extract.layers, and"
-            " to train_decoder.layers"
-        )
-        raise ConfigError("train_decoder.decoder", message)
+    check_decoder(config, train)
     verify_stores(*stores.values(), workers=machine.workers)
     return stores
 

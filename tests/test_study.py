@@ -261,7 +261,10 @@ def test_a_study_plans_the_runs_that_it_planned_before(file: Path) -> None:
         del sections["prepare"]["root"]
         changes = {key: value for key, value in flat(sections).items() if value != preset[key]}
         variant = params.variants[each.variant]
-        found[each.experiment, each.label, each.seed] = changes, variant.model_dump(mode="json")
+        found[each.experiment, each.label, each.seed] = (
+            changes,
+            variant.model_dump(mode="json", exclude_none=True),
+        )
     assert found == expected
 
 

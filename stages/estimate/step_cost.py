@@ -119,12 +119,15 @@ class Workload:
             }
             networks = build_networks(architecture)
             self.features, decoder_folds = self._features(setup, setup.decoder_layers, batch)
-            self.decoder = Decoder(
-                **setup.head,
-                in_channels=self.features.shape[1],
-                num_classes=setup.num_classes,
-                folds=decoder_folds,
-            )
+            try:
+                self.decoder = Decoder(
+                    **setup.head,
+                    in_channels=self.features.shape[1],
+                    num_classes=setup.num_classes,
+                    folds=decoder_folds,
+                )
+            except ValueError as error:
+                raise ConfigError("train_decoder.decoder", str(error)) from error
         accelerator = make_accelerator(device, "no")  # the precision is that of the caller
         self.trainer = build_trainer(
             accelerator, networks, setup.gan, Machine(device=device), folds

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from stages.models.blocks import autocast_dtype
+from stages.models.blocks import autocast_dtype, normalised
 
 Tap = tuple[int, int]  # row and column, 0 to 2, in a 3 x 3 kernel
 Window = tuple[slice, ...]  # of (B, h, w)
@@ -29,28 +29,29 @@ class ASPP(nn.Module):
         A, the channels of each branch and of the result.
     rates
         Dilations of the 3 x 3 branches.
+    dropout
+        Probability of dropping a value of the result, 0 to 1; default: torchvision's 0.5.
     """
 
-    def __init__(self, in_channels: int, width: int, rates: Sequence[int]) -> None:
+    def __init__(
+        self, in_channels: int, width: int, rates: Sequence[int], dropout: float = 0.5
+    ) -> None:
         super().__init__()
-        pointwise = _normalised(nn.Conv2d(in_channels, width, 1, bias=False))
-        atrous = [_normalised(AtrousConv(in_channels, width, rate)) for rate in rates]
+        pointwise = normalised(nn.Conv2d(in_channels, width, 1, bias=False))
+        atrous = [normalised(AtrousConv(in_channels, width, rate)) for rate in rates]
         pooled = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), *_normalised(nn.Conv2d(in_channels, width, 1, bias=False))
+            nn.AdaptiveAvgPool2d(1), *normalised(nn.Conv2d(in_channels, width, 1, bias=False))
         )
         self.convs = nn.ModuleList([pointwise, *atrous, pooled])
         self.project = nn.Sequential(
-            *_normalised(nn.Conv2d(len(self.convs) * width, width, 1, bias=False)), nn.Dropout(0.5)
+            *normalised(nn.Conv2d(len(self.convs) * width, width, 1, bias=False)),
+            nn.Dropout(dropout),
         )
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, A, h, w)."""
         *branches, pooled = (branch(features) for branch in self.convs)
         return self.project(torch.cat([*branches, pooled.expand_as(branches[0])], dim=1))
-
-
-def _normalised(convolution: nn.Conv2d) -> nn.Sequential:
-    return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU())
 
 
 class AtrousConv(nn.Conv2d):

@@ -21,6 +21,11 @@ def xavier_(module: nn.Module, gain: float) -> nn.Module:
     return module
 
 
+def normalised(convolution: nn.Conv2d) -> nn.Sequential:
+    """Follow a convolution with BatchNorm and ReLU."""
+    return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU())
+
+
 def one_hot(
     masks: Tensor, num_classes: int, *, dtype: torch.dtype, size: tuple[int, int] | None = None
 ) -> Tensor:

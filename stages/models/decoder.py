@@ -10,14 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.models.aspp import ASPP
-from stages.models.blocks import autocast_dtype, xavier_
+from stages.models.blocks import autocast_dtype, normalised, xavier_
 from stages.models.deeplabv3plus import DeepLabV3Plus
 
 Adjust = Callable[[Tensor, Tensor, nn.Conv2d], Tensor]
 
 
+# Heads, each with the probability that its dropout drops a value: of DINOv3's linear head, of
+# torchvision's two, and of the authors' DeepLabv3+.
+DROPOUT = {"linear": 0.1, "deeplab": 0.5, "fcn": 0.1, "deeplabv3plus": 0.1}
+
+
 class Decoder(nn.Module):
-    """A head whose logits are interpolated bilinearly to the size of the masks.
+    """A head on a map of features; its logits are upsampled bilinearly to the size of the masks.
 
     At ``width`` 256 the ``deeplab`` head has the tensors of torchvision's ``deeplabv3_resnet*``,
     named ``head`` instead of ``classifier``.
@@ -25,9 +30,9 @@ class Decoder(nn.Module):
     Parameters
     ----------
     head
-        ``linear`` (BatchNorm, dropout, 1 x 1 convolution: the recipe of DINOv2 and DINOv3),
-        ``deeplab`` (atrous spatial pyramid pooling, Chen et al. 2017), ``fcn``, or
-        ``deeplabv3plus`` (Chen et al. 2018), whose logits have the size of the finest layer.
+        ``linear`` (BatchNorm and a 1 x 1 convolution, as DINOv2 and DINOv3 are evaluated),
+        ``deeplab`` (atrous spatial pyramid pooling, Chen et al. 2017), ``fcn`` or
+        ``deeplabv3plus`` (Chen et al. 2018), which needs a layer finer than the grid.
     in_channels
         C.
     num_classes
@@ -37,15 +42,16 @@ class Decoder(nn.Module):
     atrous_rates
         Dilations of the ASPP's 3 x 3 branches; ``deeplab`` and ``deeplabv3plus`` only.
     dropout
-        Probability of dropout. Default: 0.1 in ``linear`` and ``fcn``, 0.5 after the ASPP.
+        Probability of dropping a value, 0 to 1. Default: the head's in :data:`DROPOUT`.
     folds
-        (c, r) of each layer of the map, see :attr:`featurestore.StoreSpec.folds`; read by
-        ``deeplabv3plus``. Default: one layer.
+        Channels c and fold r of each layer of the map, which has c*r*r of the C channels
+        (``StoreSpec.folds``). Default: one layer that is not folded.
 
     Raises
     ------
     ValueError
-        When ``deeplabv3plus`` has no fine layer.
+        When ``deeplabv3plus`` has no layer on the grid or none that is finer, or the layers do not
+        have C channels.
     """
 
     def __init__(
@@ -57,33 +63,32 @@ class Decoder(nn.Module):
         width: int = 256,
         atrous_rates: Sequence[int] = (12, 24, 36),
         dropout: float | None = None,
-        folds: Sequence[tuple[int, int]] = (),
+        folds: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
-        if head == "fcn":  # imported here because the import takes a second
+        usual_dropout = DROPOUT[head]  # KeyError for another name
+        dropout = usual_dropout if dropout is None else dropout
+        folds = ((in_channels, 1),) if folds is None else folds
+        if (channels := sum(c * r**2 for c, r in folds)) != in_channels:
+            raise ValueError(f"the layers have {channels} channels, the map has {in_channels}")
+        if head == "linear":  # DINOv2's order; DINOv3 drops channels before BatchNorm
+            embed: list[nn.Module] = [nn.BatchNorm2d(in_channels), nn.Dropout2d(dropout)]
+            last = nn.Conv2d(in_channels, num_classes, 1)
+        elif head == "fcn":  # imported here because the import takes a second
             from torchvision.models.segmentation.fcn import FCNHead
 
-            self.head: nn.Sequential = FCNHead(in_channels, num_classes)
-        elif head == "linear":
-            self.head = nn.Sequential(
-                nn.BatchNorm2d(in_channels), nn.Dropout(0.1), nn.Conv2d(in_channels, num_classes, 1)
-            )
-        elif head == "deeplabv3plus":
-            self.head = nn.Sequential(
-                DeepLabV3Plus(folds or [(in_channels, 1)], width, atrous_rates),
-                nn.Conv2d(width, num_classes, 1),
-            )
+            *embed, last = FCNHead(in_channels, num_classes)
+            embed[-1] = nn.Dropout(dropout)
+        elif head == "deeplab":
+            embed = [
+                ASPP(in_channels, width, atrous_rates, dropout),
+                *normalised(nn.Conv2d(width, width, 3, padding=1, bias=False)),
+            ]
+            last = nn.Conv2d(width, num_classes, 1)
         else:
-            self.head = nn.Sequential(
-                ASPP(in_channels, width, atrous_rates),
-                nn.Conv2d(width, width, 3, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(),
-                nn.Conv2d(width, num_classes, 1),
-            )
-        for layer in self.modules():
-            if dropout is not None and isinstance(layer, nn.Dropout):
-                layer.p = dropout
+            embed = [DeepLabV3Plus(folds, width, atrous_rates, dropout)]
+            last = nn.Conv2d(width, num_classes, 1)
+        self.head = nn.Sequential(*embed, last)
         xavier_(self, gain=1.0)
 
     @property
@@ -122,15 +127,16 @@ class Decoder(nn.Module):
         features
             (B, C, h, w) in the scale of the backbone.
         size
-            (H, W) of the masks. Default: the head's own size (h, w).
+            (H, W) of the masks. Default: the size of the head's logits (h', w'), which is (h, w),
+            or that of the finest layer for ``deeplabv3plus``.
         adjust
-            Changes the logits in training. It takes the last layer's input (B, A, h, w), its output
-            (B, K, h, w) and the layer.
+            Changes the logits in training. It takes the last layer's input (B, A, h', w'), its
+            output (B, K, h', w') and the layer.
 
         Returns
         -------
         Tensor
-            (B, K, H, W) or (B, K, h, w) logits.
+            (B, K, H, W) or (B, K, h', w') logits.
         """
         embeddings = features.to(autocast_dtype(features))  # once for all branches of the head
         for layer in list(self.head)[:-1]:

@@ -1,4 +1,4 @@
-"""DeepLabV3+'s fusion of deep and fine layers (Chen et al. 2018, figure 2)."""
+"""DeepLabv3+ (Chen et al. 2018) on a map of several layers, of which some are folded."""
 
 from __future__ import annotations
 
@@ -9,62 +9,91 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.models.aspp import ASPP
+from stages.models.blocks import normalised
 
-FINE = 48  # channels of the fine layers, as in the paper
+LOW_LEVEL = 48  # channels of a finer layer after its 1 x 1 convolution, at most (section 4.1)
 
 
 class DeepLabV3Plus(nn.Module):
-    """ASPP over the layers of the grid, joined by the finest layers at their own resolution.
+    """ASPP of the layers on the grid, refined by the layers finer than the grid.
 
-    segmentation_models_pytorch's decoder is not used: it upsamples by fixed factors, which need
-    strides of 4 and 16, and reads exactly one fine and one deep layer.
+    Each finer layer is unfolded to its stored size, and a 1 x 1 convolution reduces it to 48
+    channels, or keeps fewer. The ASPP's result and all finer layers are upsampled bilinearly to
+    the size of the finest one, concatenated, and pass two 3 x 3 convolutions.
+
+    The paper has one finer layer, of stride 4, and features of stride 16.
+    segmentation_models_pytorch's ``DeepLabV3PlusDecoder`` has one finer layer too, upsamples by a
+    fixed factor with aligned corners, takes exactly three rates, and has one 3 x 3 convolution
+    after the concatenation, where the paper found two to be better.
 
     Parameters
     ----------
     folds
-        (c, r) of each layer of the map; those with the largest r are the finest.
+        Channels c and fold r of each layer, which has c*r*r channels of the map; r = 1 is a layer
+        on the grid. At least one layer is on the grid and one is finer.
     width
-        A, channels of the ASPP's branches and of the result.
+        A, the channels of the ASPP, of the 3 x 3 convolutions and of the result.
     rates
         Dilations of the ASPP's 3 x 3 branches.
+    dropout
+        Probability of dropping a value of the ASPP's result, 0 to 1.
 
     Raises
     ------
     ValueError
-        When no layer is folded, or all are.
+        When no layer is on the grid, or none is finer.
     """
 
-    def __init__(self, folds: Sequence[tuple[int, int]], width: int, rates: Sequence[int]) -> None:
+    def __init__(
+        self,
+        folds: Sequence[Sequence[int]],
+        width: int,
+        rates: Sequence[int],
+        dropout: float,
+    ) -> None:
         super().__init__()
+        self.factors = [factor for _, factor in folds]
         self.sizes = [channels * factor**2 for channels, factor in folds]
-        self.factor = max(factor for _, factor in folds)
-        self.is_fine = [factor == self.factor > 1 for _, factor in folds]
-        if len(set(self.is_fine)) < 2:
-            raise ValueError("deeplabv3plus needs a layer finer than the grid, and one that is not")
-        fine = sum(channels for channels, factor in folds if factor == self.factor)
-        deep = sum(
-            size for size, is_fine in zip(self.sizes, self.is_fine, strict=True) if not is_fine
+        if not has_pyramid(folds):
+            layers = ", ".join(f"{channels} channels folded {factor}" for channels, factor in folds)
+            message = "deeplabv3plus needs a layer on the grid (folded 1) and a finer one"
+            raise ValueError(f"{message}, found {layers}; store a layer of stride 4")
+        on_grid = sum(channels for channels, factor in folds if factor == 1)
+        finer = [channels for channels, factor in folds if factor > 1]
+        reduced = [min(LOW_LEVEL, channels) for channels in finer]
+        self.aspp = ASPP(on_grid, width, rates, dropout)
+        self.reduce = nn.ModuleList(
+            normalised(nn.Conv2d(channels, out, 1, bias=False))
+            for channels, out in zip(finer, reduced, strict=True)
         )
-        reduced = min(FINE, width)
-        self.aspp = ASPP(deep, width, rates)
-        self.reduce = _convolution(fine, reduced, 1)
-        self.fuse = nn.Sequential(
-            _convolution(width + reduced, width, 3), _convolution(width, width, 3)
-        )
+        self.refine = nn.Sequential(separable(width + sum(reduced), width), separable(width, width))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, A, r*h, r*w)."""
-        blocks = list(zip(features.split(self.sizes, 1), self.is_fine, strict=True))
-        fine = F.pixel_shuffle(torch.cat([x for x, is_fine in blocks if is_fine], 1), self.factor)
-        fine = self.reduce(fine.contiguous(memory_format=torch.channels_last))
-        deep = self.aspp(torch.cat([x for x, is_fine in blocks if not is_fine], 1))
-        deep = F.interpolate(deep, fine.shape[-2:], mode="bilinear", align_corners=False)
-        return self.fuse(torch.cat([deep, fine], 1))
+        """(B, C, h, w) -> (B, A, r*h, r*w), r of the finest layer."""
+        blocks = list(zip(features.split(self.sizes, dim=1), self.factors, strict=True))
+        on_grid = torch.cat([block for block, factor in blocks if factor == 1], dim=1)
+        unfolded = (F.pixel_shuffle(block, factor) for block, factor in blocks if factor > 1)
+        finer = [reduce(layer) for reduce, layer in zip(self.reduce, unfolded, strict=True)]
+        most = max(self.factors)
+        size = (most * features.shape[2], most * features.shape[3])
+        layers = (
+            layer
+            if layer.shape[2:] == size
+            else F.interpolate(layer, size, mode="bilinear", align_corners=False)
+            for layer in [self.aspp(on_grid), *finer]
+        )
+        return self.refine(torch.cat(list(layers), dim=1))
 
 
-def _convolution(in_channels: int, out_channels: int, size: int) -> nn.Sequential:
+def has_pyramid(folds: Sequence[Sequence[int]]) -> bool:
+    """Return whether a map has a layer on the grid and one that is finer."""
+    factors = {factor for _, factor in folds}
+    return 1 in factors and len(factors) > 1
+
+
+def separable(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Make a 3 x 3 convolution of each channel, then a 1 x 1 convolution, BatchNorm and ReLU."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, size, padding=size // 2, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(),
+        nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False),
+        *normalised(nn.Conv2d(in_channels, out_channels, 1, bias=False)),
     )

@@ -1,8 +1,9 @@
-"""Back-propagation and optimizer steps of several networks that learn together (Algorithm 1)."""
+"""Optimizer, back-propagation and steps of several networks that learn together (Algorithm 1)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,28 @@ from torch import Tensor, nn
 from stages.common.distributed import is_sharded
 
 Loss = tuple[Tensor, Sequence[nn.Parameter]]  # a scalar, and the parameters that it trains
+
+
+def adamw(
+    network: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """Build AdamW (Loshchilov and Hutter 2019) that decays weights, not biases and BatchNorm.
+
+    Parameters
+    ----------
+    network
+        Its parameters of two axes or more are decayed.
+    lr, betas, weight_decay
+        As in :class:`torch.optim.AdamW`; without decay it equals Adam bit for bit.
+    """
+    by_decay: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in network.parameters():
+        by_decay[parameter.ndim > 1].append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": by_decay[True], "weight_decay": weight_decay},
+        {"params": by_decay[False], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr, betas, fused=True)
 
 
 def backward(accelerator: Accelerator, *losses: Loss) -> None:

@@ -27,11 +27,7 @@ from stages.use.segmenter import MapNetwork
 
 METADATA = "metadata.json"  # name of the extra file in a .pt2
 MIN_SIDE = 32  # pixels; smaller images leave nearly empty feature maps
-TORCHVISION = {
-    "head": "deeplab",
-    "width": 256,
-    "atrous_rates": [12, 24, 36],
-}  # of torchvision's deeplabv3_resnet*
+TORCHVISION = {"width": 256, "atrous_rates": [12, 24, 36]}  # of torchvision's deeplabv3_resnet*
 ONNX_BYTES = 2**31  # maximum of a protobuf file
 
 Size = tuple[int, int]  # (H, W)
@@ -105,7 +101,11 @@ def torchvision_name(spec: StoreSpec, architecture: Mapping[str, object]) -> str
     if spec.layer_names or spec.native_strides:
         message = "torchvision's models read the last, dilated layer; use torch-export or onnx"
         raise ConfigError(key, message, actual=spec.layer_names)
-    if architecture["head"] == "fcn":
+    head = architecture["head"]
+    if head not in ("deeplab", "fcn"):
+        message = f"torchvision has no {head} head; use torch-export or onnx"
+        raise ConfigError(key, message, expected=("deeplab", "fcn"), actual=head)
+    if head == "fcn":
         return f"fcn_{spec.backbone}"
     for name, expected in TORCHVISION.items():
         if (actual := architecture[name]) != expected:

@@ -1,4 +1,4 @@
-"""Stores of several layers: their bytes, their reading, and the map that they are assembled into."""
+"""Stores of several layers: bytes, reading, and the map that layers are assembled into."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ CLASSES, PALETTE = ("belt", "Größe", "纸"), ((0, 0, 0), (10, 20, 30), (255, 0
 
 def spec_of(backbone: Backbone) -> StoreSpec:
     return StoreSpec(
-        feature_shape=(backbone.channels, 8, 8),
+        feature_shape=(backbone.layers[-1].channels, 8, 8),
         mask_shape=(64, 64),
         class_names=CLASSES,
         palette=PALETTE,
@@ -55,7 +55,7 @@ def write_decoder(folder: Path, backbone: Backbone, **changes) -> Path:
     """Write a folder as train-decoder does, with random weights and running statistics."""
     architecture = {
         "head": "deeplab",
-        "in_channels": backbone.channels,
+        "in_channels": backbone.layers[-1].channels,
         "num_classes": 3,
         "width": 16,
         "atrous_rates": [2, 3],
@@ -358,6 +358,11 @@ def test_other_models_and_other_weights_are_refused(
     assert (
         "width 256, this decoder 64"
         in call("export", narrow, "--format", "torchvision", "--out", out).stderr
+    )
+    linear = write_decoder(tmp_path / "linear", backbone, head="linear")
+    assert (
+        "torchvision has no linear head; use torch-export or onnx"
+        in call("export", linear, "--format", "torchvision", "--out", out).stderr
     )
     rates = write_decoder(tmp_path / "rates", backbone, width=256, atrous_rates=[3, 6, 9])
     assert (

@@ -47,7 +47,7 @@ def test_stored_features_are_those_of_the_backbone(prepared: Path) -> None:
     backbone = build_backbone(name="efficientnet_lite0", weights="default")
     assert store.spec.weights_digest == backbone.digest()
     for sample in store:
-        expected = backbone(torch.from_numpy(sample.image.copy()).permute(2, 0, 1)[None])[0]
+        (expected,) = backbone(torch.from_numpy(sample.image.copy()).permute(2, 0, 1)[None])[0]
         torch.testing.assert_close(
             torch.from_numpy(sample.features.copy()), expected, rtol=1e-3, atol=1e-3
         )

@@ -274,7 +274,7 @@ def test_cached_resnet101_features_give_torchvisions_logits(
     torch.save(deeplab.state_dict(), tmp_path / "deeplab.pth")
     backbone = build_backbone(name="resnet101", weights=str(tmp_path / "deeplab.pth"))
     images = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8)
-    features = backbone(images).clone()
+    features = backbone(images)[0].clone()
     assert features.shape == (2, 2048, 32, 32)
     assert features.min() >= 0
 
@@ -292,7 +292,7 @@ def test_cached_resnet101_features_give_torchvisions_logits(
 
 def test_lite0_sees_what_its_package_promises() -> None:
     backbone = build_backbone(name="efficientnet_lite0", weights="default")
-    features = backbone(torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8))
+    (features,) = backbone(torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8))
     assert features.shape == (1, 320, 8, 12)
     assert not backbone.nonnegative
     assert not backbone.train().training
@@ -328,7 +328,7 @@ def test_any_timm_model_with_dense_features_is_a_backbone(tmp_path: Path) -> Non
 
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "r18.pth")
     backbone = build_backbone(name="timm/resnet18", weights=str(tmp_path / "r18.pth"))
-    assert backbone(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 512, 8, 8)
+    assert backbone(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))[0].shape == (1, 512, 8, 8)
     assert backbone.nonnegative
     assert known_backbone("timm/resnet18")
     assert not known_backbone("resnet1001")

@@ -549,11 +549,12 @@ def test_passes_and_schedule_are_those_of_the_parameters(
 ) -> None:
     rates = []
     step = torch.optim.Adam.step
-    monkeypatch.setattr(
-        torch.optim.Adam,
-        "step",
-        lambda self, *args: (rates.append(self.param_groups[0]["lr"]), step(self, *args))[1],
-    )
+    for optimizer in (torch.optim.Adam, torch.optim.AdamW):  # of GANs, of decoders
+        monkeypatch.setattr(
+            optimizer,
+            "step",
+            lambda self, *args: (rates.append(self.param_groups[0]["lr"]), step(self, *args))[1],
+        )
     run_decoder(
         features,
         tmp_path,
@@ -619,7 +620,7 @@ def test_from_until_on_real_batches_take_the_place_of_added_ones(
     monkeypatch.setattr(
         train_decoder,
         "decoder_loss",
-        lambda *args: (adjusted.extend(args[2:]), decoder_loss(*args))[1],
+        lambda *args, **weights: (adjusted.extend(args[2:]), decoder_loss(*args, **weights))[1],
     )
     run_decoder(
         features,
