@@ -63,11 +63,16 @@ def _feature_loader(workers: int, cache: str = "none") -> Method:
 
 def _torch_loader(workers: int) -> Method:
     def make(store: FeatureStore, batch_size: int) -> Epoch:
+        import torch
         from torch.utils.data import DataLoader
 
-        from featurestore.dataset import BatchOrder, FeatureDataset
+        from featurestore.dataset import BatchOrder, gather_maps
 
         order = BatchOrder(len(store), batch_size, seed=0, drop_last=True)
+
+        class Maps(torch.utils.data.Dataset):
+            def __getitems__(self, positions: list[int]) -> torch.Tensor:
+                return gather_maps(store, positions)
 
         class Batches:
             number = 0
@@ -77,7 +82,7 @@ def _torch_loader(workers: int) -> Method:
 
         batches = Batches()
         loader = DataLoader(
-            FeatureDataset(store),
+            Maps(),
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=lambda batch: batch,

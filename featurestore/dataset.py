@@ -1,4 +1,4 @@
-"""Feature stores in PyTorch: a map-style data set, an order of batches, and a training loader."""
+"""Feature stores in PyTorch: assembled maps, an order of batches, and a training loader."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset
 
 from featurestore.copying import LARGE, LINE, take_rows
 from featurestore.errors import StoreMemoryError
@@ -123,48 +122,6 @@ def gather_maps(
         for name in store.spec.feature_names
     ]
     return assemble(layers, store.spec).float()
-
-
-class FeatureDataset(Dataset[Batch]):
-    """A store for a :class:`torch.utils.data.DataLoader`, with ``collate_fn=lambda batch: batch``.
-
-    Training uses :class:`FeatureLoader`, which copies a sample once; a DataLoader's worker
-    processes copy it again into shared memory.
-
-    Parameters
-    ----------
-    store
-        The store.
-    images
-        Whether to read the images too; default: False.
-
-    Raises
-    ------
-    SpecMismatchError
-        When there are no images.
-    """
-
-    def __init__(self, store: FeatureStore, *, images: bool = False) -> None:
-        if images:
-            store.check_images()
-        self.store = store
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def __getitem__(self, position: int) -> Batch:
-        return self.__getitems__([position])
-
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
-        """Read the samples at ``positions``, in that order, as one batch."""
-        names = names_of(self.store.spec, self.images)
-        arrays = {name: self.store.gather(name, positions) for name in names}
-        return _as_batch(
-            {name: torch.from_numpy(array) for name, array in arrays.items()},
-            positions,
-            self.store.spec,
-        )
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -165,3 +166,26 @@ def file_sha256(path: Path, progress: Callable[[int], object] | None = None) -> 
             if progress is not None:
                 progress(len(block))
     return digest.hexdigest()
+
+
+def allow_open_files(shards: int) -> None:
+    """Raise this process's soft limit of open files (256 or 1024) where a store has more shards.
+
+    The new limit counts the files that are open now, two stores of this size, and 512 others. A
+    store of a terabyte has 4000 shards.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS refuses values between the limits; too few files are an error when they are opened.
+    with suppress(ValueError, OSError):
+        wanted = len(os.listdir("/dev/fd")) + 2 * shards + 512
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def file_state(path: Path) -> tuple[int, int, int] | None:
+    """Inode, size and time of the last change of a file; None where there is no file."""
+    with suppress(OSError):
+        status = path.stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns
+    return None

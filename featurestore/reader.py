@@ -6,10 +6,8 @@ import bisect
 import copy
 import itertools
 import os
-import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,7 @@ from featurestore.errors import (
     SpecMismatchError,
     StoreNotFoundError,
 )
-from featurestore.files import file_sha256
+from featurestore.files import allow_open_files, file_sha256, file_state
 from featurestore.index import INDEX_NAME, ShardRecord, read_index
 from featurestore.layouts import FEATURES, IMAGES, MASKS
 from featurestore.prefetch import prefetch
@@ -106,12 +104,12 @@ class FeatureStore:
                     f"no {INDEX_NAME} in this folder, so no finished store; write it again",
                     path=path,
                 )
-            self._written = _file_state(path / INDEX_NAME)
+            self._written = file_state(path / INDEX_NAME)
             index = read_index(path)
             self.folder, self.spec, self.records = path, index.spec, index.shards
             self.fingerprint, self._statistics = index.fingerprint, index.statistics
             self._check_sizes()
-            _allow_open_files(len(index.shards))
+            allow_open_files(len(index.shards))
         elif path.is_file():
             shard = Shard(path)
             record = ShardRecord(path.name, len(shard), path.stat().st_size, "")
@@ -428,7 +426,7 @@ class FeatureStore:
         if number not in self._shards:
             record = self.records[number]
             shard = Shard(self.folder / record.file)
-            if self._written is not None and _file_state(self.path / INDEX_NAME) != self._written:
+            if self._written is not None and file_state(self.path / INDEX_NAME) != self._written:
                 raise IncompleteStoreError(
                     "the store was written anew since it was opened; open it again", path=self.path
                 )
@@ -448,26 +446,3 @@ class FeatureStore:
     def __repr__(self) -> str:
         size = " x ".join(map(str, self.spec.feature_shape))
         return f"FeatureStore('{self.path}': {len(self)} samples of {size}, {self.spec.backbone})"
-
-
-def _allow_open_files(shards: int) -> None:
-    """Raise this process's soft limit of open files (256 or 1024) where a store has more shards.
-
-    The new limit counts the files that are open now, two stores of this size, and 512 others. A
-    store of a terabyte has 4000 shards.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # macOS refuses values between the limits; too few files are an error when they are opened.
-    with suppress(ValueError, OSError):
-        wanted = len(os.listdir("/dev/fd")) + 2 * shards + 512
-        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _file_state(path: Path) -> tuple[int, int, int] | None:
-    """Inode, size and time of the last change of a file; None where there is no file."""
-    with suppress(OSError):
-        status = path.stat()
-        return status.st_ino, status.st_size, status.st_mtime_ns
-    return None

@@ -143,24 +143,27 @@ class Params(Config):
     def _check_layers(self) -> None:
         """Refuse layers that are not extracted, and decoders that read others than their GAN."""
         stored = self.extract.layers
-        selections = {"train_gan.layers": self.train_gan.layers}
-        selections["train_decoder.layers"] = self.train_decoder.layers
-        for name, variant in self.compared.items():
-            if variant.layers is not None:
-                selections[f"variants.{name}.layers"] = variant.layers
-            read, generated = variant.layers, self.train_gan.layers or stored
-            read = (self.train_decoder.layers if read is None else read) or stored
-            if variant.needs_gan and set(read) != set(generated):
-                message = (
-                    f"variant {name!r} reads {', '.join(read)}, and the GAN generates"
-                    f" {', '.join(generated)}; both must be the same layers"
-                )
-                raise ConfigError("train_gan.layers", message)
+        selections = {
+            "train_gan.layers": self.train_gan.layers,
+            "train_decoder.layers": self.train_decoder.layers,
+            **{
+                f"variants.{name}.layers": each.layers or () for name, each in self.compared.items()
+            },
+        }
         for key, layers in selections.items():
             if missing := [layer for layer in layers if layer not in stored]:
                 known = ", ".join(stored) or "the last layer, without a name"
                 message = f"{missing[0]!r} is not stored; extract.layers stores {known}"
                 raise ConfigError(key, message)
+        generated = self.train_gan.layers or stored
+        for name, variant in self.compared.items():
+            read = self.train_decoder.layers if variant.layers is None else variant.layers
+            if variant.needs_gan and set(read or stored) != set(generated):
+                message = (
+                    f"variant {name!r} reads {', '.join(read or stored)}, and the GAN generates"
+                    f" {', '.join(generated)}; both must be the same layers"
+                )
+                raise ConfigError("train_gan.layers", message)
 
     def check_classes(self, classes: Sequence[str]) -> None:
         """Refuse parameters that do not fit the classes of a data set.

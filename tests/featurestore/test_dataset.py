@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from featurestore import SpecMismatchError, StoreMemoryError
-from featurestore.dataset import BatchOrder, FeatureDataset, FeatureLoader
+from featurestore import FeatureStore, SpecMismatchError, StoreMemoryError
+from featurestore.dataset import BatchOrder, FeatureLoader, gather_maps
 from tests.factories import SPEC, sample, write
 
 
@@ -162,32 +162,29 @@ def test_a_dataloader_with_worker_processes(tmp_path: Path, start: str, compress
     store = write(tmp_path / "store", spec=dataclasses.replace(SPEC, compression=compression))
     store.features(0)  # handles that are open before the workers start
     loader = DataLoader(
-        FeatureDataset(store, images=True),
+        Maps(store),
         batch_size=3,
         num_workers=2,
-        collate_fn=unchanged,
+        collate_fn=torch.cat,
         multiprocessing_context=start,
     )
-    seen = {}
-    for batch in loader:
-        for row, position in enumerate(batch.positions.tolist()):
-            seen[position] = batch.features[row].clone()
-    assert sorted(seen) == list(range(7))
-    for position, features in seen.items():
-        torch.testing.assert_close(
-            features, torch.from_numpy(sample(position)["features"]), rtol=0, atol=0
-        )
+    maps = torch.cat(list(loader))
+    expected = np.stack([sample(position)["features"] for position in range(7)])
+    torch.testing.assert_close(maps, torch.from_numpy(expected).float(), rtol=0, atol=0)
 
 
-def unchanged(batch: object) -> object:
-    return batch
+class Maps(Dataset[torch.Tensor]):
+    def __init__(self, store: FeatureStore) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, position: int) -> torch.Tensor:
+        return gather_maps(self.store, [position])
 
 
 def test_images_are_refused_at_once_where_the_store_has_none(tmp_path: Path) -> None:
     store = write(tmp_path / "store", spec=dataclasses.replace(SPEC, has_images=False))
-    for maker in (
-        lambda: FeatureDataset(store, images=True),
-        lambda: FeatureLoader(store, 2, images=True),
-    ):
-        with pytest.raises(SpecMismatchError, match="store_images"):
-            maker()
+    with pytest.raises(SpecMismatchError, match="store_images"):
+        FeatureLoader(store, 2, images=True)

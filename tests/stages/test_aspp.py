@@ -54,3 +54,15 @@ def test_an_atrous_convolution_equals_pytorchs(rate: int) -> None:
         found = convolution.float()(features.float())
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("channels", [24, 32])
+def test_gradients_in_bfloat16_are_numbers(channels: int) -> None:
+    layer = AtrousConv(channels, 8, 6)
+    features = torch.randn(4, channels, 32, 32).to(memory_format=torch.channels_last)
+    layer(features).square().sum().backward()
+    assert layer.weight.grad is not None
+    exact, layer.weight.grad = layer.weight.grad, None
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(features).square().sum().backward()
+    assert (layer.weight.grad - exact).abs().max() < 0.02 * exact.abs().max()

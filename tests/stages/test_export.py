@@ -29,6 +29,7 @@ from stages.models.decoder import Decoder
 from stages.training.models import load_decoder, read_spec, save_weights
 from stages.use import export, export_formats
 from stages.use.export_formats import METADATA, EndToEnd, Metadata, Model, _SameConv2d, trace
+from stages.use.segmenter import MapNetwork
 
 CLASSES, PALETTE = ("belt", "Größe", "纸"), ((0, 0, 0), (10, 20, 30), (255, 0, 7))
 
@@ -224,7 +225,7 @@ def test_padding_is_timms_at_every_size(kernel: int, stride: int, dilation: int)
 
 def test_end_to_end_leaves_its_networks_unchanged(lite0: Backbone) -> None:
     decoder = Decoder(head="deeplab", in_channels=320, num_classes=3, width=8, atrous_rates=(2, 3))
-    segmenter = EndToEnd(backbone=lite0, decoder=decoder)
+    segmenter = EndToEnd(backbone=MapNetwork(lite0, spec_of(lite0)), decoder=decoder)
     assert sum(isinstance(module, _SameConv2d) for module in segmenter.modules()) == 3
     assert not any(isinstance(module, _SameConv2d) for module in lite0.modules())
     assert decoder.training

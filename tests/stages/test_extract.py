@@ -118,12 +118,12 @@ def spoil(monkeypatch: pytest.MonkeyPatch, prepared: Path, number: int, value: f
     )[1]
     wanted, forward = torch.from_numpy(image.copy()).permute(2, 0, 1), Backbone.forward
 
-    def spoilt(self: Backbone, images: torch.Tensor) -> torch.Tensor:
-        features = forward(self, images).clone()
+    def spoilt(self: Backbone, images: torch.Tensor) -> list[torch.Tensor]:
+        features = forward(self, images)[0].clone()
         for row, each in enumerate(images):
             if torch.equal(each, wanted):
                 features[row, 5, 1, 1] = value
-        return features
+        return [features]
 
     monkeypatch.setattr(Backbone, "forward", spoilt)
     return entries[number].image
