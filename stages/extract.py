@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -21,27 +20,25 @@ from tqdm import tqdm
 
 import featurestore
 import stages.backbones
-import stages.data.images
-from featurestore import FeatureStore, FeatureStoreError, SampleError, SpecMismatchError
+import stages.data
+from featurestore import FeatureStore, SampleError, SpecMismatchError
 from featurestore.disk_space import check_disk_space
 from featurestore.float16 import all_finite
 from featurestore.layers import map_shape
 from featurestore.prefetch import prefetch
-from featurestore.writer import clear_after_publication
 from stages.backbones.backbone import Backbone, BackboneError
 from stages.backbones.build import build_backbone, known_backbone
 from stages.common.config import Config, LayerName, Listed, Once
 from stages.common.distributed import agree
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import (
+    has_sound_store,
     make_accelerator,
     progress,
     source_digest,
     to_channels_last,
-    verify_store,
 )
-from stages.data.images import decode_image, decode_mask, read_bytes, resize_pair
-from stages.data.manifest import SPLITS, Classes, Entry, read_manifest
+from stages.data.manifest import SPLITS, Classes, Entry, read_manifest, read_pair
 
 Sample = tuple[Entry, str]  # an image and its view
 Compression = Literal["none", "zeros", "lz4", "zstd", "int8"]
@@ -159,7 +156,8 @@ def run(
             identity = _identity(config, spec, samples, accelerator.device.type)
             shards = scratch / split / identity[:16]
             if agree(
-                accelerator.is_main_process and _is_there(out / split, identity, shards, workers)
+                accelerator.is_main_process
+                and has_sound_store(out / split, identity, shards, workers)
             ):
                 continue
             with accelerator.main_process_first():  # the others follow once rank 0 has the lock
@@ -228,7 +226,7 @@ def _identity(
         samples=[
             (entry.id, entry.image_sha256, entry.mask_sha256, view) for entry, view in samples
         ],
-        code=source_digest(sys.modules[__name__], stages.data.images, stages.backbones),
+        code=source_digest(sys.modules[__name__], stages.data, stages.backbones),
         torch=torch.__version__,
         device=device,
     )
@@ -339,30 +337,6 @@ def check_spec(config: ExtractConfig, path: Path) -> featurestore.StoreSpec:
     return spec
 
 
-def _is_there(path: Path, identity: str, scratch: Path, workers: int) -> bool:
-    """Whether ``path`` has a sound store of these inputs; leftovers in ``scratch`` are removed.
-
-    Raises
-    ------
-    featurestore.StoreReadError, StoreBusyError
-        When the store cannot be read here, which is no reason to replace it; when it is being
-        written.
-    """
-    try:
-        store = featurestore.open(path)
-        if store.fingerprint != identity:
-            return False
-        verify_store(store, workers=workers)
-    except featurestore.StoreReadError:
-        raise
-    except FeatureStoreError as problem:
-        if path.exists():
-            tqdm.write(f"{problem}: extracting it again")
-        return False
-    clear_after_publication(path, scratch)
-    return True
-
-
 def _mention_unfinished(scratch: Path) -> None:
     """Name the shards that an interrupted extraction with other parameters left."""
     folders = [folder for split in SPLITS for folder in (scratch / split).glob("[0-9a-f]*")]
@@ -468,26 +442,7 @@ def _append(batch: _Computed, *, writer: featurestore.StoreWriter) -> int:
 def _read_pair(
     sample: Sample, *, classes: Classes, size: tuple[int, int], rule: str
 ) -> tuple[Sample, np.ndarray, np.ndarray]:
-    """Read a sample, check it against the manifest, resize it, and mirror it for view ``hflip``.
-
-    Returns
-    -------
-    Sample, (H, W, 3) uint8, (H, W) uint8
-        The sample, its image and its mask.
-    """
+    """Read a sample's image (H, W, 3) and mask (H, W), mirrored for view ``hflip``."""
     entry, view = sample
-    image_path, mask_path = Path(entry.image), Path(entry.mask)
-    image_bytes, mask_bytes = read_bytes(image_path, "image"), read_bytes(mask_path, "mask")
-    for path, content, sha256 in (
-        (image_path, image_bytes, entry.image_sha256),
-        (mask_path, mask_bytes, entry.mask_sha256),
-    ):
-        if hashlib.sha256(content).hexdigest() != sha256:
-            message = "this file changed since the prepare stage; run `dvc repro`, or prepare again"
-            raise DataError(path, message)
-    original = decode_image(image_bytes, image_path)
-    labels = decode_mask(
-        mask_bytes, mask_path, num_classes=len(classes.names), void_index=classes.void_index
-    )
-    image, mask = resize_pair(original, labels, size=size, rule=rule)
+    image, mask = read_pair(entry, classes, size=size, rule=rule)
     return (sample, image[:, ::-1], mask[:, ::-1]) if view == "hflip" else (sample, image, mask)

@@ -203,8 +203,10 @@ def _state(
         make = partial(timm.create_model, timm_name, pretrained=True, **options)
         return download(name, source, lambda: make().state_dict())
     state = read_state(weights)
-    with torch.device("meta"):
-        model = timm.create_model(timm_name)
+    model = network
+    if not hasattr(network, "forward_intermediates"):  # of ``features_only``
+        with torch.device("meta"):
+            model = timm.create_model(timm_name)
     # The release of a network's authors has other names, which timm converts.
     if convert := getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None):
         with suppress(KeyError, AttributeError, RuntimeError):  # ``fit`` names the difference

@@ -20,8 +20,10 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from tqdm import tqdm
 
+import featurestore
 from featurestore import FeatureStore, FeatureStoreError
 from featurestore.files import write_atomically, writing
+from featurestore.writer import clear_after_publication
 from stages.common.distributed import gather, replicate, shard, synchronise_batch_norm
 from stages.common.errors import ConfigError
 
@@ -236,6 +238,30 @@ def verify_stores(*stores: FeatureStore, workers: int) -> None:
         problem = error
     if problems := [error for error in gather(problem) if error is not None]:
         raise problems[0]
+
+
+def has_sound_store(path: Path, identity: str, scratch: Path, workers: int) -> bool:
+    """Whether ``path`` has a sound store of these inputs; leftovers in ``scratch`` are removed.
+
+    Raises
+    ------
+    featurestore.StoreReadError, StoreBusyError
+        When the store cannot be read here, which is no reason to replace it; when it is being
+        written.
+    """
+    try:
+        store = featurestore.open(path)
+        if store.fingerprint != identity:
+            return False
+        verify_store(store, workers=workers)
+    except featurestore.StoreReadError:
+        raise
+    except FeatureStoreError as problem:
+        if path.exists():
+            tqdm.write(f"{problem}: extracting it again")
+        return False
+    clear_after_publication(path, scratch)
+    return True
 
 
 def verify_store(store: FeatureStore, *, workers: int, rank: int = 0, ranks: int = 1) -> None:

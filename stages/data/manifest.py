@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
+
 from stages.common.errors import DataError
+from stages.data.images import decode_image, decode_mask, read_bytes, resize_pair
 
 SPLITS = ("train", "val", "test")
 MANIFEST_NAME = "manifest.csv"
@@ -89,3 +93,34 @@ def read_manifest(folder: Path) -> tuple[list[Entry], Classes]:
             f"is not a manifest that prepare wrote ({error}); run the prepare stage again",
         ) from error
     return entries, classes
+
+
+def read_pair(
+    entry: Entry, classes: Classes, *, size: tuple[int, int], rule: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image and its mask, check them against the manifest, and resize them.
+
+    Returns
+    -------
+    (H, W, 3) uint8, (H, W) uint8
+        Image and mask.
+
+    Raises
+    ------
+    DataError
+        When a file is missing, damaged, or changed since the prepare stage.
+    """
+    image_path, mask_path = Path(entry.image), Path(entry.mask)
+    image_bytes, mask_bytes = read_bytes(image_path, "image"), read_bytes(mask_path, "mask")
+    for path, content, sha256 in (
+        (image_path, image_bytes, entry.image_sha256),
+        (mask_path, mask_bytes, entry.mask_sha256),
+    ):
+        if hashlib.sha256(content).hexdigest() != sha256:
+            message = "this file changed since the prepare stage; run `dvc repro`, or prepare again"
+            raise DataError(path, message)
+    original = decode_image(image_bytes, image_path)
+    labels = decode_mask(
+        mask_bytes, mask_path, num_classes=len(classes.names), void_index=classes.void_index
+    )
+    return resize_pair(original, labels, size=size, rule=rule)
