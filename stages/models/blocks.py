@@ -78,7 +78,7 @@ def nearest_pixels(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
         torch.arange(count, device=maps.device) * side // count
         for count, side in zip(size, maps.shape[-2:], strict=True)
     )
-    return maps[..., rows[:, None], columns]
+    return maps.index_select(-2, rows).index_select(-1, columns)
 
 
 def reduced_size(size: tuple[int, int], divisor: int) -> tuple[int, int]:

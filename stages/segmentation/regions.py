@@ -54,7 +54,7 @@ def fill_cells(values: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
         ((torch.arange(side, device=values.device) + 1) * count - 1) // side
         for side, count in zip(size, values.shape[1:], strict=True)
     )
-    return values[:, rows[:, None], columns]
+    return values.index_select(2, columns).index_select(1, rows)  # whole rows are copied last
 
 
 def count_pixels(masks: Tensor) -> Tensor:
