@@ -412,7 +412,9 @@ def _features(folder: Path, backbone: str, size: int, samples: int, work: Path) 
     network = common.backbone_for(backbone, work)
     features = None
     for number, image in enumerate(common.read_images(folder, samples, size)):
-        computed = network(torch.tensor(image).permute(2, 0, 1)[None])[0].to(torch.float16).numpy()
+        computed = (
+            network(torch.tensor(image).permute(2, 0, 1)[None])[0][0].to(torch.float16).numpy()
+        )
         if features is None:
             features = np.empty((samples, *computed.shape), np.float16)
         features[number] = computed

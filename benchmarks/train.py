@@ -236,7 +236,7 @@ def time_epochs(
                     .to(accelerator.device)
                 )
                 with accelerator.autocast():
-                    features = backbone(batch)
+                    (features,) = backbone(batch)
                 yield features.clone()  # the backbone gives inference tensors, without gradients
 
         spec = featurestore.StoreSpec(

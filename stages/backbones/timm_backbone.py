@@ -59,8 +59,7 @@ def build(
         Loads the default weights; default: timm's, from its hub.
     """
     try:
-        with torch.device("meta"):
-            _create(name, timm_name, features_only=True, output_stride=DILATED_STRIDE)
+        _create(name, timm_name, features_only=True, output_stride=DILATED_STRIDE)
     except BackboneError:
         return _transformer(name, timm_name, weights, layers, dilate, size)
     return _cnn(name, timm_name, weights, layers, dilate, default_state)

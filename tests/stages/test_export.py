@@ -141,7 +141,7 @@ def test_torchvision_loads_every_tensor_and_computes_equal_logits(
 
     # The decoder's own way: features through a store.
     with featurestore.create(tmp_path / "features", spec_of(backbone)) as writer:
-        for number, features in enumerate(backbone(images).numpy()):
+        for number, features in enumerate(backbone(images)[0].numpy()):
             writer.append(id=str(number), features=features, mask=np.zeros((64, 64), np.uint8))
     cached = featurestore.open(tmp_path / "features").gather("features", [0, 1])
     expected = load_decoder(folder)(torch.from_numpy(cached), size=(64, 64))
