@@ -87,10 +87,9 @@ def test_operations_are_those_of_the_steps_that_train() -> None:
             step()
         cost = costs[name.replace(" step", "")]
         assert cost.operations == counter.get_total_flops() / step_cost.BATCH, name
+    backbone = build_backbone(name="efficientnet_lite0", weights="default")
     with FlopCounterMode(display=False) as counter:
-        build_backbone(name="efficientnet_lite0", weights="default")(
-            torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-        )
+        backbone(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     assert costs["backbone"].operations == counter.get_total_flops()
 
 

@@ -109,14 +109,16 @@ def _transformer(
 ) -> Backbone:
     from timm.models._features import FeatureGetterNet
 
+    model = _create(name, timm_name, num_classes=0)
+    is_vit = len({block["reduction"] for block in model.feature_info}) == 1
     # A ViT that interpolates its position embeddings takes any size; others are made for one.
-    choices: list[dict[str, Any]] = [{"dynamic_img_size": True}, {"img_size": size}, {}]
-    for options in choices if size else (choices[0], {}):
+    choices: list[dict[str, Any]] = [{"dynamic_img_size": True}] if is_vit else []
+    choices += [{"img_size": size}] if size else []
+    options: dict[str, Any] = {}
+    for choice in choices:
         with suppress(BackboneError):
-            model = _create(name, timm_name, num_classes=0, **options)
+            model, options = _create(name, timm_name, num_classes=0, **choice), choice
             break
-    else:
-        raise BackboneError(f"{name} cannot be made for images of {size}; choose another")
     if weights is not None:
         fit(
             model,
@@ -126,7 +128,6 @@ def _transformer(
         )
     blocks = model.feature_info
     strides = [block["reduction"] for block in blocks]
-    is_vit = len(set(strides)) == 1
     names = [str(n) if is_vit else block["module"] for n, block in enumerate(blocks)]
     indices = choose_layers(name, names, layers)
     if dilate and not is_vit and strides[indices[-1]] > DILATED_STRIDE:
