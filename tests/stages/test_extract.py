@@ -262,7 +262,7 @@ def test_nothing_is_published_before_all_splits_are_extracted(
 def test_a_second_extraction_into_the_same_scratch_folder_says_so_and_stops(prepared: Path) -> None:
     code = (
         "import time; from tests.stages.test_extract import *\n"
-        "Backbone.forward = lambda self, images: time.sleep(60)\n"
+        "extract._forward = lambda *batch, **options: time.sleep(60)\n"
         f"run(config(), Path({str(prepared)!r}))"
     )
     first = subprocess.Popen(
@@ -296,7 +296,8 @@ def test_two_ranks_write_the_same_bytes_as_one_and_one_that_dies_costs_its_unfin
         "forward, calls = Backbone.forward, []\n"
         "def dying(self, images):\n"
         "    calls.append(1)\n"
-        "    if len(calls) == 3 and os.environ['RANK'] == '1':  # its first shard has two batches\n"
+        "    # Two calls describe the layers, and its first shard has two batches.\n"
+        "    if len(calls) == 5 and os.environ['RANK'] == '1':\n"
         f"        scratch = Path({str(tmp_path)!r}) / 'scratch' / 'train'\n"
         "        while not list(scratch.glob('*/shard-00001*.finished.json')): time.sleep(0.01)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
