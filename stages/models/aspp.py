@@ -75,8 +75,9 @@ class AtrousConv(nn.Conv2d):
         if self.rate >= max(height, width):
             return F.conv2d(features, self.weight[:, :, 1:2, 1:2])
         dtype = autocast_dtype(features)
-        # PyTorch 2.14's gradient of the weight is NaN for these, on a CPU with bfloat16 units.
-        is_broken = dtype == torch.bfloat16 and self.in_channels % 16 != 0
+        # PyTorch 2.14's gradient of the weight is NaN, or crashes, on a CPU with bfloat16 units.
+        is_odd = self.in_channels > 16 and self.in_channels % 16 != 0
+        is_broken = dtype == torch.bfloat16 and self.rate > 1 and is_odd
         is_dense = inside[0] * inside[1] > DENSE * 9 * height * width
         if features.device.type != "cpu" or (is_dense and not is_broken):
             return super().forward(features)

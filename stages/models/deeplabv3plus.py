@@ -74,13 +74,15 @@ class DeepLabV3Plus(nn.Module):
         on_grid = torch.cat([block for block, factor in blocks if factor == 1], dim=1)
         unfolded = (F.pixel_shuffle(block, factor) for block, factor in blocks if factor > 1)
         finer = [reduce(layer) for reduce, layer in zip(self.reduce, unfolded, strict=True)]
+        # ASPP's result is not channels last, and convolutions of the finest size would be slower.
+        coarse = self.aspp(on_grid).contiguous(memory_format=torch.channels_last)
         most = max(self.factors)
         size = (most * features.shape[2], most * features.shape[3])
         layers = (
             layer
             if layer.shape[2:] == size
             else F.interpolate(layer, size, mode="bilinear", align_corners=False)
-            for layer in [self.aspp(on_grid), *finer]
+            for layer in [coarse, *finer]
         )
         return self.refine(torch.cat(list(layers), dim=1))
 

@@ -66,3 +66,18 @@ def test_gradients_in_bfloat16_are_numbers(channels: int) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         layer(features).square().sum().backward()
     assert (layer.weight.grad - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+@pytest.mark.parametrize(("channels", "rate"), [(12, 2), (16, 2), (24, 1), (320, 2)])
+def test_pytorchs_convolution_in_bfloat16_is_kept_where_it_works(channels: int, rate: int) -> None:
+    layer = AtrousConv(channels, 8, rate)
+    results = []
+    for convolve in (layer, lambda x: F.conv2d(x, layer.weight, padding=rate, dilation=rate)):
+        features = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(1))
+        features = features.to(memory_format=torch.channels_last).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = convolve(features)
+        gradients = torch.autograd.grad(output.float().square().sum(), (layer.weight, features))
+        results.append([output, *gradients])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)

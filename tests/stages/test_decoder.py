@@ -221,6 +221,15 @@ def test_deeplabv3plus_equals_its_parts_from_torchvision() -> None:
     torch.testing.assert_close(decoder(features), decoder.last(embeddings), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_deeplabv3plus_refines_in_channels_last(training: bool) -> None:
+    head, joined = decoder_of("deeplabv3plus").train(training).head[0], []
+    head.refine.register_forward_pre_hook(lambda _, inputs: joined.extend(inputs))
+    head(features_of())
+    assert [layer.shape for layer in joined] == [(4, WIDTH + 3 + 2, 24, 20)]
+    assert joined[0].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_deeplabv3plus_reduces_a_wide_finer_layer_to_48_channels() -> None:
     head = DeepLabV3Plus(((256, 2), (4, 1)), 16, (1,), 0.1)
     assert LOW_LEVEL == 48
