@@ -7,14 +7,16 @@ norm is applied where timm applies one.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from stages.backbones.backbone import (
     DILATED_STRIDE,
@@ -59,7 +61,8 @@ def build(
         Loads the default weights; default: timm's, from its hub.
     """
     try:
-        _create(name, timm_name, features_only=True, output_stride=DILATED_STRIDE)
+        with torch.device("meta"):
+            _create(name, timm_name, features_only=True, output_stride=DILATED_STRIDE)
     except BackboneError:
         return _transformer(name, timm_name, weights, layers, dilate, size)
     return _cnn(name, timm_name, weights, layers, dilate, default_state)
@@ -109,20 +112,22 @@ def _transformer(
 ) -> Backbone:
     from timm.models._features import FeatureGetterNet
 
-    model = _create(name, timm_name, num_classes=0)
+    options: dict[str, Any] = {"num_classes": 0}
+    model = _create(name, timm_name, **options)
     is_vit = len({block["reduction"] for block in model.feature_info}) == 1
-    # A ViT that interpolates its position embeddings takes any size; others are made for one.
+    # A ViT that interpolates its position embeddings takes any size; SAM does so unasked. Others
+    # are made for one size.
+    asked = getattr(getattr(model, "patch_embed", None), "strict_img_size", True)
     choices: list[dict[str, Any]] = [{"dynamic_img_size": True}] if is_vit else []
-    choices += [{"img_size": size}] if size else []
-    options: dict[str, Any] = {}
+    choices += [{"img_size": size}] if size and (asked or not is_vit) else []
     for choice in choices:
         with suppress(BackboneError):
-            model, options = _create(name, timm_name, num_classes=0, **choice), choice
+            model, options = _create(name, timm_name, **options, **choice), {**options, **choice}
             break
     if weights is not None:
         fit(
             model,
-            _state(name, timm_name, weights, model, None, {**options, "num_classes": 0}),
+            _state(name, timm_name, weights, model, None, options),
             weights,
             head=HEAD,
         )
@@ -161,7 +166,7 @@ def _backbone(
 
 
 def _create(name: str, timm_name: str, **options: Any) -> Any:
-    """Make a network of timm.
+    """Make a network of timm; under fake tensors (``estimate``) one without values.
 
     Raises
     ------
@@ -171,11 +176,16 @@ def _create(name: str, timm_name: str, **options: Any) -> Any:
     import timm
 
     try:
-        return timm.create_model(timm_name, **{"pretrained": False, **options})
+        # Some families read the values of tensors while they are made, which fake ones lack.
+        with unset_fake_temporarily() as fake, torch.device("meta") if fake else nullcontext():
+            network = timm.create_model(timm_name, **{"pretrained": False, **options})
     except Exception as error:  # each family of timm refuses in its own way
         reason = str(error) or type(error).__name__
         message = f"{name} cannot give dense features ({reason}); choose another"
         raise BackboneError(message) from error
+    if fake:
+        network._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+    return network
 
 
 def _state(
@@ -194,23 +204,34 @@ def _state(
         When they cannot be downloaded, or read, or are of another model.
     """
     import timm
+    from timm.layers import resample_abs_pos_embed
 
     if weights == "default":
         if default_state is not None:
             return default_state()
         settings = cast("dict[str, object]", network.pretrained_cfg)
         source = f"https://huggingface.co/{settings.get('hf_hub_id') or 'timm'}"
-        make = partial(timm.create_model, timm_name, pretrained=True, **options)
-        return download(name, source, lambda: make().state_dict())
-    state = read_state(weights)
+        released = {key: value for key, value in options.items() if key != "img_size"}
+        make = partial(timm.create_model, timm_name, pretrained=True, **released)
+        state = download(name, source, lambda: make().state_dict())
+        if released == options:
+            return state
+    else:
+        state = read_state(weights)
     model = network
     if not hasattr(network, "forward_intermediates"):  # of ``features_only``
         with torch.device("meta"):
             model = timm.create_model(timm_name)
-    # The release of a network's authors has other names, which timm converts.
-    if convert := getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None):
-        with suppress(KeyError, AttributeError, RuntimeError):  # ``fit`` names the difference
+    # The release of a network's authors has other names, which timm converts (and prints about).
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    with suppress(KeyError, AttributeError, RuntimeError), redirect_stdout(io.StringIO()):
+        if convert is not None:  # where it fails, ``fit`` names the difference
             state = convert(dict(state), model)
+        # timm resizes the position embeddings of all fixed networks but Hiera's.
+        grid = getattr(model, "tokens_spatial_shape", None)
+        if grid and state["pos_embed"].shape != model.pos_embed.shape:
+            table = resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=0)
+            state = {**state, "pos_embed": table}
     names = {tensor.replace("_", "."): tensor for tensor in network.state_dict()}
     # ``features_only`` flattens some networks: stages.0.x becomes stages_0.x.
     return {names.get(tensor.replace("_", "."), tensor): state[tensor] for tensor in state}

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from stages.backbones import timm_backbone
 from stages.backbones.backbone import Backbone, BackboneError
 from stages.backbones.build import ALIASES, KNOWN, build_backbone, known_backbone
+from stages.use.export_formats import trace
 
 # A model of each architecture, one layer that is not its last, and two sizes.
 TRANSFORMERS = {
@@ -24,12 +28,8 @@ TRANSFORMERS = {
     "hiera_tiny_224": ("blocks.2", (224, 224), (256, 320)),
 }
 CNNS = {"convnext_atto": "stages.1", "resnet18": "layer2", "tf_efficientnet_lite0": "blocks.2"}
-FIXED = (  # made for one size
-    "beitv2_base_patch16_224",
-    "samvit_base_patch16",
-    "swin_tiny_patch4_window7_224",
-    "hiera_tiny_224",
-)
+FIXED = ("beitv2_base_patch16_224", "swin_tiny_patch4_window7_224", "hiera_tiny_224")  # in size
+LITE0 = "4420b984b30287516029d8a9f61c8896f5d7073cae1569e551eabdb350ae7067"
 
 
 def images_of(size: tuple[int, int]) -> Tensor:
@@ -49,6 +49,8 @@ def test_a_transformer_gives_what_timm_gives(name: str, number: int, tmp_path: P
     layer, *sizes = TRANSFORMERS[name]
     size, options = sizes[number], {}
     options = {"img_size": size} if name in FIXED else {"dynamic_img_size": True}
+    if name.startswith("samvit"):  # takes any size with the position embeddings of its release
+        options = {}
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=0, **options).eval()
     torch.save(model.state_dict(), tmp_path / "weights.pth")
@@ -139,6 +141,90 @@ def test_the_release_of_dinov2_loads_by_path(tmp_path: Path) -> None:
     assert {name.removeprefix("model.") for name in loaded} == set(state)
     for name, tensor in loaded.items():
         torch.testing.assert_close(tensor, state[name.removeprefix("model.")])
+
+
+@pytest.mark.medium
+def test_the_release_of_dinov3s_vit_loads_by_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    state = timm.create_model("vit_small_patch16_dinov3", num_classes=0).state_dict()
+    width = state["norm.weight"].shape[0]
+    renamed = {"mask_token": torch.zeros(1, width), "rope_embed.periods": torch.ones(16)}
+    for name, tensor in state.items():
+        new = name.replace("gamma_", "ls").replace("reg_token", "storage_tokens")
+        renamed[f"{new}.gamma" if "gamma_" in name else new] = tensor
+    for block in range(12):  # the release has biases of zero, which timm leaves out
+        renamed[f"blocks.{block}.attn.qkv.bias"] = torch.zeros(3 * width)
+        renamed[f"blocks.{block}.attn.qkv.bias_mask"] = torch.ones(3 * width)
+    torch.save(renamed, tmp_path / "release.pth")
+    backbone = build_backbone(name="dinov3_vits16", weights=str(tmp_path / "release.pth"))
+    loaded = backbone.network.state_dict()
+    assert {name.removeprefix("model.") for name in loaded} == set(state)
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, state[name.removeprefix("model.")])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("weights", ["default", "a file"])
+def test_hieras_position_embeddings_are_interpolated_to_the_size(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    state = timm.create_model("hiera_tiny_224").state_dict()
+    if weights == "default":
+        monkeypatch.setattr(timm_backbone, "download", lambda *_: state)
+    else:
+        weights = str(tmp_path / "hiera.pth")
+        torch.save(state, weights)
+    backbone = build_backbone(
+        name="timm/hiera_tiny_224", weights=weights, dilate=False, size=(256, 320)
+    )
+    loaded = backbone.network.state_dict()
+    table = state["pos_embed"].reshape(1, 56, 56, 96).permute(0, 3, 1, 2)
+    table = F.interpolate(table, size=(64, 80), mode="bicubic", antialias=True)
+    expected = table.permute(0, 2, 3, 1).reshape(1, 64 * 80, 96)
+    torch.testing.assert_close(loaded["model.pos_embed"], expected)
+    name = "blocks.11.mlp.fc2.weight"
+    assert torch.equal(loaded[f"model.{name}"], state[name])
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    "name", ["timm/vit_tiny_patch16_dinov3_qkvb", "swin_tiny", "timm/hiera_tiny_224"]
+)
+def test_fake_tensors_have_the_shapes_of_the_features(name: str) -> None:
+    """``estimate`` counts operations without computing anything."""
+    settings = {"name": name, "weights": None, "dilate": False, "size": (256, 320)}
+    real = build_backbone(**settings).stored_layers((256, 320))
+    with FakeTensorMode():
+        assert build_backbone(**settings).stored_layers((256, 320)) == real
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("size", [(112, 112), (112, 140)], ids=["square", "wide"])
+def test_onnx_runtime_computes_what_a_vit_computes(size: tuple[int, int], tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    backbone = build_backbone(name="dinov2_vits14", weights=None, layers=["2", "11"], size=size)
+    images = images_of(size)
+    program = trace(backbone, size, "dinov2_vits14")
+    expected = backbone(images)
+    torch.testing.assert_close(program.module()(images), expected)
+    written = torch.onnx.export(program, dynamo=True, input_names=["images"], verbose=False)
+    written.save(tmp_path / "vit.onnx", external_data=False)
+    session = onnxruntime.InferenceSession(
+        tmp_path / "vit.onnx", providers=["CPUExecutionProvider"]
+    )
+    computed = session.run(None, {"images": images.numpy()})
+    for features, reference in zip(computed, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(features), reference, rtol=1e-3, atol=1e-4)
+
+
+def test_the_digest_of_stored_features_stays() -> None:
+    """Stores that exist name their backbone's weights by this digest."""
+    assert build_backbone(name="efficientnet_lite0", weights="default").digest() == LITE0
 
 
 @pytest.mark.medium
