@@ -24,7 +24,7 @@ import stages.data
 from featurestore import FeatureStore, SampleError, SpecMismatchError
 from featurestore.disk_space import check_disk_space
 from featurestore.float16 import all_finite
-from featurestore.layers import map_shape
+from featurestore.layers import Layer, map_shape
 from featurestore.prefetch import prefetch
 from stages.backbones.backbone import Backbone, BackboneError
 from stages.backbones.build import build_backbone, known_backbone
@@ -138,8 +138,9 @@ def run(
     precision = "bf16" if config.compute == "bf16" else "no"
     accelerator = make_accelerator(device, precision, kwargs_handlers=[patience])
     entries, classes = read_manifest(dataset)
-    backbone = to_channels_last(build(config), accelerator.device)
-    spec = _spec(config, backbone, classes)
+    backbone, layers = build(config)
+    backbone = to_channels_last(backbone, accelerator.device)
+    spec = _spec(config, backbone, layers, classes)
 
     # No split is published before all are extracted: DVC removes a stage's outputs before it
     # starts, and an interrupted run must find its finished shards again. fp32 excludes TF32.
@@ -192,8 +193,8 @@ def run(
     return {split: featurestore.open(out / split) for split in SPLITS}
 
 
-def build(config: ExtractConfig) -> Backbone:
-    """Build the backbone.
+def build(config: ExtractConfig) -> tuple[Backbone, list[Layer]]:
+    """Build the backbone, and describe the layers that a store holds.
 
     Raises
     ------
@@ -201,17 +202,19 @@ def build(config: ExtractConfig) -> Backbone:
         When it has no such layers, or its weights cannot be downloaded, read or do not fit.
     """
     try:
-        return build_backbone(
+        backbone = build_backbone(
             name=config.backbone,
             weights=config.weights,
             layers=config.layers,
             dilate=config.dilate,
             size=config.input_size,
         )
+        return backbone, backbone.stored_layers(config.input_size)
     except BackboneError as error:
         if error.key == "weights" and config.weights != "default":
-            message = str(error).removeprefix(f"{config.weights}: ")
-            raise DataError(config.weights, message) from error
+            raise DataError(
+                config.weights, str(error).removeprefix(f"{config.weights}: ")
+            ) from error
         raise ConfigError(f"extract.{error.key}", str(error)) from error
 
 
@@ -275,8 +278,9 @@ def _fill(
         torch.set_num_threads(threads)
 
 
-def _spec(config: ExtractConfig, backbone: Backbone, classes: Classes) -> featurestore.StoreSpec:
-    layers = backbone.stored_layers(config.input_size)
+def _spec(
+    config: ExtractConfig, backbone: Backbone, layers: list[Layer], classes: Classes
+) -> featurestore.StoreSpec:
     shape = map_shape(layers, config.input_size)
     named = layers if config.layers else []
     return featurestore.StoreSpec(

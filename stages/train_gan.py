@@ -172,9 +172,11 @@ def run(
     """
     session = Session(__name__, "train-gan", machine, config, metrics=metrics, logs=logs)
     accelerator = session.accelerator
-    store, held_out = (
-        featurestore.open(features / split).select(config.layers) for split in ("train", "val")
-    )
+    stores = {
+        split: featurestore.open(features / split).select(config.layers)
+        for split in ("train", "val")
+    }
+    store, held_out = stores.values()
     check_store(config, store, accelerator.num_processes)
     verify_stores(store, held_out, workers=machine.workers)
     loader = session.loader(
@@ -192,7 +194,6 @@ def run(
     networks = create_networks(architecture, settings, store)
     untrained = copy.deepcopy(networks.generator.state_dict())
     trainer = build_trainer(accelerator, networks, settings, machine, store.spec.folds)
-    stores = {"train": store, "val": held_out}
     session.watch(
         monitoring, trainer.generator, stores, seed=config.seed, epochs=config.frozen_epochs
     )

@@ -136,11 +136,23 @@ class Backbone(nn.Module):
         return list(output.values() if isinstance(output, dict) else output)
 
     def stored_layers(self, size: tuple[int, int]) -> list[Layer]:
-        """Describe what a store holds of each layer for images (H, W), by computing one."""
+        """Describe what a store holds of each layer for images (H, W), by computing one.
+
+        Raises
+        ------
+        BackboneError
+            When the network cannot take images of this size.
+        """
         images = torch.zeros(1, 3, *size, dtype=torch.uint8, device=self._scale.device)
+        try:
+            maps = self(images)
+        except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            message = f"{self.name} cannot take images of {size[0]} x {size[1]} ({reason})"
+            raise BackboneError(f"{message}; use another size", "input_size") from error
         return [
             Layer(layer.name, (features.shape[1], features.shape[2], features.shape[3]))
-            for layer, features in zip(self.layers, self(images), strict=True)
+            for layer, features in zip(self.layers, maps, strict=True)
         ]
 
     def check_size(self, size: tuple[int, int]) -> None:
@@ -156,7 +168,7 @@ class Backbone(nn.Module):
                 below = max(self.multiple, side - side % self.multiple)
                 raise BackboneError(
                     f"{self.name} takes sides that are multiples of {self.multiple}, found {side};"
-                    f" use {below} or {side - side % self.multiple + self.multiple}",
+                    f" use {below} or {below + self.multiple}",
                     "input_size",
                 )
 

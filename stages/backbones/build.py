@@ -13,7 +13,7 @@ ALIASES = {  # names of timm's models
     "dinov2_vits14": "vit_small_patch14_reg4_dinov2",
     "dinov2_vitb14": "vit_base_patch14_reg4_dinov2",
     "dinov2_vitl14": "vit_large_patch14_reg4_dinov2",
-    "dinov3_vits16": "vit_small_patch16_dinov3",
+    "dinov3_vits16": "vit_small_patch16_dinov3_qkvb",  # with the biases of the release
     "dinov3_convnext_tiny": "convnext_tiny.dinov3_lvd1689m",
     "convnext_tiny": "convnext_tiny",
     "swin_tiny": "swin_tiny_patch4_window7_224",

@@ -180,7 +180,7 @@ def _create(name: str, timm_name: str, **options: Any) -> Any:
         with unset_fake_temporarily() as fake, torch.device("meta") if fake else nullcontext():
             network = timm.create_model(timm_name, **{"pretrained": False, **options})
     except Exception as error:  # each family of timm refuses in its own way
-        reason = str(error) or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         message = f"{name} cannot give dense features ({reason}); choose another"
         raise BackboneError(message) from error
     if fake:
@@ -222,16 +222,38 @@ def _state(
     if not hasattr(network, "forward_intermediates"):  # of ``features_only``
         with torch.device("meta"):
             model = timm.create_model(timm_name)
-    # The release of a network's authors has other names, which timm converts (and prints about).
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    with suppress(KeyError, AttributeError, RuntimeError), redirect_stdout(io.StringIO()):
-        if convert is not None:  # where it fails, ``fit`` names the difference
-            state = convert(dict(state), model)
-        # timm resizes the position embeddings of all fixed networks but Hiera's.
-        grid = getattr(model, "tokens_spatial_shape", None)
-        if grid and state["pos_embed"].shape != model.pos_embed.shape:
-            table = resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=0)
-            state = {**state, "pos_embed": table}
+    state = _converted(state, model, weights)
+    # timm resizes the position embeddings of all fixed networks but Hiera's.
+    grid = getattr(model, "tokens_spatial_shape", None)
+    if grid and "pos_embed" in state and state["pos_embed"].shape != model.pos_embed.shape:
+        table = resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=0)
+        state = {**state, "pos_embed": table}
     names = {tensor.replace("_", "."): tensor for tensor in network.state_dict()}
     # ``features_only`` flattens some networks: stages.0.x becomes stages_0.x.
     return {names.get(tensor.replace("_", "."), tensor): state[tensor] for tensor in state}
+
+
+def _converted(state: State, model: nn.Module, source: str) -> State:
+    """Rename the tensors of the authors' release of a network as timm does; keep other names.
+
+    Raises
+    ------
+    BackboneError
+        When timm would leave out biases that are not zero.
+    """
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return state
+    try:
+        with redirect_stdout(io.StringIO()):  # timm prints a line for every bias it leaves out
+            converted: State = convert(dict(state), model)
+    except Exception:  # weights of another model: ``fit`` names the difference
+        return state
+    # DINOv3: timm has a network without the biases of queries and values, and one with them.
+    for name, bias in state.items():
+        if name.endswith("qkv.bias") and not {name, name.replace("qkv.", "q_")} & set(converted):
+            queries, _, values = bias.chunk(3)
+            if queries.any() or values.any():
+                message = f"{source}: has biases {name!r}, for which this backbone has no place;"
+                raise BackboneError(f"{message} use timm's network that ends in _qkvb", "weights")
+    return converted

@@ -94,13 +94,14 @@ def test_a_cnn_gives_what_timm_gives(name: str, dilate: bool, tmp_path: Path) ->
         layers=[CNNS[name], names[-1]],
         dilate=dilate,
     )
-    images = images_of((64, 96))
-    with torch.no_grad():
-        maps = model(normalised(backbone, images))
-    first, last = backbone(images)
-    torch.testing.assert_close(first, maps[names.index(CNNS[name])], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(last, maps[-1], rtol=1e-4, atol=1e-4)
-    assert backbone.layers[-1].stride == 64 // last.shape[2] == (8 if dilate else 32)
+    for size in ((64, 64), (64, 96)):
+        images = images_of(size)
+        with torch.no_grad():
+            maps = model(normalised(backbone, images))
+        first, last = backbone(images)
+        torch.testing.assert_close(first, maps[names.index(CNNS[name])], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(last, maps[-1], rtol=1e-4, atol=1e-4)
+        assert backbone.layers[-1].stride == 64 // last.shape[2] == (8 if dilate else 32)
     assert backbone.multiple == backbone.layers[0].stride == 8
 
 
@@ -143,27 +144,52 @@ def test_the_release_of_dinov2_loads_by_path(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, state[name.removeprefix("model.")])
 
 
+def dinov3_release(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name the tensors of timm's DINOv3 as its authors do, and add those that timm leaves out."""
+    renamed, width = {}, state["norm.weight"].shape[0]
+    for name, tensor in state.items():
+        new = name.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")
+        renamed[new.replace("reg_token", "storage_tokens")] = tensor
+    for block in range(12):
+        biases = [
+            renamed.pop(f"blocks.{block}.attn.{part}_bias", torch.zeros(width)) for part in "qv"
+        ]
+        # The release has biases of keys too, which a mask turns off.
+        renamed[f"blocks.{block}.attn.qkv.bias"] = torch.cat(
+            [biases[0], torch.ones(width), biases[1]]
+        )
+        renamed[f"blocks.{block}.attn.qkv.bias_mask"] = torch.ones(3 * width)
+    return {**renamed, "mask_token": torch.zeros(1, width), "rope_embed.periods": torch.zeros(16)}
+
+
 @pytest.mark.medium
-def test_the_release_of_dinov3s_vit_loads_by_path(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("network", ["vit_small_patch16_dinov3", "vit_tiny_patch16_dinov3_qkvb"])
+def test_the_release_of_dinov3_loads_by_path(
+    network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
-    state = timm.create_model("vit_small_patch16_dinov3", num_classes=0).state_dict()
-    width = state["norm.weight"].shape[0]
-    renamed = {"mask_token": torch.zeros(1, width), "rope_embed.periods": torch.ones(16)}
-    for name, tensor in state.items():
-        new = name.replace("gamma_", "ls").replace("reg_token", "storage_tokens")
-        renamed[f"{new}.gamma" if "gamma_" in name else new] = tensor
-    for block in range(12):  # the release has biases of zero, which timm leaves out
-        renamed[f"blocks.{block}.attn.qkv.bias"] = torch.zeros(3 * width)
-        renamed[f"blocks.{block}.attn.qkv.bias_mask"] = torch.ones(3 * width)
-    torch.save(renamed, tmp_path / "release.pth")
-    backbone = build_backbone(name="dinov3_vits16", weights=str(tmp_path / "release.pth"))
+    state = timm.create_model(network, num_classes=0).state_dict()
+    state = {name: torch.randn_like(tensor) for name, tensor in state.items()}
+    torch.save(dinov3_release(state), tmp_path / "release.pth")
+    backbone = build_backbone(name=f"timm/{network}", weights=str(tmp_path / "release.pth"))
     loaded = backbone.network.state_dict()
     assert {name.removeprefix("model.") for name in loaded} == set(state)
-    for name, tensor in loaded.items():
-        assert torch.equal(tensor, state[name.removeprefix("model.")])
+    assert all(torch.equal(x, state[name.removeprefix("model.")]) for name, x in loaded.items())
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.medium
+def test_biases_that_a_network_lacks_are_not_left_out(tmp_path: Path) -> None:
+    state = timm.create_model("vit_small_patch16_dinov3_qkvb", num_classes=0).state_dict()
+    state["blocks.3.attn.v_bias"][0] = 1
+    torch.save(dinov3_release(state), tmp_path / "release.pth")
+    with pytest.raises(BackboneError) as error:
+        build_backbone(name="timm/vit_small_patch16_dinov3", weights=str(tmp_path / "release.pth"))
+    assert error.value.key == "weights"
+    assert str(error.value) == (
+        f"{tmp_path / 'release.pth'}: has biases 'blocks.3.attn.qkv.bias', for which this backbone"
+        " has no place; use timm's network that ends in _qkvb"
+    )
 
 
 @pytest.mark.medium
@@ -274,6 +300,11 @@ def test_every_alias_is_a_model_of_timm(name: str) -> None:
             "dinov2_vits14 takes sides that are multiples of 14, found 256; use 252 or 266",
         ),
         (
+            {"name": "dinov2_vits14", "size": (7, 14)},
+            "input_size",
+            "dinov2_vits14 takes sides that are multiples of 14, found 7; use 14 or 28",
+        ),
+        (
             {"name": "efficientnet_lite0", "size": (100, 128)},
             "input_size",
             "efficientnet_lite0 takes sides that are multiples of 8, found 100; use 96 or 104",
@@ -299,3 +330,11 @@ def test_weights_of_another_model_are_one_line(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "other.pth")
     with pytest.raises(BackboneError, match=r"other.pth: does not fit this backbone"):
         build_backbone(name="dinov2_vits14", weights=str(tmp_path / "other.pth"))
+
+
+@pytest.mark.medium
+def test_a_size_that_only_the_forward_pass_refuses_is_one_line() -> None:
+    backbone = build_backbone(name="timm/mvitv2_tiny", weights=None, dilate=False)
+    with pytest.raises(BackboneError, match="cannot take images of 224 x 256") as error:
+        backbone.stored_layers((224, 256))
+    assert error.value.key == "input_size"
