@@ -212,9 +212,8 @@ def build(config: ExtractConfig) -> tuple[Backbone, list[Layer]]:
         return backbone, backbone.stored_layers(config.input_size)
     except BackboneError as error:
         if error.key == "weights" and config.weights != "default":
-            raise DataError(
-                config.weights, str(error).removeprefix(f"{config.weights}: ")
-            ) from error
+            message = str(error).removeprefix(f"{config.weights}: ")
+            raise DataError(config.weights, message) from error
         raise ConfigError(f"extract.{error.key}", str(error)) from error
 
 
@@ -282,7 +281,6 @@ def _spec(
     config: ExtractConfig, backbone: Backbone, layers: list[Layer], classes: Classes
 ) -> featurestore.StoreSpec:
     shape = map_shape(layers, config.input_size)
-    named = layers if config.layers else []
     return featurestore.StoreSpec(
         feature_shape=shape,
         mask_shape=config.input_size,
@@ -299,8 +297,8 @@ def _spec(
         feature_dtype=config.feature_dtype,
         has_images=config.store_images,
         compression=config.compression,
-        layer_names=tuple(layer.name for layer in named),
-        layer_shapes=tuple(layer.shape for layer in named),
+        layer_names=tuple(layer.name for layer in layers if config.layers),
+        layer_shapes=tuple(layer.shape for layer in layers if config.layers),
         native_strides=not config.dilate,
     )
 

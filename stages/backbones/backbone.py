@@ -83,6 +83,8 @@ class Backbone(nn.Module):
         (3,) normalisation of images scaled to 0..1.
     multiple
         Sides of images must be multiples of this.
+    any_size
+        Whether the network also takes images whose sides are no multiples, as a CNN does.
     """
 
     _scale: Tensor
@@ -103,6 +105,7 @@ class Backbone(nn.Module):
         self.name, self.layers, self.nonnegative = name, tuple(layers), nonnegative
         coarse = [layer.stride for layer in layers if layer.stride >= DILATED_STRIDE]
         self.multiple = multiple or min(coarse, default=DILATED_STRIDE)  # the grid's stride
+        self.any_size = multiple is None
         self.network = network
         self.mean, self.std = mean, std
         scale = torch.tensor([1 / (255 * deviation) for deviation in std])

@@ -11,6 +11,7 @@ import torch
 
 from featurestore import StoreSpec
 from featurestore.files import sync
+from stages.backbones.backbone import BackboneError
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import progress
 from stages.training.models import load_decoder, read_config, read_spec
@@ -78,7 +79,8 @@ def run(
     weights
         ``decoder`` (last epoch) or ``decoder-best``.
     size
-        (H, W) of the images in pixels. Default: any size.
+        (H, W) of the images in pixels. Default: any size; that of training for transformers, and
+        for layers finer than the grid.
 
     Raises
     ------
@@ -93,7 +95,14 @@ def run(
     architecture = read_config(decoder)["architecture"]
     if format == "torchvision":
         torchvision_name(spec, architecture)
-    model = Model(load_backbone(spec, backbone_weights), head, spec, architecture, size)
+    backbone = load_backbone(spec, backbone_weights)
+    if not backbone.any_size:
+        size = size or spec.mask_shape
+        try:
+            backbone.backbone.check_size(size)
+        except BackboneError as error:
+            raise ConfigError("--size", str(error), actual=size) from error
+    model = Model(backbone, head, spec, architecture, size)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.stem}.partial{out.suffix}")
     try:

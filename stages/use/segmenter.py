@@ -284,11 +284,18 @@ class MapNetwork(nn.Module):
         The network.
     spec
         Spec of the features that the decoder was trained on.
+
+    Attributes
+    ----------
+    any_size
+        Whether images of any size can be read.
     """
 
     def __init__(self, backbone: Backbone, spec: StoreSpec) -> None:
         super().__init__()
         self.backbone, self.spec = backbone, spec
+        # Layers finer than the grid fold only where both divide the image.
+        self.any_size = backbone.any_size and all(factor == 1 for _, factor in spec.folds)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 RGB images -> (B, C, h, w) features."""

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import timm
 import torch
 import torchvision
 from click.testing import CliRunner, Result
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 import featurestore
 import pipeline
 from featurestore import StoreSpec
+from featurestore.dataset import assemble
+from featurestore.layers import map_shape
 from stages.backbones.backbone import Backbone
 from stages.backbones.build import build_backbone
 from stages.common.errors import ConfigError, DataError
@@ -34,15 +37,20 @@ from stages.use.segmenter import MapNetwork
 CLASSES, PALETTE = ("belt", "Größe", "纸"), ((0, 0, 0), (10, 20, 30), (255, 0, 7))
 
 
-def spec_of(backbone: Backbone) -> StoreSpec:
+def spec_of(backbone: Backbone, size: tuple[int, int] = (64, 64)) -> StoreSpec:
+    layers = backbone.stored_layers(size)
+    named = layers if len(layers) > 1 else []
+    shape = map_shape(layers, size)
     return StoreSpec(
-        feature_shape=(backbone.layers[-1].channels, 8, 8),
-        mask_shape=(64, 64),
+        feature_shape=shape,
+        mask_shape=size,
+        layer_names=tuple(layer.name for layer in named),
+        layer_shapes=tuple(layer.shape for layer in named),
         class_names=CLASSES,
         palette=PALETTE,
         backbone=backbone.name,
         weights_digest=backbone.digest(),
-        output_stride=8,
+        output_stride=round(size[0] / shape[1]),
         normalization_mean=backbone.mean,
         normalization_std=backbone.std,
         resize="stretch",
@@ -52,11 +60,13 @@ def spec_of(backbone: Backbone) -> StoreSpec:
     )
 
 
-def write_decoder(folder: Path, backbone: Backbone, **changes) -> Path:
+def write_decoder(
+    folder: Path, backbone: Backbone, size: tuple[int, int] = (64, 64), **changes
+) -> Path:
     """Write a folder as train-decoder does, with random weights and running statistics."""
     architecture = {
         "head": "deeplab",
-        "in_channels": backbone.layers[-1].channels,
+        "in_channels": spec_of(backbone, size).feature_shape[0],
         "num_classes": 3,
         "width": 16,
         "atrous_rates": [2, 3],
@@ -75,7 +85,7 @@ def write_decoder(folder: Path, backbone: Backbone, **changes) -> Path:
         "architecture": architecture,
         "variant": "baseline",
         "seed": 0,
-        "features": spec_of(backbone).to_dict(),
+        "features": spec_of(backbone, size).to_dict(),
     }
     (folder / "config.json").write_text(json.dumps(described))
     return folder
@@ -187,7 +197,7 @@ def test_programs_take_any_number_of_images_of_any_size(
     for count, height, width in ((1, 96, 64), (3, 67, 90)):
         images = images_of(count, height, width)
         torch.testing.assert_close(
-            logits_of(images), decoder(lite0(images), size=(height, width)), rtol=1e-4, atol=1e-4
+            logits_of(images), decoder(lite0(images)[0], size=(height, width)), rtol=1e-4, atol=1e-4
         )
     assert found["class_names"] == list(CLASSES)
     assert found["palette"] == [list(colour) for colour in PALETTE]
@@ -221,6 +231,47 @@ def test_padding_is_timms_at_every_size(kernel: int, stride: int, dilation: int)
     for size in range(20, 33):
         x = torch.rand(1, 2, size, 51 - size)
         torch.testing.assert_close(_SameConv2d(conv)(x), conv(x), rtol=0, atol=0)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(("format", "suffix"), [("torch-export", ".pt2"), ("onnx", ".onnx")])
+@pytest.mark.parametrize("size", [(112, 112), (112, 140)], ids=["square", "wide"])
+def test_a_vit_of_two_layers_is_written_for_one_size(
+    size: tuple[int, int], format: str, suffix: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    weights = tmp_path / "vit.pth"
+    torch.save(timm.create_model("vit_tiny_patch16_dinov3_qkvb").state_dict(), weights)
+    size = (size[0] // 7 * 8, size[1] // 7 * 8)  # 16 pixels a patch
+    vit = build_backbone(
+        name="timm/vit_tiny_patch16_dinov3_qkvb", weights=str(weights), layers=["2", "11"]
+    )
+    folder = write_decoder(tmp_path / "decoder", vit, size, head="linear")
+    out = tmp_path / f"model{suffix}"
+    done = export.run(folder, format=format, out=out, backbone_weights=str(weights))
+    assert done.sizes == (size,)
+    assert done.difference <= 1e-3 * done.largest
+    with pytest.raises(ConfigError, match="--size: .* multiples of 16, found 100; use 96 or 112"):
+        export.run(folder, format=format, out=out, backbone_weights=str(weights), size=(100, 128))
+
+
+@pytest.mark.medium
+def test_folded_layers_are_written_for_the_size_of_training(tmp_path: Path) -> None:
+    layers = ["blocks.1", "blocks.2", "blocks.4", "blocks.6"]
+    native = build_backbone(
+        name="efficientnet_lite0", weights="default", layers=layers, dilate=False
+    )
+    spec = dataclasses.replace(spec_of(native), native_strides=True)
+    folder = write_decoder(tmp_path / "decoder", native, head="deeplabv3plus", folds=spec.folds)
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**described, "features": spec.to_dict()}))
+    done = export.run(folder, format="torch-export", out=tmp_path / "model.pt2")
+    assert done.sizes == ((64, 64),)
+    images = images_of(2, 64, 64)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    features = assemble(native(images), spec)
+    expected = load_decoder(folder)(features, size=(64, 64))
+    torch.testing.assert_close(program(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_end_to_end_leaves_its_networks_unchanged(lite0: Backbone) -> None:
