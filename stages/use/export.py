@@ -80,7 +80,7 @@ def run(
         ``decoder`` (last epoch) or ``decoder-best``.
     size
         (H, W) of the images in pixels. Default: any size; that of training for transformers, and
-        for layers finer than the grid.
+        for several layers.
 
     Raises
     ------

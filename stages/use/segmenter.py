@@ -294,8 +294,8 @@ class MapNetwork(nn.Module):
     def __init__(self, backbone: Backbone, spec: StoreSpec) -> None:
         super().__init__()
         self.backbone, self.spec = backbone, spec
-        # Layers finer than the grid fold only where both divide the image.
-        self.any_size = backbone.any_size and all(factor == 1 for _, factor in spec.folds)
+        # Several layers fit each other only where the strides divide the image.
+        self.any_size = backbone.any_size and [factor for _, factor in spec.folds] == [1]
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 RGB images -> (B, C, h, w) features."""
