@@ -31,7 +31,8 @@ FORMATS = ("torchvision", "torch-export", "onnx")
     type=click.IntRange(1),
     nargs=2,
     metavar="H W",
-    help="Only images of this size. Default: any size; of training for transformers and several layers.",
+    help="Only images of this size. Default: any size; for transformers and several layers, the "
+    "size of training.",
 )
 @weights_option
 @click.option("--force", is_flag=True, help="Replace an existing file.")
