@@ -1,11 +1,12 @@
-"""``extract`` against its limit: the bare backbone's forward pass on tensors that are ready.
+"""``extract`` against its limit, the bare backbone; CNNs dilated and at their native strides.
 
-    python -m benchmarks.extract --dataset dataset [--backbone resnet101] [--json FILE]
+    python -m benchmarks.extract --dataset dataset [--backbone resnet101] [--layer NAME ...]
 
 ``--dataset`` is a folder that ``python pipeline.py prepare`` wrote. N of its training images, and
 ten times N, are extracted into a scratch folder, repeated where there are fewer. The rate of
 extraction is that of the difference of the two runs, which leaves the start-up out. The rate of the
-backbone is the median of batches before and after them. Peak memory is measured in each process.
+backbone is the median of batches before and after them, of tensors that are ready. Bytes a sample
+are those of the stored features, without image and mask. Peak memory is measured in each process.
 """
 
 from __future__ import annotations
@@ -49,16 +50,19 @@ def extract(config: dict[str, Any], folder: str, device: str, workers: int) -> d
 
 
 def bare(config: dict[str, Any], batches: int, device: str) -> dict[str, float]:
-    """Measure images a second of the backbone alone, as the median of ``batches`` batches."""
+    """Measure images a second of the backbone alone, and the bytes of a sample's features."""
     import torch
 
     from stages.backbones.build import build_backbone
     from stages.common.runtime import make_accelerator
 
     accelerator = make_accelerator(device, "bf16" if config["compute"] == "bf16" else "no")
-    network = build_backbone(name=config["backbone"], weights=config["weights"]).to(
-        accelerator.device, memory_format=torch.channels_last
-    )
+    network = build_backbone(
+        name=config["backbone"],
+        weights=config["weights"],
+        layers=config["layers"],
+        dilate=config["dilate"],
+    ).to(accelerator.device, memory_format=torch.channels_last)
     shape = (config["batch_size"], config["input_size"], config["input_size"], 3)
     images = (
         torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
@@ -69,12 +73,16 @@ def bare(config: dict[str, Any], batches: int, device: str) -> dict[str, float]:
     for number in range(batches + 2):
         start = time.perf_counter()
         with accelerator.autocast():
-            network(images)
+            maps = network(images)
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         if number >= 2:
             seconds.append(time.perf_counter() - start)
-    return {"images_per_s": config["batch_size"] / statistics.median(seconds)}
+    values = sum(features[0].numel() for features in maps)
+    return {
+        "images_per_s": config["batch_size"] / statistics.median(seconds),
+        "bytes_a_sample": 2 * values,
+    }
 
 
 def measure(what: str, config: dict[str, Any], *arguments: Any) -> dict[str, float]:
@@ -94,6 +102,9 @@ def measure(what: str, config: dict[str, Any], *arguments: Any) -> dict[str, flo
     default="efficientnet_lite0",
     show_default=True,
     help="efficientnet_lite0, resnet50 or resnet101.",
+)
+@click.option(
+    "--layer", "layers", multiple=True, help="extract.layers; repeat for several.  [default: last]"
 )
 @click.option(
     "--size", type=click.IntRange(64), default=256, show_default=True, help="extract.input_size."
@@ -126,6 +137,7 @@ def measure(what: str, config: dict[str, Any], *arguments: Any) -> dict[str, flo
 def main(
     dataset: Path,
     backbone: str,
+    layers: tuple[str, ...],
     size: int,
     compute: str,
     batch_size: int,
@@ -135,82 +147,96 @@ def main(
     scratch: Path | None,
     file: Path | None,
 ) -> None:
-    """Measure both and report the rows."""
+    """Measure the dilated backbone and that of native strides, and report the rows."""
     from benchmarks import common
 
     work = Path(tempfile.mkdtemp(prefix="extract-", dir=scratch))
+    rows = []
     try:
         common.backbone_for(backbone, work)
-        config = {
-            "backbone": backbone,
-            "weights": str(work / f"{backbone}.pth")
-            if backbone.startswith("resnet")
-            else "default",
-            "input_size": size,
-            "resize": "stretch",
-            "views": ["identity"],
-            "compute": compute,
-            "batch_size": batch_size,
-            "feature_dtype": "float16",
-            "compression": "none",
-            "store_images": True,
-        }
-        environment = {"OMP_WAIT_POLICY": "PASSIVE"}  # as the extract command sets it
         print(common.machine(), flush=True)
-        batches = max(3, images // batch_size // 2)
-        alone, runs = (
-            [
-                in_a_process("benchmarks.extract", "bare", config, batches, device, **environment)[
-                    "images_per_s"
-                ]
-            ],
-            {},
-        )
-        for count in (images, 10 * images):
-            _write_dataset(dataset, work / "dataset", count)
-            runs[count] = in_a_process(
-                "benchmarks.extract", "extract", config, str(work), device, workers, **environment
-            )
-            shutil.rmtree(work / "features")
-            alone.append(
-                in_a_process("benchmarks.extract", "bare", config, batches, device, **environment)[
-                    "images_per_s"
-                ]
-            )
-        rate = 9 * images / (runs[10 * images]["seconds"] - runs[images]["seconds"])
-        limit = statistics.median(alone)
-        rows = [
-            {
-                "backbone": f"{backbone} {size} {compute}",
-                "what": "backbone alone",
-                "images": batches * batch_size,
-                "images_per_s": limit,
-            },
-            {
-                "backbone": f"{backbone} {size} {compute}",
-                "what": "extract",
-                "images": 9 * images,
-                "images_per_s": rate,
-                "to_backbone": rate / limit,
-            },
-        ]
-        for count, run in runs.items():
-            rows.append(
-                {
-                    "backbone": f"{backbone} {size} {compute}",
-                    "what": f"extract of {count}",
-                    "images": count,
-                    "peak_rss_mb": round(run["peak_rss_mb"]),
-                }
-            )
-        rows[-1]["growth"] = runs[10 * images]["peak_rss_mb"] / runs[images]["peak_rss_mb"] - 1
-        common.report(
-            rows,
-            ("backbone", "what", "images", "images_per_s", "to_backbone", "peak_rss_mb", "growth"),
-            file,
-        )
+        for dilate in (True, False):
+            config = {
+                "backbone": backbone,
+                "weights": str(work / f"{backbone}.pth")
+                if backbone.startswith("resnet")
+                else "default",
+                "layers": layers,
+                "dilate": dilate,
+                "input_size": size,
+                "compute": compute,
+                "batch_size": batch_size,
+            }
+            name = f"{backbone} {size} {compute} {'dilated' if dilate else 'native'}"
+            rows += [
+                {"backbone": name, **row}
+                for row in _rows(config, images, dataset, work, device, workers)
+            ]
     finally:
         shutil.rmtree(work)
+    common.report(
+        rows,
+        (
+            "backbone",
+            "what",
+            "images",
+            "images_per_s",
+            "to_backbone",
+            "bytes_a_sample",
+            "peak_rss_mb",
+            "growth",
+        ),
+        file,
+    )
+
+
+def _rows(
+    config: dict[str, Any], images: int, dataset: Path, work: Path, device: str, workers: int
+) -> list[dict[str, Any]]:
+    """Measure one backbone: alone, and in ``extract`` of N and of ten times N images."""
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"}  # as the extract command sets it
+    batches = max(3, images // config["batch_size"] // 2)
+
+    def alone() -> dict[str, float]:
+        arguments = ("bare", config, batches, device)
+        result: dict[str, float] = in_a_process("benchmarks.extract", *arguments, **environment)
+        return result
+
+    bare_runs, runs = [alone()], {}
+    for count in (images, 10 * images):
+        _write_dataset(dataset, work / "dataset", count)
+        runs[count] = in_a_process(
+            "benchmarks.extract", "extract", config, str(work), device, workers, **environment
+        )
+        shutil.rmtree(work / "features")
+        bare_runs.append(alone())
+    limit = statistics.median(run["images_per_s"] for run in bare_runs)
+    rate = 9 * images / (runs[10 * images]["seconds"] - runs[images]["seconds"])
+    return [
+        {
+            "what": "backbone alone",
+            "images": batches * config["batch_size"],
+            "images_per_s": limit,
+            "bytes_a_sample": bare_runs[0]["bytes_a_sample"],
+        },
+        {
+            "what": "extract",
+            "images": 9 * images,
+            "images_per_s": rate,
+            "to_backbone": rate / limit,
+        },
+        {
+            "what": f"extract of {images}",
+            "images": images,
+            "peak_rss_mb": round(runs[images]["peak_rss_mb"]),
+        },
+        {
+            "what": f"extract of {10 * images}",
+            "images": 10 * images,
+            "peak_rss_mb": round(runs[10 * images]["peak_rss_mb"]),
+            "growth": runs[10 * images]["peak_rss_mb"] / runs[images]["peak_rss_mb"] - 1,
+        },
+    ]
 
 
 def _write_dataset(source: Path, target: Path, count: int) -> None:

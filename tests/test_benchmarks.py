@@ -105,6 +105,28 @@ def test_loader_benchmark_compares_with_a_plain_script(project: Path, tmp_path: 
 
 
 @pytest.mark.slow
+def test_extract_benchmark_has_rows_dilated_and_native(trained: Path, tmp_path: Path) -> None:
+    layers = [word for name in ("blocks.1", "blocks.6") for word in ("--layer", name)]
+    sizes = ["--size", "64", "--images", "2", "--batch-size", "2", "--device", "cpu"]
+    run(
+        sys.executable,
+        "-m",
+        "benchmarks.extract",
+        *("--dataset", str(trained / "dataset"), *layers, *sizes),
+        *("--json", str(tmp_path / "rows.json")),
+        cwd=ROOT,
+    )
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    expected = ["backbone alone", "extract", "extract of 2", "extract of 20"]
+    for strides, last in (("dilated", 320 * 8 * 8), ("native", 320 * 2 * 2)):
+        alone, rate, *memory = (row for row in rows if row["backbone"].endswith(strides))
+        assert [row["what"] for row in (alone, rate, *memory)] == expected
+        assert alone["bytes_a_sample"] == 2 * (24 * 16 * 16 + last)
+        assert rate["to_backbone"] == pytest.approx(rate["images_per_s"] / alone["images_per_s"])
+        assert all(row["peak_rss_mb"] > 10 for row in memory)
+
+
+@pytest.mark.slow
 def test_training_benchmark_compares_with_a_literal_implementation(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
