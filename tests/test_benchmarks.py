@@ -114,7 +114,8 @@ def test_extract_benchmark_has_rows_dilated_and_native(trained: Path, tmp_path: 
         "benchmarks.extract",
         *("--dataset", str(trained / "dataset"), *layers, *sizes),
         *("--json", str(tmp_path / "rows.json")),
-        cwd=ROOT,
+        cwd=trained,  # the manifest's paths are relative
+        PYTHONPATH=str(ROOT),
     )
     rows = json.loads((tmp_path / "rows.json").read_text())
     expected = ["backbone alone", "extract", "extract of 2", "extract of 20"]
