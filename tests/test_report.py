@@ -129,6 +129,8 @@ def test_umap_separates_groups_and_is_deterministic() -> None:
     assert np.linalg.norm(first.mean(0) - second.mean(0)) > 3 * max(first.std(), second.std()) / 2
     again, _ = project(groups, neighbors=10, min_dist=0.1, seed=0)
     np.testing.assert_array_equal(again, first)
+    few, _ = project([group[:3] for group in groups], neighbors=10, min_dist=0.1, seed=0)
+    assert few.shape == (3, 2)  # fewer vectors than neighbors
 
 
 def row(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 
 
@@ -37,11 +39,27 @@ def sample_vectors(
 def project(
     groups: list[np.ndarray], *, neighbors: int, min_dist: float, seed: int
 ) -> list[np.ndarray]:
-    """Embed all groups of vectors (n_i, C) together as (n_i, 2), so that they share axes."""
-    import umap  # numba compiles on import; only the report needs it
+    """Embed all groups of vectors (n_i, C) together as (n_i, 2), so that they share axes.
 
-    reducer = umap.UMAP(n_neighbors=neighbors, min_dist=min_dist, random_state=seed, n_jobs=1)
-    points = reducer.fit_transform(np.concatenate(groups))
+    The nearest neighbors are exact: the search of UMAP's own is approximate, and compiling it
+    takes longer than the exact one of some thousand vectors.
+    """
+    import umap  # numba compiles on import; only the report needs it
+    from sklearn.neighbors import NearestNeighbors
+
+    vectors = np.concatenate(groups)
+    neighbors = min(neighbors, len(vectors) - 1)
+    distances, indices = NearestNeighbors(n_neighbors=neighbors).fit(vectors).kneighbors(vectors)
+    with warnings.catch_warnings():  # it says that it cannot embed new vectors
+        warnings.filterwarnings("ignore", "precomputed_knn", UserWarning)
+        reducer = umap.UMAP(
+            n_neighbors=neighbors,
+            min_dist=min_dist,
+            random_state=seed,
+            n_jobs=1,
+            precomputed_knn=(indices, distances.astype(np.float32)),
+        )
+        points = reducer.fit_transform(vectors)
     return np.split(points, np.cumsum([len(group) for group in groups])[:-1])
 
 
