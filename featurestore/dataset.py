@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -282,9 +283,13 @@ class FeatureLoader:
         """
         positions = self.positions.reshape(-1)
         batches = [positions[batch].tolist() for batch in self.order.epoch(epoch)[first:]]
-        ready = prefetch(self._gather, batches, workers=self.workers, ahead=2 * self.workers)
-        if self.device.type == "cuda":
-            ready = copied_ahead(ready, self.device)
+        ready: Iterable[Tensors]
+        if any(tensor.device.type != "cpu" for tensor in self._resident.values()):
+            ready = map(self._gather_resident, batches)  # on the stream that computes
+        else:
+            ready = prefetch(self._gather, batches, workers=self.workers, ahead=2 * self.workers)
+            if self.device.type == "cuda":
+                ready = copied_ahead(ready, self.device)
         for chosen, tensors in zip(batches, ready, strict=True):
             yield _as_batch(tensors, chosen, self.store.spec)
 
@@ -293,9 +298,6 @@ class FeatureLoader:
         rows = np.searchsorted(self._read_positions, positions).astype(np.int64)
         for name in self.names:
             resident = self._resident.get(name)
-            if resident is not None and resident.device.type != "cpu":
-                tensors[name] = resident[torch.from_numpy(rows).to(resident.device)]
-                continue
             tensors[name] = self._empty(name, len(positions))
             out = tensors[name].numpy()
             if resident is None:
@@ -303,6 +305,12 @@ class FeatureLoader:
             else:  # PyTorch would start more threads beside the loader's
                 take_rows(resident.numpy(), rows, out, past_caches=out.nbytes >= LARGE)
         return tensors
+
+    def _gather_resident(self, positions: list[int]) -> Tensors:
+        """Gather samples that are on the device; nothing waits for it."""
+        rows = torch.from_numpy(np.searchsorted(self._read_positions, positions))
+        rows = rows.pin_memory().to(self.device, non_blocking=True)
+        return {name: tensor[rows] for name, tensor in self._resident.items()}
 
     def _empty(self, name: str, samples: int) -> torch.Tensor:
         """Uninitialised host memory for a batch of a dataset, page-locked if it goes to a GPU."""
@@ -359,7 +367,7 @@ def copied_ahead(batches: Iterable[Tensors], device: torch.device) -> Iterator[T
     The copies have a separate stream. On the stream that computes, a copy would wait for
     earlier computations, and later computations for the copy.
     """
-    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    copying = _copying_stream(device)
 
     def copy(batch: Tensors) -> tuple[Tensors, torch.cuda.Event]:
         with torch.cuda.stream(copying):
@@ -375,6 +383,12 @@ def copied_ahead(batches: Iterable[Tensors], device: torch.device) -> Iterator[T
         for tensor in batch.values():  # the copying stream reuses its memory only after this one
             tensor.record_stream(computing)
         yield batch
+
+
+@functools.cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return this process's one stream for copies: PyTorch caches memory by stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def names_of(spec: StoreSpec, images: bool) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ from stages.common.config import Beta, Config, LayerName, Listed, Once
 from stages.common.errors import ConfigError
 from stages.common.runtime import (
     Machine,
+    Precision,
     distribute,
     seed_everything,
     verify_stores,
@@ -87,8 +88,8 @@ class TrainDecoderConfig(Config):
     class_weight_cap: float = Field(
         1.0, ge=1, description="largest weight of a rare class in the loss; 1: all weigh 1"
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
-        "no", description="of the decoder and of a GAN trained with it; fp16 needs a GPU"
+    mixed_precision: Precision = Field(
+        "no", description="of decoder and GAN; tf32 and fp16 need a GPU"
     )
 
 

@@ -14,7 +14,7 @@ import featurestore
 from featurestore import FeatureStore, SpecMismatchError
 from stages.common.config import Beta, Config, LayerName, Listed, Once, Seed
 from stages.common.errors import ConfigError
-from stages.common.runtime import Machine, seed_everything, verify_stores
+from stages.common.runtime import Machine, Precision, seed_everything, verify_stores
 from stages.common.runtime import generator as random_generator
 from stages.gan.families import build_trainer, create_networks
 from stages.gan.monitor import MEASURED, MonitorConfig
@@ -82,7 +82,7 @@ class TrainGanConfig(Config):
     generator_lr: float = Field(2e-4, gt=0, description="learning rate of the generator")
     discriminator_lr: float = Field(8e-4, gt=0, description="learning rate of the discriminator")
     betas: Annotated[tuple[Beta, Beta], Listed] = Field((0.0, 0.9), description="of Adam")
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="fp16 needs a GPU")
+    mixed_precision: Precision = Field("no", description="tf32 and fp16 need a GPU")
     seed: Seed = Field(0, description="seed of weights, order and noise")
 
     @model_validator(mode="after")
@@ -191,7 +191,7 @@ def run(
 
     seed_everything(config.seed)
     settings, architecture = config.model_dump(), describe(config, store)
-    networks = create_networks(architecture, settings, store)
+    networks = create_networks(architecture, settings, store, session.accelerator.device)
     untrained = copy.deepcopy(networks.generator.state_dict())
     trainer = build_trainer(accelerator, networks, settings, machine, store.spec.folds)
     session.watch(

@@ -377,14 +377,15 @@ def test_a_section_that_is_missing_has_its_defaults(params: Path) -> None:
     assert loaded.train_gan.betas == (0.0, 0.9)
 
 
-def test_a_decoder_that_cannot_be_trained_here_is_refused_before_the_gan(params: Path) -> None:
-    change(params, {"train_decoder.mixed_precision": "fp16"})
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_a_decoder_that_cannot_be_trained_here_is_refused_before_the_gan(
+    precision: str, params: Path
+) -> None:
+    change(params, {"train_decoder.mixed_precision": precision})
     result = call("train-gan", "--device", "cpu")
     assert result.exit_code == 2
-    assert (
-        "train_decoder.mixed_precision: fp16 needs a GPU; use bf16 or 'no' on the CPU"
-        in one_line(result)
-    )
+    expected = f"train_decoder.mixed_precision: {precision} needs a GPU; use bf16 or 'no' on the"
+    assert expected in one_line(result)
 
 
 def test_a_missing_params_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

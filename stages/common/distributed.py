@@ -132,7 +132,11 @@ def shard_like(state: dict[str, Any], divided: Mapping[str, Any]) -> dict[str, A
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a full state into an optimizer, sharded like its parameters."""
+    """Load a full state into an optimizer, sharded and laid out like its parameters.
+
+    Fused optimizers ignore strides: a contiguous moment of a channels-last weight would be added
+    to other elements of it.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     divided = {
         number: shard_like(
@@ -143,6 +147,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         )
         for number, values in state["state"].items()
     }
+    for number, values in divided.items():
+        for name, value in values.items():
+            if value.shape == parameters[number].shape and not is_sharded(value):
+                values[name] = torch.empty_like(
+                    parameters[number], dtype=value.dtype, device=value.device
+                ).copy_(value)
     optimizer.load_state_dict({**state, "state": divided})
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from featurestore.writer import clear_after_publication
 from stages.common.distributed import gather, replicate, shard, synchronise_batch_norm
 from stages.common.errors import ConfigError
 
+Precision: TypeAlias = Literal["no", "tf32", "bf16", "fp16"]
+GPU_PRECISIONS = ("tf32", "fp16")  # what a CPU does not compute in
 Item = TypeVar("Item")
 Network = TypeVar("Network", bound=nn.Module)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # glibc's malloc.h
@@ -96,16 +98,17 @@ def check_precision(device: str, mixed_precision: str, key: str) -> None:
     Raises
     ------
     ConfigError
-        For fp16 on the CPU.
+        For fp16 and tf32 on the CPU.
     """
-    if mixed_precision == "fp16" and on_cpu(device):
-        raise ConfigError(
-            key, "fp16 needs a GPU; use bf16 or 'no' on the CPU", expected="cuda", actual="cpu"
-        )
+    if mixed_precision in GPU_PRECISIONS and on_cpu(device):
+        message = f"{mixed_precision} needs a GPU; use bf16 or 'no' on the CPU"
+        raise ConfigError(key, message, expected="cuda", actual="cpu")
 
 
 def make_accelerator(device: str, mixed_precision: str, **options: Any) -> Accelerator:
     """Build an accelerator on a device; accelerate reads ranks and launchers from the environment.
+
+    ``tf32`` is float32 here; :func:`allow_tf32` says how a GPU computes it.
 
     Raises
     ------
@@ -118,7 +121,16 @@ def make_accelerator(device: str, mixed_precision: str, **options: Any) -> Accel
     cpu = on_cpu(device)
     # accelerate keeps the first settings for the whole process; a notebook may use others later.
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, **options)
+    mixed = "no" if mixed_precision == "tf32" else mixed_precision
+    return Accelerator(cpu=cpu, mixed_precision=mixed, **options)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Choose how GPUs from Ampere on compute in float32: exactly, or with TF32's ten bits.
+
+    PyTorch's default is TF32 for convolutions and float32 for products of matrices.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def _keep_freed_memory() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from scmrepo.exceptions import SCMError
 from torch import Tensor
 
 from stages.common.distributed import average_over_processes
@@ -40,6 +39,8 @@ class History:
     def __init__(
         self, accelerator: Accelerator, name: str, *, live: Path, rows: list[dict[str, float]]
     ) -> None:
+        from scmrepo.exceptions import SCMError  # of DVCLive, which only trainings import
+
         self.accelerator = accelerator
         self.rows: list[dict[str, float]] = []
         options = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from featurestore import FeatureStore
@@ -19,7 +20,10 @@ TRAINERS: dict[str, type[Trainer]] = {"gan": GanTrainer, "flow": FlowTrainer}
 
 
 def create_networks(
-    architecture: Mapping[str, Any], settings: Mapping[str, Any], store: FeatureStore
+    architecture: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    store: FeatureStore,
+    device: torch.device,
 ) -> Networks:
     """Build fresh networks for the features of a store.
 
@@ -31,9 +35,11 @@ def create_networks(
         Section ``train_gan`` of the parameters.
     store
         Training features.
+    device
+        Where their statistics are computed.
     """
     scale = feature_scale(store, settings["feature_scale"])
-    means = class_means(store, scale) if settings["prior"] == "class-means" else None
+    means = class_means(store, scale, device) if settings["prior"] == "class-means" else None
     networks = build_networks(architecture, scale, means)
     TRAINERS[settings["family"]].fit(networks, store, settings)
     return networks

@@ -99,13 +99,13 @@ def build_networks(
     return Networks(generator, discriminator, encoder)
 
 
-def class_means(store: FeatureStore, scale: Tensor) -> Tensor:
-    """Compute the mean feature vector of each class, (K + 1, C), divided by ``scale`` (C,).
+def class_means(store: FeatureStore, scale: Tensor, device: torch.device) -> Tensor:
+    """Compute on a device the mean feature vector of each class, (K + 1, C), over ``scale`` (C,).
 
     Void, and a class without a pixel, get the mean of all labelled pixels.
     """
-    statistics = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu"))
-    means, pixels = statistics.means.double(), statistics.pixels
+    statistics = ClassStatistics.of(store, store.positions("identity"), device)
+    means, pixels = statistics.means.double().cpu(), statistics.pixels.cpu()
     overall = torch.einsum("kc,k->c", means, pixels) / pixels.sum().clamp(min=1)
     means = torch.where(pixels[:, None] > 0, means, overall)
     return (torch.cat([means, overall[None]]) / scale).float()

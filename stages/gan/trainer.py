@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from typing_extensions import Self
 
 from featurestore import FeatureStore
 from stages.common.distributed import full_state, load_optimizer_state, shard_like
 from stages.common.errors import ConfigError
 from stages.common.runtime import Machine, distribute, load_scaler_state, scaler_state
+from stages.gan.average import AverageGenerator
 from stages.gan.networks import Networks
 from stages.gan.objective import Step
 from stages.models.feature_generator import FeatureGenerator
@@ -33,9 +33,8 @@ class Trainer(ABC):
     networks
         Fresh or loaded networks; they are changed in place.
     ema_decay
-        Above 0: a second generator follows the first one's weights as their exponential moving
-        average with this decay a step (Yazıcı et al. 2019), and is the one to generate with.
-        Buffers (running statistics) are copied.
+        Above 0: a second generator is the average of the first one's weights with this decay a
+        step (:class:`AverageGenerator`), and is the one to generate with.
     machine
         ``compile`` and ``shard`` apply. With sharded weights all processes must call
         :meth:`state_dict` and :meth:`generator` together.
@@ -75,11 +74,6 @@ class Trainer(ABC):
         self.networks = networks
         self.steps = 0
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self._average: AveragedModel | None = None
-        if ema_decay:
-            generator = networks.generator.to(accelerator.device)
-            average = get_ema_multi_avg_fn(ema_decay)
-            self._average = AveragedModel(generator, multi_avg_fn=average)
         self.modules: dict[str, nn.Module] = {}
         for name, network in networks.by_name().items():
             network.train()
@@ -89,6 +83,8 @@ class Trainer(ABC):
             self.modules[name] = distribute(
                 accelerator, module, compile=machine.compile, sharded=self.sharded
             )
+        average = AverageGenerator(networks.generator, ema_decay) if ema_decay else None
+        self._average = average
         trained = [networks.generator, networks.image_encoder]
         self.generator_parameters = _parameters(*trained)
         self.discriminator_parameters = _parameters(networks.discriminator)
@@ -152,7 +148,7 @@ class Trainer(ABC):
         """Count a step of the optimizers and update the average."""
         self.steps += 1
         if self._average is not None:
-            self._average.update_parameters(self.networks.generator)
+            self._average.update(self.networks.generator, first=self.steps == 1)
 
     def _called(self, network: nn.Module) -> nn.Module:
         """Return what training calls of a network."""
@@ -166,10 +162,7 @@ class Trainer(ABC):
         if self._replica is not None:
             self._replica.load_state_dict(full_state(self.networks.generator.state_dict()))
             return self._replica.to(self.accelerator.device)
-        average = self._average
-        return (
-            self.networks.generator if average is None else cast(FeatureGenerator, average.module)
-        )
+        return self.networks.generator if self._average is None else self._average.module
 
     # -- state -----------------------------------------------------------------------------------
 

@@ -49,8 +49,8 @@ def one_hot(
     """
     if size is not None:
         masks = nearest_pixels(masks, size)
+    masks = masks.clamp(max=num_classes)  # void becomes K
     values = torch.arange(num_classes + 1, dtype=torch.uint8, device=masks.device)
-    values[-1] = VOID
     # (B, h, w, K + 1) -> (B, K + 1, h, w)
     return (masks.unsqueeze(-1) == values).to(dtype).permute(0, 3, 1, 2)
 

@@ -108,7 +108,7 @@ def read_spec(path: str | Path) -> StoreSpec:
 
 
 def read_precision(path: str | Path) -> str:
-    """Read the precision of a decoder's training: ``no`` (float32), ``bf16`` or ``fp16``.
+    """Read the precision of a decoder's training, its ``mixed_precision``.
 
     Raises
     ------
@@ -136,10 +136,7 @@ def save_gan(folder: Path, state: Mapping[str, Any], config: Mapping[str, Any]) 
         file = TRAINED if name == "generator" and average else name
         save_weights(weights, folder / f"{file}.safetensors")
     if average:
-        prefix = "module."
-        averaged = [name for name in average if name.startswith(prefix)]
-        weights = {name.removeprefix(prefix): average[name] for name in averaged}
-        save_weights(weights, folder / "generator.safetensors")
+        save_weights(average, folder / "generator.safetensors")
     with writing(folder):
         save_atomically(state["training"], folder / OPTIMIZERS_NAME)
     write_json(folder / CONFIG_NAME, config)

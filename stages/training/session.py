@@ -15,6 +15,7 @@ from featurestore.dataset import Batch, FeatureLoader
 from stages.common.errors import CollapseError, ConfigError
 from stages.common.runtime import (
     Machine,
+    allow_tf32,
     check_batch_divides,
     load_scaler_state,
     make_accelerator,
@@ -51,7 +52,7 @@ class TrainingConfig(Protocol):
 
     @property
     def mixed_precision(self) -> str:
-        """Precision of the networks: ``no``, ``bf16`` or ``fp16``."""
+        """Precision of the networks: ``no`` (float32), ``tf32``, ``bf16`` or ``fp16``."""
 
     @property
     def gradient_accumulation(self) -> int:
@@ -101,6 +102,8 @@ class Session:
             project_dir=logs,
             gradient_accumulation_steps=config.gradient_accumulation,
         )
+        allow_tf32(config.mixed_precision == "tf32")
+        torch.backends.cudnn.benchmark = True  # all batches have one shape
         self._monitor: Monitor | None = None
         self._stateful: Mapping[str, Stateful] = {}
         self._step = 0  # first step of the epoch; above 0 only in a resumed one

@@ -13,7 +13,15 @@ from featurestore import FeatureStore, SpecMismatchError, StoreSpec
 from featurestore.dataset import FeatureLoader
 from featurestore.files import write_atomically, writing
 from stages.common.errors import ConfigError, DataError
-from stages.common.runtime import make_accelerator, on_cpu, progress, verify_stores, write_json
+from stages.common.runtime import (
+    GPU_PRECISIONS,
+    allow_tf32,
+    make_accelerator,
+    on_cpu,
+    progress,
+    verify_stores,
+    write_json,
+)
 from stages.common.text_table import percent, plain
 from stages.segmentation.evaluation import evaluate
 from stages.segmentation.metrics import Scores, mean_iou
@@ -102,9 +110,10 @@ def run(
     features = featurestore.open(store).select(spec.layer_names)
     check_features(spec, features)
     precision = read_precision(decoder)
-    if precision == "fp16" and on_cpu(device):
-        precision = "no"  # CPUs have no fp16; float32 is at least as exact
+    if precision in GPU_PRECISIONS and on_cpu(device):
+        precision = "no"  # float32 is at least as exact
     accelerator = make_accelerator(device, precision)
+    allow_tf32(precision == "tf32")
     verify_stores(features, workers=workers)
     positions = features.positions("identity")
     loader = FeatureLoader(

@@ -92,6 +92,7 @@ class Segmenter:
         self.device = device
         self._backbone = to_channels_last(backbone, device)
         self._decoder = to_channels_last(decoder, device)
+        self._tf32 = precision == "tf32"
         self._precision = {
             "bf16": torch.bfloat16,
             "fp16": torch.float16 if device.type == "cuda" else None,
@@ -232,7 +233,10 @@ class Segmenter:
             ):
                 features = self._backbone(pixels).float()
             features = features.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(kind, self._precision, enabled=self._precision is not None):
+            with (
+                torch.backends.cudnn.flags(enabled=True, allow_tf32=self._tf32),
+                torch.autocast(kind, self._precision, enabled=self._precision is not None),
+            ):
                 logits = self._decoder(features)
             yield from logits.float()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore.dataset import FeatureLoader, copied_ahead
+from featurestore.dataset import FeatureLoader, _copying_stream, copied_ahead
 from tests.factories import sample, write
 
 
@@ -18,6 +18,10 @@ class Diary(list):
     """Records the calls of CUDA, with their streams."""
 
     stream = "compute"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.streams: list[Stream] = []
 
     def event(self, number: int) -> object:
         return type("Event", (), {"number": number})()
@@ -53,7 +57,7 @@ def numbered(diary: Diary, number: int) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def diary(monkeypatch: pytest.MonkeyPatch) -> Diary:
+def diary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Diary]:
     diary = Diary()
 
     @contextmanager
@@ -62,10 +66,15 @@ def diary(monkeypatch: pytest.MonkeyPatch) -> Diary:
         yield
         diary.stream = before
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(diary, "copies"))
+    _copying_stream.cache_clear()
+    streams = diary.streams
+    monkeypatch.setattr(
+        torch.cuda, "Stream", lambda device: streams.append(Stream(diary, "copies")) or streams[-1]
+    )
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(diary, diary.stream))
-    return diary
+    yield diary
+    _copying_stream.cache_clear()
 
 
 def test_a_step_waits_for_its_own_copy_while_the_next_one_runs(
@@ -101,6 +110,12 @@ def test_no_batch_or_one_is_copied_too(diary: Diary, count: int) -> None:
     batches = [numbered(diary, number) for number in range(count)]
     copied = copied_ahead(batches, torch.device("cuda"))
     assert [batch["masks"].number for batch in copied] == list(range(count))
+
+
+def test_all_epochs_copy_on_one_stream(diary: Diary) -> None:
+    for _ in range(3):
+        assert len(list(copied_ahead([numbered(diary, 0)], torch.device("cuda")))) == 1
+    assert len(diary.streams) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

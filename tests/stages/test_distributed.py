@@ -10,7 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from stages.common.distributed import SynchronisedBatchNorm2d, synchronise_batch_norm
+from stages.common.distributed import (
+    SynchronisedBatchNorm2d,
+    load_optimizer_state,
+    synchronise_batch_norm,
+)
 from stages.reporting.curves import read_curves
 from stages.training.models import load_decoder, load_generator
 from tests.factories import run
@@ -116,3 +120,34 @@ def test_batch_norm_keeps_its_weights_and_in_one_process_its_results() -> None:
     assert type(plain[1][0]) is SynchronisedBatchNorm2d
     assert list(plain.state_dict()) == names
     assert torch.equal(plain(x), before)
+
+
+def test_a_resumed_fused_adam_continues_with_the_same_bits() -> None:
+    """Saved moments may be contiguous, as sharded training collects them; weights are not."""
+
+    def trained(steps: int, weight: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+        for step in range(steps):
+            weight.grad = (weight.detach() + step).sin()
+            optimizer.step()
+
+    def fresh() -> tuple[nn.Parameter, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last))
+        return weight, torch.optim.Adam([weight], 0.1, fused=True)
+
+    weight, optimizer = fresh()
+    trained(3, weight, optimizer)
+    state = optimizer.state_dict()
+    state["state"] = {
+        number: {
+            name: value.clone(memory_format=torch.contiguous_format) for name, value in each.items()
+        }
+        for number, each in state["state"].items()
+    }
+    resumed, its_optimizer = fresh()
+    resumed.data.copy_(weight)
+    load_optimizer_state(its_optimizer, state)
+    trained(2, weight, optimizer)
+    trained(2, resumed, its_optimizer)
+    assert its_optimizer.state[resumed]["exp_avg"].stride() == resumed.stride()
+    assert torch.equal(weight, resumed)
