@@ -90,13 +90,12 @@ class ISDA(Augmenter):
     @torch.no_grad()
     def _observe(self, embeddings: Tensor, labels: Tensor) -> None:
         """Merge the moments of a batch of all processes into the moments of all batches before."""
-        known = labels.flatten() != VOID
-        vectors = embeddings.permute(0, 2, 3, 1).flatten(0, 2)[known]  # (B, A, h, w) -> (n, A)
-        index = labels.flatten()[known]
-        sums = torch.zeros(3, len(self.counts), vectors.shape[1], device=vectors.device)
+        vectors = embeddings.permute(0, 2, 3, 1).flatten(0, 2)  # (B, A, h, w) -> (n, A)
+        index = labels.flatten().clamp(max=len(self.counts))  # void is a class of its own here
+        sums = torch.zeros(3, len(self.counts) + 1, vectors.shape[1], device=vectors.device)
         for moment, values in enumerate((torch.ones_like(vectors), vectors, vectors.square())):
             sums[moment].index_add_(0, index, values)
-        number, total, squares = self.accelerator.reduce(sums, "sum")
+        number, total, squares = self.accelerator.reduce(sums[:, :-1].contiguous(), "sum")
         count = number[:, 0]
         mean = total / number.clamp(min=1)
         variance = (squares / number.clamp(min=1) - mean.square()).clamp(min=0)

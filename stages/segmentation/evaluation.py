@@ -14,14 +14,16 @@ from featurestore.dataset import Batch
 from stages.models.decoder import Decoder
 from stages.segmentation.metrics import Scores, confusion_matrices, confusion_matrix, score
 
+SAMPLES = 8  # whose logits a GPU upsamples at a time
+
 
 @torch.no_grad()
 def predict(accelerator: Accelerator, decoder: Decoder, batch: Batch) -> Tensor:
     """Predict the class of each mask pixel of a batch.
 
     Logits are upsampled in float32, as a decoder in use does: in bfloat16 a pixel in a thousand has
-    two highest logits. One sample is upsampled at a time, because the logits of a whole batch at
-    the masks' size may take gigabytes.
+    two highest logits. A few samples are upsampled at a time, because the logits of a whole batch
+    at the masks' size may take gigabytes; on a CPU one, which fits into its caches.
 
     Returns
     -------
@@ -33,10 +35,10 @@ def predict(accelerator: Accelerator, decoder: Decoder, batch: Batch) -> Tensor:
     with accelerator.autocast():
         logits = decoder(features)
     upsampled = (
-        F.interpolate(sample[None].float(), size, mode="bilinear", align_corners=False)
-        for sample in logits
+        F.interpolate(samples.float(), size, mode="bilinear", align_corners=False)
+        for samples in logits.split(1 if logits.device.type == "cpu" else SAMPLES)
     )
-    return torch.cat([sample.argmax(1) for sample in upsampled])
+    return torch.cat([samples.argmax(1) for samples in upsampled])
 
 
 def evaluate(
