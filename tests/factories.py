@@ -151,7 +151,9 @@ def copy_project(target: Path) -> None:
             shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
         elif source.exists():
             shutil.copy(source, target / name)
-    (target / "params.yaml").write_text(tiny_params())
+    layers = ["blocks.1", "blocks.2", "blocks.4", "blocks.6"]  # those of the quickstart
+    changes = {"extract.layers": layers, "extract.dilate": False}
+    (target / "params.yaml").write_text(tiny_params(changes))
     write_photos(target / "photos", {"train": 10, "val": 4, "test": 4})
     (target / ".dvc").mkdir()
     shutil.copy(ROOT / ".dvc" / "config", target / ".dvc" / "config")
