@@ -512,7 +512,7 @@ def test_inspect_and_verify(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_
     shown = call("inspect", "features/train").output
     for words in (
         "10 samples",
-        "320 x 8 x 8 float16",
+        "568 x 8 x 8 float16",
         "efficientnet_lite0",
         "plastic bottle",
         "shard-00000.h5",
