@@ -293,9 +293,9 @@ def test_a_later_key_with_a_default_changes_no_digest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = planned(STUDY, tmp_path)[0]
-    explicit = {"train_gan.r1_gamma": 0.0, "train_decoder.lr_schedule": "constant"}
+    explicit = {"train_gan.r1_gamma": 0.0, "train_decoder.class_weight_cap": 1.0}
     assert planned(STUDY, tmp_path, **explicit)[0].digests == before.digests
-    changed = planned(STUDY, tmp_path, **{"train_decoder.lr_schedule": "poly"})[0]
+    changed = planned(STUDY, tmp_path, **{"train_decoder.class_weight_cap": 5.0})[0]
     assert changed.digests["run"] != before.digests["run"]
     assert changed.digests["data"] == before.digests["data"]
 
