@@ -39,7 +39,7 @@ def quantised(source: Path, target: Path) -> None:
                 writer.append(
                     id=sample.id,
                     view=sample.view,
-                    features=sample.features,
+                    features=sample.layers,
                     mask=sample.mask,
                     image=sample.image,
                 )

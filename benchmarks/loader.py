@@ -3,7 +3,8 @@
     python -m benchmarks.loader features/train [--batch-size 16] [--json FILE]
 
 Every method reads equal shuffled batches of one store, features and masks, for several epochs, in
-separate processes, in turns. The median epoch counts, without the first.
+separate processes, in turns. The median epoch counts, without the first. Of several layers the
+plain loop reads each; all other methods also assemble them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def memmap(store: FeatureStore, batch_size: int) -> Epoch:
         name: np.memmap(
             path, store.spec.row(name)[1], "r", shape=(len(store), *store.spec.row(name)[0])
         )
-        for name, path in raw_files(store.path).items()
+        for name, path in raw_files(store).items()
     }
     order = BatchOrder(len(store), batch_size, seed=0, drop_last=True)
 
@@ -45,9 +46,10 @@ def memmap(store: FeatureStore, batch_size: int) -> Epoch:
     return epoch
 
 
-def raw_files(store: Path) -> dict[str, Path]:
+def raw_files(store: FeatureStore) -> dict[str, Path]:
     """Name the plain script's files, beside the store."""
-    return {name: store.with_name(f".{store.name}-{name}.bin") for name in ("features", "masks")}
+    path, names = store.path, (*store.spec.feature_names, "masks")
+    return {name: path.with_name(f".{path.name}-{name.replace('/', '-')}.bin") for name in names}
 
 
 def _feature_loader(workers: int, cache: str = "none") -> Method:
@@ -159,15 +161,15 @@ def main(
     )
     results: dict[str, list[float]] = {}
     chosen = [method for method in METHODS if not only or method in (PLAIN, *only)]
-    for name, path in raw_files(store).items():
-        featurestore.open(store).gather(name, range(len(opened))).tofile(path)
-    common.read_back([*raw_files(store).values(), *store.glob("*.h5")])
+    for name, path in raw_files(opened).items():
+        opened.gather(name, range(len(opened))).tofile(path)
+    common.read_back([*raw_files(opened).values(), *store.glob("*.h5")])
     for _ in range(rounds):
         for method in chosen:
             results.setdefault(method, []).extend(
                 in_a_process("benchmarks.loader", method, str(store), batch_size, epochs)
             )
-    for path in raw_files(store).values():
+    for path in raw_files(opened).values():
         path.unlink()
     count = len(opened) // batch_size * batch_size
     rates = {method: count / statistics.median(seconds) for method, seconds in results.items()}

@@ -62,6 +62,10 @@ TINY = {
     "report.grid_samples": 3,
     "report.grid_channels": 4,
 }
+LAYERED = {  # of the project in which DVC has run
+    "extract.layers": ["blocks.1", "blocks.2", "blocks.4", "blocks.6"],  # the quickstart's
+    "extract.dilate": False,
+}
 
 
 def tiny_params(changes: Mapping[str, object] | None = None) -> str:
@@ -151,9 +155,7 @@ def copy_project(target: Path) -> None:
             shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
         elif source.exists():
             shutil.copy(source, target / name)
-    layers = ["blocks.1", "blocks.2", "blocks.4", "blocks.6"]  # those of the quickstart
-    changes = {"extract.layers": layers, "extract.dilate": False}
-    (target / "params.yaml").write_text(tiny_params(changes))
+    (target / "params.yaml").write_text(tiny_params(LAYERED))
     write_photos(target / "photos", {"train": 10, "val": 4, "test": 4})
     (target / ".dvc").mkdir()
     shutil.copy(ROOT / ".dvc" / "config", target / ".dvc" / "config")

@@ -24,7 +24,7 @@ from stages.extract import ExtractConfig
 from stages.gan.monitor import MonitorConfig
 from stages.train_decoder import TrainDecoderConfig
 from stages.train_gan import TrainGanConfig
-from tests.factories import call, flat, one_line, tiny_params
+from tests.factories import LAYERED, call, flat, one_line, tiny_params
 from tests.imports import ROOT
 
 PRESETS = presets()
@@ -494,12 +494,12 @@ def test_a_store_of_other_parameters_is_refused(
             "was extracted with backbone efficientnet_lite0",
         ),
     ):
-        other.write_text(tiny_params(changes))
+        other.write_text(tiny_params({**LAYERED, **changes}))
         for command in (("train-gan",), ("train-decoder", "--variant", "baseline")):
             result = call(*command, "--params", str(other), "--scratch", str(tmp_path))
             assert result.exit_code == 1
             assert words in one_line(result)
-    other.write_text(tiny_params({"report.headline_classes": ["dragon"]}))
+    other.write_text(tiny_params({**LAYERED, "report.headline_classes": ["dragon"]}))
     for command in (("train-gan",), ("train-decoder", "--variant", "baseline")):
         result = call(*command, "--params", str(other), "--scratch", str(tmp_path))
         assert result.exit_code == 2

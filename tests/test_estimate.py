@@ -67,9 +67,8 @@ def test_sizes_are_those_of_the_extracted_stores(
         index = json.loads((project / "features" / row["split"] / "index.json").read_text())
         size = sum(shard["bytes"] for shard in index["shards"])
         assert row["samples"] == sum(shard["samples"] for shard in index["shards"])
-        assert (
-            0 <= size - row["bytes"] < 20_000 * len(index["shards"])
-        )  # attributes, ids and HDF5's own structures
+        # Attributes, ids and HDF5's own structures, of four layers.
+        assert 0 <= size - row["bytes"] < 30_000 * len(index["shards"])
     models = sum(path.stat().st_size for path in (project / "models").rglob("*") if path.is_file())
     about = next(row["bytes"] for row in said["disk"] if row["what"].startswith("models"))
     assert about == pytest.approx(models, rel=0.2)
