@@ -513,6 +513,7 @@ def test_inspect_and_verify(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_
     for words in (
         "10 samples",
         "568 x 8 x 8 float16",
+        "blocks.1 (24 x 16 x 16), blocks.2 (40 x 8 x 8)",
         "efficientnet_lite0",
         "plastic bottle",
         "shard-00000.h5",

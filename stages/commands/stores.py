@@ -19,9 +19,11 @@ def inspect(store: Path) -> None:
     spec, stats, records = opened.spec, opened.stats, opened.records
     size = sum(record.bytes for record in records)
     shape, (height, width) = " x ".join(map(str, spec.feature_shape)), spec.mask_shape
+    layers = (f"{each.name} ({' x '.join(map(str, each.shape))})" for each in spec.layers)
     smallest, largest, mean = stats.minimum.min(), stats.maximum.max(), stats.mean.mean()
     facts = {
         "features": f"{shape} {spec.feature_dtype}{', >= 0' if spec.nonnegative else ''}",
+        "layers": spec.layer_names and ", ".join(layers),
         "masks": f"{height} x {width} uint8, void {spec.void_index}",
         "images": "yes" if spec.has_images else "no",
         "backbone": f"{spec.backbone}, weights {spec.weights_digest[:12]}, {spec.compute}, "
