@@ -228,7 +228,7 @@ def test_fake_tensors_have_the_shapes_of_the_features(name: str) -> None:
         assert build_backbone(**settings).stored_layers((256, 320)) == real
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(112, 112), (112, 140)], ids=["square", "wide"])
 def test_onnx_runtime_computes_what_a_vit_computes(size: tuple[int, int], tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")

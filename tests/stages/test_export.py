@@ -233,7 +233,7 @@ def test_padding_is_timms_at_every_size(kernel: int, stride: int, dilation: int)
         torch.testing.assert_close(_SameConv2d(conv)(x), conv(x), rtol=0, atol=0)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize(("format", "suffix"), [("torch-export", ".pt2"), ("onnx", ".onnx")])
 @pytest.mark.parametrize("size", [(112, 112), (112, 140)], ids=["square", "wide"])
 def test_a_vit_of_two_layers_is_written_for_one_size(
