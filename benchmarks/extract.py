@@ -2,11 +2,11 @@
 
     python -m benchmarks.extract --dataset dataset [--backbone resnet101] [--layer NAME ...]
 
-``--dataset`` is a folder that ``python pipeline.py prepare`` wrote. N of its training images, and
-ten times N, are extracted into a scratch folder, repeated where there are fewer. The rate of
-extraction is that of the difference of the two runs, which leaves the start-up out. The rate of the
-backbone is the median of batches before and after them, of tensors that are ready. Bytes a sample
-are those of the stored features, without image and mask. Peak memory is measured in each process.
+``--dataset`` is a folder that ``python pipeline.py prepare`` wrote. Two runs extract N and ten times
+N of its training images into a scratch folder; images are repeated where there are fewer. The
+extraction rate is 9 N images over the difference of the two times, which excludes the start-up. The
+backbone's rate is the median over batches in memory, before and after both runs. Bytes a sample
+exclude image and mask. Peak memory is measured in each process.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def bare(config: dict[str, Any], batches: int, device: str) -> dict[str, float]:
 
 
 def measure(what: str, config: dict[str, Any], *arguments: Any) -> dict[str, float]:
-    """Call the measurement of this name; runs in a process of its own."""
+    """Call the measurement ``what``; :func:`in_a_process` runs this function."""
     return {"bare": bare, "extract": extract}[what](config, *arguments)
 
 
