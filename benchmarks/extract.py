@@ -2,11 +2,11 @@
 
     python -m benchmarks.extract --dataset dataset [--backbone resnet101] [--layer NAME ...]
 
-``--dataset`` is a folder that ``python pipeline.py prepare`` wrote. Two runs extract N and ten times
-N of its training images into a scratch folder; images are repeated where there are fewer. The
-extraction rate is 9 N images over the difference of the two times, which excludes the start-up. The
-backbone's rate is the median over batches in memory, before and after both runs. Bytes a sample
-exclude image and mask. Peak memory is measured in each process.
+``--dataset`` is a folder that ``python pipeline.py prepare`` wrote. Two runs extract N and 10 N of
+its training images into a scratch folder; images are repeated where there are fewer. The extraction
+rate is 9 N images over the difference of the two times, which excludes the start-up. The backbone's
+rate is the median over batches in memory, before and after both runs. Bytes a sample exclude image
+and mask. Peak memory is measured in each process.
 """
 
 from __future__ import annotations
