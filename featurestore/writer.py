@@ -6,7 +6,9 @@ import itertools
 import json
 import re
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
@@ -27,11 +29,13 @@ from featurestore.files import (
 from featurestore.index import INDEX_NAME, Index, ShardRecord
 from featurestore.lock import WriterLock
 from featurestore.prefetch import prefetch
+from featurestore.prepared_sample import PreparedSample
 from featurestore.schema import StoreSpec
 from featurestore.shard import ShardWriter
 from featurestore.statistics import Statistics
 
 SHARD_BYTES = 256 << 20  # size at which a shard is full, before packing
+FINISHING = 2  # full shards that may be on their way to disk, each in a thread
 SCRATCH_FILES = re.compile(
     r"shard-\d+\.h5(\.[0-9a-f]{8}\.partial|\.finished\.json(\.partial)?)?|index\.json(\.partial)?"
 )
@@ -101,8 +105,9 @@ class StoreWriter:
     """Collects samples into shards; see :func:`create`.
 
     Samples go to disk one by one, so memory does not depend on their number (with ``zeros`` it
-    holds the values of one shard). A full shard is renamed, and a small JSON file beside it, its
-    receipt, records its hash and statistics: a killed writer loses only the unfinished shard.
+    holds the values of one shard). A full shard gets its name, and a small JSON file beside it, its
+    receipt, with its hash and statistics. Threads do this for up to two full shards while the next
+    one is written: a killed writer loses at most these three.
     """
 
     def __init__(
@@ -144,6 +149,8 @@ class StoreWriter:
             for first in itertools.count(step=samples_per_shard)
         )
         self._shard: ShardWriter | None = None
+        self._finisher = ThreadPoolExecutor(FINISHING, thread_name_prefix="finish-shard")
+        self._finishing: deque[tuple[range, Future[tuple[ShardRecord, Statistics]]]] = deque()
         self._next_shard()
 
     def _clear_scratch(self) -> None:
@@ -245,22 +252,51 @@ class StoreWriter:
         StoreWriteError
             When a shard is full and the disk does not take it.
         """
+        self.write(self.prepare(id=id, features=features, mask=mask, image=image, view=view))
+
+    def prepare(
+        self,
+        *,
+        id: str,
+        features: np.ndarray | Mapping[str, np.ndarray],
+        mask: np.ndarray,
+        image: np.ndarray | None = None,
+        view: str = "identity",
+    ) -> PreparedSample:
+        """Check and encode a sample: the part of :meth:`append` that several threads may do.
+
+        Parameters and errors are those of :meth:`append`. The arrays must not change until
+        :meth:`write` has written the result, which may refer to them.
+        """
+        stored = self.spec.checked_features(
+            id=id, view=view, features=features, mask=mask, image=image, path=self.path
+        )
+        return PreparedSample.of(
+            self.spec, id=id, view=view, features=stored, mask=mask, image=image
+        )
+
+    def write(self, sample: PreparedSample) -> None:
+        """Write a prepared sample: the part of :meth:`append` that one thread does, in order.
+
+        Raises
+        ------
+        SampleError, StoreWriteError
+            After the last sample that :meth:`resume` announced; when the disk does not take it.
+        """
         if self.ranks > 1 and self._announced is None:
             raise ValueError(
                 "several writers of one store call resume(), which divides the samples, first"
             )
         if self._span is None:
             raise SampleError(
-                f"sample {id!r} comes after the last one that resume() announced", path=self.path
+                f"sample {sample.id!r} comes after the last one that resume() announced",
+                path=self.path,
             )
-        stored = self.spec.checked_features(
-            id=id, view=view, features=features, mask=mask, image=image, path=self.path
-        )
         path = self._file(self._span)
         with writing(path):
             if self._shard is None:
                 self._shard = ShardWriter(path, self.spec, len(self._span))
-            self._shard.append(id, view, stored, mask, image)
+            self._shard.append(sample)
         if len(self._shard) == len(self._span):
             self._finish_shard(self._span, self._shard)
 
@@ -278,8 +314,16 @@ class StoreWriter:
         self._shard = None  # the first sample creates its file
 
     def _finish_shard(self, span: range, shard: ShardWriter) -> None:
+        """Close a full shard; a thread brings it to disk while the next one is written."""
         with writing(shard.path):
-            record, statistics = shard.finish()
+            shard.close()
+        self._finishing.append((span, self._finisher.submit(self._commit, span, shard)))
+        self._next_shard()
+        self._await_finished(at_most=FINISHING)
+
+    def _commit(self, span: range, shard: ShardWriter) -> tuple[ShardRecord, Statistics]:
+        with writing(shard.path):
+            record, statistics = shard.commit()
             receipt = {
                 "fingerprint": self.fingerprint,
                 "first": span.start,
@@ -287,8 +331,13 @@ class StoreWriter:
                 "statistics": statistics.to_dict(),
             }
             write_atomically(self._receipt(span), json.dumps(receipt).encode())
-        self._finished[span] = record, statistics
-        self._next_shard()
+        return record, statistics
+
+    def _await_finished(self, at_most: int = 0) -> None:
+        """Wait until at most so many shards are on their way to disk."""
+        while len(self._finishing) > at_most:
+            span, finishing = self._finishing.popleft()
+            self._finished[span] = finishing.result()
 
     def _reusable(self, span: range, *, hashed: bool) -> tuple[ShardRecord, Statistics] | None:
         """Read the receipt of a finished shard; None where it is missing, damaged or of others.
@@ -330,6 +379,7 @@ class StoreWriter:
             if kind is None:
                 self._publish()
         finally:
+            self._finisher.shutdown()  # full shards are brought to disk after an error, too
             if self._shard is not None:  # unfinished; the error of the block is the one to raise
                 with suppress(OSError, RuntimeError):
                     self._shard.discard()
@@ -340,7 +390,11 @@ class StoreWriter:
 
     def _publish(self) -> None:
         if self._announced is None and self._span is not None and self._shard is not None:
-            self._finish_shard(self._span, self._shard)  # the last shard may be short
+            if len(self._shard) < len(self._span):  # the last shard may be short
+                with writing(self._shard.path):
+                    self._shard = self._shard.shortened()
+            self._finish_shard(self._span, self._shard)
+        self._await_finished()
         if self.rank != 0:
             return
         for span in self._spans:  # other ranks wrote the rest just now, or checked its hashes

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -26,8 +25,10 @@ from featurestore.disk_space import check_disk_space
 from featurestore.float16 import all_finite
 from featurestore.layers import Layer, map_shape
 from featurestore.prefetch import prefetch
+from featurestore.prepared_sample import PreparedSample
 from stages.backbones.backbone import Backbone, BackboneError
 from stages.backbones.build import build_backbone, known_backbone
+from stages.backbones.compute import Computed, LayerPairs, compute
 from stages.common.config import Config, LayerName, Listed, Once
 from stages.common.distributed import agree
 from stages.common.errors import ConfigError, DataError
@@ -245,7 +246,9 @@ def _fill(
     accelerator: Accelerator,
     workers: int,
 ) -> None:
-    """Append the missing samples: threads decode images, the backbone computes, a thread writes.
+    """Append the missing samples.
+
+    Threads decode images, the backbone computes, threads check and encode, and one thread writes.
 
     On the CPU two batches are computed at once, each by half of PyTorch's threads: while one waits
     for its slowest thread, which decoding may delay, the other continues. A GPU has its own queue.
@@ -267,12 +270,16 @@ def _fill(
         workers=0 if accelerator.device.type == "cuda" else 2,
         initializer=partial(torch.set_num_threads, max(1, threads // 2)),
     )
-    # Two batches may wait while a shard goes to disk.
-    written = prefetch(partial(_append, writer=writer), computed, workers=1, ahead=2)
+    prepared = prefetch(
+        partial(_prepare, writer=writer),
+        _samples(computed),
+        workers=workers,
+        ahead=2 * config.batch_size,  # while the disk is busy
+    )
+    written = prefetch(writer.write, prepared, workers=1, ahead=config.batch_size)
     try:
-        with progress((), f"extract: {writer.path.name}", len(todo), "image") as bar:
-            for count in written:
-                bar.update(count)
+        for _ in progress(written, f"extract: {writer.path.name}", len(todo), "image"):
+            pass
     finally:
         torch.set_num_threads(threads)
 
@@ -351,18 +358,6 @@ def _mention_unfinished(scratch: Path) -> None:
             )
 
 
-@dataclass
-class _Computed:
-    """One batch on its way from the device to the store."""
-
-    samples: list[Sample]  # B
-    images: torch.Tensor  # (B, 3, H, W) uint8, on the CPU
-    masks: np.ndarray  # (B, H, W) uint8
-    features: list[torch.Tensor]  # (B, c, h, w) of each layer as computed, on the device
-    stored: list[torch.Tensor]  # features in the store's type, on the CPU
-    arrived: torch.cuda.Event | None  # set once ``stored`` is filled
-
-
 def _batch_sizes(missing: list[range], batch_size: int) -> Iterator[int]:
     """Yield the sizes of the batches.
 
@@ -379,66 +374,51 @@ def _forward(
     accelerator: Accelerator,
     backbone: Backbone,
     dtype: torch.dtype,
-) -> _Computed:
-    """Compute a batch's features; on a GPU nothing here waits for the result."""
-    cuda = accelerator.device.type == "cuda"
+) -> tuple[list[Sample], np.ndarray, np.ndarray, Computed]:
+    """Compute a batch: its samples, images (B, H, W, 3), masks (B, H, W) and features."""
+    samples, images, masks = zip(*batch, strict=True)
+    stacked = np.stack(images)
     # (B, H, W, 3) -> (B, 3, H, W), channels last in memory
-    images = torch.from_numpy(np.stack([image for _, image, _ in batch])).permute(0, 3, 1, 2)
-    moved = (images.pin_memory() if cuda else images).to(accelerator.device, non_blocking=True)
-    with accelerator.autocast():
-        features = backbone(moved)
-    stored = [_converted(layer, dtype) for layer in features]
-    arrived = None
-    if cuda:
-        arrived = torch.cuda.Event()
-        arrived.record()
-    return _Computed(
-        [sample for sample, _, _ in batch],
-        images,
-        np.stack([mask for _, _, mask in batch]),
-        features,
-        stored,
-        arrived,
-    )
+    computed = compute(torch.from_numpy(stacked).permute(0, 3, 1, 2), backbone, accelerator, dtype)
+    return list(samples), stacked, np.stack(masks), computed
 
 
-def _converted(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Convert features (B, c, h, w) to the store's type, contiguous on the CPU."""
-    converted = torch.empty(features.shape, dtype=dtype, device=features.device)
-    torch.mul(features, 1, out=converted)  # vectorised on the CPU, which ``Tensor.half`` is not
-    if features.device.type != "cuda":
-        return converted
-    pinned = torch.empty(converted.shape, dtype=dtype, pin_memory=True)
-    return pinned.copy_(converted, non_blocking=True)
+def _samples(
+    batches: Iterable[tuple[list[Sample], np.ndarray, np.ndarray, Computed]],
+) -> Iterator[tuple[Sample, np.ndarray, np.ndarray, LayerPairs]]:
+    """Take batches apart into samples, each batch once its features are on the CPU."""
+    for samples, images, masks, computed in batches:
+        yield from zip(samples, images, masks, computed.by_sample(), strict=True)
 
 
-def _append(batch: _Computed, *, writer: featurestore.StoreWriter) -> int:
-    """Append a batch to the store; return the number of its samples."""
-    if batch.arrived is not None:
-        batch.arrived.synchronize()
-    images = batch.images.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-    names = [layer.name for layer in writer.spec.layers]
-    for row, (entry, view) in enumerate(batch.samples):
-        layers = [
-            # As computed where it is not finite: float16 shows only inf beyond its range.
-            array
-            if all_finite(array := stored[row].numpy())
-            else computed[row].float().cpu().numpy()
-            for stored, computed in zip(batch.stored, batch.features, strict=True)
-        ]
-        try:
-            writer.append(
-                id=entry.id,
-                features=dict(zip(names, layers, strict=True)),
-                mask=batch.masks[row],
-                image=images[row] if writer.spec.has_images else None,
-                view=view,
-            )
-        except SampleError as error:
-            raise DataError(
-                entry.image, f"{error}; is this image sound, and extract.weights right?"
-            ) from error
-    return len(batch.masks)
+def _prepare(
+    sample: tuple[Sample, np.ndarray, np.ndarray, LayerPairs], *, writer: featurestore.StoreWriter
+) -> PreparedSample:
+    """Check and encode a sample for the store.
+
+    Raises
+    ------
+    DataError
+        When its features cannot be stored.
+    """
+    (entry, view), image, mask, layers = sample
+    features = {
+        # As computed where it is not finite: float16 shows only inf beyond its range.
+        layer.name: array if all_finite(array := stored.numpy()) else computed.float().cpu().numpy()
+        for layer, (stored, computed) in zip(writer.spec.layers, layers, strict=True)
+    }
+    try:
+        return writer.prepare(
+            id=entry.id,
+            features=features,
+            mask=mask,
+            image=image if writer.spec.has_images else None,
+            view=view,
+        )
+    except SampleError as error:
+        raise DataError(
+            entry.image, f"{error}; is this image sound, and extract.weights right?"
+        ) from error
 
 
 def _read_pair(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import pickle
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -24,7 +26,11 @@ from featurestore import (
     SpecMismatchError,
     StoreExistsError,
     StoreNotFoundError,
+    StoreWriteError,
 )
+from featurestore.index import ShardRecord
+from featurestore.shard import ShardWriter
+from featurestore.statistics import Statistics
 from tests.factories import SPEC, interrupted, sample, shard_bytes, write
 
 
@@ -68,6 +74,42 @@ def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
     write(tmp_path / "a")
     write(tmp_path / "b")
     assert shard_bytes(tmp_path / "a") == shard_bytes(tmp_path / "b")
+
+
+@pytest.mark.parametrize("compression", ["none", "zeros", "lz4", "int8"])
+def test_samples_that_threads_prepared_give_the_bytes_of_one_thread(
+    tmp_path: Path, compression: str
+) -> None:
+    spec = dataclasses.replace(SPEC, compression=compression)
+    write(tmp_path / "alone", count=20, spec=spec)
+    with (
+        featurestore.create(tmp_path / "threads", spec, samples_per_shard=3) as writer,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        samples = (sample(number, spec) for number in range(20))
+        for prepared in pool.map(lambda given: writer.prepare(**given), samples):
+            writer.write(prepared)
+    assert shard_bytes(tmp_path / "threads") == shard_bytes(tmp_path / "alone")
+
+
+def test_an_error_while_a_full_shard_is_finished_is_raised_and_the_next_run_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first shard reaches the disk, the second does not; later samples were accepted."""
+    write(tmp_path / "whole", fingerprint="f", scratch=tmp_path / "other")
+    commit = ShardWriter.commit
+
+    def failing(shard: ShardWriter) -> tuple[ShardRecord, Statistics]:
+        if shard.path.name == "shard-00001.h5":
+            raise OSError(errno.ENOSPC, "no room")
+        return commit(shard)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "commit", failing)
+        with pytest.raises(StoreWriteError, match=r"shard-00001.h5.*No space left"):
+            resumed(tmp_path / "store", tmp_path / "scratch")
+    assert resumed(tmp_path / "store", tmp_path / "scratch") == [range(3, 6)]
+    assert shard_bytes(tmp_path / "store") == shard_bytes(tmp_path / "whole")
 
 
 def test_any_hdf5_tool_can_read_a_shard(tmp_path: Path) -> None:

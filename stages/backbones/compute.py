@@ -1,0 +1,79 @@
+"""Features of a batch of images: to the device, through a frozen backbone, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from stages.backbones.backbone import Backbone
+
+LayerPairs = list[tuple[Tensor, Tensor]]  # (c, h, w) of each layer: as stored, and as computed
+
+
+@dataclass
+class Computed:
+    """Features of B images.
+
+    Attributes
+    ----------
+    features
+        (B, c, h, w) of each layer as computed, on the device.
+    stored
+        The same features in the store's type, on the CPU.
+    arrived
+        On a GPU, set once ``stored`` is filled.
+    """
+
+    features: list[Tensor]
+    stored: list[Tensor]
+    arrived: torch.cuda.Event | None
+
+    def by_sample(self) -> Iterator[LayerPairs]:
+        """Yield the layers of each image, once they are on the CPU."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        for row in range(len(self.stored[0])):
+            layers = zip(self.stored, self.features, strict=True)
+            yield [(stored[row], computed[row]) for stored, computed in layers]
+
+
+def compute(
+    images: Tensor, backbone: Backbone, accelerator: Accelerator, dtype: torch.dtype
+) -> Computed:
+    """Compute the features of images (B, 3, H, W) uint8; on a GPU nothing waits for the result.
+
+    Parameters
+    ----------
+    images
+        On the CPU.
+    backbone
+        On the accelerator's device.
+    accelerator
+        Device, and precision of the backbone.
+    dtype
+        Type of the stored features.
+    """
+    cuda = accelerator.device.type == "cuda"
+    moved = (images.pin_memory() if cuda else images).to(accelerator.device, non_blocking=True)
+    with accelerator.autocast():
+        features = backbone(moved)
+    stored = [converted(layer, dtype) for layer in features]
+    arrived = None
+    if cuda:
+        arrived = torch.cuda.Event()
+        arrived.record()
+    return Computed(features, stored, arrived)
+
+
+def converted(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert features (B, c, h, w) to the store's type, contiguous on the CPU."""
+    stored = torch.empty(features.shape, dtype=dtype, device=features.device)
+    torch.mul(features, 1, out=stored)  # vectorised on the CPU, which ``Tensor.half`` is not
+    if features.device.type != "cuda":
+        return stored
+    pinned = torch.empty(stored.shape, dtype=dtype, pin_memory=True)
+    return pinned.copy_(stored, non_blocking=True)
