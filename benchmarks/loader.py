@@ -29,7 +29,7 @@ Method: TypeAlias = "Callable[[FeatureStore, int], Epoch]"
 
 def memmap(store: FeatureStore, batch_size: int) -> Epoch:
     """Index memory-mapped raw files of features and masks in one thread, as a plain script does."""
-    from featurestore.dataset import BatchOrder
+    from featurestore.batch_order import BatchOrder
 
     arrays = {
         name: np.memmap(
@@ -68,7 +68,8 @@ def _torch_loader(workers: int) -> Method:
         import torch
         from torch.utils.data import DataLoader
 
-        from featurestore.dataset import BatchOrder, gather_maps
+        from featurestore.batch_order import BatchOrder
+        from featurestore.dataset import gather_maps
 
         order = BatchOrder(len(store), batch_size, seed=0, drop_last=True)
 

@@ -7,8 +7,8 @@ import itertools
 import math
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -16,6 +16,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
+from featurestore.batch_order import BatchOrder
 from featurestore.copying import LARGE, LINE, take_rows
 from featurestore.errors import StoreMemoryError
 from featurestore.layouts import IMAGES, MASKS
@@ -41,29 +42,49 @@ class Batch:
         (B, H, W) uint8.
     images
         (B, 3, H, W) uint8, channels last in memory; None where they are not read.
+    extra
+        Further samples, see :class:`ExtraSamples`; None where there are none.
     """
 
     positions: torch.Tensor
     features: torch.Tensor
     masks: torch.Tensor
     images: torch.Tensor | None
+    extra: Batch | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
 
+    def __getitem__(self, rows: slice) -> Batch:
+        """Take some samples, without the extra ones; they share this batch's memory."""
+        images = None if self.images is None else self.images[rows]
+        return Batch(self.positions[rows], self.features[rows], self.masks[rows], images)
+
     def chunk(self, count: int) -> list[Batch]:
-        """Split into ``count`` batches of equal size that share this one's memory."""
+        """Split into ``count`` batches of equal size, the extra samples too."""
         size = len(self) // count
-        rows = [slice(start, start + size) for start in range(0, size * count, size)]
-        return [
-            Batch(
-                self.positions[row],
-                self.features[row],
-                self.masks[row],
-                None if self.images is None else self.images[row],
-            )
-            for row in rows
-        ]
+        chunks = [self[start : start + size] for start in range(0, size * count, size)]
+        if self.extra is not None:
+            for chunk, extra in zip(chunks, self.extra.chunk(count), strict=True):
+                chunk.extra = extra
+        return chunks
+
+
+@dataclass(frozen=True)
+class ExtraSamples:
+    """Further samples of a store that a loader reads together with each batch.
+
+    Attributes
+    ----------
+    positions
+        (E,) positions of all samples that may be chosen.
+    choose
+        Called with the epoch, the number of the batch, and its positions on this rank; returns the
+        positions of the batch's extra samples, any number. Equal arguments give equal results.
+    """
+
+    positions: np.ndarray
+    choose: Callable[[int, int, list[int]], list[int]]
 
 
 def assemble(layers: Sequence[torch.Tensor], spec: StoreSpec) -> torch.Tensor:
@@ -125,74 +146,6 @@ def gather_maps(
     return assemble(layers, store.spec).float()
 
 
-@dataclass(frozen=True)
-class BatchOrder:
-    """Which samples make up which batch: a function of seed and epoch, for any number of ranks.
-
-    Parameters
-    ----------
-    samples
-        Number of samples to choose from.
-    batch_size
-        Samples a batch, of all ranks together.
-    seed
-        Of the shuffle, which differs in each epoch; None (default): in the store's order.
-    drop_last
-        Leave out a last batch that is not full; default: False.
-    repeats
-        How often an epoch goes over the samples, each time shuffled anew; default: 1.
-    views
-        Views of each sample, of which each repeat takes one at random; default: 1. More than one
-        needs a seed.
-    rank, ranks
-        Number of this process, and of all that divide each batch; default: 0 of 1.
-
-    Raises
-    ------
-    ValueError
-        When the ranks cannot divide the batches evenly, or views cannot be drawn.
-    """
-
-    samples: int
-    batch_size: int
-    _: KW_ONLY
-    seed: int | None = None
-    drop_last: bool = False
-    repeats: int = 1
-    views: int = 1
-    rank: int = 0
-    ranks: int = 1
-
-    def __post_init__(self) -> None:
-        if self.batch_size % self.ranks:
-            raise ValueError(
-                f"a batch of {self.batch_size} cannot be divided evenly over {self.ranks} processes"
-            )
-        if self.views > 1 and self.seed is None:
-            raise ValueError("one of several views is drawn at random; give a seed")
-
-    def __len__(self) -> int:
-        seen = self.repeats * self.samples
-        return seen // self.batch_size if self.drop_last else -(-seen // self.batch_size)
-
-    def epoch(self, epoch: int) -> list[list[int]]:
-        """List the view numbers of each batch of an epoch, for this rank.
-
-        The views of sample s have the numbers s * views to s * views + views - 1. Within a batch
-        they ascend: files are read forwards, neighbours at once. In a short last batch a rank's
-        list may be empty.
-        """
-        order = np.tile(np.arange(self.samples), self.repeats)
-        if self.seed is not None:
-            rng = np.random.default_rng([self.seed, epoch])
-            order = np.concatenate([rng.permutation(self.samples) for _ in range(self.repeats)])
-            if self.views > 1:
-                order = order * self.views + rng.integers(self.views, size=len(order))
-        starts = range(0, len(self) * self.batch_size, self.batch_size)
-        batches = (np.sort(order[start : start + self.batch_size]) for start in starts)
-        return [np.array_split(batch, self.ranks)[self.rank].tolist() for batch in batches]
-
-
 class FeatureLoader:
     """Batches of a store, shuffled in each epoch, read ahead by threads, on a device.
 
@@ -222,6 +175,8 @@ class FeatureLoader:
         ``none`` (default) reads the files, which the operating system keeps in memory where it
         can. ``host`` and ``device`` read the samples once, into the memory of the machine or of
         the device: worth it where training waits for decoding, or for the copy to the device.
+    extra
+        Further samples of each batch; default: none.
 
     Raises
     ------
@@ -246,6 +201,7 @@ class FeatureLoader:
         cache: str = "none",
         rank: int = 0,
         ranks: int = 1,
+        extra: ExtraSamples | None = None,
     ) -> None:
         if images:
             store.check_images()
@@ -261,7 +217,9 @@ class FeatureLoader:
             rank=rank,
             ranks=ranks,
         )
-        self._read_positions = np.unique(self.positions)  # by row of the resident tensors
+        self.extra = extra
+        read = self.positions if extra is None else np.append(self.positions, extra.positions)
+        self._read_positions = np.unique(read)  # by row of the resident tensors
         self.workers = workers
         self.device = torch.device(device)
         self.names = names_of(store.spec, images)
@@ -283,15 +241,22 @@ class FeatureLoader:
         """
         positions = self.positions.reshape(-1)
         batches = [positions[batch].tolist() for batch in self.order.epoch(epoch)[first:]]
+        extra: list[list[int]] = [[]] * len(batches)
+        if self.extra is not None:
+            extra = [self.extra.choose(epoch, i, batch) for i, batch in enumerate(batches, first)]
+        read = [batch + more for batch, more in zip(batches, extra, strict=True)]
         ready: Iterable[Tensors]
         if any(tensor.device.type != "cpu" for tensor in self._resident.values()):
-            ready = map(self._gather_resident, batches)  # on the stream that computes
+            ready = map(self._gather_resident, read)  # on the stream that computes
         else:
-            ready = prefetch(self._gather, batches, workers=self.workers, ahead=2 * self.workers)
+            ready = prefetch(self._gather, read, workers=self.workers, ahead=2 * self.workers)
             if self.device.type == "cuda":
                 ready = copied_ahead(ready, self.device)
-        for chosen, tensors in zip(batches, ready, strict=True):
-            yield _as_batch(tensors, chosen, self.store.spec)
+        for count, chosen, tensors in zip(map(len, batches), read, ready, strict=True):
+            samples = _as_batch(tensors, chosen, self.store.spec)
+            batch = samples[:count]
+            batch.extra = samples[count:] if len(samples) > count else None
+            yield batch
 
     def _gather(self, positions: list[int]) -> Tensors:
         tensors: Tensors = {}

@@ -29,6 +29,7 @@ from stages.augment.base import (
     augment_features,
     repeat_real,
 )
+from stages.augment.extra_samples import extra_samples
 from stages.augment.hflip_views import training_views
 from stages.augment.registry import build_augmenter
 from stages.common.config import Beta, Config, LayerName, Listed, Once
@@ -54,7 +55,7 @@ from stages.training.models import CONFIG_NAME, save_weights
 from stages.training.session import Session, check_batch
 from stages.training.update import adamw, backward, step_and_zero_grad
 
-FOR_AUGMENTER, FOR_ALL = 1, 2  # purposes of random numbers, a part of their seeds
+FOR_ALL = 2  # purpose of random numbers, a part of their seed; an augmenter's is 1
 
 
 class TrainDecoderConfig(Config):
@@ -140,7 +141,7 @@ def run(
     steps = config.epochs * (config.repeats * len(train.positions("identity")) // config.batch_size)
     context = Context(name, accelerator, train, decoder, gan, seed, steps, machine)
     augmenter, best = build_augmenter(variant, context), Best()
-    loader = training_loader(session, config, train, variant.view, seed, augmenter.needs_images)
+    loader = training_loader(session, config, train, variant, seed, augmenter)
     validation = session.loader(stores["val"], config.batch_size)
     learning = math.ceil(round(variant.until * config.epochs, 6))  # epochs of a joint GAN
     session.watch(monitoring, augmenter.monitored, stores, seed=seed, epochs=learning)
@@ -159,16 +160,15 @@ def run(
             set_learning_rate(optimizer, config, progress)
             for micro_index, micro_batch in enumerate(divide(batch, config.gradient_accumulation)):
                 seeds = (seed, epoch, index, micro_index)
-                make_rng = partial(random_generator, accelerator.device, *seeds)
                 seed_everything(*seeds, rank)  # dropout
                 with accelerator.accumulate(wrapped, *augmenter.modules):  # sets sync_gradients
                     if progress < variant.until:
-                        rng = make_rng(FOR_AUGMENTER, augmenter.noise_rank)
+                        rng = augmenter.rng(accelerator.device, *seeds)
                         added = augmenter.augment(micro_batch, rng)  # with losses of a joint GAN
                     else:  # real batches instead: as many, with the same weights
                         added = repeat_real(micro_batch, variant.added_weights)
                     batches = [Labelled.of(micro_batch), *added.batches]
-                    rng = make_rng(FOR_ALL, rank)
+                    rng = random_generator(accelerator.device, *seeds, FOR_ALL, rank)
                     real, *others = augment_features(variant.augment, batches, rng, spec.folds)
                     with accelerator.autocast():  # one forward a batch: BatchNorm must not mix them
                         loss = ce_real = loss_of(real, augmenter.adjust_logits(real.masks))
@@ -203,27 +203,30 @@ def training_loader(
     session: Session,
     config: TrainDecoderConfig,
     store: FeatureStore,
-    view: str,
+    variant: VariantConfig,
     seed: int,
-    images: bool,
+    augmenter: Augmenter,
 ) -> FeatureLoader:
-    """Read the training samples in a random order that depends only on the seed."""
+    """Read the training samples, and the augmenter's, in an order that depends on the seed."""
+    epochs = variant.until * config.epochs  # with added batches
     return session.loader(
         store,
         config.batch_size,
         seed=seed,
         drop_last=True,
-        positions=training_views(store, view),
+        positions=training_views(store, variant.view),
         repeats=config.repeats,
-        images=images,
+        images=augmenter.needs_images,
+        extra=extra_samples(augmenter, seed, config.gradient_accumulation, epochs),
     )
 
 
 def divide(batch: Batch, count: int) -> Iterator[Batch]:
     """Divide a batch, with features in float32 and in the decoder's memory layout."""
     for samples in batch.chunk(count):
+        extra = None if samples.extra is None else next(divide(samples.extra, 1))
         features = samples.features.float().contiguous(memory_format=torch.channels_last)
-        yield replace(samples, features=features)
+        yield replace(samples, features=features, extra=extra)
 
 
 def weights_of(

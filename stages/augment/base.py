@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from featurestore import FeatureStore
-from featurestore.dataset import Batch, gather_maps
+from featurestore.dataset import Batch
 from stages.common.config import Config, LayerName, Listed, Once
 from stages.common.runtime import Machine
+from stages.common.runtime import generator as random_generator
 from stages.models.decoder import Decoder
 from stages.models.feature_generator import FeatureGenerator
 from stages.segmentation import transforms
@@ -27,6 +28,7 @@ from stages.segmentation.folds import Folds
 from stages.segmentation.regions import Regions
 from stages.segmentation.transforms import Transform
 
+PURPOSE = 1  # of an augmenter's random numbers, a part of their seed
 State = dict[str, Any]  # what a resumed training restores: tensors and plain values
 
 
@@ -265,9 +267,16 @@ class Augmenter:
         Networks that it trains, as the accelerator wraps them.
     monitored
         Returns the generator that it trains, for the monitor; None: it trains none.
+    extra_batches
+        Number of extra samples, further real ones of the store, that :meth:`augment` needs for
+        each sample of the batch.
+    extra_sources
+        (E,) positions in the store of all samples that may be extra ones.
     """
 
     needs_images: bool = False
+    extra_batches: int = 0
+    extra_sources: np.ndarray = np.empty(0, np.int64)
     modules: Sequence[nn.Module] = ()
     monitored: Callable[[], FeatureGenerator] | None = None
 
@@ -280,13 +289,34 @@ class Augmenter:
         """Process whose random numbers :meth:`augment` gets; each process has its own."""
         return self.accelerator.process_index
 
+    def rng(self, device: torch.device, *seeds: int) -> torch.Generator:
+        """Build the source of random numbers of :meth:`augment` for one micro-batch."""
+        return random_generator(device, *seeds, PURPOSE, self.noise_rank)
+
+    def extra_positions(self, positions: list[int], rng: torch.Generator) -> list[int]:
+        """Choose the extra samples of a batch, so that the loader reads them ahead.
+
+        Parameters
+        ----------
+        positions
+            Positions of the B samples of the batch in the store.
+        rng
+            :meth:`rng` of the micro-batch, on the CPU.
+
+        Returns
+        -------
+        list of int
+            Positions of ``extra_batches * B`` samples.
+        """
+        return []
+
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
         """Add features, and losses, to a batch.
 
         Parameters
         ----------
         batch
-            Real features (B, C, h, w) float32 and masks (B, H, W).
+            Real features (B, C, h, w) float32 and masks (B, H, W), and the extra samples.
         rng
             Source of all random numbers, on the features' device.
         """
@@ -320,15 +350,24 @@ class FeatureAugmenter(Augmenter):
         weight = self.config.weight
         return Augmented([Labelled(batch, [(masks, 1.0)], weight) for batch in features])
 
-    def add_samples(self, positions: Sequence[int] | np.ndarray) -> Augmented:
-        """Add the real samples of the training store at ``positions`` (S,), with their masks."""
-        device = self.accelerator.device
-        masks = torch.from_numpy(self.store.gather("masks", positions)).to(device)
-        return self.add(masks, gather_maps(self.store, positions, device))
-
     def clamp(self, features: Tensor) -> Tensor:
         """Keep features (B, C, h, w) at 0 or above, if the backbone's are."""
         return features.clamp(min=0) if self.spec.nonnegative else features
+
+
+class SampleAugmenter(FeatureAugmenter, ABC):
+    """Base class of the augmenters that add one further real sample for each of the batch."""
+
+    extra_batches = 1
+
+    @override
+    def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
+        assert batch.extra is not None
+        return self.add(batch.extra.masks, batch.extra.features)
+
+    @abstractmethod
+    @override
+    def extra_positions(self, positions: list[int], rng: torch.Generator) -> list[int]: ...
 
 
 class RegionAugmenter(FeatureAugmenter, ABC):

@@ -42,9 +42,10 @@ class Calibration(FeatureAugmenter):
         super().__init__(config, context)
         statistics, neighbours = context.class_statistics(), self.config.neighbours
         least = max(2.0, self.config.rare * len(context.positions))
-        self.is_rare = statistics.images < least
+        is_rare = statistics.images < least
+        self.rare = is_rare.nonzero().flatten()  # (R,) classes
         frequent = [
-            rows for rows, rare in zip(statistics.centres, self.is_rare, strict=True) if not rare
+            rows for rows, rare in zip(statistics.centres, is_rare, strict=True) if not rare
         ]
         if len(frequent) < neighbours:
             message = (
@@ -55,30 +56,29 @@ class Calibration(FeatureAugmenter):
         # A covariance is the product of its centred samples: drawing needs no C x C matrix.
         self.roots = [(rows - rows.mean(0)) / (len(rows) - 1) ** 0.5 for rows in frequent]
 
-    def draw(self, centre: Tensor, rng: torch.Generator) -> Tensor:
-        """Draw a new centre (C,) for a region with this centre (C,)."""
-        k, device = self.config.neighbours, centre.device
-        nearest = (self.means - centre).norm(dim=1).topk(k, largest=False).indices
-        mean = (centre + self.means[nearest].sum(0)) / (k + 1)
-        noise = torch.randn(1, generator=rng, device=device)
-        sample = mean + self.config.spread**0.5 * noise
-        for number in nearest.tolist():
-            root = self.roots[number]
-            noise = torch.randn(len(root), generator=rng, device=device)
-            sample = sample + noise @ root / k**0.5
-        return sample
+    def draw(self, centres: Tensor, rng: torch.Generator) -> Tensor:
+        """Draw a new centre for each of n regions with these centres (n, C)."""
+        count, k, device = len(centres), self.config.neighbours, centres.device
+        distances = (self.means - centres[:, None]).norm(dim=2)  # (n, F)
+        nearest = distances.topk(k, largest=False).indices  # (n, k)
+        drawn = (centres + self.means[nearest].sum(1)) / (k + 1)
+        noise = torch.randn(count, 1, generator=rng, device=device)
+        drawn = drawn + self.config.spread**0.5 * noise
+        is_near = torch.zeros_like(distances).scatter_(1, nearest, 1.0)
+        for number, root in enumerate(self.roots):  # all of them: no loop waits for values
+            noise = torch.randn(count, len(root), generator=rng, device=device)
+            drawn = drawn + is_near[:, number, None] * (noise @ root) / k**0.5
+        return drawn
 
     @override
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        regions = Regions.of(batch.features, batch.masks, self.spec.num_classes)
-        rare = regions.present & self.is_rare
-        # All processes must call the decoder equally often.
-        if not int(self.accelerator.reduce(rare.sum(), "sum")):
+        if not len(self.rare):
             return Augmented()
-        shifts = torch.zeros_like(regions.centres)
-        for sample, number in rare.nonzero().tolist():
-            centre = regions.centres[sample, number]
-            shifts[sample, number] = self.draw(centre, rng) - centre
+        regions = Regions.of(batch.features, batch.masks, self.spec.num_classes)
+        present, centres = regions.present[:, self.rare], regions.centres[:, self.rare]
+        drawn = self.draw(centres.flatten(0, 1), rng).view_as(centres)  # (B, R, C)
+        moved = (drawn - centres) * present[..., None]
+        shifts = torch.zeros_like(regions.centres).index_copy(1, self.rare, moved)  # (B, K, C)
         # Images without a rare class are left out of the loss.
-        masks = torch.where(rare.any(1)[:, None, None], batch.masks, VOID)
+        masks = torch.where(present.any(1)[:, None, None], batch.masks, VOID)
         return self.add(masks, self.clamp(regions.shifted(shifts)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
@@ -26,15 +28,32 @@ class Combined(Augmenter):
         assert not any(member.modules for member in members)
         self.members = members
         self.needs_images = any(member.needs_images for member in members)
+        self.extra_batches = sum(member.extra_batches for member in members)
+        self.extra_sources = np.concatenate([member.extra_sources for member in members])
+
+    def _sources(self, rng: torch.Generator) -> list[torch.Generator]:
+        """Return each member's source of random numbers; the first draws as it does alone."""
+        seed, others = rng.initial_seed(), range(1, len(self.members))
+        return [rng, *(random_generator(rng.device, seed, number) for number in others)]
+
+    @override
+    def extra_positions(self, positions: list[int], rng: torch.Generator) -> list[int]:
+        members = zip(self.members, self._sources(rng), strict=True)
+        return [
+            position
+            for member, source in members
+            for position in member.extra_positions(positions, source)
+        ]
 
     @override
     def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        # The first member draws as it does without the others, each other one from its own source.
-        seed, others = rng.initial_seed(), range(1, len(self.members))
-        sources = [rng, *(random_generator(rng.device, seed, number) for number in others)]
-        members = zip(self.members, sources, strict=True)
-        added = [member.augment(batch, source).batches for member, source in members]
-        return Augmented([labelled for batches in added for labelled in batches])
+        added, first = Augmented(), 0
+        for member, source in zip(self.members, self._sources(rng), strict=True):
+            last = first + member.extra_batches * len(batch)
+            extra = batch.extra[first:last] if batch.extra is not None else None
+            added.batches += member.augment(replace(batch, extra=extra), source).batches
+            first = last
+        return added
 
     @override
     def adjust_logits(self, masks: Tensor) -> LogitAdjustment | None:

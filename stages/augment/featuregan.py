@@ -23,7 +23,7 @@ from stages.augment.base import Augmented, Augmenter, Context, FeatureAugmenter,
 from stages.augment.new_masks import Change, NewMasks
 from stages.common.config import Listed, Once
 from stages.common.errors import ConfigError
-from stages.common.runtime import to_channels_last
+from stages.common.runtime import to_channels_last, to_device
 from stages.gan.families import build_trainer
 from stages.gan.networks import Networks
 from stages.gan.trainer import Trainer
@@ -213,7 +213,8 @@ class FrozenFeatureGAN(FeatureAugmenter):
                 )
                 z = sample_z(mu, logvar, z)
             if self.config.class_swap:
-                generated = self._swap_classes(batch, masks, z)
+                rows = self.new_masks.chosen(len(masks), rng)
+                generated = self._swap_classes(batch, masks, rows, z)
             elif self.config.vary:
                 real, wanted = batch.features.repeat(ratio, 1, 1, 1), masks.repeat(ratio, 1, 1)
                 generated = self.generator.vary(real, wanted, z=z, strength=self.config.vary)
@@ -221,7 +222,7 @@ class FrozenFeatureGAN(FeatureAugmenter):
                 generated = self.generator.generate(masks, z=z)
         return self.add(masks, *generated.chunk(ratio))
 
-    def _swap_classes(self, batch: Batch, masks: Tensor, z: Tensor) -> Tensor:
+    def _swap_classes(self, batch: Batch, masks: Tensor, rows: list[int], z: Tensor) -> Tensor:
         """Change the real features of a batch as the generator says, ``ratio`` times.
 
         Parameters
@@ -229,7 +230,9 @@ class FrozenFeatureGAN(FeatureAugmenter):
         batch
             B samples.
         masks
-            (B, H, W) new masks. Samples whose mask stays keep their features, at no cost.
+            (B, H, W) new masks.
+        rows
+            Samples whose mask may have changed; the others keep their features, at no cost.
         z
             (ratio*B, z_dim) noise.
 
@@ -239,13 +242,15 @@ class FrozenFeatureGAN(FeatureAugmenter):
             (ratio*B, C, h, w).
         """
         features = batch.features.float().repeat(self.config.ratio, 1, 1, 1)
-        changed = (masks != batch.masks).flatten(1).any(1)
-        if changed.any():
-            draws = changed.repeat(self.config.ratio)
-            features[draws] = self.generator.swap_classes(
-                features[draws], batch.masks[changed], masks[changed], z=z[draws]
-            )
-        return features
+        if not rows:
+            return features
+        draws = [row + number * len(masks) for number in range(self.config.ratio) for row in rows]
+        samples, index = (to_device(torch.tensor(each), features.device) for each in (rows, draws))
+        old, new, real = batch.masks[samples], masks[samples], features[index]
+        swapped = self.generator.swap_classes(real, old, new, z=z[index])
+        changed = (old != new).flatten(1).any(1).repeat(self.config.ratio)
+        swapped = torch.where(changed[:, None, None, None], swapped, real)
+        return features.index_copy(0, index, swapped)
 
 
 def featuregan(config: FeatureGANConfig, context: Context) -> Augmenter:

@@ -9,8 +9,7 @@ import torch
 from typing_extensions import override
 
 from featurestore import FeatureStore, SpecMismatchError
-from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Context, FeatureAugmenter, SourceConfig, VariantConfig
+from stages.augment.base import Context, SampleAugmenter, SourceConfig, VariantConfig
 
 
 class HflipViewsConfig(SourceConfig):
@@ -22,7 +21,7 @@ class HflipViewsConfig(SourceConfig):
     needs_mirrored: ClassVar[bool] = True
 
 
-class HflipViews(FeatureAugmenter):
+class HflipViews(SampleAugmenter):
     """Adds the mirrored view of each image of the batch, read from the store."""
 
     config: HflipViewsConfig
@@ -30,11 +29,12 @@ class HflipViews(FeatureAugmenter):
     def __init__(self, config: VariantConfig, context: Context) -> None:
         super().__init__(config, context)
         views = mirrored(self.store, context.positions)
+        self.extra_sources = views
         self.mirrored = dict(zip(context.positions.tolist(), views.tolist(), strict=True))
 
     @override
-    def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
-        return self.add_samples([self.mirrored[number] for number in batch.positions.tolist()])
+    def extra_positions(self, positions: list[int], rng: torch.Generator) -> list[int]:
+        return [self.mirrored[number] for number in positions]
 
 
 def mirrored(store: FeatureStore, positions: np.ndarray) -> np.ndarray:

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from featurestore import VOID, StoreSpec
 from stages.common.errors import ConfigError
+from stages.common.runtime import to_device
 from stages.segmentation.regions import count_pixels, draw_allowed
 from stages.segmentation.transforms import flip
 
 Change = Literal["flip", "shift", "scale", "paste", "swap"]
 SHIFT = 1 / 4  # largest shift as a fraction of a side
 SCALE = (0.6, 1.6)  # of the size of an object or a scene
+CHOICE = 1  # of the masks to change: purpose of random numbers, a part of their seed
 
 
 class MaskSource(Protocol):
@@ -120,34 +122,40 @@ class NewMasks:
             )
             raise ConfigError("new_masks", message, expected=needed, actual=actual)
 
+    def chosen(self, count: int, rng: torch.Generator) -> list[int]:
+        """List the rows of the masks, of ``count``, that a call with an equal ``rng`` changes."""
+        drawing = np.random.default_rng([rng.initial_seed(), CHOICE])
+        return np.flatnonzero(drawing.random(count) < self.fraction).tolist()
+
     def __call__(self, masks: Tensor, rng: torch.Generator) -> Tensor:
         """Change masks (B, H, W) uint8."""
         changed, count = masks, len(masks)
         if "flip" in self.changes:
             _, changed = flip([], changed, rng, ())
         if "shift" in self.changes or "scale" in self.changes:
-            shifts, scales = torch.zeros(count, 2), torch.ones(count)
+            shifts = torch.zeros(count, 2, device=masks.device)
+            scales = torch.ones(count, device=masks.device)
             if "shift" in self.changes:
                 shifts = _draw_shifts(count, rng)
             if "scale" in self.changes:
                 scales = _draw_scales(count, rng)
-            changed = resample(changed, scales.to(masks.device), shifts.to(masks.device))
+            changed = resample(changed, scales, shifts)
         if "paste" in self.changes:
             changed = self._paste(changed, rng)
         if "swap" in self.changes:
-            changed = swap_classes(changed, self.objects.to(masks.device), rng)
+            changed = swap_classes(changed, to_device(self.objects, masks.device), rng)
         if self.fraction == 1:
             return changed
-        chosen = torch.rand(count, generator=rng, device=masks.device) < self.fraction
-        return torch.where(chosen[:, None, None], changed, masks)
+        rows = to_device(torch.tensor(self.chosen(count, rng), dtype=torch.int64), masks.device)
+        return masks.index_copy(0, rows, changed[rows])
 
     def _paste(self, masks: Tensor, rng: torch.Generator) -> Tensor:
         """Paste an object of another mask, moved and scaled, over each mask (B, H, W)."""
         drawing = np.random.default_rng(rng.initial_seed())
         drawn = drawing.choice(len(self.probabilities), len(masks), p=self.probabilities)
         donors = [self.store.mask(int(drawing.choice(self.holders[number]))) for number in drawn]
-        given = torch.from_numpy(np.stack(donors)).to(masks.device)
-        classes = torch.from_numpy(drawn).to(masks.device, masks.dtype)[:, None, None]
+        given = to_device(torch.from_numpy(np.stack(donors)), masks.device)
+        classes = to_device(torch.from_numpy(drawn).to(masks.dtype), masks.device)[:, None, None]
         scales, shifts = _draw_scales(len(masks), rng), _draw_shifts(len(masks), rng)
         objects = resample(torch.where(given == classes, given, VOID), scales, shifts, fill=VOID)
         return torch.where(objects == classes, classes, masks)

@@ -13,8 +13,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from featurestore import FeatureStore
-from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Context, FeatureAugmenter, SourceConfig, VariantConfig
+from stages.augment.base import Context, SampleAugmenter, SourceConfig, VariantConfig
 
 
 class UpsampleConfig(SourceConfig):
@@ -57,19 +56,19 @@ def repeat_factors(store: FeatureStore, positions: np.ndarray, threshold: float)
     return np.maximum(1.0, (present * factors).max(1))
 
 
-class Upsample(FeatureAugmenter):
+class Upsample(SampleAugmenter):
     """Adds a second batch of real features, in which images of rare classes are more frequent."""
 
     config: UpsampleConfig
 
     def __init__(self, config: VariantConfig, context: Context) -> None:
         super().__init__(config, context)
-        self.positions = context.positions
-        factors = repeat_factors(self.store, self.positions, self.config.threshold)
+        self.extra_sources = context.positions
+        factors = repeat_factors(self.store, self.extra_sources, self.config.threshold)
         self.probabilities = factors / factors.sum()
 
     @override
-    def augment(self, batch: Batch, rng: torch.Generator) -> Augmented:
+    def extra_positions(self, positions: list[int], rng: torch.Generator) -> list[int]:
         drawing = np.random.default_rng([rng.initial_seed(), self.accelerator.process_index])
-        chosen = drawing.choice(self.positions, len(batch), p=self.probabilities)
-        return self.add_samples(np.sort(chosen))
+        chosen = drawing.choice(self.extra_sources, len(positions), p=self.probabilities)
+        return sorted(chosen.tolist())

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import featurestore
@@ -221,6 +221,12 @@ def generator(device: torch.device, *seeds: int) -> torch.Generator:
 def _mixed(seeds: tuple[int, ...]) -> int:
     """Mix several seeds into one; NumPy pads with zeros, so (7,) and (7, 0) give the same."""
     return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0])
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU to a device; the CPU does not wait for a GPU."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def progress(items: Iterable[Item], what: str, total: int, unit: str) -> tqdm[Item]:

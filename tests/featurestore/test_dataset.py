@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from featurestore import FeatureStore, SpecMismatchError, StoreMemoryError
-from featurestore.dataset import BatchOrder, FeatureLoader, gather_maps
+from featurestore.batch_order import BatchOrder
+from featurestore.dataset import ExtraSamples, FeatureLoader, gather_maps
 from tests.factories import SPEC, sample, write
 
 
@@ -188,3 +189,39 @@ def test_images_are_refused_at_once_where_the_store_has_none(tmp_path: Path) -> 
     store = write(tmp_path / "store", spec=dataclasses.replace(SPEC, has_images=False))
     with pytest.raises(SpecMismatchError, match="store_images"):
         FeatureLoader(store, 2, images=True)
+
+
+@pytest.mark.parametrize("cache", ["none", "host", "device"])
+def test_extra_samples_come_with_their_batch(tmp_path: Path, cache: str) -> None:
+    """Each batch brings the two that follow each of its samples, in every cache."""
+    store, calls = write(tmp_path / "store"), []
+
+    def choose(epoch: int, index: int, positions: list[int]) -> list[int]:
+        calls.append((epoch, index, positions))
+        return [p + step for p in positions for step in (1, 2)] if index < 2 else []
+
+    loader = FeatureLoader(
+        store,
+        2,
+        seed=3,
+        positions=[0, 2, 4, 1, 3],
+        images=True,
+        cache=cache,
+        extra=ExtraSamples(np.arange(7), choose),
+    )
+    batches = list(loader.epoch(4, 1))
+    plain = FeatureLoader(store, 2, seed=3, positions=[0, 2, 4, 1, 3], images=True)
+    expected = list(plain.epoch(4))[1:]
+    assert calls == [(4, 1, expected[0].positions.tolist()), (4, 2, expected[1].positions.tolist())]
+    for batch, alone in zip(batches, expected, strict=True):
+        assert torch.equal(batch.features, alone.features)
+        assert torch.equal(batch.positions, alone.positions)
+    assert batches[1].extra is None
+    first = batches[0].positions.tolist()
+    for micro_batch, position in zip(batches[0].chunk(2), first, strict=True):
+        extra = micro_batch.extra
+        assert extra.positions.tolist() == [position + 1, position + 2]
+        np.testing.assert_array_equal(extra.features, store.gather("features", extra.positions))
+        np.testing.assert_array_equal(extra.masks, store.gather("masks", extra.positions))
+        images = store.gather("images", extra.positions)
+        np.testing.assert_array_equal(extra.images.permute(0, 2, 3, 1), images)

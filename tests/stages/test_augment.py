@@ -69,7 +69,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> featurestore.FeatureStore
 
 @pytest.fixture
 def batch(store: featurestore.FeatureStore) -> Batch:
-    positions = [0, 1, 2, 5]
+    return read(store, [0, 1, 2, 5])
+
+
+def read(store: featurestore.FeatureStore, positions: list[int]) -> Batch:
     features, masks = (
         torch.from_numpy(store.gather(name, positions)) for name in ("features", "masks")
     )
@@ -98,8 +101,18 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def augment(augmenter: Augmenter, batch: Batch, seed: int = 0) -> list[Labelled]:
+    """Augment a batch, with the extra samples that the loader would bring."""
+    extra = augmenter.extra_positions(batch.positions.tolist(), rng(seed))
+    assert len(extra) == augmenter.extra_batches * len(batch)
+    assert set(extra) <= set(augmenter.extra_sources.tolist())
+    if extra:
+        batch = dataclasses.replace(batch, extra=read(augmenter.store, extra))
+    return augmenter.augment(batch, rng(seed)).batches
+
+
 def only(augmenter: Augmenter, batch: Batch, seed: int = 0) -> Labelled:
-    (part,) = augmenter.augment(batch, rng(seed)).batches
+    (part,) = augment(augmenter, batch, seed)
     return part
 
 
@@ -326,7 +339,7 @@ def test_calibration_draws_rare_regions_around_the_calibrated_mean(store, batch,
     region_centre = centre(batch.features, batch.masks, 0, 2)
     mean = (region_centre + rows[0].mean(0) + rows[1].mean(0)) / 3
     covariance = (torch.cov(rows[0].T) + torch.cov(rows[1].T)) / 2
-    draws = torch.stack([augmenter.draw(region_centre, rng(seed)) for seed in range(4000)])
+    draws = augmenter.draw(region_centre.expand(4000, -1), rng())
     torch.testing.assert_close(draws.mean(0), mean, rtol=0, atol=0.06)
     torch.testing.assert_close(
         torch.cov(draws.T), covariance, rtol=0, atol=0.12 * float(covariance.abs().max())
@@ -345,7 +358,7 @@ def test_calibration_takes_the_nearest_class_and_adds_alpha_to_every_covariance(
     rows = ClassStatistics.of(store, store.positions("identity"), torch.device("cpu")).centres
     for number, other in ((0, 1), (1, 0)):
         near = 0.8 * rows[number].mean(0) + 0.2 * rows[other].mean(0)
-        draws = torch.stack([augmenter.draw(near, rng(seed)) for seed in range(4000)])
+        draws = augmenter.draw(near.expand(4000, -1), rng())
         torch.testing.assert_close(
             draws.mean(0), (near + rows[number].mean(0)) / 2, rtol=0, atol=0.06
         )
@@ -525,7 +538,7 @@ def test_combined_augmenters_draw_apart_and_the_first_as_it_would_alone(
     upsample = {"augmenter": "upsample"}
     twice = build(store, tmp_path, augmenter="combined", of=[upsample, upsample])
     alone = build(store, tmp_path, **upsample)
-    each = [twice.augment(batch, rng(seed)).batches for seed in range(5)]
+    each = [augment(twice, batch, seed) for seed in range(5)]
     assert all(
         torch.equal(first.features, only(alone, batch, seed).features)
         for seed, (first, _) in enumerate(each)
