@@ -43,6 +43,20 @@ def torchvision_head(decoder: Decoder, channels: int, width: int) -> nn.Module:
     return head
 
 
+def plain_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+    """Compute with PyTorch's functions what ``upsampled_cross_entropy`` computes.
+
+    Parameters
+    ----------
+    logits
+        (B, K, h, w), any float type.
+    masks
+        (B, H, W) uint8; 255 is left out.
+    """
+    fine = F.interpolate(logits.float(), size=masks.shape[1:], mode="bilinear", align_corners=False)
+    return F.cross_entropy(fine, masks.long(), ignore_index=VOID)
+
+
 def time_shape(
     shape: tuple[int, int, int, int, int], precision: str, rounds: int
 ) -> dict[str, object]:
@@ -62,12 +76,6 @@ def time_shape(
         head="deeplab", in_channels=channels, num_classes=CLASSES, width=width, atrous_rates=RATES
     )
 
-    def plain_cross_entropy(logits: Tensor) -> Tensor:
-        fine = F.interpolate(
-            logits.float(), size=masks.shape[1:], mode="bilinear", align_corners=False
-        )
-        return F.cross_entropy(fine, masks.long(), ignore_index=VOID)
-
     def step(network: nn.Module, loss: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         network.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         optimizer = torch.optim.Adam(network.parameters(), 5e-4, fused=True)
@@ -82,7 +90,10 @@ def time_shape(
         return take
 
     steps = {
-        "torchvision": step(torchvision_head(decoder, channels, width), plain_cross_entropy),
+        "torchvision": step(
+            torchvision_head(decoder, channels, width),
+            lambda logits: plain_cross_entropy(logits, masks),
+        ),
         "decoder": step(decoder, lambda logits: upsampled_cross_entropy(logits, masks)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -204,7 +204,7 @@ def _rows(
 
     bare_runs, runs = [alone()], {}
     for count in (images, 10 * images):
-        _write_dataset(dataset, work / "dataset", count)
+        write_dataset(dataset, work / "dataset", count)
         runs[count] = in_a_process(
             "benchmarks.extract", "extract", config, str(work), device, workers, **environment
         )
@@ -239,7 +239,7 @@ def _rows(
     ]
 
 
-def _write_dataset(source: Path, target: Path, count: int) -> None:
+def write_dataset(source: Path, target: Path, count: int) -> None:
     """Write a manifest of ``count`` training images, repeated under new ids, and 1 val and test."""
     from stages.data.manifest import SUMMARY_NAME, read_manifest, write_manifest
 

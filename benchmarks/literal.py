@@ -166,3 +166,20 @@ class Training:
         self.discriminator_optimizer.zero_grad()
         loss.backward()
         self.discriminator_optimizer.step()
+
+
+class DecoderTraining:
+    """The baseline: a decoder and Adam, with PyTorch's interpolation and cross-entropy."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self.decoder = decoder
+        self.optimizer = torch.optim.Adam(decoder.parameters(), 5e-4)
+
+    def step(self, features: Tensor, masks: Tensor, autocast: torch.autocast) -> None:
+        """Take one step on features (B, C, h, w) float32 and masks (B, H, W) uint8."""
+        with autocast:
+            logits = self.decoder(features, masks.shape[-2:])
+            loss = F.cross_entropy(logits.float(), masks.long(), ignore_index=255)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()

@@ -25,17 +25,18 @@ import torch
 from torch import Tensor
 
 from benchmarks import common, literal
+from featurestore import StoreSpec
 from featurestore.dataset import Batch
 from stages.augment.base import Labelled
 from stages.augment.featuregan import FeatureGANConfig, JointFeatureGAN
-from stages.common.runtime import make_accelerator, to_channels_last
+from stages.common.runtime import Machine, distribute, make_accelerator, to_channels_last
 from stages.gan.gan_trainer import GanTrainer
 from stages.gan.networks import build_networks
 from stages.gan.objective import Objective
 from stages.models.decoder import Decoder
 from stages.segmentation.upsampled_loss import upsampled_cross_entropy
 from stages.train_decoder import decoder_loss
-from stages.training.update import backward, step_and_zero_grad
+from stages.training.update import adamw, backward, step_and_zero_grad
 
 CLASSES, STRIDE = 21, 8
 
@@ -64,7 +65,37 @@ SIZES = {
 }
 
 
-def our_trainer(size: Size, device: str, precision: str) -> GanTrainer:
+def draw_batch(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Draw features (B, C, h, w) float16 in 0..1, and masks (B, H, W) uint8 of square regions."""
+    rng = np.random.default_rng(0)
+    features = rng.random((size.batch, size.channels, size.side, size.side), np.float32)
+    blocks = rng.integers(0, CLASSES, (size.batch, size.side // 4, size.side // 4)).astype(np.uint8)
+    masks = blocks.repeat(4 * STRIDE, 1).repeat(4 * STRIDE, 2)
+    return torch.from_numpy(features).to(device, torch.float16), torch.from_numpy(masks).to(device)
+
+
+def store_spec(size: Size) -> StoreSpec:
+    """Describe a store of drawn features."""
+    pixels = STRIDE * size.side
+    return StoreSpec(
+        feature_shape=(size.channels, size.side, size.side),
+        mask_shape=(pixels, pixels),
+        class_names=tuple(map(str, range(CLASSES))),
+        palette=((0, 0, 0),) * CLASSES,
+        backbone=size.backbone,
+        weights_digest="",
+        output_stride=STRIDE,
+        normalization_mean=(0, 0, 0),
+        normalization_std=(1, 1, 1),
+        resize="stretch",
+        compute="fp32",
+        nonnegative=False,
+    )
+
+
+def our_trainer(
+    size: Size, device: str, precision: str, machine: Machine | None = None
+) -> GanTrainer:
     networks = build_networks(
         {
             "num_classes": CLASSES,
@@ -97,6 +128,7 @@ def our_trainer(size: Size, device: str, precision: str) -> GanTrainer:
         generator_lr=2e-4,
         discriminator_lr=8e-4,
         betas=(0.0, 0.9),
+        machine=machine,
     )
 
 
@@ -105,18 +137,52 @@ def gan_step(trainer: GanTrainer, features: Tensor, masks: Tensor, rng: torch.Ge
     step = trainer.forward(features, masks, None, ratio=1, rng=rng)
     backward(trainer.accelerator, *trainer.losses_with_parameters(step))
     step_and_zero_grad(trainer.accelerator, *trainer.optimizers.values())
+    trainer.after_optimizer_step()
 
 
 def new_decoder(size: Size) -> Decoder:
     return Decoder(head="deeplab", in_channels=size.channels, num_classes=CLASSES, width=size.width)
 
 
+def batch_of(features: Tensor, masks: Tensor) -> Batch:
+    """Convert features (B, C, h, w) to float32, channels last, as ``train_decoder`` does."""
+    real = features.float().contiguous(memory_format=torch.channels_last)
+    return Batch(torch.arange(len(masks)), real, masks, None)
+
+
+def our_decoder_step(
+    size: Size, device: str, precision: str, features: Tensor, masks: Tensor, machine: Machine
+) -> Callable[[], object]:
+    """Build the step of the baseline decoder, without a GAN."""
+    accelerator = make_accelerator(device, precision)
+    decoder = new_decoder(size)
+    called = distribute(accelerator, decoder, compile=machine.compile)
+    optimizer = adamw(decoder, 5e-4, (0.9, 0.999), weight_decay=0.0)
+
+    def step() -> None:
+        batch = Labelled.of(batch_of(features, masks))
+        with accelerator.autocast():
+            loss = decoder_loss(called, batch)
+        backward(accelerator, (loss, [*decoder.parameters()]))
+        step_and_zero_grad(accelerator, optimizer)
+
+    return step
+
+
 def our_steps(
-    size: Size, device: str, precision: str, features: Tensor, masks: Tensor
+    size: Size,
+    device: str,
+    precision: str,
+    features: Tensor,
+    masks: Tensor,
+    machine: Machine | None = None,
 ) -> dict[str, Callable[[], object]]:
-    trainer = our_trainer(size, device, precision)
-    decoder = to_channels_last(new_decoder(size), trainer.accelerator.device)
-    optimizer = torch.optim.Adam(decoder.parameters(), 5e-4)
+    """Build the steps of both branches of Algorithm 1; ``machine.compile`` applies."""
+    trainer = our_trainer(size, device, precision, machine)
+    compiled = machine is not None and machine.compile
+    decoder = new_decoder(size)
+    called = distribute(trainer.accelerator, decoder, compile=compiled)
+    optimizer = adamw(decoder, 5e-4, (0.9, 0.999), weight_decay=0.0)
     rng = torch.Generator(trainer.accelerator.device).manual_seed(0)
 
     def gan() -> None:
@@ -125,19 +191,25 @@ def our_steps(
     def joint(ratio: int) -> None:
         variant = FeatureGANConfig(augmenter="featuregan", ratio=ratio)
         augmenter = JointFeatureGAN(variant, trainer, Path())
-        real = features.float().contiguous(memory_format=torch.channels_last)
-        batch = Batch(torch.arange(len(masks)), real, masks, None)
+        batch = batch_of(features, masks)
         added = augmenter.augment(batch, rng)
         with trainer.accelerator.autocast():
             batches = [Labelled.of(batch), *added.batches]
-            losses = torch.stack([decoder_loss(decoder, each) for each in batches])
+            losses = torch.stack([decoder_loss(called, each) for each in batches])
         assert added.generator_loss is not None
         trained = [*decoder.parameters(), *added.generator_parameters]
         loss = added.generator_loss + losses.sum()
         backward(trainer.accelerator, *added.discriminator_losses, (loss, trained))
         step_and_zero_grad(trainer.accelerator, optimizer, *added.optimizers)
+        augmenter.after_optimizer_step(added)
 
     return {"gan step": gan, "joint step 1:1": lambda: joint(1), "joint step 2:1": lambda: joint(2)}
+
+
+def literal_autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return PyTorch's autocast; fp16 without a loss scale, which does not change the time."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision in ("bf16", "fp16"))
 
 
 def literal_steps(
@@ -150,7 +222,7 @@ def literal_steps(
     gan = literal.Training(generator, discriminator, None, CLASSES)
     joint = literal.Training(generator, discriminator, new_decoder(size).to(where), CLASSES)
     rng = torch.Generator(where).manual_seed(0)
-    autocast = torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16")
+    autocast = literal_autocast(where, precision)
 
     def step(training: literal.Training, ratio: int) -> Callable[[], object]:
         return lambda: training.step(
@@ -171,13 +243,8 @@ def time_steps(
     name: str, size: Size, device: str, precisions: dict[str, str], steps: int
 ) -> list[dict[str, Any]]:
     """Median seconds of each kind of step, ours and the literal one in turns."""
-    rng = np.random.default_rng(0)
     where = make_accelerator(device, precisions["ours"]).device
-    features = torch.from_numpy(
-        rng.random((size.batch, size.channels, size.side, size.side), np.float32)
-    ).to(where, torch.float16)
-    blocks = rng.integers(0, CLASSES, (size.batch, size.side // 4, size.side // 4)).astype(np.uint8)
-    masks = torch.from_numpy(blocks.repeat(4 * STRIDE, 1).repeat(4 * STRIDE, 2)).to(where)
+    features, masks = draw_batch(size, where)
     kinds = {
         "ours": our_steps(size, device, precisions["ours"], features, masks),
         "literal": literal_steps(size, device, precisions["literal"], features, masks),
@@ -239,21 +306,7 @@ def time_epochs(
                     (features,) = backbone(batch)
                 yield features.clone()  # the backbone gives inference tensors, without gradients
 
-        spec = featurestore.StoreSpec(
-            feature_shape=(size.channels, size.side, size.side),
-            mask_shape=(pixels, pixels),
-            class_names=tuple(map(str, range(CLASSES))),
-            palette=((0, 0, 0),) * CLASSES,
-            backbone=size.backbone,
-            weights_digest="",
-            output_stride=STRIDE,
-            normalization_mean=(0, 0, 0),
-            normalization_std=(1, 1, 1),
-            resize="stretch",
-            compute="fp32",
-            nonnegative=False,
-        )
-        with featurestore.create(Path(scratch) / "store", spec) as writer:
+        with featurestore.create(Path(scratch) / "store", store_spec(size)) as writer:
             for number, features in enumerate(online()):
                 for row, sample in enumerate(features.to(torch.float16).cpu().numpy()):
                     writer.append(
