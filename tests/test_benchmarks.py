@@ -11,6 +11,9 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import common, train
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.timing import device_intervals, read_trace, union_ms
+from benchmarks.gpu.trace import STEPS, waiting_calls
 from tests.factories import run
 from tests.imports import ROOT
 
@@ -194,3 +197,159 @@ def test_int8_benchmark_scores_every_pair(project: Path, tmp_path: Path) -> None
         (a, b) for a in ("float16", "int8") for b in ("float16", "int8")
     ]
     assert rows[0]["difference"] == "+0.00"
+
+
+# -- benchmarks.gpu, on the CPU ------------------------------------------------------------------
+
+
+def gpu_rows(folder: Path, *arguments: str) -> list[dict]:
+    """Run ``python -m benchmarks.gpu`` small on the CPU and return the rows it wrote."""
+    options = ["--device", "cpu", "--size", "small", "--json", str(folder / "rows.json")]
+    result = CliRunner().invoke(gpu.main, [*arguments, *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads((folder / "rows.json").read_text())
+
+
+def test_gpu_benchmark_says_in_one_line_that_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in gpu.ORDER:
+        result = CliRunner().invoke(gpu.main, [command])
+        assert result.exit_code == 1
+        assert result.output.startswith("PyTorch finds no CUDA device here")
+        assert result.output.count("\n") == 1
+
+
+@pytest.mark.medium
+def test_gpu_benchmarks_write_a_table_and_rows_for_each_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "ORDER", ("ceilings",))
+    arguments = ["all", "--device", "cpu", "--size", "small", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(gpu.main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "ceilings.json",
+        "ceilings.txt",
+    ]
+    assert (tmp_path / "out" / "ceilings.txt").read_text() in result.output
+    result = CliRunner().invoke(gpu.main, [*arguments, "--minutes", "1e-9"])
+    assert result.exit_code == 1
+    assert "these did not finish: ceilings (out of time)" in result.output
+
+
+def test_gpu_ceilings_are_rates_by_precision(tmp_path: Path) -> None:
+    rows = gpu_rows(tmp_path, "ceilings")
+    assert all(row["value"] > 0 for row in rows)
+    rates = [(row["what"].split(",")[0], row["precision"], row["unit"]) for row in rows]
+    assert rates[0] == ("memory of the CPU", None, "GiB")
+    for what in ("matrix product", "3 x 3 convolution"):  # a CPU has no TF32 and no fp16
+        for precision in ("fp32", "bf16"):
+            assert (what, precision, "TFLOP/s") in rates
+    assert ("host to device", None, "GB/s") in rates
+    assert len(rates) == 9
+
+
+def test_gpu_loss_has_a_row_a_loss_and_type(tmp_path: Path) -> None:
+    rows = gpu_rows(tmp_path, "loss")
+    assert [(row["dtype"], row["implementation"]) for row in rows] == [
+        (dtype, name) for dtype in ("fp32", "bf16") for name in ("plain", "upsampled")
+    ]
+    for plain, ours in zip(rows[::2], rows[1::2], strict=True):
+        assert ours["speedup"] == pytest.approx(plain["ms"] / ours["ms"])
+        assert ours["memory_mib"] is None  # a CPU counts no memory
+
+
+def test_gpu_loader_has_every_cache(tmp_path: Path) -> None:
+    rows = gpu_rows(tmp_path, "loader")
+    assert [(row["cache"], row["threads"]) for row in rows] == [
+        *[(cache, threads) for cache in ("none", "host") for threads in (1, 2, 4)],
+        ("device", 2),
+    ]
+    sample_bytes = 320 * 8 * 8 * 2 + 64 * 64
+    for row in rows:
+        assert row["gb_per_s"] == pytest.approx(row["samples_per_s"] * sample_bytes / 1e9)
+        assert row["to_limit"] == pytest.approx(row["gb_per_s"] / row["limit_gb_per_s"])
+
+
+@pytest.mark.medium
+def test_gpu_extract_has_a_row_a_stage(tmp_path: Path) -> None:
+    rows = gpu_rows(tmp_path, "extract")
+    decoding = [row for row in rows if row["stage"] == "decode and resize"]
+    assert [row["threads"] for row in decoding[:2]] == [1, 2]
+    assert [(row["stage"], row["precision"]) for row in rows[len(decoding) :]] == [
+        ("host to device", None),
+        ("backbone", "fp32"),
+        ("backbone", "bf16"),
+        ("device to host", None),
+        ("write", None),
+        ("extract, whole", "fp32"),
+        ("extract, whole", "bf16"),
+    ]
+    for row in rows:
+        if row["to_limit"] is not None:
+            assert row["to_limit"] == pytest.approx(row["images_per_s"] / row["limit_per_s"])
+    assert all(row["images_per_s"] > 0 for row in rows if row["stage"] != "extract, whole")
+
+
+@pytest.mark.medium
+def test_gpu_steps_compare_with_the_literal_implementation(tmp_path: Path) -> None:
+    rows = gpu_rows(tmp_path, "steps", "--no-compile")
+    assert [(row["precision"], row["what"], row["implementation"]) for row in rows] == [
+        (precision, what, how)
+        for precision in ("fp32", "bf16")
+        for what in ("gan", "decoder", "joint")
+        for how in ("literal", "eager")
+    ]
+    for literal, ours in zip(rows[::2], rows[1::2], strict=True):
+        assert ours["to_literal"] == pytest.approx(literal["ms"] / ours["ms"])
+        assert ours["samples_per_s"] == pytest.approx(2000 / ours["ms"])  # a batch has two
+        assert ours["to_matrix_product"] > 0
+        assert ours["idle"] is ours["peak_mib"] is ours["problem"] is None
+
+
+def test_gpu_steps_begin_none_after_their_time(tmp_path: Path) -> None:
+    rows = gpu_rows(tmp_path, "steps", "--minutes", "1e-9")
+    assert {row["problem"] for row in rows} == {"not run: out of time"}
+    assert [row["implementation"] for row in rows[-6:]] == ["compiled"] * 6
+    assert [row["precision"] for row in rows[-6::3]] == ["bf16", "fp32"]
+
+
+@pytest.mark.medium
+def test_gpu_trace_lists_operators_of_a_stage(tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    rows = gpu_rows(tmp_path, "trace", "--kind", "gan", "--precision", "fp32", "--out", str(file))
+    assert {row["table"] for row in rows} == {"operator"}  # no host waits for a CPU
+    convolution = next(row for row in rows if row["operator"] == "aten::convolution_backward")
+    assert convolution["calls_a_step"] % 1 == 0
+    assert convolution["host_ms_a_step"] > 0
+    steps = {event["name"] for event in read_trace(file) if "ProfilerStep" in event["name"]}
+    assert steps == {f"ProfilerStep#{number}" for number in range(6, 10)}
+
+
+def test_gpu_trace_finds_waits_within_the_steps() -> None:
+    def event(name: str, category: str, begin: float, duration: float, thread: int = 1) -> dict:
+        return {"name": name, "cat": category, "ts": begin, "dur": duration, "tid": thread}
+
+    events = [
+        event("ProfilerStep#6", "user_annotation", 0, 100),
+        event("aten::item", "cpu_op", 10, 30),
+        event("aten::_local_scalar_dense", "cpu_op", 11, 20),
+        event("cudaStreamSynchronize", "cuda_runtime", 12, 8),
+        event("aten::add", "cpu_op", 10, 90, thread=2),
+        event("cudaDeviceSynchronize", "cuda_runtime", 150, 9),  # the profiler's, after the steps
+        event("kernel", "kernel", 20, 10),
+        event("copy", "gpu_memcpy", 25, 10),
+        event("ProfilerStep#6", "gpu_user_annotation", 140, 100),
+    ]
+    assert list(waiting_calls(events)) == [
+        {
+            "wait": "cudaStreamSynchronize",
+            "inside": "aten::_local_scalar_dense",
+            "calls_a_step": 1 / STEPS,
+            "ms_a_step": 0.008 / STEPS,
+        }
+    ]
+    assert union_ms(device_intervals(events)) == pytest.approx(0.015)  # 20 to 35
+    assert union_ms([]) == 0
