@@ -6,7 +6,11 @@ ACTIVATE = . $(BIN)/activate
 PYTEST = $(ACTIVATE) && python -m pytest --numprocesses logical --maxprocesses 4 \
 	--dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-fast test-slow test-all release-check lint install
+# The environment as it is: the targets of a GPU install nothing and need no network.
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_SIZE ?= thesis
+
+.PHONY: demo test test-fast test-slow test-all gpu-tests gpu-benchmarks release-check lint install
 
 demo: install            ## the whole quickstart pipeline, then its table
 	$(ACTIVATE) && dvc repro
@@ -26,6 +30,14 @@ test-slow: $(VENV)/.installed-test   ## only the slow tests
 
 test-all: $(VENV)/.installed-test   ## every test
 	$(PYTEST)
+
+gpu-tests:               ## only the tests that need a CUDA device
+	@$(GPU_PYTHON) -m benchmarks.gpu.device
+	$(GPU_PYTHON) -m pytest -m cuda
+
+gpu-benchmarks:          ## what a CUDA device reaches: tables and JSON in gpu-benchmarks/
+	@$(GPU_PYTHON) -m benchmarks.gpu.device
+	$(GPU_PYTHON) -m benchmarks.gpu all --out gpu-benchmarks --size $(GPU_SIZE)
 
 release-check: $(VENV)/.installed-test   ## dvc.lock, metrics and reports belong to this commit
 	$(ACTIVATE) && python -m pytest tests/release_check.py

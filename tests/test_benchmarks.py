@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -219,6 +220,24 @@ def test_gpu_benchmark_says_in_one_line_that_there_is_no_gpu(
         assert result.exit_code == 1
         assert result.output.startswith("PyTorch finds no CUDA device here")
         assert result.output.count("\n") == 1
+
+
+@pytest.mark.medium
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("target", ["gpu-tests", "gpu-benchmarks"])
+def test_gpu_targets_stop_with_one_line_without_a_gpu(target: str) -> None:
+    result = subprocess.run(
+        ["make", "--silent", target, f"GPU_PYTHON={sys.executable}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    first, *others = result.stderr.splitlines()
+    assert first.startswith("PyTorch finds no CUDA device here")
+    assert all(line.startswith("make") for line in others)
+    assert not result.stdout
 
 
 @pytest.mark.medium
