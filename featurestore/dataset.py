@@ -25,6 +25,7 @@ from featurestore.reader import FeatureStore
 from featurestore.schema import StoreSpec
 
 CACHES = ("none", "host", "device")
+AHEAD = 4  # batches that wait for the training, beyond those that threads are reading
 Tensors: TypeAlias = dict[str, torch.Tensor]  # a batch as it is stored, by dataset
 
 
@@ -167,8 +168,8 @@ class FeatureLoader:
     images
         Whether to read the images too; default: False.
     workers
-        Threads, default 2; up to three times as many batches are in memory beside the caller's.
-        Order and contents do not depend on it.
+        Threads, default 2; up to four more batches than threads are in memory beside the
+        caller's. Order and contents do not depend on it.
     device
         Device of the batches; default: the CPU.
     cache
@@ -249,7 +250,7 @@ class FeatureLoader:
         if any(tensor.device.type != "cpu" for tensor in self._resident.values()):
             ready = map(self._gather_resident, read)  # on the stream that computes
         else:
-            ready = prefetch(self._gather, read, workers=self.workers, ahead=2 * self.workers)
+            ready = prefetch(self._gather, read, workers=self.workers, ahead=AHEAD)
             if self.device.type == "cuda":
                 ready = copied_ahead(ready, self.device)
         for count, chosen, tensors in zip(map(len, batches), read, ready, strict=True):

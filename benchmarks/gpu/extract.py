@@ -30,7 +30,7 @@ from stages.backbones.backbone import Backbone
 from stages.common.runtime import make_accelerator, to_channels_last
 from stages.data.manifest import read_manifest, read_pair
 from stages.datasets.config import PrepareConfig, WastesimConfig
-from stages.extract import _converted  # features to the store's type, in pinned memory
+from stages.backbones.compute import converted
 from stages.prepare import run as prepare
 
 COLUMNS = ("stage", "precision", "threads", "images_per_s", "limit_per_s", "to_limit")
@@ -137,7 +137,7 @@ def store_rows(
     spec = store_spec(size.training)
     shape = (batch, *spec.feature_shape)
     features = torch.rand(shape, device=device).contiguous(memory_format=torch.channels_last)
-    timing = measure(lambda: _converted(features, torch.float16), device, size.seconds)
+    timing = measure(lambda: converted(features, torch.float16), device, size.seconds)
     limit = ceilings.pinned_rate(device, size, to_device=False) * 1e9 / (features[0].nbytes / 2)
     yield row("device to host", batch / timing.ms * 1000, limit)
     stored, mask = features.half().cpu().contiguous().numpy(), np.zeros(spec.mask_shape, np.uint8)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
+
+MOST_WORKERS = 8  # by default: a training of more would only hold more batches in memory
 
 if TYPE_CHECKING:
     from stages.commands.params import Params
@@ -17,7 +20,8 @@ R = TypeVar("R")
 
 def option(*names: str, **settings: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a click option that shows its default and its environment variable."""
-    return click.option(*names, show_default=True, show_envvar="envvar" in settings, **settings)
+    shown = {"show_default": True, "show_envvar": "envvar" in settings}
+    return click.option(*names, **{**shown, **settings})
 
 
 params_option = option(
@@ -38,7 +42,8 @@ scratch_option = option(
 workers_option = option(
     "--workers",
     type=click.IntRange(0, 256),
-    default=2,
+    default=lambda: min(os.cpu_count() or 1, MOST_WORKERS),
+    show_default=f"number of cores, at most {MOST_WORKERS}",
     envvar="FEATUREGAN_WORKERS",
     help="Threads that read, decode and check; no result depends on it. 0: only the main thread.",
 )
