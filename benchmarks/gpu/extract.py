@@ -27,10 +27,10 @@ from benchmarks.gpu.timing import measure
 from benchmarks.train import STRIDE, store_spec
 from featurestore.prefetch import prefetch
 from stages.backbones.backbone import Backbone
+from stages.backbones.compute import converted
 from stages.common.runtime import make_accelerator, to_channels_last
 from stages.data.manifest import read_manifest, read_pair
 from stages.datasets.config import PrepareConfig, WastesimConfig
-from stages.backbones.compute import converted
 from stages.prepare import run as prepare
 
 COLUMNS = ("stage", "precision", "threads", "images_per_s", "limit_per_s", "to_limit")
