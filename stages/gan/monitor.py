@@ -199,8 +199,9 @@ class _Probe:
         return weight, bias
 
     def predict(self, vectors: Tensor) -> Tensor:
-        """Predict the classes (n,) of vectors (n, C)."""
-        return torch.addmm(self.bias, vectors, self.weight.T).argmax(1)
+        """Predict the classes (n,) of vectors (n, C), on their device."""
+        weight, bias = self.weight.to(vectors.device), self.bias.to(vectors.device)
+        return torch.addmm(bias, vectors, weight.T).argmax(1)
 
 
 class Monitor:
@@ -320,7 +321,7 @@ class Monitor:
                 draws = generator(z, masks).float().chunk(2)
             vectors = [_pick(draw, sample.pixels[rows]).cpu() for draw in draws]
             everywhere = draws[0].permute(0, 2, 3, 1).flatten(0, 2)  # (S, C, h, w) -> (S*h*w, C)
-            chunks.append((*vectors, self._probe.predict(everywhere.cpu())))
+            chunks.append((*vectors, self._probe.predict(everywhere).cpu()))
         fake, again, predicted = (torch.cat(values) for values in zip(*chunks, strict=True))
         return fake, again, predicted
 

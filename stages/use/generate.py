@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -36,6 +37,7 @@ from stages.training.models import load_gan, load_generator, read_config, read_s
 from stages.use.mask_source import Masks, open_masks
 
 NOISE, CHANGES = 0, 1  # purposes of random numbers
+BATCH = {"cpu": 1, "cuda": 16}  # samples that a device generates at once
 
 
 def run(
@@ -115,8 +117,14 @@ def run(
         stack.enter_context(torch.backends.cudnn.flags(True, deterministic=True, allow_tf32=False))
         stack.enter_context(writer)
         bar = stack.enter_context(progress((), f"generate: {out.name}", total, "sample"))
-        todo = [divmod(sample, per_mask) for span in writer.resume(total) for sample in span]
-        bar.update(total - len(todo))
+        missing = writer.resume(total)
+        bar.update(total - sum(map(len, missing)))
+        # No batch crosses a shard, so that a resumed run generates the same batches.
+        todo = [
+            [divmod(sample, per_mask) for sample in span[start : start + sampler.batch_size]]
+            for span in missing
+            for start in range(0, len(span), sampler.batch_size)
+        ]
         for sample, features in sampler.samples(todo, workers=workers):
             layers = [
                 layer[0].numpy() for layer in split_map(torch.from_numpy(features)[None], spec)
@@ -220,6 +228,8 @@ class Sampler:
 
     Attributes
     ----------
+    batch_size
+        Samples that are generated at once.
     identity
         Everything that the features of a sample depend on, by name.
 
@@ -242,6 +252,7 @@ class Sampler:
     ) -> None:
         self._source, self._seed = source, seed
         self._device = make_accelerator(device, "no").device
+        self.batch_size = BATCH[self._device.type]
         self._generator = to_channels_last(generator, self._device)
         self._encoder = load_gan(gan)[0].image_encoder if source.has_images else None
         if self._encoder is not None:
@@ -273,9 +284,9 @@ class Sampler:
         }
 
     def samples(
-        self, places: Sequence[tuple[int, int]], *, workers: int
+        self, batches: Sequence[Sequence[tuple[int, int]]], *, workers: int
     ) -> Iterator[tuple[Sample, np.ndarray]]:
-        """Generate samples: (position of the mask, number of the sample) of each in ``places``.
+        """Generate batches of samples, each named by its mask's position and its number.
 
         ``workers`` threads read ahead. A CPU generates one sample a thread, with as many threads as
         PyTorch has: their number changes no bit, and none waits for another.
@@ -286,9 +297,12 @@ class Sampler:
             The inputs, and features (C, h, w) float32.
         """
         threads = torch.get_num_threads() if self._device.type == "cpu" else 0
-        inputs = prefetch(self._read, places, workers=workers, ahead=8)
+        places = (place for batch in batches for place in batch)
+        inputs = prefetch(self._read, places, workers=workers, ahead=2 * self.batch_size + 6)
+        chunks = (list(itertools.islice(inputs, len(batch))) for batch in batches)
         one_thread = partial(torch.set_num_threads, 1)
-        return prefetch(self._generate, inputs, workers=threads, initializer=one_thread)
+        generated = prefetch(self._generate, chunks, workers=threads, initializer=one_thread)
+        return itertools.chain.from_iterable(generated)
 
     def _read(self, place: tuple[int, int]) -> Sample:
         """Read a mask and change it.
@@ -311,16 +325,17 @@ class Sampler:
         return Sample(f"{id}-{number}", view, image, mask, z)
 
     @torch.no_grad()
-    def _generate(self, sample: Sample) -> tuple[Sample, np.ndarray]:
-        """Generate a sample's features, (C, h, w) float32."""
-        z = sample.z.to(self._device)
+    def _generate(self, samples: Sequence[Sample]) -> list[tuple[Sample, np.ndarray]]:
+        """Generate the features of B samples, each (C, h, w) float32."""
+        z = torch.cat([sample.z for sample in samples]).to(self._device)
         if self._encoder is not None:
-            # (H, W, 3) -> (1, 3, H, W)
-            image = torch.tensor(sample.image).permute(2, 0, 1)[None].to(self._device)
-            mu, logvar = self._encoder(image)
+            images = torch.from_numpy(np.stack([sample.image for sample in samples]))
+            # (B, H, W, 3) -> (B, 3, H, W)
+            mu, logvar = self._encoder(images.permute(0, 3, 1, 2).to(self._device))
             z = sample_z(mu, logvar, z)
-        mask = torch.tensor(sample.mask)[None].to(self._device)
-        return sample, self._generator.generate(mask, z=z)[0].cpu().numpy()
+        masks = torch.from_numpy(np.stack([sample.mask for sample in samples])).to(self._device)
+        features = self._generator.generate(masks, z=z).cpu().numpy()
+        return list(zip(samples, features, strict=True))
 
 
 def _sha256(image: np.ndarray | None, mask: np.ndarray) -> str:

@@ -203,6 +203,7 @@ def fatal(self, **sample):
     global count
     count += 1
     if count == 8:
+        self._await_finished()  # two full shards
         os.kill(os.getpid(), signal.SIGKILL)
     append(self, **sample)
 featurestore.writer.StoreWriter.append = fatal
@@ -225,15 +226,40 @@ def test_a_killed_run_resumes_to_equal_bytes(
     made = []
     original = Sampler._generate
 
-    def counting(self: Sampler, sample: Sample) -> tuple[Sample, np.ndarray]:
-        made.append(sample.id)
-        return original(self, sample)
+    def counting(self: Sampler, samples: list[Sample]) -> list[tuple[Sample, np.ndarray]]:
+        made.extend(sample.id for sample in samples)
+        return original(self, samples)
 
     monkeypatch.setattr(Sampler, "_generate", counting)
     resumed = run(Path("gan"), Path("masks"), Path("out"), per_mask=3)
     assert sorted(made) == [f"m{number}-{draw}" for number in (2, 3) for draw in range(3)]
     whole = run(gan, masks, tmp_path / "whole", per_mask=3)
     assert digests(resumed.path) == digests(whole.path)
+
+
+@pytest.mark.parametrize("encodes", [False, True])
+def test_batches_of_a_gpu_hold_the_same_samples_and_cross_no_shard(
+    masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encodes: bool
+) -> None:
+    gan = write_gan(tmp_path / "gan", image_encoder=encodes)
+    given = write_store(tmp_path / "real").path if encodes else masks
+    one_by_one = run(gan, given, tmp_path / "one", per_mask=3)
+    sizes, original = [], Sampler._generate
+
+    def counting(self: Sampler, samples: list[Sample]) -> list[tuple[Sample, np.ndarray]]:
+        sizes.append(len(samples))
+        return original(self, samples)
+
+    monkeypatch.setattr(Sampler, "_generate", counting)
+    monkeypatch.setitem(generate.BATCH, "cpu", 2)
+    monkeypatch.setattr(featurestore.writer, "SHARD_BYTES", THREE_A_SHARD)
+    batched = run(gan, given, tmp_path / "batched", per_mask=3)
+    assert sizes == [2, 1] * (len(batched) // 3)
+    assert batched.ids == one_by_one.ids
+    for number in range(len(batched)):
+        np.testing.assert_allclose(
+            batched.features(number), one_by_one.features(number), rtol=1e-3, atol=1e-4
+        )
 
 
 def write_store(path: Path, **changes) -> FeatureStore:
