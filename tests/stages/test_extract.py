@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -285,72 +286,84 @@ def test_a_second_extraction_into_the_same_scratch_folder_says_so_and_stops(prep
     assert len(run(config(), prepared)["train"]) == 6  # a killed process holds nothing
 
 
+# Extracts in each process of a launcher, notes who begins which shard, and lets rank 1 die.
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+import featurestore.writer as writer
+from stages import extract
+from tests import factories
+folder, out, dies = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "dies"
+rank, batches = os.environ.get("RANK", "0"), []
+writer.SHARD_BYTES = 3 * 60_000  # three samples, and two batches, a shard
+shard_writer, forward = writer.ShardWriter, extract._forward
+
+def noted(path, *arguments):
+    with (folder / "begun.txt").open("a") as notes:
+        notes.write(f"{out} {rank} {path.parent.parent.name} {path.name[6:11]}\\n")
+    return shard_writer(path, *arguments)
+
+def dying(*arguments, **options):
+    batches.append(1)
+    if len(batches) == 4:  # in the middle of its second shard, with all of rank 0's finished
+        of_train, others = (0, 1, 2, 4), ("val", "test")
+        wanted = [f"train/*/shard-{n:05d}.h5.finished.json" for n in of_train]
+        wanted += [f"{split}/*/*.finished.json" for split in others]
+        wanted += ["train/*/shard-00003.h5.*.partial"]
+        while not all(list((folder / "scratch").glob(pattern)) for pattern in wanted):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(*arguments, **options)
+
+writer.ShardWriter = noted
+if dies and rank == "1":
+    extract._forward = dying
+factories.extract(factories.extract_config(), folder, out=out)
+"""
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
 @pytest.mark.slow
-def test_two_ranks_write_the_same_bytes_as_one_and_one_that_dies_costs_its_unfinished_shard(
+def test_shards_of_two_ranks_interleave_and_a_dead_rank_costs_only_its_unfinished_ones(
     tmp_path: Path,
 ) -> None:
-    write_photos(tmp_path / "photos", {"train": 10, "val": 1, "test": 1})
+    write_photos(tmp_path / "photos", {"train": 16, "val": 1, "test": 1})
     prepare(prepare_config(tmp_path / "photos"), tmp_path)
-    code = (
-        "import featurestore.writer as w, signal, sys; from tests.stages.test_extract import *\n"
-        "w.SHARD_BYTES = 3 * 60_000  # three samples a shard\n"
-        "forward, calls = Backbone.forward, []\n"
-        "def dying(self, images):\n"
-        "    calls.append(1)\n"
-        "    # Two calls describe the layers, and its first shard has two batches.\n"
-        "    if len(calls) == 5 and os.environ['RANK'] == '1':\n"
-        f"        scratch = Path({str(tmp_path)!r}) / 'scratch' / 'train'\n"
-        "        while not list(scratch.glob('*/shard-00001*.finished.json')): time.sleep(0.01)\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return forward(self, images)\n"
-        "if sys.argv[1] == 'dying': Backbone.forward = dying\n"
-        f"run(config(), Path({str(tmp_path)!r}), out=sys.argv[2])\n"
-    )
-    (tmp_path / "extract_here.py").write_text(code)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
+    (tmp_path / "rank.py").write_text(RANK)
 
-    def extract_with(command: list[str], how: str, out: str) -> int:
-        return subprocess.run(
-            [*command, str(tmp_path / "extract_here.py"), how, out],
-            cwd=ROOT,
-            env=environment,
-            check=False,
-        ).returncode
+    def extract_with(launcher: Sequence[str], out: str, how: str = "lives") -> int:
+        command = [sys.executable, *launcher, str(tmp_path / "rank.py"), str(tmp_path), out, how]
+        environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}).returncode
 
-    assert extract_with([sys.executable], "living", "one") == 0
+    def begun(out: str, split: str = "train") -> dict[str, str]:
+        """Which rank began which shards since the last call."""
+        lines = (tmp_path / "begun.txt").read_text().splitlines()
+        words = [line.split() for line in lines]
+        found = {shard: rank for where, rank, part, shard in words if (where, part) == (out, split)}
+        (tmp_path / "begun.txt").write_text("")
+        return dict(sorted(found.items()))
+
+    assert extract_with([], "one") == 0
     whole = digests(tmp_path / "one")
-    assert len(whole) >= 7
-    assert extract_with(launcher, "dying", "two") != 0
+    numbers = [f"{number:05d}" for number in range(6)]
+    assert begun("one") == dict.fromkeys(numbers, "0")
+
+    assert extract_with(TORCHRUN, "two", "dies") != 0
+    assert begun("two") == dict(zip(numbers[:5], "01010", strict=True))  # it died in shard 3
     assert not (tmp_path / "two" / "train").exists()
-    finished = {
-        file.name.removesuffix(".finished.json")
-        for file in (tmp_path / "scratch").glob("train/*/*.finished.json")
-    }
-    inodes = {
-        file.name: file.stat().st_ino
-        for file in (tmp_path / "scratch").glob("train/*/shard-*.h5")
-        if file.name in finished
-    }
-    assert "shard-00001.h5" in inodes
-    assert extract_with(launcher, "living", "two") == 0
+    (scratch,) = (tmp_path / "scratch" / "train").glob("*/")
+    receipts = sorted(scratch.glob("*.finished.json"))
+    finished = [receipt.name.removesuffix(".finished.json") for receipt in receipts]
+    assert finished == [f"shard-{number}.h5" for number in ("00000", "00001", "00002", "00004")]
+    before = {name: (scratch / name).stat() for name in finished}
+
+    assert extract_with(TORCHRUN, "two") == 0
+    assert begun("two") == {"00003": "1", "00005": "1"}  # those that the dead rank had left
     assert digests(tmp_path / "two") == whole
-    for name, inode in inodes.items():
-        assert (
-            tmp_path / "two" / "train" / name
-        ).stat().st_ino == inode  # reused, not written again
+    for name, stat in before.items():
+        now = (tmp_path / "two" / "train" / name).stat()
+        assert (now.st_ino, now.st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)  # reused
 
 
 @pytest.mark.slow
