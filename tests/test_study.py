@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
+import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,23 +77,68 @@ def planned(text: str, tmp_path: Path, **overrides: object) -> list[Run]:
     return runs_of(file, **overrides)
 
 
-@pytest.mark.slow
-def test_a_study_resumes_from_its_result_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_photos(tmp_path / "photos", {"train": 8, "val": 4, "test": 4})
-    (tmp_path / "tiny.yaml").write_text(STUDY)
-    arguments = ["study", "tiny.yaml", "--set", "prepare.root=photos", "--jobs", "2"]
-    command = (sys.executable, "-m", "pipeline", *arguments)
-    (tmp_path / "other.yaml").write_text("")
+ARGUMENTS = ["study", "tiny.yaml", "--set", "prepare.root=photos", "--jobs", "2"]
+
+
+def study_folder(folder: Path) -> Path:
+    """Write a small study and its images."""
+    write_photos(folder / "photos", {"train": 8, "val": 4, "test": 4})
+    (folder / "tiny.yaml").write_text(STUDY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """Run the small study; return its folder, which one test changes, and its result files."""
+    folder = study_folder(tmp_path_factory.mktemp("study"))
+    (folder / "other.yaml").write_text("")
+    command = (sys.executable, "-m", "pipeline", *ARGUMENTS)
     run(
-        *command, cwd=tmp_path, PYTHONPATH=str(ROOT), FEATUREGAN_PARAMS=str(tmp_path / "other.yaml")
+        *command, cwd=folder, PYTHONPATH=str(ROOT), FEATUREGAN_PARAMS=str(folder / "other.yaml")
     )  # is not read by runs
-    results = tmp_path / "results" / "tiny"
-    files = {
+    return folder, result_files(folder / "results" / "tiny")
+
+
+def result_files(results: Path) -> dict[str, bytes]:
+    return {
         path.relative_to(results).as_posix(): path.read_bytes() for path in results.rglob("*.json")
     }
+
+
+@pytest.mark.slow
+def test_listed_commands_write_the_results_of_the_study_side_by_side(
+    finished: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    folder = study_folder(tmp_path)
+    listing = (sys.executable, "-m", "pipeline", *ARGUMENTS, "--results=listed", "--list")
+    commands = run(*listing, cwd=folder, PYTHONPATH=str(ROOT)).stdout.splitlines()
+    assert len(commands) == 3
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    started = [  # two share features that neither has, and the last one the first one's experiment
+        subprocess.Popen(["sh", "-c", command], cwd=folder, env=environment)
+        for command in reversed(commands)
+    ]
+    assert [process.wait() for process in started] == [0, 0, 0]
+    expected, found = finished[1], result_files(folder / "listed" / "tiny")
+    assert found.keys() == expected.keys()
+    for name, content in expected.items():
+        one, other = json.loads(content), json.loads(found[name])
+        for result in (one, other):
+            result["made_with"].pop("seconds")
+        assert one == other
+    assert run(*listing, cwd=folder, PYTHONPATH=str(ROOT)).stdout == ""
+    logs = (folder / "scratch" / "study").glob("data-*/log.txt")
+    extracted = [log.read_text().count("features/train: 8 samples") for log in logs]
+    assert sum(extracted) == 1  # of the two runs with all images, one
+
+
+@pytest.mark.slow
+def test_a_study_resumes_from_its_result_files(
+    finished: tuple[Path, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path, files), arguments = finished, ARGUMENTS
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "results" / "tiny"
     assert set(files) == {
         "all/baseline-0.json",
         "all/featuregan-frozen-0.json",
@@ -119,7 +169,7 @@ def test_a_study_resumes_from_its_result_files(
         str(tmp_path) not in files["all/baseline-0.json"].decode()
     )  # any machine can go on from it
     working = {path.name.split("-")[0] for path in (tmp_path / "scratch" / "study").iterdir()}
-    assert working == {"data", "gan", "lock"}  # the runs' own folders are gone
+    assert working == {"data", "gan", "lock", "locks"}  # the runs' own folders are gone
 
     here = CliRunner()  # spares the study, not its stages, a process of its own
     (results / "half" / "plain-0.json").unlink()
@@ -417,7 +467,7 @@ def test_parallel_runs_divide_the_threads(tmp_path: Path, monkeypatch: pytest.Mo
     ]
     found: list[int] = []
 
-    def opened(work: Path, results: Path, threads: int, done: list) -> Runner:
+    def opened(work: Path, results: Path, threads: int, *_: object, **__: object) -> Runner:
         found.append(threads)
         raise DataError(work, "enough")
 
@@ -437,6 +487,112 @@ def test_two_studies_cannot_share_a_scratch_folder(tmp_path: Path) -> None:
         pass
     with Runner.open(tmp_path, tmp_path / "results", 1):
         pass
+
+
+def test_single_runs_share_a_scratch_folder_but_not_with_a_study(tmp_path: Path) -> None:
+    arguments = (tmp_path, tmp_path / "results", 1)
+    with (
+        Runner.open(*arguments, shared=True),
+        Runner.open(*arguments, shared=True),
+        pytest.raises(DataError, match="another study works here"),
+        Runner.open(*arguments),
+    ):
+        pass
+    with (
+        Runner.open(*arguments),
+        pytest.raises(DataError, match="another study works here"),
+        Runner.open(*arguments, shared=True),
+    ):
+        pass
+
+
+def test_of_several_processes_one_makes_a_shared_folder_and_the_others_wait(
+    tmp_path: Path,
+) -> None:
+    """File locks belong to open files, so two runners of one process exclude each other, too."""
+    planned_run, made, started = planned(STUDY, tmp_path)[0], [], threading.Event()
+
+    class Recording(Runner):
+        def _run_stage(self, folder: Path, lock: int, *arguments: str) -> None:
+            made.append(arguments[0])
+            started.set()
+            time.sleep(0.1)  # a second one would start meanwhile
+
+    def make(runner: Runner) -> Path:
+        return runner._make_once("data-0", planned_run, {}, "prepare", "extract")[0]
+
+    arguments = (tmp_path / "work", tmp_path / "results", 1)
+    with (
+        Recording.open(*arguments, shared=True) as one,
+        Recording.open(*arguments, shared=True) as other,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        first = pool.submit(make, one)
+        assert started.wait(10)
+        second = pool.submit(make, other)
+        assert first.result() == second.result() == (tmp_path / "work" / "data-0").resolve()
+    assert made == ["prepare", "extract"]
+
+
+def test_one_run_is_made_by_one_process_only(tmp_path: Path) -> None:
+    planned_run = planned(STUDY, tmp_path)[0]
+
+    class Nested(Runner):
+        def _run(self, run: Run, name: str, lock: int) -> Path:
+            with (
+                Runner.open(*arguments, shared=True) as other,
+                pytest.raises(DataError, match="another command makes this run"),
+            ):
+                other.run(run)
+            return self.root
+
+    arguments = (tmp_path / "work", tmp_path / "results", 1)
+    with Nested.open(*arguments, shared=True) as runner:
+        assert runner.run(planned_run) == runner.root
+
+
+def test_a_list_has_a_complete_command_for_each_run_that_is_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my study.yaml").write_text(STUDY)
+    options = ["--set", "prepare.root=my photos", "--set", "extract.views=[identity, hflip]"]
+    options += ["--results", "my results", "--scratch", "/tmp/my scratch", "--jobs", "3"]
+    command = ["study", "my study.yaml", *options]
+    listed = CliRunner().invoke(pipeline.main, [*command, "--list"])
+    assert listed.stderr == "my study.yaml: 3 runs, 0 done\n"
+    words = [shlex.split(line) for line in listed.stdout.splitlines()]
+    runs = ["all/baseline-0", "all/featuregan-frozen-0", "half/plain-0"]
+    for found, name in zip(words, runs, strict=True):
+        assert found[:4] == [sys.executable, str(ROOT / "pipeline.py"), "study", "my study.yaml"]
+        assert found[4:] == [
+            f"--run={name}",
+            "--results=my results",
+            "--scratch=/tmp/my scratch",
+            "--jobs=3",
+            "--set=prepare.root=my photos",
+            "--set=extract.views=[identity, hflip]",
+        ]
+    first = planned(STUDY, tmp_path, **{"extract.views": ["identity", "hflip"]})[0]
+    path = first.result(tmp_path / "my results" / "my study")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"digest": first.digests["run"]}))
+    rest = CliRunner().invoke(pipeline.main, [*command, "--list"]).stdout
+    assert rest == "".join(listed.stdout.splitlines(keepends=True)[1:])
+    only = CliRunner().invoke(pipeline.main, [*command, "--run", "half/plain-0", "--list"]).stdout
+    assert only.splitlines() == listed.stdout.splitlines()[2:]
+    done = CliRunner().invoke(pipeline.main, [*command, "--run", "all/baseline-0"])
+    assert (done.exit_code, done.stdout) == (0, "my study.yaml: 1 runs, 1 done\n")
+
+    path.write_text('{"digest": "of other settings"}')
+    refused = CliRunner().invoke(pipeline.main, [*command, "--list"])
+    assert refused.exit_code == 2
+    assert "was made with other settings" in refused.stderr
+    forced = CliRunner().invoke(pipeline.main, [*command, "--force", "--list"]).stdout.splitlines()
+    assert len(forced) == 3
+    assert all(line.endswith(" --force") for line in forced)
+    unknown = CliRunner().invoke(pipeline.main, [*command, "--run", "half/plain-1"])
+    assert "there is no run 'half/plain-1'; choose from all/baseline-0, all/f" in unknown.stderr
 
 
 def test_with_settings_changes_a_copy() -> None:

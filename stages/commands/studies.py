@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -10,10 +12,8 @@ import click
 from stages.commands.options import load_preset, option, scratch_option
 
 
-def _settings(
-    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
-) -> dict[str, object]:
-    """Parse ``KEY=VALUE`` options; each value is YAML."""
+def _settings(values: tuple[str, ...]) -> dict[str, object]:
+    """Parse the values KEY=VALUE of ``--set``; each VALUE is YAML."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -21,12 +21,13 @@ def _settings(
     for text in values:
         key, separator, value = text.partition("=")
         if not separator:
-            raise click.BadParameter(f"{text!r} is not KEY=VALUE")
+            raise click.BadParameter(f"{text!r} is not KEY=VALUE", param_hint="'--set'")
         try:
             settings[key] = YAML(typ="safe", pure=True).load(value)
         except YAMLError as error:
             problem = " ".join(str(error).split())
-            raise click.BadParameter(f"the value of {key} is not valid YAML ({problem})") from error
+            message = f"the value of {key} is not valid YAML ({problem})"
+            raise click.BadParameter(message, param_hint="'--set'") from error
     return settings
 
 
@@ -40,9 +41,8 @@ def _settings(
 )
 @option(
     "--set",
-    "overrides",
+    "settings",
     multiple=True,
-    callback=_settings,
     help="KEY=VALUE, such as prepare.root=FOLDER; other keys change the results.",
 )
 @option(
@@ -57,17 +57,33 @@ def _settings(
     multiple=True,
     help="Only this experiment of the study; repeat for several.",
 )
+@click.option(
+    "--run",
+    "names",
+    multiple=True,
+    help="Only this run, EXPERIMENT/VARIANT-SEED; repeat for several. Calls with other runs may"
+    " work at the same time, in the same --scratch.",
+)
 @click.option("--force", is_flag=True, help="Replace results that were made with other settings.")
-@click.option("--dry-run", is_flag=True, help="List what would run and stop.")
+@click.option("--dry-run", is_flag=True, help="List the result files that are missing and stop.")
+@click.option(
+    "--list",
+    "list_them",
+    is_flag=True,
+    help="List a command for each run without a result and stop. The commands may run in any"
+    " order, or at the same time.",
+)
 @scratch_option
 def study(
     file: Path,
     results: Path,
-    overrides: dict[str, object],
+    settings: tuple[str, ...],
     jobs: int,
     experiments: tuple[str, ...],
+    names: tuple[str, ...],
     force: bool,
     dry_run: bool,
+    list_them: bool,
     scratch: Path,
 ) -> None:
     """Train the decoders that FILE describes.
@@ -84,8 +100,9 @@ def study(
     from stages.common.config import parse, read_params
     from stages.common.errors import DataError
     from stages.studies.plan import StudyConfig, plan
-    from stages.studies.runner import Runner
+    from stages.studies.runner import CODE, Runner
 
+    overrides = _settings(settings)
     config = parse(TypeAdapter(StudyConfig), read_params(file), "study")
     preset = load_preset(config.preset).plain()
     unknown = [name for name in experiments if name not in config.experiments]
@@ -95,12 +112,18 @@ def study(
             f" choose from {', '.join(config.experiments)}"
         )
     folder = results / file.stem
-    runs = plan(config, preset, overrides, partial(parse, PARAMS))
-    runs = [run for run in runs if run.experiment in experiments or not experiments]
+    planned = plan(config, preset, overrides, partial(parse, PARAMS))
+    if unknown := sorted(set(names) - {run.name for run in planned}):
+        raise click.UsageError(
+            f"{file}: there is no run {unknown[0]!r}; choose from"
+            f" {', '.join(run.name for run in planned)}"
+        )
+    runs = [run for run in planned if run.experiment in experiments or not experiments]
+    runs = [run for run in runs if run.name in names or not names]
     done = [run for run in runs if run.is_done(folder)]
     waiting = [run for run in runs if run not in done]
     other = [run.result(folder) for run in waiting if run.result(folder).exists()]
-    click.echo(f"{file}: {len(runs)} runs, {len(done)} done")
+    click.echo(f"{file}: {len(runs)} runs, {len(done)} done", err=list_them)
     if dry_run:
         click.echo("".join(f"  {run.result(folder)}\n" for run in waiting), nl=False)
     if dry_run or not waiting:
@@ -110,9 +133,17 @@ def study(
             f"{other[0]} was made with other settings ({len(other)} such files);"
             " add --force to replace it, or name another --results"
         )
+    if list_them:
+        options = [f"--results={results}", f"--scratch={scratch}", f"--jobs={jobs}"]
+        options += [f"--set={text}" for text in settings] + ["--force"] * force
+        for run in waiting:
+            command = [sys.executable, str(CODE / "pipeline.py"), "study", str(file)]
+            click.echo(shlex.join([*command, f"--run={run.name}", *options]))
+        return
     threads, failed = max(1, torch.get_num_threads() // jobs), []
+    root = scratch.resolve() / "study"
     with (
-        Runner.open(scratch.resolve() / "study", folder.resolve(), threads, done) as runner,
+        Runner.open(root, folder.resolve(), threads, planned, shared=bool(names)) as runner,
         tqdm(total=len(waiting), desc=file.stem, unit="run", disable=None) as bar,
     ):
         for future in runner.run_all(waiting, jobs):

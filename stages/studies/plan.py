@@ -91,9 +91,14 @@ class Run:
     digests: dict[str, str]
     needs_gan: bool
 
+    @property
+    def name(self) -> str:
+        """Path of the result file in the study's folder, without its suffix."""
+        return f"{self.experiment}/{self.label}-{self.seed}"
+
     def result(self, results: Path) -> Path:
         """Return the path of the result file."""
-        return results / self.experiment / f"{self.label}-{self.seed}.json"
+        return results / f"{self.name}.json"
 
     def is_done(self, results: Path) -> bool:
         """Return whether there is a result file of equal settings.

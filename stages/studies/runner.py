@@ -1,7 +1,8 @@
 """Runs of a study: stages in working folders, with features and GANs shared between runs.
 
 Each run trains one decoder by the stages of `dvc repro`, in its own working folder. Runs with the
-same data share features; runs that also have the same GAN settings share the GAN.
+same data share features; runs that also have the same GAN settings share the GAN. File locks keep
+processes that make single runs in one scratch folder from making a shared folder twice.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from ruamel.yaml import YAML
+from tqdm import tqdm
 
 import featurestore
 import stages
@@ -51,43 +53,48 @@ class Runner:
     threads
         CPU threads of each stage.
     lock
-        File descriptor of the lock on ``root``. Stages inherit it: a stage that outlives a killed
-        study still holds the lock.
-    done
-        Runs of the study that have a result; further runs must be made of the same images.
+        File descriptor of the lock on ``root``. Stages inherit their locks: a stage that outlives
+        a killed study still holds them.
+    runs
+        All runs of the study. A further run must be made of the same images as those that have a
+        result.
     """
 
     root: Path
     results: Path
     threads: int
     lock: int
-    done: Sequence[Run] = ()
+    runs: Sequence[Run] = ()
     _checked: set[str] = field(default_factory=set)  # shared folders made of the current images
-    _locks: dict[str, threading.Lock] = field(default_factory=dict)  # by name of shared folder
+    _checking: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     @contextmanager
     def open(
-        cls, root: Path, results: Path, threads: int, done: Sequence[Run] = ()
+        cls,
+        root: Path,
+        results: Path,
+        threads: int,
+        runs: Sequence[Run] = (),
+        *,
+        shared: bool = False,
     ) -> Iterator[Runner]:
-        """Lock ``root`` against other studies until the block ends.
+        """Lock ``root`` until the block ends.
+
+        ``shared``: only against whole studies; other processes may make other runs in ``root``.
 
         Raises
         ------
         DataError
-            When another study holds the lock.
+            When a process holds a lock that excludes this one.
         """
-        root.mkdir(parents=True, exist_ok=True)
-        with (root / "lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(
-                    root,
-                    "another study works here, or a stage of one that was killed; wait for it,"
-                    " stop it, or choose another --scratch",
-                ) from None
-            yield cls(root, results, threads, lock.fileno(), done)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        message = (
+            "another study works here, or a stage of one that was killed; wait for it,"
+            " stop it, or choose another --scratch"
+        )
+        with _locked(root / "lock", kind, DataError(root, message)) as lock:
+            yield cls(root, results, threads, lock, runs)
 
     def run_all(self, runs: Sequence[Run], jobs: int) -> Iterator[Future[Path]]:
         """Make runs, ``jobs`` at a time.
@@ -100,7 +107,6 @@ class Runner:
         Future
             In the order of completion: a result file or an error.
         """
-        self._locks |= {name: threading.Lock() for run in runs for name in self.shared_folders(run)}
         waiting, running = list(runs), dict[Future[Path], Run]()
         with ThreadPoolExecutor(jobs) as pool:
             try:
@@ -124,12 +130,24 @@ class Runner:
         Raises
         ------
         DataError
-            When a stage fails (its output is in the working folder's ``log.txt``), or features or
-            other results of the study were made of other images or masks.
+            When a stage fails (its output is in the working folder's ``log.txt``), features or
+            other results of the study were made of other images or masks, or another process
+            makes this run.
         """
+        name = f"run-{run.digests['run']}"
+        message = (
+            "another command makes this run, or a stage of one that was killed; wait for it or"
+            " stop it"
+        )
+        busy = DataError(self.root / name, message)
+        with _locked(self._lock_file(name), fcntl.LOCK_EX, busy) as lock:
+            return self._run(run, name, lock)
+
+    def _run(self, run: Run, name: str, lock: int) -> Path:
         names = self.shared_folders(run)
         sources, curves = {}, {}
         data, sources["features_sources"] = self._make_once(names[0], run, {}, "prepare", "extract")
+        self._check_images(data, run, f"{name}/again", lock)
         stores = {split: featurestore.open(data / "features" / split) for split in SPLITS}
         protocol = digest(run.protocol, data_content(data / "dataset", stores))
         self._check_done(run, protocol)
@@ -138,9 +156,10 @@ class Runner:
             gan, sources["gan_sources"] = self._make_once(names[-1], run, inputs, "train-gan")
             inputs = {**inputs, "models/gan": gan / "models" / "gan"}
             curves = {"gan": _gan_curves(gan / "metrics" / "train-gan")}
-        folder = self._prepare_folder(f"run-{run.digests['run']}", run, inputs)
+        folder = self._prepare_folder(name, run, inputs)
         start, sources["sources"] = time.perf_counter(), _sources()
-        self._run_stage(folder, "train-decoder", "--variant", run.variant, "--seed", str(run.seed))
+        command = ("train-decoder", "--variant", run.variant, "--seed", str(run.seed))
+        self._run_stage(folder, lock, *command)
         seconds = time.perf_counter() - start
         metrics = folder / "metrics" / f"{run.variant}-{run.seed}"
         device = os.environ.get("FEATUREGAN_DEVICE", "auto")  # as stages read it
@@ -182,8 +201,9 @@ class Runner:
 
     def _check_done(self, run: Run, protocol: str) -> None:
         """Refuse to add a result to those with the same settings but other images or masks."""
-        comparable = (other for other in self.done if other.protocol == run.protocol)
-        for path in (other.result(self.results) for other in comparable):
+        comparable = (other for other in self.runs if other.protocol == run.protocol)
+        done = (other for other in comparable if other.is_done(self.results))
+        for path in (other.result(self.results) for other in done):
             if json.loads(path.read_text(encoding="utf-8"))["protocol"] != protocol:
                 raise DataError(
                     path,
@@ -196,30 +216,35 @@ class Runner:
     ) -> tuple[Path, str]:
         """Run stages in a shared folder, if they have not run; other runs that need it wait.
 
-        Features of an earlier study are refused if the images have changed since.
-
         Returns
         -------
         tuple
             The folder, and the digest of the code that made it.
         """
         folder = (self.root / name).resolve()
-        with self._locks[name]:
+        with _locked(self._lock_file(name), fcntl.LOCK_EX) as lock:
             if not (folder / "done").exists():
                 sources = _sources()
                 self._prepare_folder(name, run, inputs)
                 for command in commands:
-                    self._run_stage(folder, command)
+                    self._run_stage(folder, lock, command)
                 (folder / "done").write_text(sources, encoding="utf-8")
-            elif "prepare" in commands and name not in self._checked:
-                self._check_images(folder, run)
-            self._checked.add(name)
+                self._checked.add(name)
         return folder, (folder / "done").read_text(encoding="utf-8") or "unknown"
 
-    def _check_images(self, folder: Path, run: Run) -> None:
-        """Prepare the images again, and refuse features of other images."""
-        again = self._prepare_folder(f"{folder.name}/again", run, {})
-        self._run_stage(again, "prepare")
+    def _check_images(self, folder: Path, run: Run, name: str, lock: int) -> None:
+        """Refuse features that another process or an earlier study made of other images.
+
+        Prepares the images again in folder ``name``, once a process.
+        """
+        with self._checking:
+            if folder.name not in self._checked:
+                self._compare_images(folder, run, name, lock)
+                self._checked.add(folder.name)
+
+    def _compare_images(self, folder: Path, run: Run, name: str, lock: int) -> None:
+        again = self._prepare_folder(name, run, {})
+        self._run_stage(again, lock, "prepare")
         before, now = (
             {"the classes": classes, **{entry.id: entry for entry in entries}}
             for entries, classes in (read_manifest(place / "dataset") for place in (folder, again))
@@ -234,6 +259,9 @@ class Runner:
                 f" has now ({other[0]}{more}); remove {self.root} to extract them anew",
             )
 
+    def _lock_file(self, name: str) -> Path:
+        return self.root / "locks" / name  # never removed: a lock on a removed file excludes nobody
+
     def _prepare_folder(self, name: str, run: Run, inputs: Mapping[str, Path]) -> Path:
         """Make a folder with the run's parameters and links to its inputs, by path inside it."""
         folder = self.root / name
@@ -246,8 +274,11 @@ class Runner:
             place.symlink_to(target)
         return folder
 
-    def _run_stage(self, folder: Path, *arguments: str) -> None:
-        """Run a stage with this code, wherever another version is installed."""
+    def _run_stage(self, folder: Path, lock: int, *arguments: str) -> None:
+        """Run a stage with this code, wherever another version is installed.
+
+        The stage inherits ``lock``, that of its folder.
+        """
         path = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
         threads = dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(self.threads))
         # Options, as the environment may name other parameters and a scratch folder of all runs.
@@ -260,7 +291,7 @@ class Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 check=False,
-                pass_fds=(self.lock,),
+                pass_fds=(self.lock, lock),
             )
         if process.returncode:
             lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -269,6 +300,25 @@ class Runner:
                 folder / "log.txt",
                 f"{arguments[0]} failed with exit code {process.returncode}: {reason}",
             )
+
+
+@contextmanager
+def _locked(path: Path, kind: int, busy: DataError | None = None) -> Iterator[int]:
+    """Lock a file, which is made where missing, until the block ends; yield its descriptor.
+
+    ``kind`` is ``fcntl.LOCK_EX`` or ``fcntl.LOCK_SH``. Where other processes, or threads of this
+    one, hold a lock that excludes it: raise ``busy``, or wait if that is None.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:  # NFS shares locks only on files that are open for reading
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if busy is not None:
+                raise busy from None
+            tqdm.write(f"waiting for another run, which makes {path.name}", file=sys.stderr)
+            fcntl.flock(file, kind)
+        yield file.fileno()
 
 
 def _sources() -> str:
