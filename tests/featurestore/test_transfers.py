@@ -118,6 +118,7 @@ def test_all_epochs_copy_on_one_stream(diary: Diary) -> None:
     assert len(diary.streams) == 1
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_on_a_gpu_equal_the_samples(tmp_path: Path) -> None:
     loader = FeatureLoader(write(tmp_path / "store"), 3, seed=5, device="cuda")
