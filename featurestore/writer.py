@@ -319,7 +319,8 @@ class StoreWriter:
             shard.close()
         self._finishing.append((span, self._finisher.submit(self._commit, span, shard)))
         self._next_shard()
-        self._await_finished(at_most=FINISHING)
+        # A rank's block may end only when its last receipt is there for rank 0.
+        self._await_finished(at_most=0 if self._span is None else FINISHING)
 
     def _commit(self, span: range, shard: ShardWriter) -> tuple[ShardRecord, Statistics]:
         with writing(shard.path):

@@ -82,8 +82,10 @@ class Means:
     def add(self, terms: Mapping[str, Tensor]) -> None:
         """Add the values of a step."""
         for name, value in terms.items():
-            total, count = self._sums.get(name, (torch.zeros(()), 0))
-            self._sums[name] = (total.to(value.device) + value.detach().float(), count + 1)
+            value, (total, count) = value.detach().float(), self._sums.get(name, (None, 0))
+            if total is not None:  # on the CPU only in the first step of a resumed run
+                value = total.to(value.device) + value
+            self._sums[name] = value, count + 1
 
     def state(self, device: torch.device) -> dict[str, tuple[Tensor, int]]:
         """Return the sums, averaged over processes on ``device``; all processes must call it."""

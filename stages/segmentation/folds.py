@@ -23,10 +23,11 @@ def mirror(features: Tensor, folds: Folds) -> Tensor:
         return flipped
     order, first = [], 0
     for channels, fold in folds:
-        layer = torch.arange(channels * fold**2).view(channels, fold, fold)  # (c, dy, dx)
+        numbers = torch.arange(channels * fold**2, device=features.device)
+        layer = numbers.view(channels, fold, fold)  # (c, dy, dx)
         order.append(first + layer.flip(-1).flatten())
         first += layer.numel()
-    return flipped.index_select(-3, torch.cat(order).to(features.device))
+    return flipped.index_select(-3, torch.cat(order))
 
 
 def unfolded_channels(folds: Folds) -> int:

@@ -40,12 +40,14 @@ def confusion_matrices(predicted: Tensor, masks: Tensor, num_classes: int) -> Te
     Tensor
         (B, K, K) int64.
     """
-    labelled = masks != VOID
-    image = torch.arange(len(masks), device=masks.device).view(-1, *[1] * (masks.ndim - 1))
-    rows = image.expand_as(masks)[labelled] * num_classes + masks[labelled].long()
-    pairs = rows * num_classes + predicted[labelled].long()
-    counts = torch.bincount(pairs, minlength=len(masks) * num_classes**2)
-    return counts.view(-1, num_classes, num_classes)
+    classes = torch.where(masks == VOID, num_classes, masks.long())  # void: a row of its own
+    pairs = (classes * num_classes + predicted.long()).flatten(1)
+    counts = torch.zeros(
+        len(masks), (num_classes + 1) * num_classes, dtype=torch.int64, device=masks.device
+    )
+    # Unlike ``bincount``, a GPU counts without waiting for the largest value.
+    counts.scatter_add_(1, pairs, torch.ones_like(pairs))
+    return counts.view(len(masks), num_classes + 1, num_classes)[:, :num_classes]
 
 
 def total(images: Iterable[Sequence[int]], num_classes: int) -> Tensor:

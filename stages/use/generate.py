@@ -329,9 +329,9 @@ class Sampler:
         """Generate the features of B samples, each (C, h, w) float32."""
         z = torch.cat([sample.z for sample in samples]).to(self._device)
         if self._encoder is not None:
-            images = torch.from_numpy(np.stack([sample.image for sample in samples]))
-            # (B, H, W, 3) -> (B, 3, H, W)
-            mu, logvar = self._encoder(images.permute(0, 3, 1, 2).to(self._device))
+            given = [sample.image for sample in samples if sample.image is not None]
+            images = torch.from_numpy(np.stack(given)).permute(0, 3, 1, 2)  # -> (B, 3, H, W)
+            mu, logvar = self._encoder(images.to(self._device))
             z = sample_z(mu, logvar, z)
         masks = torch.from_numpy(np.stack([sample.mask for sample in samples])).to(self._device)
         features = self._generator.generate(masks, z=z).cpu().numpy()
