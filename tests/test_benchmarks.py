@@ -372,3 +372,26 @@ def test_gpu_trace_finds_waits_within_the_steps() -> None:
     ]
     assert union_ms(device_intervals(events)) == pytest.approx(0.015)  # 20 to 35
     assert union_ms([]) == 0
+
+
+@pytest.mark.medium
+def test_write_benchmark_has_a_row_an_implementation_and_place(tmp_path: Path) -> None:
+    run(
+        sys.executable,
+        *("-m", "benchmarks.write", "--samples", "16", "--channels", "8", "--rounds", "1"),
+        *("--memory", str(tmp_path), "--json", str(tmp_path / "rows.json")),
+        cwd=ROOT,
+        TMPDIR=str(tmp_path),
+    )
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    written = [row for row in rows if row["what"] == "write"]
+    ours, others = (
+        ["featurestore, threads", "featurestore, append"],
+        ["h5py, plain", "write and fsync", "write, sha256, statistics"],
+    )
+    expected = [("memory", name) for name in [*ours, *others, *ours]]
+    expected += [("disk", name) for name in [*ours, *others]]
+    assert [(row["where"], row["implementation"]) for row in written] == expected
+    assert [row["compression"] for row in written[:7]] == ["none"] * 5 + ["zeros"] * 2
+    assert [row["what"] for row in rows[len(written) :]] == ["hash", "extract"]
+    assert all(row["samples_per_s"] > 0 for row in rows if row["what"] != "extract")

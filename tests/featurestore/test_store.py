@@ -172,6 +172,28 @@ def test_statistics_equal_numpys(tmp_path: Path) -> None:
     np.testing.assert_allclose(of_one.mean, values[:3].mean(axis=(0, 2, 3)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["rectified", "signed", "negative", "subnormal", "zero", "large"])
+def test_statistics_of_large_layers_equal_numpys(kind: str) -> None:
+    """From a number of values on they are computed in one compiled pass over the bits."""
+    drawn = np.random.default_rng(0).standard_normal((500, 35, 32)).astype(np.float32)
+    features = {
+        "rectified": drawn.clip(0),
+        "signed": drawn,
+        "negative": -np.abs(drawn) - 0.01,
+        "subnormal": 1e-7 * drawn,
+        "zero": 0 * drawn,  # of both signs
+        "large": 10_000 * drawn,
+    }[kind].astype(np.float16)
+    assert features.size >= featurestore.statistics.LARGE
+    mask = np.zeros(SPEC.mask_shape, np.uint8)
+    found = Statistics.of_sample(SPEC, [features], mask)
+    values = features.reshape(500, -1).astype(np.float64)
+    np.testing.assert_array_equal(found.mean, values.mean(1))
+    np.testing.assert_allclose(found.variance, values.var(1), rtol=1e-12, atol=1e-18)
+    np.testing.assert_array_equal(found.minimum, values.min(1))
+    np.testing.assert_array_equal(found.maximum, values.max(1))
+
+
 def test_a_frame_has_a_row_for_each_sample_with_fractions_of_classes(tmp_path: Path) -> None:
     frame = write(tmp_path / "store").to_frame()
     assert list(frame.columns) == ["id", "view", "shard", *SPEC.class_names, "void"]

@@ -20,6 +20,7 @@ from featurestore import ShardCorruptError, StoreBusyError, StoreReadError
 from stages import extract
 from stages.backbones.backbone import Backbone
 from stages.backbones.build import build_backbone
+from stages.backbones.compute import converted
 from stages.common.errors import ConfigError, DataError
 from stages.data.manifest import read_manifest
 from tests.factories import digests, prepare, prepare_config, write_photos
@@ -413,3 +414,12 @@ def test_killed_extractions_resume_to_byte_identical_shards(
     assert digests(tmp_path / "features") == whole
     for name, inode in adopted.items():
         assert (tmp_path / "features" / "train" / name).stat().st_ino == inode
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_features_are_converted_to_nchw(layout: torch.memory_format, dtype: torch.dtype) -> None:
+    features = torch.randn(3, 70, 9, 8).contiguous(memory_format=layout)
+    stored = converted(features, dtype)
+    assert stored.is_contiguous()
+    assert torch.equal(stored, features.to(dtype))
