@@ -24,8 +24,9 @@ def class_variances(vectors: Tensor, labels: Tensor, num_classes: int) -> Tensor
         (K,); NaN for a class with too few vectors.
     """
     groups = [vectors[labels == number] for number in range(num_classes)]
-    variances = [group.var(0).sum() if len(group) >= FEWEST else torch.nan for group in groups]
-    return torch.tensor(variances)
+    unknown = vectors.new_tensor(torch.nan)
+    variances = [group.var(0).sum() if len(group) >= FEWEST else unknown for group in groups]
+    return torch.stack(variances)
 
 
 def variance_ratios(real: Tensor, fake: Tensor, labels: Tensor, num_classes: int) -> Tensor:

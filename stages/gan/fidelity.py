@@ -38,7 +38,8 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     # Seconds to import, and only a monitored training needs it.
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(_Identity(real.shape[1]), sync_on_compute=False)
+    network = _Identity(real.shape[1])
+    metric = FrechetInceptionDistance(network, sync_on_compute=False).to(real.device)
     metric.update(real, real=True)
     metric.update(fake, real=False)
     return float(metric.compute())
@@ -64,6 +65,7 @@ def kernel_distance(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
         metric = KernelInceptionDistance(network, subsets, size, sync_on_compute=False)
+    metric = metric.to(real.device)
     metric.update(real, real=True)
     metric.update(fake, real=False)
     with torch.random.fork_rng(devices=[]):

@@ -157,6 +157,11 @@ class _PixelSample:
         ]
         self.vectors = torch.cat(vectors_of) / scale
 
+    def to(self, device: torch.device) -> None:
+        """Move labels, vectors and their classes to a device."""
+        self.labels = self.labels.to(device)
+        self.classes, self.vectors = self.classes.to(device), self.vectors.to(device)
+
 
 def _pick(maps: Tensor, pixels: list[Tensor]) -> Tensor:
     """Pick the pixels, flat indices a sample, of maps (S, C, h, w): (n, C)."""
@@ -245,15 +250,19 @@ class Monitor:
         count = max(PROBE_VECTORS, config.vectors)
         learned = _PixelSample(train, scale, 2 * config.samples, count, rng)
         self._real, self._probe = real, _Probe(learned.vectors, learned.classes, classes)
+        for sample in (real, learned):  # on a GPU all measures but one are computed there
+            sample.to(self.accelerator.device)
         self._real_variances = class_variances(real.vectors, real.classes, classes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             projection = RandomProjection(channels, min(channels, DIMENSIONS))
-        self._mixture = projection.weight.flatten(1).T  # (C, P)
+        mixture = projection.weight.flatten(1).T  # (C, P)
+        self._mixture = mixture.to(self.accelerator.device)
         # What two sets of real features measure: no generator can be expected below it.
         chosen = rng.permutation(len(learned.vectors))[: len(real.vectors)]
         mixed = [side @ self._mixture for side in (real.vectors, learned.vectors[chosen])]
-        confusion = confusion_matrix(self._probe.predict(real.vectors), real.classes, classes)
+        predicted = self._probe.predict(real.vectors)
+        confusion = confusion_matrix(predicted, real.classes, classes)
         self._references = {
             "monitor/frechet_floor": frechet_distance(*mixed),
             "monitor/kernel_floor": kernel_distance(*mixed),
@@ -319,9 +328,9 @@ class Monitor:
             z = torch.randn(2 * len(masks), generator.z_dim, generator=rng, device=device)
             with self.accelerator.autocast():
                 draws = generator(z, masks).float().chunk(2)
-            vectors = [_pick(draw, sample.pixels[rows]).cpu() for draw in draws]
+            vectors = [_pick(draw, sample.pixels[rows]) for draw in draws]
             everywhere = draws[0].permute(0, 2, 3, 1).flatten(0, 2)  # (S, C, h, w) -> (S*h*w, C)
-            chunks.append((*vectors, self._probe.predict(everywhere).cpu()))
+            chunks.append((*vectors, self._probe.predict(everywhere)))
         fake, again, predicted = (torch.cat(values) for values in zip(*chunks, strict=True))
         return fake, again, predicted
 
