@@ -172,13 +172,8 @@ def run(
     """
     session = Session(__name__, "train-gan", machine, config, metrics=metrics, logs=logs)
     accelerator = session.accelerator
-    stores = {
-        split: featurestore.open(features / split).select(config.layers)
-        for split in ("train", "val")
-    }
+    stores = open_stores(config, features, machine, accelerator.num_processes)
     store, held_out = stores.values()
-    check_store(config, store, accelerator.num_processes)
-    verify_stores(store, held_out, workers=machine.workers)
     loader = session.loader(
         store,
         config.batch_size,
@@ -235,6 +230,19 @@ def run(
         save_gan(out, state, {"architecture": architecture, "training": settings, **trained_on})
     session.finish()
     return session.history.rows[-1]
+
+
+def open_stores(
+    config: TrainGanConfig, features: Path, machine: Machine, processes: int
+) -> dict[str, FeatureStore]:
+    """Open and check the stores of training and validation; errors are those of :func:`run`."""
+    stores = {
+        split: featurestore.open(features / split).select(config.layers)
+        for split in ("train", "val")
+    }
+    check_store(config, stores["train"], processes)
+    verify_stores(*stores.values(), workers=machine.workers)
+    return stores
 
 
 def check_store(config: TrainGanConfig, store: FeatureStore, processes: int = 1) -> None:
