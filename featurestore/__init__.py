@@ -6,8 +6,8 @@
 >>> store[0].mask              # (H, W) uint8
 
 The format is described in ``docs/format.md``. The library needs NumPy, h5py, pandas and
-typing_extensions; numba for ``zeros``, ``int8`` and large batches; hdf5plugin for ``lz4`` and
-``zstd``. Only ``featurestore.dataset`` imports PyTorch. Locks need a POSIX system.
+typing_extensions; numba for ``zeros``, ``int8``, large layers and large batches; hdf5plugin for
+``lz4`` and ``zstd``. Only ``featurestore.dataset`` imports PyTorch. Locks need a POSIX system.
 """
 
 from featurestore.errors import (

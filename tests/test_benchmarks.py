@@ -395,3 +395,12 @@ def test_write_benchmark_has_a_row_an_implementation_and_place(tmp_path: Path) -
     assert [row["compression"] for row in written[:7]] == ["none"] * 5 + ["zeros"] * 2
     assert [row["what"] for row in rows[len(written) :]] == ["hash", "extract"]
     assert all(row["samples_per_s"] > 0 for row in rows if row["what"] != "extract")
+
+
+@pytest.mark.medium
+def test_gpu_monitor_is_compared_with_the_training_between_two_measurements(
+    tmp_path: Path,
+) -> None:
+    step, measurement = gpu_rows(tmp_path, "monitor")
+    fraction = measurement["ms"] / (5 * 63 * step["ms"])
+    assert measurement["fraction_of_training"] == pytest.approx(fraction)

@@ -15,10 +15,10 @@ import click
 
 import benchmarks.gpu
 from benchmarks import common
-from benchmarks.gpu import ceilings, extract, loader, loss, steps, trace
+from benchmarks.gpu import ceilings, extract, loader, loss, monitor, steps, trace
 from benchmarks.gpu.device import PRECISIONS, SIZES, require
 
-ORDER = ("ceilings", "loss", "loader", "extract", "trace", "steps")
+ORDER = ("ceilings", "loss", "loader", "extract", "monitor", "trace", "steps")
 SPARE = 1.5  # minutes between the last row of ``steps`` and the end of ``all``
 OPTIONS = (
     click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True),
@@ -111,6 +111,16 @@ def loader_command(device: str, size: str, file: Path | None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         rows = loader.rows(require(device), SIZES[size], Path(scratch))
     _report(rows, loader.COLUMNS, file)
+
+
+@main.command("monitor")
+@options
+@JSON
+def monitor_command(device: str, size: str, file: Path | None) -> None:
+    """Measure the monitor of a GAN against the training between two measurements."""
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = monitor.rows(require(device), SIZES[size], Path(scratch))
+    _report(rows, monitor.COLUMNS, file)
 
 
 @main.command("loss")
