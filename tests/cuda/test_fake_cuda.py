@@ -138,7 +138,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         yield taken
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in GANS if name not in WITH_PENALTY])
 def test_no_step_of_a_generator_waits(
     folders: Folders, tmp_path: Path, steps: list[int], name: str
@@ -149,7 +149,7 @@ def test_no_step_of_a_generator_waits(
     assert steps == list(range(STEPS))
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_step_of_a_decoder_waits(
     folders: Folders, tmp_path: Path, steps: list[int], name: str
