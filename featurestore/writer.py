@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +16,14 @@ from types import TracebackType
 import numpy as np
 
 from featurestore.disk_space import check_disk_space
-from featurestore.errors import IncompleteStoreError, SampleError, StoreExistsError
+from featurestore.errors import (
+    IncompleteStoreError,
+    SampleError,
+    StoreExistsError,
+    StoreWriteError,
+)
 from featurestore.files import (
     clear_after_move,
-    file_sha256,
     move_into_place,
     write_atomically,
     writing,
@@ -30,6 +32,7 @@ from featurestore.index import INDEX_NAME, Index, ShardRecord
 from featurestore.lock import WriterLock
 from featurestore.prefetch import prefetch
 from featurestore.prepared_sample import PreparedSample
+from featurestore.receipt import RECEIPT_SUFFIX, Receipt, receipt_path
 from featurestore.schema import StoreSpec
 from featurestore.shard import ShardWriter
 from featurestore.statistics import Statistics
@@ -39,7 +42,6 @@ FINISHING = 2  # full shards that may be on their way to disk, each in a thread
 SCRATCH_FILES = re.compile(
     r"shard-\d+\.h5(\.[0-9a-f]{8}\.partial|\.finished\.json(\.partial)?)?|index\.json(\.partial)?"
 )
-RECEIPT_SUFFIX = ".finished.json"  # of the file beside a finished shard, until the store is whole
 
 
 def create(
@@ -150,7 +152,7 @@ class StoreWriter:
         )
         self._shard: ShardWriter | None = None
         self._finisher = ThreadPoolExecutor(FINISHING, thread_name_prefix="finish-shard")
-        self._finishing: deque[tuple[range, Future[tuple[ShardRecord, Statistics]]]] = deque()
+        self._finishing: deque[Future[None]] = deque()
         self._next_shard()
 
     def _clear_scratch(self) -> None:
@@ -306,8 +308,7 @@ class StoreWriter:
         return self.scratch / f"shard-{span.start // self.samples_per_shard:05d}.h5"
 
     def _receipt(self, span: range) -> Path:
-        file = self._file(span)
-        return file.with_name(file.name + RECEIPT_SUFFIX)
+        return receipt_path(self._file(span))
 
     def _next_shard(self) -> None:
         self._span = next(self._missing, None)
@@ -317,53 +318,37 @@ class StoreWriter:
         """Close a full shard; a thread brings it to disk while the next one is written."""
         with writing(shard.path):
             shard.close()
-        self._finishing.append((span, self._finisher.submit(self._commit, span, shard)))
+        self._finishing.append(self._finisher.submit(self._commit, span, shard))
         self._next_shard()
         # A rank's block may end only when its last receipt is there for rank 0.
         self._await_finished(at_most=0 if self._span is None else FINISHING)
 
-    def _commit(self, span: range, shard: ShardWriter) -> tuple[ShardRecord, Statistics]:
+    def _commit(self, span: range, shard: ShardWriter) -> None:
         with writing(shard.path):
-            record, statistics = shard.commit()
-            receipt = {
-                "fingerprint": self.fingerprint,
-                "first": span.start,
-                "shard": asdict(record),
-                "statistics": statistics.to_dict(),
-            }
-            write_atomically(self._receipt(span), json.dumps(receipt).encode())
-        return record, statistics
+            self._finished[span] = shard.commit()
+        self._write_receipt(span)
+
+    def _write_receipt(self, span: range) -> None:
+        receipt = Receipt(self.fingerprint, span.start, *self._finished[span])
+        receipt.write(self._file(span))
 
     def _await_finished(self, at_most: int = 0) -> None:
         """Wait until at most so many shards are on their way to disk."""
         while len(self._finishing) > at_most:
-            span, finishing = self._finishing.popleft()
-            self._finished[span] = finishing.result()
+            self._finishing.popleft().result()
 
     def _reusable(self, span: range, *, hashed: bool) -> tuple[ShardRecord, Statistics] | None:
-        """Read the receipt of a finished shard; None where it is missing, damaged or of others.
+        """Return what is known of a shard that an equal writer finished; None: there is none.
 
-        Parameters
-        ----------
-        span
-            The shard.
-        hashed
-            Whether to compare the file's sha256 too, and not only its size.
+        ``hashed``: whether to compare the file's sha256 too, and not only its size.
         """
-        file = self._file(span)
-        try:
-            receipt = json.loads(self._receipt(span).read_bytes())
-            record = ShardRecord(**receipt["shard"])
-            statistics = Statistics.from_dict(receipt["statistics"])
-            reusable = (
-                receipt["fingerprint"] == self.fingerprint != ""
-                and (receipt["first"], record.samples) == (span.start, len(span))
-                and file.stat().st_size == record.bytes
-                and (not hashed or file_sha256(file) == record.sha256)
-            )
-        except (OSError, ValueError, KeyError, TypeError):
+        receipt = Receipt.read(self._file(span), hashed=hashed)
+        wanted = (self.fingerprint, span.start, len(span))
+        if receipt is None or not self.fingerprint:
             return None
-        return (record, statistics) if reusable else None
+        if (receipt.fingerprint, receipt.first, receipt.record.samples) != wanted:
+            return None
+        return receipt.record, receipt.statistics
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -385,6 +370,10 @@ class StoreWriter:
                 with suppress(OSError, RuntimeError):
                     self._shard.discard()
                 self._shard = None
+            for span in self._finished if self.scratch.exists() else ():
+                if not self._receipt(span).exists():  # the unfinished shard had filled the disk
+                    with suppress(StoreWriteError):
+                        self._write_receipt(span)
             if not self.fingerprint:  # nobody can reuse what is left
                 shutil.rmtree(self.scratch, ignore_errors=True)
             self._locks.close()

@@ -240,7 +240,7 @@ def test_gpu_targets_stop_with_one_line_without_a_gpu(target: str) -> None:
     assert not result.stdout
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_gpu_benchmarks_write_a_table_and_rows_for_each_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,7 +374,7 @@ def test_gpu_trace_finds_waits_within_the_steps() -> None:
     assert union_ms([]) == 0
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_write_benchmark_has_a_row_an_implementation_and_place(tmp_path: Path) -> None:
     run(
         sys.executable,

@@ -59,6 +59,7 @@ def test_stored_features_are_those_of_the_backbone(prepared: Path) -> None:
 def test_bytes_do_not_depend_on_workers_and_a_second_run_computes_nothing(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     run(config(), prepared, out="a")
     run(config(), prepared, out="b", workers=2)
     assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32) == (
