@@ -167,7 +167,8 @@ def on_all_cores(case: Case, folder: Path) -> None:
     folder.mkdir()
 
     def work(core: int) -> None:
-        part = dataclasses.replace(case, count=case.count // CORES)
+        count = len(range(core, case.count, CORES))
+        part = dataclasses.replace(case, count=count)
         plain_write(part, folder / str(core))
         for file in (folder / str(core)).iterdir():
             file_sha256(file)

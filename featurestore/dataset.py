@@ -1,4 +1,4 @@
-"""Feature stores in PyTorch: assembled maps, an order of batches, and a training loader."""
+"""Feature stores in PyTorch: assembled maps, and a training loader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sample on its way into a shard: checked and encoded, with its statistics."""
+"""A checked and encoded sample, with its statistics."""
 
 from __future__ import annotations
 
@@ -62,9 +62,10 @@ class PreparedSample:
         """
         rows = {MASKS: mask} if image is None else {MASKS: mask, IMAGES: image}
         packed: dict[str, np.ndarray] = {}
-        for (group, layout), layer in zip(spec.layouts.items(), features, strict=True):
+        layers = [np.ascontiguousarray(layer) for layer in features]  # transposed at most once
+        for (group, layout), layer in zip(spec.layouts.items(), layers, strict=True):
             encoded = layout.encode(layer)
             if VALUES in encoded:
                 packed[group] = encoded.pop(VALUES)
             rows |= {f"{group}/{name}".lstrip("/"): row for name, row in encoded.items()}
-        return cls(id, view, rows, packed, Statistics.of_sample(spec, features, mask))
+        return cls(id, view, rows, packed, Statistics.of_sample(spec, layers, mask))

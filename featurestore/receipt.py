@@ -51,26 +51,35 @@ class Receipt:
             write_atomically(path, json.dumps(values).encode())
 
     @classmethod
-    def read(cls, shard: Path, *, hashed: bool) -> Receipt | None:
-        """Read the receipt of a shard; None where it is missing or damaged, or of other bytes.
-
-        ``hashed``: whether to compare the shard's sha256 too, and not only its size.
-        """
+    def read(cls, shard: Path) -> Receipt | None:
+        """Read the receipt of a shard; None where it is missing or damaged."""
         try:
             values = json.loads(receipt_path(shard).read_bytes())
-            receipt = cls(
+            return cls(
                 values["fingerprint"],
                 values["first"],
                 ShardRecord(**values["shard"]),
                 Statistics.from_dict(values["statistics"]),
             )
-            record = receipt.record
-            is_equal = shard.stat().st_size == record.bytes and (
-                not hashed or file_sha256(shard) == record.sha256
-            )
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return receipt if is_equal else None
+
+    def describes(self, shard: Path, *, hashed: bool) -> bool:
+        """Return whether a file is the shard of this receipt.
+
+        Parameters
+        ----------
+        shard
+            The file.
+        hashed
+            Whether to compare its sha256 too, and not only its size.
+        """
+        try:
+            if shard.stat().st_size != self.record.bytes:
+                return False
+            return not hashed or file_sha256(shard) == self.record.sha256
+        except OSError:
+            return False
 
 
 def receipt_path(shard: Path) -> Path:

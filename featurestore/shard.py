@@ -339,10 +339,14 @@ class ShardWriter:
         statistics
             Statistics of its samples.
         """
-        os.fsync(self._bytes.fileno())
-        self._bytes.close()
-        size, sha256 = self._partial.stat().st_size, file_sha256(self._partial)
-        os.replace(self._partial, self.path)
+        try:
+            os.fsync(self._bytes.fileno())
+            self._bytes.close()
+            size, sha256 = self._partial.stat().st_size, file_sha256(self._partial)
+            os.replace(self._partial, self.path)
+        except BaseException:
+            self.discard()
+            raise
         sync(self.path.parent)
         statistics = Statistics.merge_all(self._statistics)
         return ShardRecord(self.path.name, len(self), size, sha256), statistics
@@ -350,7 +354,7 @@ class ShardWriter:
     def discard(self) -> None:
         """Remove what was written, so that its remains do not fill the disk further."""
         try:
-            self._file.close()
+            self._file.close()  # nothing, if it is closed
         finally:
             self._bytes.close()
             self._partial.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ ARRAYS = {
     "class_pixels": np.int64,
     "class_samples": np.int64,
 }
-LARGE = 1 << 19  # values of a layer from which compiling the loop over them pays
+LARGE = 1 << 19  # number of values of a layer from which the compiled loop is used
 PER_CHANNEL = ("mean", "variance", "minimum", "maximum")
 
 
@@ -144,7 +144,7 @@ def _of_channels(features: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _of_many(features: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Compute :data:`PER_CHANNEL` of float16 (c, p) in one pass, ten times as fast as NumPy."""
+    """Compute :data:`PER_CHANNEL` of contiguous float16 (c, p), ten times as fast as NumPy."""
     channels, count = features.shape
     mean, variance = np.empty((2, channels))
     extremes = np.empty((3, channels), np.int16)
@@ -163,10 +163,10 @@ def _of_many(features: np.ndarray) -> tuple[np.ndarray, ...]:
 
 @functools.cache
 def _kernel() -> Callable[..., None]:
-    """Compile the pass over float16 numbers on first use; it runs without Python's lock."""
+    """Compile the loop over float16 numbers on first use; it runs without Python's lock."""
     import numba
 
-    # Sums in any order are faster; those of float16 are exact in float64, their squares' nearly.
+    # Sums in any order are faster. Sums of float16 values are exact in float64, of squares nearly.
     @numba.njit(nogil=True, fastmath={"reassoc"})
     def measure(
         words: np.ndarray,

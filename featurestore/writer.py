@@ -38,7 +38,7 @@ from featurestore.shard import ShardWriter
 from featurestore.statistics import Statistics
 
 SHARD_BYTES = 256 << 20  # size at which a shard is full, before packing
-FINISHING = 2  # full shards that may be on their way to disk, each in a thread
+FINISHING = 2  # full shards that threads hash and sync at a time
 SCRATCH_FILES = re.compile(
     r"shard-\d+\.h5(\.[0-9a-f]{8}\.partial|\.finished\.json(\.partial)?)?|index\.json(\.partial)?"
 )
@@ -108,8 +108,8 @@ class StoreWriter:
 
     Samples go to disk one by one, so memory does not depend on their number (with ``zeros`` it
     holds the values of one shard). A full shard gets its name, and a small JSON file beside it, its
-    receipt, with its hash and statistics. Threads do this for up to two full shards while the next
-    one is written: a killed writer loses at most these three.
+    receipt, with its hash and statistics. Threads hash and rename up to two full shards while the
+    next one is written. A killed writer loses at most three shards.
     """
 
     def __init__(
@@ -252,7 +252,8 @@ class StoreWriter:
         SampleError
             When the sample does not fit the spec; the text starts with the sample's id.
         StoreWriteError
-            When a shard is full and the disk does not take it.
+            When the disk does not take a shard. The error may come up to two shards later, or at
+            the end of the block.
         """
         self.write(self.prepare(id=id, features=features, mask=mask, image=image, view=view))
 
@@ -282,8 +283,9 @@ class StoreWriter:
 
         Raises
         ------
-        SampleError, StoreWriteError
-            After the last sample that :meth:`resume` announced; when the disk does not take it.
+        SampleError, StoreWriteError, ValueError
+            After the last sample that :meth:`resume` announced; when the disk does not take a
+            shard; when several ranks write and :meth:`resume` was not called.
         """
         if self.ranks > 1 and self._announced is None:
             raise ValueError(
@@ -333,22 +335,23 @@ class StoreWriter:
         receipt.write(self._file(span))
 
     def _await_finished(self, at_most: int = 0) -> None:
-        """Wait until at most so many shards are on their way to disk."""
+        """Wait until at most ``at_most`` full shards are unfinished."""
         while len(self._finishing) > at_most:
-            self._finishing.popleft().result()
+            self._finishing[0].result()  # after an error it stays, and stops a publication, too
+            self._finishing.popleft()
 
     def _reusable(self, span: range, *, hashed: bool) -> tuple[ShardRecord, Statistics] | None:
         """Return what is known of a shard that an equal writer finished; None: there is none.
 
         ``hashed``: whether to compare the file's sha256 too, and not only its size.
         """
-        receipt = Receipt.read(self._file(span), hashed=hashed)
-        wanted = (self.fingerprint, span.start, len(span))
+        receipt, wanted = Receipt.read(self._file(span)), (self.fingerprint, span.start, len(span))
         if receipt is None or not self.fingerprint:
             return None
         if (receipt.fingerprint, receipt.first, receipt.record.samples) != wanted:
             return None
-        return receipt.record, receipt.statistics
+        is_sound = receipt.describes(self._file(span), hashed=hashed)
+        return (receipt.record, receipt.statistics) if is_sound else None
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -361,22 +364,26 @@ class StoreWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
+        with ExitStack() as cleanup:  # the last one first, whatever happens in between
+            cleanup.callback(self._locks.close)
+            cleanup.callback(self._leave_scratch, complete=kind is None)
+            cleanup.callback(self._finisher.shutdown)  # waits for full shards, after an error, too
             if kind is None:
                 self._publish()
-        finally:
-            self._finisher.shutdown()  # full shards are brought to disk after an error, too
-            if self._shard is not None:  # unfinished; the error of the block is the one to raise
-                with suppress(OSError, RuntimeError):
-                    self._shard.discard()
-                self._shard = None
-            for span in self._finished if self.scratch.exists() else ():
-                if not self._receipt(span).exists():  # the unfinished shard had filled the disk
+
+    def _leave_scratch(self, *, complete: bool) -> None:
+        """Remove what nobody can reuse; an error of the block is the one to raise."""
+        if self._shard is not None:
+            with suppress(OSError, RuntimeError):
+                self._shard.discard()
+            self._shard = None
+        if not self.fingerprint:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+        elif not complete or self._finishing:  # the disk may have been full before the discard
+            for span in self._finished:
+                if not self._receipt(span).exists():
                     with suppress(StoreWriteError):
                         self._write_receipt(span)
-            if not self.fingerprint:  # nobody can reuse what is left
-                shutil.rmtree(self.scratch, ignore_errors=True)
-            self._locks.close()
 
     def _publish(self) -> None:
         if self._announced is None and self._span is not None and self._shard is not None:

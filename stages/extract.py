@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from featurestore.prefetch import prefetch
 from featurestore.prepared_sample import PreparedSample
 from stages.backbones.backbone import Backbone, BackboneError
 from stages.backbones.build import build_backbone, known_backbone
-from stages.backbones.compute import Computed, LayerPairs, compute
+from stages.backbones.compute import Computed, compute
 from stages.common.config import Config, LayerName, Listed, Once
 from stages.common.distributed import agree
 from stages.common.errors import ConfigError, DataError
@@ -121,8 +121,9 @@ def run(
     device
         ``auto``, ``cpu`` or ``cuda``.
     workers
-        Number of threads that decode images. The bytes written depend neither on it nor on the
-        number of processes of a launcher (torchrun): rank i modulo their number makes shard i.
+        Number of threads that decode images, and of threads that check and encode. The bytes
+        written depend neither on it nor on the number of processes of a launcher (torchrun): rank i
+        modulo their number makes shard i.
 
     Returns
     -------
@@ -358,6 +359,15 @@ def _mention_unfinished(scratch: Path) -> None:
             )
 
 
+class _Batch(NamedTuple):
+    """One batch: what was read, and its features."""
+
+    samples: Sequence[Sample]  # B
+    images: np.ndarray  # (B, H, W, 3) uint8
+    masks: np.ndarray  # (B, H, W) uint8
+    computed: Computed
+
+
 def _batch_sizes(missing: list[range], batch_size: int) -> Iterator[int]:
     """Yield the sizes of the batches.
 
@@ -374,34 +384,32 @@ def _forward(
     accelerator: Accelerator,
     backbone: Backbone,
     dtype: torch.dtype,
-) -> tuple[list[Sample], np.ndarray, np.ndarray, Computed]:
-    """Compute a batch: its samples, images (B, H, W, 3), masks (B, H, W) and features."""
+) -> _Batch:
+    """Compute a batch; on a GPU nothing here waits for the result."""
     samples, images, masks = zip(*batch, strict=True)
     stacked = np.stack(images)
     # (B, H, W, 3) -> (B, 3, H, W), channels last in memory
     computed = compute(torch.from_numpy(stacked).permute(0, 3, 1, 2), backbone, accelerator, dtype)
-    return list(samples), stacked, np.stack(masks), computed
+    return _Batch(samples, stacked, np.stack(masks), computed)
 
 
-def _samples(
-    batches: Iterable[tuple[list[Sample], np.ndarray, np.ndarray, Computed]],
-) -> Iterator[tuple[Sample, np.ndarray, np.ndarray, LayerPairs]]:
-    """Take batches apart into samples, each batch once its features are on the CPU."""
-    for samples, images, masks, computed in batches:
-        yield from zip(samples, images, masks, computed.by_sample(), strict=True)
+def _samples(batches: Iterable[_Batch]) -> Iterator[tuple[_Batch, int]]:
+    """Name the samples of batches by their rows, without waiting for a GPU."""
+    for batch in batches:
+        for row in range(len(batch.samples)):
+            yield batch, row
 
 
-def _prepare(
-    sample: tuple[Sample, np.ndarray, np.ndarray, LayerPairs], *, writer: featurestore.StoreWriter
-) -> PreparedSample:
-    """Check and encode a sample for the store.
+def _prepare(sample: tuple[_Batch, int], *, writer: featurestore.StoreWriter) -> PreparedSample:
+    """Check and encode a sample for the store, once its features are on the CPU.
 
     Raises
     ------
     DataError
         When its features cannot be stored.
     """
-    (entry, view), image, mask, layers = sample
+    batch, row = sample
+    (entry, view), layers = batch.samples[row], batch.computed.layers(row)
     features = {
         # As computed where it is not finite: float16 shows only inf beyond its range.
         layer.name: array if all_finite(array := stored.numpy()) else computed.float().cpu().numpy()
@@ -411,8 +419,8 @@ def _prepare(
         return writer.prepare(
             id=entry.id,
             features=features,
-            mask=mask,
-            image=image if writer.spec.has_images else None,
+            mask=batch.masks[row],
+            image=batch.images[row] if writer.spec.has_images else None,
             view=view,
         )
     except SampleError as error:

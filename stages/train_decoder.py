@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,14 +19,15 @@ from featurestore import FeatureStore, SpecMismatchError, StoreSpec
 from featurestore.dataset import Batch, FeatureLoader
 from featurestore.files import file_sha256
 from stages.augment.base import (
+    FOR_TRANSFORMS,
     Augmenter,
     Context,
     DecoderOverrides,
     Labelled,
     LogitAdjustment,
     VariantConfig,
-    augment_features,
     repeat_real,
+    transform_features,
 )
 from stages.augment.extra_samples import extra_samples
 from stages.augment.hflip_views import training_views
@@ -52,10 +52,8 @@ from stages.segmentation.metrics import IMAGES_NAME, Scores, score, total
 from stages.segmentation.upsampled_loss import upsampled_cross_entropy
 from stages.training.best import Best
 from stages.training.models import CONFIG_NAME, save_weights
-from stages.training.session import Session, check_batch
+from stages.training.session import Session, State, check_batch
 from stages.training.update import adamw, backward, step_and_zero_grad
-
-FOR_ALL = 2  # purpose of random numbers, a part of their seed; an augmenter's is 1
 
 
 class TrainDecoderConfig(Config):
@@ -119,7 +117,7 @@ def run(
     features, gan
         Folder of the stores ``train``, ``val`` and ``test``; folder that ``train-gan`` wrote.
     out, metrics
-        Folders of the results, see :func:`save_results`; DVCLive writes to ``metrics``, too.
+        Folders of the results, see :func:`evaluate_and_save`; DVCLive writes to ``metrics``, too.
     logs, machine
         As for :func:`stages.train_gan.run`, which raises the same errors.
 
@@ -143,20 +141,17 @@ def run(
     augmenter, best = build_augmenter(variant, context), Best()
     loader = training_loader(session, config, train, variant, seed, augmenter)
     validation = session.loader(stores["val"], config.batch_size)
-    learning = math.ceil(round(variant.until * config.epochs, 6))  # epochs of a joint GAN
-    session.watch(monitoring, augmenter.monitored, stores, seed=seed, epochs=learning)
-    session.resume(
-        loader,
-        config.epochs,
-        identity=identify(config, variant, monitoring, seed, stores, gan),
-        state={"decoder": decoder, "optimizer": optimizer, "augmenter": augmenter, "best": best},
-    )
+    epochs = variant.epochs_with_batches(config.epochs)
+    session.watch(monitoring, augmenter.monitored, stores, seed=seed, epochs=epochs)
+    identity = identify(config, variant, monitoring, seed, stores, gan)
+    state: State = {"decoder": decoder, "optimizer": optimizer, "augmenter": augmenter, "best": best}
+    session.resume(loader, config.epochs, identity=identity, state=state)
 
-    # Batch order and noise are functions of seed, epoch, step, micro-batch and process.
+    # Random numbers depend only on seed, epoch, step, micro-batch, process and purpose.
     for epoch in session.epochs():
         decoder.train()
         for index, batch in session.batches(epoch):
-            progress = (epoch * len(loader) + index) / context.steps
+            progress = (epoch * len(loader) + index) / steps
             set_learning_rate(optimizer, config, progress)
             for micro_index, micro_batch in enumerate(divide(batch, config.gradient_accumulation)):
                 seeds = (seed, epoch, index, micro_index)
@@ -165,33 +160,34 @@ def run(
                     if progress < variant.until:
                         rng = augmenter.rng(accelerator.device, *seeds)
                         added = augmenter.augment(micro_batch, rng)  # with losses of a joint GAN
-                    else:  # real batches instead: as many, with the same weights
+                    else:  # as many copies of the real batch, with the same weights in the loss
                         added = repeat_real(micro_batch, variant.added_weights)
                     batches = [Labelled.of(micro_batch), *added.batches]
-                    rng = random_generator(accelerator.device, *seeds, FOR_ALL, rank)
-                    real, *others = augment_features(variant.augment, batches, rng, spec.folds)
-                    with accelerator.autocast():  # one forward a batch: BatchNorm must not mix them
+                    rng = random_generator(accelerator.device, *seeds, FOR_TRANSFORMS, rank)
+                    real, *others = transform_features(variant.augment, batches, rng, spec.folds)
+                    with accelerator.autocast():  # separate passes: BatchNorm must not mix batches
+                        # Only ISDA adjusts logits; ``running_statistics`` are BatchNorm's.
                         loss = ce_real = loss_of(real, augmenter.adjust_logits(real.masks))
                         with decoder.running_statistics(updated=variant.statistics == "all"):
                             ce_added = [loss_of(other) for other in others]
                     for other, cross_entropy in zip(others, ce_added, strict=True):
                         loss = loss + other.weight * cross_entropy
-                    if added.generator_loss is not None:
+                    if added.generator_loss is not None:  # of a joint GAN
                         loss = added.generator_loss + loss
                     trained = [*decoder.parameters(), *added.generator_parameters]
                     backward(accelerator, *added.discriminator_losses, (loss, trained))
                     if accelerator.sync_gradients:  # the last micro-batch
                         step_and_zero_grad(accelerator, optimizer, *added.optimizers)
-                        augmenter.after_optimizer_step(added)
+                        augmenter.after_optimizer_step(added)  # of a joint GAN and of ISDA
                 session.log({"decoder/ce_real": ce_real, **added.terms, **mean_of(ce_added)})
-                del added  # it holds the rest of the discriminator's graph
+                del added  # frees a joint GAN's graph before the next forward pass
             session.save_if_due(index + 1)
-        scores = evaluate(accelerator, decoder, validation, spec.class_names)
-        best.update(scores.miou, epoch, decoder)
-        session.end_epoch({**session.take_means(), **named(scores), **session.measures_due(epoch)})
+        on_val = evaluate(accelerator, decoder, validation, spec.class_names)
+        best.update(on_val.miou, epoch, decoder)
+        session.end_epoch(session.take_means() | val_row(on_val) | session.measure_if_due(epoch))
 
-    test = session.loader(stores["test"], config.batch_size, cache="none")
-    scores = save_results(config, session, context, augmenter, best, validation, test, out)
+    test = session.loader(stores["test"], config.batch_size, cache="none")  # read only twice
+    scores = evaluate_and_save(config, session, context, augmenter, best, validation, test, out)
     session.finish()
     return scores
 
@@ -208,7 +204,7 @@ def training_loader(
     augmenter: Augmenter,
 ) -> FeatureLoader:
     """Read the training samples, and the augmenter's, in an order that depends on the seed."""
-    epochs = variant.until * config.epochs  # with added batches
+    epochs = variant.epochs_with_batches(config.epochs)
     return session.loader(
         store,
         config.batch_size,
@@ -273,7 +269,7 @@ def set_learning_rate(
         group["lr"] = config.lr * factor
 
 
-def named(scores: Scores) -> dict[str, float]:
+def val_row(scores: Scores) -> dict[str, float]:
     """Name the scores of the validation split as they are logged."""
     by_class = {name.replace(" ", "_"): iou for name, iou in scores.iou.items() if iou is not None}
     return {
@@ -383,7 +379,7 @@ def open_stores(
     return stores
 
 
-def save_results(
+def evaluate_and_save(
     config: TrainDecoderConfig,
     session: Session,
     context: Context,

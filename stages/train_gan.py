@@ -179,27 +179,28 @@ def run(
         config.batch_size,
         seed=config.seed,
         drop_last=True,
-        positions=store.positions("identity"),
+        positions=store.positions("identity"),  # no mirrored images
         repeats=config.repeats,
         images=config.image_encoder,
     )
 
     seed_everything(config.seed)
     settings, architecture = config.model_dump(), describe(config, store)
-    networks = create_networks(architecture, settings, store, session.accelerator.device)
+    networks = create_networks(architecture, settings, store, accelerator.device)
     untrained = copy.deepcopy(networks.generator.state_dict())
     trainer = build_trainer(accelerator, networks, settings, machine, store.spec.folds)
-    session.watch(
-        monitoring, trainer.generator, stores, seed=config.seed, epochs=config.frozen_epochs
-    )
+    epochs = config.frozen_epochs  # all epochs of this stage; the decoder's come after them
+    # Measures the untrained generator, so it comes before ``resume``.
+    session.watch(monitoring, trainer.generator, stores, seed=config.seed, epochs=epochs)
     identity = {
         "config": settings,
         "monitor": monitoring.model_dump(include=MEASURED),
         "stores": [store.fingerprint, held_out.fingerprint],
     }
-    session.resume(loader, config.frozen_epochs, identity=identity, state={"trainer": trainer})
+    session.resume(loader, epochs, identity=identity, state={"trainer": trainer})
 
     # The order of the batches and all noise are functions of seed, epoch, step and micro-batch.
+    # All processes draw the noise of the whole batch, and ``forward`` takes this process's part.
     for epoch in session.epochs():
         for index, batch in session.batches(epoch):
             for micro_index, micro_batch in enumerate(batch.chunk(config.gradient_accumulation)):
@@ -208,20 +209,21 @@ def run(
                     output = trainer.forward(
                         micro_batch.features, micro_batch.masks, micro_batch.images, rng=rng
                     )
-                    backward(  # each loss to its own parameters; a flow has no discriminator
+                    backward(  # each loss to its parameters; a flow has none of a discriminator
                         accelerator,
                         (output.discriminator_loss, trainer.discriminator_parameters),
                         (output.generator_loss, trainer.generator_parameters),
                     )
                     if accelerator.sync_gradients:  # the last micro-batch
                         step_and_zero_grad(accelerator, *trainer.optimizers.values())
-                        trainer.after_optimizer_step()  # average, weight clipping
-                session.log(output.terms)
-                del output  # it holds the rest of the discriminator's graph
+                        trainer.after_optimizer_step()  # generator's average, WGAN's clipping
+                session.log(output.terms)  # adds to the means of the epoch
+                del output  # frees the discriminator's graph before the next forward pass
             session.save_if_due(index + 1)
-        session.end_epoch({**session.take_means(), **session.measures_due(epoch)})
+        # Writes the row, may save, and stops a collapsed GAN.
+        session.end_epoch({**session.take_means(), **session.measure_if_due(epoch)})
 
-    state = trainer.state_dict()
+    state = trainer.state_dict()  # in all processes: sharded weights are gathered
     if accelerator.is_main_process:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from stages.segmentation.folds import Folds
 from stages.segmentation.regions import Regions
 from stages.segmentation.transforms import Transform
 
-PURPOSE = 1  # of an augmenter's random numbers, a part of their seed
+FOR_AUGMENTER, FOR_TRANSFORMS = 1, 2  # purposes of random numbers, a part of their seeds
 State = dict[str, Any]  # what a resumed training restores: tensors and plain values
 
 
@@ -86,6 +87,10 @@ class VariantConfig(DecoderOverrides):
     def added_batches(self) -> int:
         """Number of batches that the decoder sees in addition to each real one."""
         return len(self.added_weights)
+
+    def epochs_with_batches(self, epochs: int) -> int:
+        """Count the epochs in which batches are added, and a joint GAN learns."""
+        return math.ceil(round(self.until * epochs, 6))  # 55.000000000000006 is 55
 
     @property
     def added_weights(self) -> tuple[float, ...]:
@@ -181,7 +186,7 @@ def repeat_real(batch: Batch, weights: Sequence[float]) -> Augmented:
     return Augmented([Labelled.of(batch, weight) for weight in weights])
 
 
-def augment_features(
+def transform_features(
     policy: Sequence[str], batches: list[Labelled], rng: torch.Generator, folds: Folds
 ) -> list[Labelled]:
     """Transform the features of batches, real and added, together with their masks.
@@ -291,7 +296,7 @@ class Augmenter:
 
     def rng(self, device: torch.device, *seeds: int) -> torch.Generator:
         """Build the source of random numbers of :meth:`augment` for one micro-batch."""
-        return random_generator(device, *seeds, PURPOSE, self.noise_rank)
+        return random_generator(device, *seeds, FOR_AUGMENTER, self.noise_rank)
 
     def extra_positions(self, positions: list[int], rng: torch.Generator) -> list[int]:
         """Choose the extra samples of a batch, so that the loader reads them ahead.

@@ -9,7 +9,7 @@ from stages.augment.base import Augmenter
 
 
 def extra_samples(
-    augmenter: Augmenter, seed: int, micro_batches: int, epochs: float
+    augmenter: Augmenter, seed: int, micro_batches: int, epochs: int
 ) -> ExtraSamples | None:
     """Describe an augmenter's extra samples to the loader; None where it needs none.
 
@@ -22,8 +22,7 @@ def extra_samples(
     micro_batches
         Number of micro-batches of a batch.
     epochs
-        Number of epochs, from the first on, in which batches are augmented. In the last one, which
-        may be a part of an epoch, extra samples are read to its end.
+        Number of epochs, from the first on, in which extra samples are read.
     """
     if not augmenter.extra_batches:
         return None

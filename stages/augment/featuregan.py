@@ -232,7 +232,7 @@ class FrozenFeatureGAN(FeatureAugmenter):
         masks
             (B, H, W) new masks.
         rows
-            Samples whose mask may have changed; the others keep their features, at no cost.
+            Samples whose mask may have changed. Other samples keep their features.
         z
             (ratio*B, z_dim) noise.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +9,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from stages.backbones.backbone import Backbone
-
-LayerPairs = list[tuple[Tensor, Tensor]]  # (c, h, w) of each layer: as stored, and as computed
 
 
 @dataclass
@@ -32,13 +29,18 @@ class Computed:
     stored: list[Tensor]
     arrived: torch.cuda.Event | None
 
-    def by_sample(self) -> Iterator[LayerPairs]:
-        """Yield the layers of each image, once they are on the CPU."""
+    def layers(self, row: int) -> list[tuple[Tensor, Tensor]]:
+        """Wait until the features are on the CPU, and return those of one image.
+
+        Returns
+        -------
+        list of tuple
+            (c, h, w) of each layer: as stored, and as computed.
+        """
         if self.arrived is not None:
             self.arrived.synchronize()
-        for row in range(len(self.stored[0])):
-            layers = zip(self.stored, self.features, strict=True)
-            yield [(stored[row], computed[row]) for stored, computed in layers]
+        layers = zip(self.stored, self.features, strict=True)
+        return [(stored[row], computed[row]) for stored, computed in layers]
 
 
 def compute(

@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
-MOST_WORKERS = 8  # by default: a training of more would only hold more batches in memory
+MOST_WORKERS = 8  # by default; more threads only hold more batches in memory
 
 if TYPE_CHECKING:
     from stages.commands.params import Params
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def cores() -> int:
+    """Count the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux; a scheduler may assign fewer than there are
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def option(*names: str, **settings: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -42,10 +49,10 @@ scratch_option = option(
 workers_option = option(
     "--workers",
     type=click.IntRange(0, 256),
-    default=lambda: min(os.cpu_count() or 1, MOST_WORKERS),
+    default=lambda: min(cores(), MOST_WORKERS),
     show_default=f"number of cores, at most {MOST_WORKERS}",
     envvar="FEATUREGAN_WORKERS",
-    help="Threads that read, decode and check; no result depends on it. 0: only the main thread.",
+    help="Threads of each pool that reads, decodes or checks; no result depends on it. 0: none.",
 )
 download_option = option(
     "--download/--no-download",

@@ -25,11 +25,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 from ruamel.yaml import YAML
-from tqdm import tqdm
 
 import featurestore
 import stages
 from featurestore import FeatureStore
+from featurestore.lock import UNSUPPORTED
 from stages.common.errors import DataError
 from stages.common.runtime import on_cpu, source_digest, write_json
 from stages.data.manifest import SPLITS, read_manifest
@@ -67,6 +67,7 @@ class Runner:
     runs: Sequence[Run] = ()
     _checked: set[str] = field(default_factory=set)  # shared folders made of the current images
     _checking: threading.Lock = field(default_factory=threading.Lock)
+    _stopped: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
     @contextmanager
@@ -121,6 +122,7 @@ class Runner:
                         del running[future]
                         yield future
             except BaseException:
+                self._stopped.set()  # ends the waiting for shared folders
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
@@ -141,6 +143,8 @@ class Runner:
         )
         busy = DataError(self.root / name, message)
         with _locked(self._lock_file(name), fcntl.LOCK_EX, busy) as lock:
+            if run.is_done(self.results):  # another command has made it since
+                return run.result(self.results)
             return self._run(run, name, lock)
 
     def _run(self, run: Run, name: str, lock: int) -> Path:
@@ -222,7 +226,7 @@ class Runner:
             The folder, and the digest of the code that made it.
         """
         folder = (self.root / name).resolve()
-        with _locked(self._lock_file(name), fcntl.LOCK_EX) as lock:
+        with _locked(self._lock_file(name), fcntl.LOCK_EX, stopped=self._stopped) as lock:
             if not (folder / "done").exists():
                 sources = _sources()
                 self._prepare_folder(name, run, inputs)
@@ -237,6 +241,8 @@ class Runner:
 
         Prepares the images again in folder ``name``, once a process.
         """
+        if folder.name in self._checked:
+            return
         with self._checking:
             if folder.name not in self._checked:
                 self._compare_images(folder, run, name, lock)
@@ -281,13 +287,14 @@ class Runner:
         """
         path = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
         threads = dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(self.threads))
+        workers = str(min(self.threads, 8))  # at most as many as by default
         # Options, as the environment may name other parameters and a scratch folder of all runs.
         options = ("--params", "params.yaml", "--scratch", "scratch")
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             process = subprocess.run(
                 [sys.executable, "-m", "pipeline", *arguments, *options],
                 cwd=folder,
-                env={**os.environ, "PYTHONPATH": path, **threads},
+                env={"FEATUREGAN_WORKERS": workers, **os.environ, "PYTHONPATH": path, **threads},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 check=False,
@@ -303,21 +310,56 @@ class Runner:
 
 
 @contextmanager
-def _locked(path: Path, kind: int, busy: DataError | None = None) -> Iterator[int]:
-    """Lock a file, which is made where missing, until the block ends; yield its descriptor.
+def _locked(
+    path: Path,
+    kind: int,
+    busy: DataError | None = None,
+    *,
+    stopped: threading.Event | None = None,
+) -> Iterator[int]:
+    """Lock a file, which is made where missing, until the block ends.
 
-    ``kind`` is ``fcntl.LOCK_EX`` or ``fcntl.LOCK_SH``. Where other processes, or threads of this
-    one, hold a lock that excludes it: raise ``busy``, or wait if that is None.
+    Parameters
+    ----------
+    path
+        The file.
+    kind
+        ``fcntl.LOCK_EX`` or ``fcntl.LOCK_SH``.
+    busy
+        Error to raise where another process or thread holds a lock that excludes this one;
+        default: wait for it.
+    stopped
+        Ends the waiting.
+
+    Yields
+    ------
+    int
+        The file's descriptor.
+
+    Raises
+    ------
+    DataError
+        When the lock is held, or the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:  # NFS shares locks only on files that are open for reading
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if busy is not None:
-                raise busy from None
-            tqdm.write(f"waiting for another run, which makes {path.name}", file=sys.stderr)
-            fcntl.flock(file, kind)
+        while True:
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if busy is not None:
+                    raise busy from None
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                message = (
+                    f"this file system has no locks ({error.strerror}); mount it with flock, or"
+                    " choose another --scratch"
+                )
+                raise DataError(path, message) from error
+            if stopped is not None and stopped.wait(1):
+                raise DataError(path, "the study was stopped while this run waited; start it again")
         yield file.fileno()
 
 

@@ -39,6 +39,9 @@ class Stateful(Protocol):
         """Restore a state that :meth:`state_dict` returned."""
 
 
+State = Mapping[str, Stateful]  # by name
+
+
 class TrainingConfig(Protocol):
     """Keys that the sections of both training stages have."""
 
@@ -105,7 +108,7 @@ class Session:
         allow_tf32(config.mixed_precision == "tf32")
         torch.backends.cudnn.benchmark = True  # all batches have one shape
         self._monitor: Monitor | None = None
-        self._stateful: Mapping[str, Stateful] = {}
+        self._stateful: State = {}
         self._step = 0  # first step of the epoch; above 0 only in a resumed one
         self._means = Means()
 
@@ -152,7 +155,7 @@ class Session:
         epochs: int,
         *,
         identity: Mapping[str, object],
-        state: Mapping[str, Stateful],
+        state: State,
     ) -> None:
         """Restore the last saved state of a run with the same identity, or start a new one.
 
@@ -227,7 +230,7 @@ class Session:
         means, self._means = self._means, Means()
         return means.result(self.accelerator)
 
-    def measures_due(self, epoch: int) -> dict[str, float]:
+    def measure_if_due(self, epoch: int) -> dict[str, float]:
         """Measure the watched generator, after the epochs where it is due."""
         if (
             self._monitor is None

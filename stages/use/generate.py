@@ -55,9 +55,10 @@ def run(
 ) -> FeatureStore:
     """Generate features for masks, into a store that reads like one of real features.
 
-    Each sample passes through the generator by itself, and its noise is a function of seed, id and
-    number. On one kind of device its bytes do not depend on other samples, interruptions or
-    threads. In batches, the last bits would depend on the batch size.
+    The noise of a sample is a function of seed, id and number. A CPU generates each sample by
+    itself: its bytes do not depend on other samples. A GPU generates batches of 16, on which the
+    last bits depend; no batch crosses a shard. On one kind of device the bytes of the store depend
+    neither on interruptions nor on threads.
 
     Parameters
     ----------

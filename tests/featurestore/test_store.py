@@ -10,6 +10,7 @@ import pickle
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
@@ -110,6 +111,28 @@ def test_an_error_while_a_full_shard_is_finished_is_raised_and_the_next_run_resu
             resumed(tmp_path / "store", tmp_path / "scratch")
     assert resumed(tmp_path / "store", tmp_path / "scratch") == [range(3, 6)]
     assert shard_bytes(tmp_path / "store") == shard_bytes(tmp_path / "whole")
+
+
+def test_a_store_that_lost_a_shard_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither when the caller goes on after the error."""
+
+    def failing(*paths: Path) -> None:
+        raise OSError(errno.EIO, "no disk")
+
+    with pytest.raises(StoreWriteError, match="Input/output error"):  # noqa: SIM117
+        with featurestore.create(tmp_path / "store", SPEC, samples_per_shard=1) as writer:
+            with monkeypatch.context() as patch:
+                patch.setattr("featurestore.shard.os.replace", failing)
+                for number in range(9):
+                    with suppress(StoreWriteError):
+                        writer.append(**sample(number))
+            for number in range(9, 12):
+                with suppress(StoreWriteError):
+                    writer.append(**sample(number))
+    assert not (tmp_path / "store").exists()
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_any_hdf5_tool_can_read_a_shard(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 import featurestore
 from featurestore import SpecMismatchError
 from featurestore.dataset import Batch
-from stages.augment.base import Augmented, Augmenter, Context, Labelled, augment_features
+from stages.augment.base import Augmented, Augmenter, Context, Labelled, transform_features
 from stages.augment.cvae import CVAE, fit
 from stages.augment.hflip_views import mirrored
 from stages.augment.isda import ISDA
@@ -769,10 +769,10 @@ def test_class_transfer_moves_an_object_by_the_difference_of_the_means(
 
 def test_feature_augmentation_transforms_features_and_all_targets_alike(batch) -> None:
     part = Labelled(small(batch.masks)[:, None].float(), [(batch.masks, 0.5), (batch.masks, 0.5)])
-    (changed,) = augment_features(["flip", "translation"], [part], rng(2), ((1, 1),))
+    (changed,) = transform_features(["flip", "translation"], [part], rng(2), ((1, 1),))
     assert torch.equal(changed.targets[0][0], changed.targets[1][0])
     labels = small(changed.targets[0][0])
     assert not torch.equal(labels, small(batch.masks))
     inside = labels != VOID
     assert torch.equal(changed.features[:, 0][inside], labels[inside].float())
-    assert augment_features([], [part], rng(), ((1, 1),))[0] is part
+    assert transform_features([], [part], rng(), ((1, 1),))[0] is part

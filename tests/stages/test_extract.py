@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from stages.backbones.backbone import Backbone
 from stages.backbones.build import build_backbone
 from stages.backbones.compute import converted
 from stages.common.errors import ConfigError, DataError
+from stages.common.runtime import make_accelerator
 from stages.data.manifest import read_manifest
 from tests.factories import digests, prepare, prepare_config, write_photos
 from tests.factories import extract as run
@@ -424,3 +426,49 @@ def test_features_are_converted_to_nchw(layout: torch.memory_format, dtype: torc
     stored = converted(features, dtype)
     assert stored.is_contiguous()
     assert torch.equal(stored, features.to(dtype))
+
+
+class Arrival:
+    """Stands for the event of a copy from a GPU, which ends only after the next launch."""
+
+    def __init__(self, launched: list[int], number: int, last: int) -> None:
+        self.launched, self.needed = launched, min(number + 1, last)
+
+    def synchronize(self) -> None:
+        deadline = time.monotonic() + 20
+        while self.needed not in self.launched:
+            assert time.monotonic() < deadline, "nothing is launched while a batch is on its way"
+            time.sleep(0.001)
+
+
+def test_a_gpu_has_its_next_batch_while_one_is_on_its_way(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched, expected = [], run(config(batch_size=2), prepared, out="expected")["train"]
+    original = extract.compute
+
+    def compute(images, backbone, accelerator, dtype):
+        computed = original(images, backbone, make_accelerator("cpu", "no"), dtype)
+        computed.arrived = Arrival(launched, len(launched), last=2)
+        launched.append(len(launched))
+        return computed
+
+    monkeypatch.setattr(extract, "compute", compute)
+    entries, classes = read_manifest(prepared / "dataset")
+    samples = [(entry, "identity") for entry in entries if entry.split == "train"]
+    backbone = build_backbone(name="efficientnet_lite0", weights="default")
+    with featurestore.create(prepared / "store", expected.spec) as writer:
+        extract._fill(
+            writer,
+            samples,
+            writer.resume(len(samples)),
+            config=config(batch_size=2),
+            classes=classes,
+            backbone=backbone,
+            accelerator=SimpleNamespace(device=torch.device("cuda")),
+            workers=2,
+        )
+    assert launched == [0, 1, 2]
+    store = featurestore.open(prepared / "store")
+    for number in range(len(store)):
+        np.testing.assert_array_equal(store.features(number), expected.features(number))

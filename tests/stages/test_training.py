@@ -601,7 +601,7 @@ def test_from_until_on_real_batches_take_the_place_of_added_ones(
         {"augmenter": "noise", "weight": 0.5},
     ]
     seen = []
-    augment, decoder_loss = train_decoder.augment_features, train_decoder.decoder_loss
+    augment, decoder_loss = train_decoder.transform_features, train_decoder.decoder_loss
 
     def look(
         names: tuple[str, ...], parts: list[Labelled], rng: torch.Generator, folds: Folds
@@ -617,7 +617,7 @@ def test_from_until_on_real_batches_take_the_place_of_added_ones(
         return augment(names, parts, rng, folds)
 
     adjusted = []
-    monkeypatch.setattr(train_decoder, "augment_features", look)
+    monkeypatch.setattr(train_decoder, "transform_features", look)
     monkeypatch.setattr(
         train_decoder,
         "decoder_loss",
