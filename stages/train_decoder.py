@@ -52,7 +52,7 @@ from stages.segmentation.metrics import IMAGES_NAME, Scores, score, total
 from stages.segmentation.upsampled_loss import upsampled_cross_entropy
 from stages.training.best import Best
 from stages.training.models import CONFIG_NAME, save_weights
-from stages.training.session import Session, State, check_batch
+from stages.training.session import Session, check_batch
 from stages.training.update import adamw, backward, step_and_zero_grad
 
 
@@ -143,9 +143,12 @@ def run(
     validation = session.loader(stores["val"], config.batch_size)
     epochs = variant.epochs_with_batches(config.epochs)
     session.watch(monitoring, augmenter.monitored, stores, seed=seed, epochs=epochs)
-    identity = identify(config, variant, monitoring, seed, stores, gan)
-    state: State = {"decoder": decoder, "optimizer": optimizer, "augmenter": augmenter, "best": best}
-    session.resume(loader, config.epochs, identity=identity, state=state)
+    session.resume(
+        loader,
+        config.epochs,
+        identity=identify(config, variant, monitoring, seed, stores, gan),
+        state={"decoder": decoder, "optimizer": optimizer, "augmenter": augmenter, "best": best},
+    )
 
     # Random numbers depend only on seed, epoch, step, micro-batch, process and purpose.
     for epoch in session.epochs():
@@ -166,8 +169,7 @@ def run(
                     rng = random_generator(accelerator.device, *seeds, FOR_TRANSFORMS, rank)
                     real, *others = transform_features(variant.augment, batches, rng, spec.folds)
                     with accelerator.autocast():  # separate passes: BatchNorm must not mix batches
-                        # Only ISDA adjusts logits; ``running_statistics`` are BatchNorm's.
-                        loss = ce_real = loss_of(real, augmenter.adjust_logits(real.masks))
+                        loss = ce_real = loss_of(real, augmenter.adjust_logits(real.masks))  # ISDA
                         with decoder.running_statistics(updated=variant.statistics == "all"):
                             ce_added = [loss_of(other) for other in others]
                     for other, cross_entropy in zip(others, ce_added, strict=True):

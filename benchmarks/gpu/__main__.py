@@ -42,7 +42,10 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.group(help=benchmarks.gpu.__doc__)
+DOC = (benchmarks.gpu.__doc__ or "").replace("\n\n    ", "\n\n\b\n    ")  # click keeps these lines
+
+
+@click.group(help=DOC)
 def main() -> None:
     """Run one of the benchmarks."""
 

@@ -424,8 +424,8 @@ def test_killed_extractions_resume_to_byte_identical_shards(
 def test_features_are_converted_to_nchw(layout: torch.memory_format, dtype: torch.dtype) -> None:
     features = torch.randn(3, 70, 9, 8).contiguous(memory_format=layout)
     stored = converted(features, dtype)
-    assert stored.is_contiguous()
-    assert torch.equal(stored, features.to(dtype))
+    assert all(image.is_contiguous() for image in stored)
+    assert torch.equal(torch.stack(list(stored)), features.to(dtype))
 
 
 class Arrival:
