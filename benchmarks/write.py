@@ -6,9 +6,9 @@ Samples are features (C, 32, 32) float16 of which half are zero, a mask and an i
 ``threads`` prepares samples in one thread a core and writes them in another, as ``extract`` does.
 The limit of a place is the lower of two rates: plain ``write`` and ``fsync`` of equal bytes, and
 all that a writer must compute, ``write, sha256, statistics``, in one thread a core that waits for
-no other. ``extract`` is the stage with a backbone that costs nothing and gives C channels.
-The number of samples is announced, as ``extract`` does. All implementations of a place run in
-turns, and the median of the rounds counts.
+no other. ``extract`` is the stage, in processes of its own, with a backbone that costs nothing and
+gives C channels. The number of samples is announced, as ``extract`` does. All implementations of a
+place run in turns, and the median of the rounds counts.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 import featurestore
 from benchmarks import common, extract
 from benchmarks.gpu.extract import draw_scenes
+from benchmarks.process import in_a_process, measure_or_run
 from benchmarks.train import SIZES, store_spec
 from featurestore.files import file_sha256, sync
 from featurestore.prefetch import prefetch
@@ -229,24 +230,27 @@ class Given(nn.Module):
         return [self.maps[: len(images)]]
 
 
-def extract_rate(case: Case, folder: Path) -> float:
+def measure(channels: int, dataset: str, count: int) -> float:
+    """Measure the seconds of an extraction of ``count`` images, in a process of its own."""
+    given = case(DRAWN, channels, "none")
+    layers = [BackboneLayer("given", channels, 8)]
+    backbone = Backbone(
+        name="given", network=Given(given.features), layers=layers, nonnegative=True
+    )
+    stage.build_backbone = lambda **_: backbone
+    with tempfile.TemporaryDirectory(dir=Path(dataset).parent) as work:
+        extract.write_dataset(Path(dataset), Path(work) / "dataset", count)
+        config = {"backbone": "resnet101", "input_size": 256, "batch_size": DRAWN}
+        return extract.extract(config, work, "cpu", CORES)["seconds"]
+
+
+def extract_rate(channels: int, dataset: Path, count: int) -> float:
     """Measure images a second of the stage, without its start."""
-    layers = [BackboneLayer("given", case.spec.feature_shape[0], 8)]
-    backbone = Backbone(name="given", network=Given(case.features), layers=layers, nonnegative=True)
-    config = {"backbone": "resnet101", "input_size": 256, "batch_size": DRAWN}
-    seconds = {}
-    original, stage.build_backbone = stage.build_backbone, lambda **_: backbone
-    try:
-        for count in (case.count // 4, case.count):
-            work = folder / str(count)
-            work.mkdir()
-            extract.write_dataset(folder / "scenes", work / "dataset", count)
-            seconds[count] = extract.extract(config, str(work), "cpu", CORES)["seconds"]
-            shutil.rmtree(work)
-    finally:
-        stage.build_backbone = original
-    few, many = seconds
-    return (many - few) / (seconds[many] - seconds[few])
+    few, many = (
+        in_a_process("benchmarks.write", channels, str(dataset), number)
+        for number in (count // 4, count)
+    )
+    return (count - count // 4) / (many - few)
 
 
 @click.command(help=__doc__)
@@ -279,7 +283,9 @@ def main(
                 rows += rows_of(chosen, where, Path(folder), rounds)
             if where == "disk":
                 draw_scenes(Path(folder) / "scenes", Path(folder), 256, DRAWN)
-                found = [extract_rate(plain, Path(folder)) for _ in range(rounds)]
+                found = [
+                    extract_rate(channels, Path(folder) / "scenes", samples) for _ in range(rounds)
+                ]
     shared = {"channels": channels, "compression": "none"}
     values = (
         ("hash", "sha256 alone", "memory", hash_rate(plain)),
@@ -292,4 +298,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    measure_or_run(measure, main)
