@@ -6,8 +6,8 @@ Samples are features (C, 32, 32) float16 of which half are zero, a mask and an i
 ``threads`` prepares samples in one thread a core and writes them in another, as ``extract`` does.
 The limit of a place is the lower of two rates: plain ``write`` and ``fsync`` of equal bytes, and
 all that a writer must compute, ``write, sha256, statistics``, in one thread a core that waits for
-no other. ``extract`` is the stage, in processes of its own, with a backbone that costs nothing and
-gives C channels. The number of samples is announced, as ``extract`` does. All implementations of a
+no other. ``extract`` is the stage, in separate processes. Its backbone costs nothing and gives C
+channels. The number of samples is announced, as ``extract`` does. All implementations of a
 place run in turns, and the median of the rounds counts.
 """
 
@@ -231,7 +231,7 @@ class Given(nn.Module):
 
 
 def measure(channels: int, dataset: str, count: int) -> float:
-    """Measure the seconds of an extraction of ``count`` images, in a process of its own."""
+    """Measure the seconds of an extraction of ``count`` images, in a separate process."""
     given = case(DRAWN, channels, "none")
     layers = [BackboneLayer("given", channels, 8)]
     backbone = Backbone(
