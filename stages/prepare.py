@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +33,7 @@ from stages.datasets.config import PrepareConfig
 from stages.datasets.download import download_data
 from stages.datasets.layout import DatasetLayout
 from stages.datasets.relabel import write_indices
-from stages.datasets.splits import assign
+from stages.datasets.splits import assign, keep_train_fraction, select_fold
 
 # Each has ``find(root, config)`` and ``WHERE`` (where to get it); ``archives(root, config)`` only
 # where the owners allow a download.
@@ -96,7 +95,11 @@ def run(
 
     layout = _find(config, root, building, workers)
     _check_ids(root, layout.pairs)
-    pairs = _with_fraction_for_training(layout.pairs, config)
+    pairs = select_fold(
+        keep_train_fraction(layout.pairs, config.train_fraction, config.split_seed),
+        config.fold,
+        config.split_seed,
+    )
 
     # All problems are collected before the first one is reported.
     def check(pair: Pair) -> tuple[Entry, np.ndarray] | DataError:
@@ -194,14 +197,6 @@ def _check_ids(root: Path, pairs: list[Pair]) -> None:
                 expected="at least 1",
                 actual=0,
             )
-
-
-def _with_fraction_for_training(pairs: list[Pair], config: PrepareConfig) -> list[Pair]:
-    """Keep a random ``train_fraction`` of the training pairs; smaller fractions are subsets."""
-    training = [pair.id for pair in pairs if pair.split == "train"]
-    training.sort(key=lambda id: hashlib.sha256(f"{config.split_seed} {id}".encode()).digest())
-    kept = set(training[: math.ceil(round(config.train_fraction * len(training), 6))])
-    return [pair for pair in pairs if pair.split != "train" or pair.id in kept]
 
 
 def _check_pair(

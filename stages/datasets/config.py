@@ -58,6 +58,12 @@ class PrepareConfig(Config):
     train_fraction: float = Field(
         1.0, gt=0, le=1, description="fraction of the training images; smaller ones are nested"
     )
+    fold: str = Field(
+        "",
+        pattern=r"^(|[1-9]\d?/[1-9]\d?)$",
+        description="cross-validation: `2/4` tests on the second quarter of the training images, "
+        "trains on the others and leaves out the test images; empty: none",
+    )
     classes: Annotated[tuple[ClassLine, ...], Listed] = Field(
         (),
         description="folder: `- name: [red, green, blue]` a line, in the order of mask values; "
@@ -90,6 +96,10 @@ class PrepareConfig(Config):
             raise ValueError(
                 f"{len(self.classes)} classes leave no room for void_index {self.void_index}"
             )
+        if self.fold:
+            number, count = map(int, self.fold.split("/"))
+            if number > count or count < 2:
+                raise ValueError(f"fold {self.fold} must be K/N with K from 1 to N and N from 2")
         if self.split == "sbd" and self.dataset != "voc":
             raise ValueError(f"split sbd is only for dataset voc, not for {self.dataset}")
         return self

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from stages.common.errors import ConfigError
 from stages.data.manifest import Pair
 
 
@@ -48,6 +51,52 @@ def halve(ids: Sequence[str], seed: int) -> dict[str, str]:
     """Divide ids into halves ``val`` and ``test``, for data sets without labelled test images."""
     half = (len(ids) + 1) // 2
     return _deal(ids, {"val": half, "test": len(ids) - half}, seed)
+
+
+def keep_train_fraction(pairs: Sequence[Pair], fraction: float, seed: int) -> list[Pair]:
+    """Keep a random ``fraction`` (0..1) of the training pairs; smaller fractions are subsets."""
+    training = _in_random_order(pairs, seed)
+    kept = set(training[: math.ceil(round(fraction * len(training), 6))])
+    return [pair for pair in pairs if pair.split != "train" or pair.id in kept]
+
+
+def select_fold(pairs: Sequence[Pair], fold: str, seed: int) -> list[Pair]:
+    """Divide the training pairs for cross-validation and leave out the test pairs.
+
+    Parameters
+    ----------
+    pairs
+        Pairs in their final splits.
+    fold
+        ``K/N``: the K-th of N parts becomes the split ``test``; the other parts remain ``train``.
+        Part sizes differ by at most one. Empty: all pairs keep their splits.
+    seed
+        Seed of the random division.
+
+    Raises
+    ------
+    ConfigError
+        When there are fewer training pairs than parts.
+    """
+    if not fold:
+        return list(pairs)
+    number, count = map(int, fold.split("/"))
+    training = _in_random_order(pairs, seed)
+    if len(training) < count:
+        message = f"{count} folds need at least {count} training images, there are {len(training)}"
+        raise ConfigError("prepare.fold", message, actual=fold)
+    held_out = set(training[number - 1 :: count])
+    return [
+        replace(pair, split="test") if pair.id in held_out else pair
+        for pair in pairs
+        if pair.split != "test"
+    ]
+
+
+def _in_random_order(pairs: Sequence[Pair], seed: int) -> list[str]:
+    """Return the ids of the training pairs, ordered by a seeded hash of each id."""
+    training = [pair.id for pair in pairs if pair.split == "train"]
+    return sorted(training, key=lambda id: hashlib.sha256(f"{seed} {id}".encode()).digest())
 
 
 def _deal(ids: Sequence[str], counts: dict[str, int], seed: int) -> dict[str, str]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from stages.common.errors import DataError
+from stages.common.errors import ConfigError, DataError
 from stages.data.images import decode_image, decode_mask, resize_pair
 from stages.datasets import voc, wastesim
 from stages.datasets.splits import halve, random_split
@@ -57,6 +57,41 @@ def test_smaller_training_fractions_are_subsets(photos: Path, tmp_path: Path) ->
         chosen.append(splits["train"])
     assert [len(ids) for ids in chosen] == [6, 3, 2, 1]
     assert chosen[3] < chosen[2] < chosen[1] < chosen[0]
+
+
+def test_folds_divide_the_training_images_and_leave_out_the_test_images(
+    photos: Path, tmp_path: Path
+) -> None:
+    tested, trained = [], []
+    for number in range(1, 5):
+        summary = prepare(config(photos, fold=f"{number}/4"), tmp_path)
+        rows = manifest(tmp_path)
+        tested.append({row["id"] for row in rows if row["split"] == "test"})
+        trained.append({row["id"] for row in rows if row["split"] == "train"})
+        assert summary["splits"]["val"]["images"] == 3
+    every = {f"train/{number}" for number in range(6)}
+    assert sorted(map(len, tested)) == [1, 1, 2, 2]
+    assert sorted(id for ids in tested for id in ids) == sorted(every)
+    assert all(test | train == every for test, train in zip(tested, trained, strict=True))
+
+
+def test_folds_divide_the_images_that_train_fraction_keeps(photos: Path, tmp_path: Path) -> None:
+    prepare(config(photos, train_fraction=0.5), tmp_path)
+    kept = {row["id"] for row in manifest(tmp_path) if row["split"] == "train"}
+    prepare(config(photos, train_fraction=0.5, fold="1/3"), tmp_path)
+    rows = manifest(tmp_path)
+    assert {row["id"] for row in rows if row["split"] != "val"} == kept
+
+
+@pytest.mark.parametrize("fold", ["3/2", "1/1", "0/2", "1", "1/x"])
+def test_a_fold_that_is_no_part_of_a_division_is_refused(photos: Path, fold: str) -> None:
+    with pytest.raises(ValueError, match="fold"):
+        config(photos, fold=fold)
+
+
+def test_more_folds_than_training_images_are_refused(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="7 folds need at least 7 training images, there are 6"):
+        prepare(config(photos, fold="1/7"), tmp_path)
 
 
 def test_folder_without_splits_any_image_format_and_a_bare_class_list(
