@@ -122,12 +122,16 @@ class Backbone(nn.Module):
     @override
     @torch.inference_mode()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Compute the features of images.
+        """Compute the features of images without gradients, see :meth:`maps`."""
+        return self.maps(images)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Compute the features of images; gradients reach the images.
 
         Parameters
         ----------
         images
-            (B, 3, H, W) uint8, red green blue.
+            (B, 3, H, W) red green blue, uint8 or float in 0..255.
 
         Returns
         -------

@@ -12,6 +12,7 @@ import torch
 from featurestore import StoreSpec
 from featurestore.files import sync
 from stages.backbones.backbone import BackboneError
+from stages.backbones.map_network import load_map_network
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import progress
 from stages.training.models import load_decoder, read_config, read_spec
@@ -24,7 +25,6 @@ from stages.use.export_formats import (
     Size,
     torchvision_name,
 )
-from stages.use.segmenter import load_backbone
 
 # Of the largest logit. Other kernels round differently; float16 features change logits by more.
 TOLERANCE = 1e-3
@@ -95,7 +95,7 @@ def run(
     architecture = read_config(decoder)["architecture"]
     if format == "torchvision":
         torchvision_name(spec, architecture)
-    backbone = load_backbone(spec, backbone_weights)
+    backbone = load_map_network(spec, backbone_weights)
     if not backbone.any_size:
         size = size or spec.mask_shape
         try:

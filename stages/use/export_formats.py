@@ -20,10 +20,10 @@ from torch.export import Dim, ExportedProgram
 from torchvision.transforms.functional import normalize
 
 from featurestore import StoreSpec
+from stages.backbones.map_network import MapNetwork
 from stages.backbones.resnet import RESNETS
 from stages.common.errors import ConfigError
 from stages.models.decoder import Decoder
-from stages.use.segmenter import MapNetwork
 
 METADATA = "metadata.json"  # name of the extra file in a .pt2
 MIN_SIDE = 32  # pixels; smaller images leave nearly empty feature maps

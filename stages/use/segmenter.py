@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TypeAlias
@@ -16,10 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featurestore import StoreSpec
-from featurestore.dataset import assemble
-from stages.backbones.backbone import Backbone, BackboneError
-from stages.backbones.build import build_backbone
-from stages.common.errors import ConfigError, DataError
+from stages.backbones.map_network import load_map_network
+from stages.common.errors import ConfigError
 from stages.common.runtime import make_accelerator, to_channels_last
 from stages.data.images import decode_image, read_bytes, too_deep, upright
 from stages.training.models import load_decoder, read_precision, read_spec
@@ -135,7 +132,7 @@ class Segmenter:
         return cls(
             device=make_accelerator(device, "no").device,
             decoder=load_decoder(folder, weights=weights),
-            backbone=load_backbone(spec, str(backbone_weights)),
+            backbone=load_map_network(spec, str(backbone_weights)),
             spec=spec,
             precision=read_precision(folder),
         )
@@ -277,75 +274,3 @@ def as_image(image: Input) -> Image.Image:
             raise ValueError(f"an image must be an (H, W, 3) uint8 array, RGB; found {actual}")
         return Image.fromarray(image)
     return decode_image(read_bytes(Path(image), "image"), Path(image))
-
-
-class MapNetwork(nn.Module):
-    """A frozen backbone and the assembly of its layers: images in, the decoder's map out.
-
-    Parameters
-    ----------
-    backbone
-        The network.
-    spec
-        Spec of the features that the decoder was trained on.
-
-    Attributes
-    ----------
-    any_size
-        Whether images of any size can be read.
-    """
-
-    def __init__(self, backbone: Backbone, spec: StoreSpec) -> None:
-        super().__init__()
-        self.backbone, self.spec = backbone, spec
-        # Several layers fit each other only where the strides divide the image.
-        self.any_size = backbone.any_size and [factor for _, factor in spec.folds] == [1]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 RGB images -> (B, C, h, w) features."""
-        return assemble(self.backbone(images), self.spec)
-
-
-def load_backbone(spec: StoreSpec, weights: str) -> MapNetwork:
-    """Load the backbone that made the features of a spec.
-
-    Parameters
-    ----------
-    spec
-        Spec that names the backbone and the sha256 of its weights.
-    weights
-        Value of ``extract.weights``: ``default``, or the path of a state dict.
-
-    Raises
-    ------
-    ConfigError
-        When the default weights are not available, or did not make the features.
-    DataError
-        When weights from a file cannot be read, or did not make the features.
-    """
-    wrong: Callable[..., ConfigError | DataError] = (
-        partial(ConfigError, "--backbone-weights")
-        if weights == "default"
-        else partial(DataError, weights)
-    )
-    remedy = "give --backbone-weights the file that extract.weights named"
-    try:
-        backbone = build_backbone(
-            name=spec.backbone,
-            weights=weights,
-            layers=spec.layer_names,
-            dilate=not spec.native_strides,
-            size=spec.mask_shape,
-        )
-    except BackboneError as error:
-        reason = str(error).removeprefix(f"{weights}: ").split(";")[0]
-        raise wrong(f"{reason}; {remedy}", expected=spec.weights_digest) from error
-    if (actual := backbone.digest()) != spec.weights_digest:
-        raise wrong(
-            f"these are other {spec.backbone} weights than those that the decoder's features were"
-            f" made with (sha256 {actual[:12]}..., expected {spec.weights_digest[:12]}...);"
-            f" {remedy}",
-            expected=spec.weights_digest,
-            actual=actual,
-        )
-    return MapNetwork(backbone, spec)
