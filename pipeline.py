@@ -226,6 +226,7 @@ def train_decoder(variant: str, seed: int, path: Path, **machine: Any) -> None:
         metrics=METRICS / name,
         logs=LOGS,
         machine=Machine(**machine),
+        backbone_weights=params.extract.weights,
     )
     if not first_process():
         return

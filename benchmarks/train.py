@@ -4,7 +4,8 @@
 
 Steps: the project and ``benchmarks/literal.py`` have networks of equal widths and batches of equal
 shapes, and take turns in one process; the median step counts. Both compute in ``--precision``,
-unless ``--literal-precision`` names another one for the literal implementation. Epochs (with
+unless ``--literal-precision`` names another one for the literal implementation. In the unfrozen
+step images pass a backbone that is trained, in float32 on our side. Epochs (with
 ``--folder``): the baseline decoder and the GAN read every image once, from a feature store or, as
 the thesis did, as an image that passes the backbone.
 """
@@ -23,12 +24,15 @@ import click
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks import common, literal
 from featurestore import StoreSpec
 from featurestore.dataset import Batch
 from stages.augment.base import Labelled
 from stages.augment.featuregan import FeatureGANConfig, JointFeatureGAN
+from stages.backbones.build import build_backbone
+from stages.backbones.map_network import MapNetwork
 from stages.common.runtime import Machine, distribute, make_accelerator, to_channels_last
 from stages.gan.gan_trainer import GanTrainer
 from stages.gan.networks import build_networks
@@ -36,6 +40,7 @@ from stages.gan.objective import Objective
 from stages.models.decoder import Decoder
 from stages.segmentation.upsampled_loss import upsampled_cross_entropy
 from stages.train_decoder import decoder_loss
+from stages.training.feature_source import TrainedBackbone
 from stages.training.update import adamw, backward, step_and_zero_grad
 
 CLASSES, STRIDE = 21, 8
@@ -157,7 +162,7 @@ def our_decoder_step(
     accelerator = make_accelerator(device, precision)
     decoder = new_decoder(size)
     called = distribute(accelerator, decoder, compile=machine.compile)
-    optimizer = adamw(decoder, 5e-4, (0.9, 0.999), weight_decay=0.0)
+    optimizer = adamw({decoder: 5e-4}, (0.9, 0.999), weight_decay=0.0)
 
     def step() -> None:
         batch = Labelled.of(batch_of(features, masks))
@@ -182,7 +187,7 @@ def our_steps(
     compiled = machine is not None and machine.compile
     decoder = new_decoder(size)
     called = distribute(trainer.accelerator, decoder, compile=compiled)
-    optimizer = adamw(decoder, 5e-4, (0.9, 0.999), weight_decay=0.0)
+    optimizer = adamw({decoder: 5e-4}, (0.9, 0.999), weight_decay=0.0)
     rng = torch.Generator(trainer.accelerator.device).manual_seed(0)
 
     def gan() -> None:
@@ -196,14 +201,63 @@ def our_steps(
         with trainer.accelerator.autocast():
             batches = [Labelled.of(batch), *added.batches]
             losses = torch.stack([decoder_loss(called, each) for each in batches])
-        assert added.generator_loss is not None
-        trained = [*decoder.parameters(), *added.generator_parameters]
-        loss = added.generator_loss + losses.sum()
-        backward(trainer.accelerator, *added.discriminator_losses, (loss, trained))
+        trained = list(decoder.parameters())
+        backward(trainer.accelerator, *added.losses(losses.sum(), trained))
         step_and_zero_grad(trainer.accelerator, optimizer, *added.optimizers)
         augmenter.after_optimizer_step(added)
 
     return {"gan step": gan, "joint step 1:1": lambda: joint(1), "joint step 2:1": lambda: joint(2)}
+
+
+def unfrozen_steps(
+    size: Size, device: str, precisions: dict[str, str]
+) -> dict[str, Callable[[], object]]:
+    """Build the step of a baseline decoder with a trained backbone, ours and a literal one.
+
+    The literal one is a loop as in PyTorch's tutorials: two modules, cross-entropy of upsampled
+    logits, one AdamW.
+    """
+    where = make_accelerator(device, precisions["ours"]).device
+    spec, (_, masks) = store_spec(size), draw_batch(size, where)
+    rng = torch.Generator(where).manual_seed(0)
+    shape = (size.batch, 3, *spec.mask_shape)
+    images = torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8, device=where)
+    images = images.contiguous(memory_format=torch.channels_last)
+
+    def network() -> MapNetwork:
+        return MapNetwork(build_backbone(name=size.backbone, weights=None), spec)
+
+    accelerator = make_accelerator(device, precisions["ours"])
+    source = TrainedBackbone(accelerator, network(), batchnorm="eval", transforms=())
+    decoder = to_channels_last(new_decoder(size), where)
+    optimizer = adamw(
+        {decoder: 5e-4, **dict.fromkeys(source.networks.values(), 5e-5)}, (0.9, 0.999), 0.0
+    )
+
+    def ours() -> None:
+        batch = source.encode(Batch(torch.arange(size.batch), images[:, :0], masks, images))
+        with accelerator.autocast():
+            loss = decoder_loss(decoder, Labelled.of(batch))
+        backward(accelerator, (loss, [*decoder.parameters(), *source.parameters]))
+        step_and_zero_grad(accelerator, optimizer)
+
+    plain = network()
+    plain.backbone.unfreeze("eval")
+    plain = to_channels_last(plain, where).train()
+    head = new_decoder(size).to(where)
+    groups = [{"params": head.parameters()}, {"params": plain.parameters(), "lr": 5e-5}]
+    adam = torch.optim.AdamW(groups, 5e-4, weight_decay=0.0)
+
+    def literally() -> None:
+        with literal_autocast(where, precisions["literal"]):
+            logits = F.interpolate(
+                head(plain(images)), masks.shape[1:], mode="bilinear", align_corners=False
+            )
+        adam.zero_grad()
+        F.cross_entropy(logits.float(), masks.long(), ignore_index=255).backward()
+        adam.step()
+
+    return {"ours": ours, "literal": literally}
 
 
 def literal_autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -249,6 +303,8 @@ def time_steps(
         "ours": our_steps(size, device, precisions["ours"], features, masks),
         "literal": literal_steps(size, device, precisions["literal"], features, masks),
     }
+    for implementation, step in unfrozen_steps(size, device, precisions).items():
+        kinds[implementation]["unfrozen decoder step"] = step
     seconds: dict[tuple[str, str], list[float]] = {}
     for number in range(steps + 1):
         for implementation, named in kinds.items():

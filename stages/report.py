@@ -31,7 +31,13 @@ from stages.reporting.features import (
     subsample_channels,
 )
 from stages.reporting.verdict import verdict
-from stages.training.models import load_decoder, load_generator
+from stages.training.feature_source import compute_features
+from stages.training.models import (
+    has_trained_backbone,
+    load_backbone,
+    load_decoder,
+    load_generator,
+)
 
 VECTORS_A_SAMPLE = 10  # in the projection; vectors of one image resemble each other
 BATCH_SIZE = 8  # samples whose features are in memory together
@@ -267,11 +273,16 @@ def _predictions(
         An image's id, and its pictures: image, true mask, a mask a variant.
     """
     positions = np.linspace(0, len(store) - 1, min(config.pictures, len(store))).round().astype(int)
-    features = gather_maps(store, positions, device)
+    stored = gather_maps(store, positions, device)
     masks = {"truth": store.gather("masks", positions)}
     for variant in compared.names:
-        decoder = load_decoder(decoders / f"{variant}-{compared.seeds[0]}").to(device)
-        logits = decoder(features, store.spec.mask_shape)
+        folder = decoders / f"{variant}-{compared.seeds[0]}"
+        features = stored
+        if has_trained_backbone(folder):
+            images = torch.from_numpy(store.gather("images", positions)).to(device)
+            network = load_backbone(folder).to(device)
+            features = compute_features(network, store.spec.compute, images.movedim(-1, 1))
+        logits = load_decoder(folder).to(device)(features, store.spec.mask_shape)
         masks[variant] = logits.argmax(1).to(torch.uint8).cpu().numpy()
     coloured = {
         name: pictures.colour_masks(values, store.spec.palette) for name, values in masks.items()

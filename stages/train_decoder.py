@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field
 from torch import Tensor, nn
 
 import featurestore
@@ -20,6 +19,7 @@ from featurestore.dataset import Batch, FeatureLoader
 from featurestore.files import file_sha256
 from stages.augment.base import (
     FOR_TRANSFORMS,
+    Augmented,
     Augmenter,
     Context,
     DecoderOverrides,
@@ -31,12 +31,10 @@ from stages.augment.base import (
 )
 from stages.augment.extra_samples import extra_samples
 from stages.augment.hflip_views import training_views
-from stages.augment.registry import build_augmenter
-from stages.common.config import Beta, Config, LayerName, Listed, Once
-from stages.common.errors import ConfigError
+from stages.augment.registry import build_augmenter, check_variant
+from stages.backbones.map_network import load_map_network
 from stages.common.runtime import (
     Machine,
-    Precision,
     distribute,
     seed_everything,
     verify_stores,
@@ -45,51 +43,16 @@ from stages.common.runtime import (
 from stages.common.runtime import generator as random_generator
 from stages.gan.monitor import MEASURED, MonitorConfig
 from stages.models.decoder import Decoder
-from stages.models.deeplabv3plus import has_pyramid
 from stages.segmentation.class_weights import class_weights
 from stages.segmentation.evaluation import evaluate, evaluate_images
 from stages.segmentation.metrics import IMAGES_NAME, Scores, score, total
 from stages.segmentation.upsampled_loss import upsampled_cross_entropy
 from stages.training.best import Best
-from stages.training.models import CONFIG_NAME, save_weights
+from stages.training.decoder_config import TrainDecoderConfig, check_decoder, describe
+from stages.training.feature_source import StoredFeatures, TrainedBackbone
+from stages.training.models import CONFIG_NAME, save_networks
 from stages.training.session import Session, check_batch
 from stages.training.update import adamw, backward, step_and_zero_grad
-
-
-class TrainDecoderConfig(Config):
-    """Section ``train_decoder`` of params.yaml: what all decoders have in common."""
-
-    epochs: int = Field(50, ge=1, description="epochs; after the GAN's frozen_epochs")
-    repeats: int = Field(1, ge=1, description="repeats of the training samples an epoch")
-    batch_size: int = Field(
-        32, ge=2, description="samples a step; BatchNorm after global pooling needs two"
-    )
-    gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step, to save memory")
-    layers: Annotated[tuple[LayerName, ...], Listed, Once] = Field(
-        (), description="stored layers that the decoder reads; []: all"
-    )
-    decoder: Literal["linear", "deeplab", "fcn", "deeplabv3plus"] = Field(
-        "deeplab", description="head; deeplabv3plus needs a layer finer than the grid"
-    )
-    width: int = Field(256, ge=1, description="channels of the deeplab heads")
-    atrous_rates: Annotated[
-        tuple[Annotated[int, Field(ge=1)], ...], Listed, Field(min_length=1)
-    ] = Field((12, 24, 36), description="rates of the deeplab heads; [6, 12] for 16 x 16 maps")
-    dropout: float | None = Field(
-        None, ge=0, lt=1, description="null: 0.5 for deeplab, 0.1 for the others"
-    )
-    lr: float = Field(5e-4, gt=0, description="learning rate")
-    lr_schedule: Literal["constant", "poly"] = Field(
-        "constant", description="poly: falls to 0 with the steps"
-    )
-    betas: Annotated[tuple[Beta, Beta], Listed] = Field((0.9, 0.999), description="of Adam")
-    weight_decay: float = Field(0.0, ge=0, description="of convolution weights (AdamW)")
-    class_weight_cap: float = Field(
-        1.0, ge=1, description="largest weight of a rare class in the loss; 1: all weigh 1"
-    )
-    mixed_precision: Precision = Field(
-        "no", description="of decoder and GAN; tf32 and fp16 need a GPU"
-    )
 
 
 def run(
@@ -105,6 +68,7 @@ def run(
     metrics: Path,
     logs: Path,
     machine: Machine,
+    backbone_weights: str = "default",
 ) -> Scores:
     """Train one decoder, write it to ``out`` and its scores to ``metrics``.
 
@@ -120,6 +84,8 @@ def run(
         Folders of the results, see :func:`evaluate_and_save`; DVCLive writes to ``metrics``, too.
     logs, machine
         As for :func:`stages.train_gan.run`, which raises the same errors.
+    backbone_weights
+        Value of ``extract.weights``; only a trained backbone reads them.
 
     Returns
     -------
@@ -129,43 +95,42 @@ def run(
     config = overridden(config, variant)
     session = Session(__name__, f"{name}-{seed}", machine, config, metrics=metrics, logs=logs)
     accelerator, rank = session.accelerator, session.accelerator.process_index
-    stores = open_stores(config, features, machine, accelerator.num_processes)
+    stores = open_stores(config, variant, name, features, machine, accelerator.num_processes)
     train, spec = stores["train"], stores["train"].spec
     seed_everything(seed)  # variants of a seed start with the same weights
     decoder = Decoder(**describe(config, spec))
     wrapped = distribute(accelerator, decoder, compile=machine.compile)
-    optimizer = adamw(decoder, config.lr, config.betas, config.weight_decay)
+    source = feature_source(config, spec, backbone_weights, accelerator, machine)
+    optimizer = optimizer_of(config, decoder, source)
     loss_of = partial(decoder_loss, wrapped, class_weights=weights_of(config, train, accelerator))
     steps = config.epochs * (config.repeats * len(train.positions("identity")) // config.batch_size)
     context = Context(name, accelerator, train, decoder, gan, seed, steps, machine)
     augmenter, best = build_augmenter(variant, context), Best()
-    loader = training_loader(session, config, train, variant, seed, augmenter)
-    validation = session.loader(stores["val"], config.batch_size)
+    loader = training_loader(session, config, train, variant, seed, augmenter, source)
+    validation = session.loader(stores["val"], config.batch_size, images=source.needs_images)
     epochs = variant.epochs_with_batches(config.epochs)
-    session.watch(monitoring, augmenter.monitored, stores, seed=seed, epochs=epochs)
-    session.resume(
-        loader,
-        config.epochs,
-        identity=identify(config, variant, monitoring, seed, stores, gan),
-        state={"decoder": decoder, "optimizer": optimizer, "augmenter": augmenter, "best": best},
-    )
+    generator = None if source.networks else augmenter.monitored  # compared with stored features
+    session.watch(monitoring, generator, stores, seed=seed, epochs=epochs)
+    identity = identify(config, variant, monitoring, seed, stores, gan)
+    state: dict[str, Any] = {"decoder": decoder, "source": source, "optimizer": optimizer}
+    state |= {"augmenter": augmenter, "best": best}
+    session.resume(loader, config.epochs, identity=identity, state=state)
+    modules = (wrapped, *source.modules, *augmenter.modules)
+    trained = [*decoder.parameters(), *source.parameters]
 
     # Random numbers depend only on seed, epoch, step, micro-batch, process and purpose.
     for epoch in session.epochs():
         decoder.train()
         for index, batch in session.batches(epoch):
             progress = (epoch * len(loader) + index) / steps
-            set_learning_rate(optimizer, config, progress)
+            set_learning_rates(optimizer, config, progress)
             for micro_index, micro_batch in enumerate(divide(batch, config.gradient_accumulation)):
                 seeds = (seed, epoch, index, micro_index)
                 seed_everything(*seeds, rank)  # dropout
-                with accelerator.accumulate(wrapped, *augmenter.modules):  # sets sync_gradients
-                    if progress < variant.until:
-                        rng = augmenter.rng(accelerator.device, *seeds)
-                        added = augmenter.augment(micro_batch, rng)  # with losses of a joint GAN
-                    else:  # as many copies of the real batch, with the same weights in the loss
-                        added = repeat_real(micro_batch, variant.added_weights)
-                    batches = [Labelled.of(micro_batch), *added.batches]
+                with accelerator.accumulate(*modules):  # sets sync_gradients
+                    real_batch = source.encode(micro_batch)  # only a trained backbone changes it
+                    added = augment(augmenter, variant, real_batch, progress, seeds)
+                    batches = [Labelled.of(real_batch), *added.batches]
                     rng = random_generator(accelerator.device, *seeds, FOR_TRANSFORMS, rank)
                     real, *others = transform_features(variant.augment, batches, rng, spec.folds)
                     with accelerator.autocast():  # separate passes: BatchNorm must not mix batches
@@ -174,22 +139,20 @@ def run(
                             ce_added = [loss_of(other) for other in others]
                     for other, cross_entropy in zip(others, ce_added, strict=True):
                         loss = loss + other.weight * cross_entropy
-                    if added.generator_loss is not None:  # of a joint GAN
-                        loss = added.generator_loss + loss
-                    trained = [*decoder.parameters(), *added.generator_parameters]
-                    backward(accelerator, *added.discriminator_losses, (loss, trained))
+                    backward(accelerator, *added.losses(loss, trained))  # with a joint GAN's
                     if accelerator.sync_gradients:  # the last micro-batch
                         step_and_zero_grad(accelerator, optimizer, *added.optimizers)
                         augmenter.after_optimizer_step(added)  # of a joint GAN and of ISDA
                 session.log({"decoder/ce_real": ce_real, **added.terms, **mean_of(ce_added)})
                 del added  # frees a joint GAN's graph before the next forward pass
             session.save_if_due(index + 1)
-        on_val = evaluate(accelerator, decoder, validation, spec.class_names)
-        best.update(on_val.miou, epoch, decoder)
+        on_val = evaluate(accelerator, decoder, source.evaluated(validation), spec.class_names)
+        best.update(on_val.miou, epoch, {"decoder": decoder, **source.networks})
         session.end_epoch(session.take_means() | val_row(on_val) | session.measure_if_due(epoch))
 
-    test = session.loader(stores["test"], config.batch_size, cache="none")  # read only twice
-    scores = evaluate_and_save(config, session, context, augmenter, best, validation, test, out)
+    scores = evaluate_and_save(
+        config, session, context, augmenter, source, best, validation, stores["test"], out
+    )
     session.finish()
     return scores
 
@@ -204,6 +167,7 @@ def training_loader(
     variant: VariantConfig,
     seed: int,
     augmenter: Augmenter,
+    source: StoredFeatures,
 ) -> FeatureLoader:
     """Read the training samples, and the augmenter's, in an order that depends on the seed."""
     epochs = variant.epochs_with_batches(config.epochs)
@@ -214,9 +178,59 @@ def training_loader(
         drop_last=True,
         positions=training_views(store, variant.view),
         repeats=config.repeats,
-        images=augmenter.needs_images,
+        images=augmenter.needs_images or source.needs_images,
         extra=extra_samples(augmenter, seed, config.gradient_accumulation, epochs),
     )
+
+
+def feature_source(
+    config: TrainDecoderConfig,
+    spec: StoreSpec,
+    backbone_weights: str,
+    accelerator: Accelerator,
+    machine: Machine,
+) -> StoredFeatures:
+    """Read the features from the store, or compute them with a backbone that is trained.
+
+    Raises
+    ------
+    ConfigError, DataError
+        When the pretrained backbone cannot be loaded, or its weights did not make the store.
+    """
+    if config.backbone == "frozen":
+        return StoredFeatures()
+    return TrainedBackbone(
+        accelerator,
+        load_map_network(spec, backbone_weights, key="extract.weights"),
+        batchnorm=config.backbone_batchnorm,
+        transforms=config.image_augment,
+        compile=machine.compile,
+    )
+
+
+def optimizer_of(
+    config: TrainDecoderConfig, decoder: Decoder, source: StoredFeatures
+) -> torch.optim.AdamW:
+    """Build the optimizer of the decoder and of a trained backbone, each with its own rate."""
+    rates = {decoder: config.lr, **dict.fromkeys(source.networks.values(), config.backbone_lr)}
+    return adamw(rates, config.betas, config.weight_decay)
+
+
+def augment(
+    augmenter: Augmenter,
+    variant: VariantConfig,
+    real: Batch,
+    progress: float,
+    seeds: tuple[int, ...],
+) -> Augmented:
+    """Add batches, after a fraction ``progress`` of all steps; no added loss trains the backbone.
+
+    After ``until`` the real batch is added as often, with the same weights in the loss.
+    """
+    constant = replace(real, features=real.features.detach())
+    if progress < variant.until:
+        return augmenter.augment(constant, augmenter.rng(real.features.device, *seeds))
+    return repeat_real(constant, variant.added_weights)
 
 
 def divide(batch: Batch, count: int) -> Iterator[Batch]:
@@ -259,16 +273,16 @@ def mean_of(ce_added: list[Tensor]) -> dict[str, Tensor]:
     return {"decoder/ce_added": torch.stack(ce_added).mean()} if ce_added else {}
 
 
-def set_learning_rate(
+def set_learning_rates(
     optimizer: torch.optim.Optimizer, config: TrainDecoderConfig, progress: float
 ) -> None:
-    """Set the rate after a fraction ``progress`` of all steps.
+    """Set the rates after a fraction ``progress`` of all steps.
 
     ``poly`` falls to 0 (Chen et al. 2017, section 4.1).
     """
     factor = (1 - progress) ** 0.9 if config.lr_schedule == "poly" else 1
     for group in optimizer.param_groups:
-        group["lr"] = config.lr * factor
+        group["lr"] = group["initial_lr"] * factor
 
 
 def val_row(scores: Scores) -> dict[str, float]:
@@ -288,42 +302,6 @@ def overridden(config: TrainDecoderConfig, variant: VariantConfig) -> TrainDecod
     """Return the parameters of all decoders with those that a variant sets for itself."""
     overrides = {key: getattr(variant, key) for key in DecoderOverrides.model_fields}
     return config.model_copy(update={k: v for k, v in overrides.items() if v is not None})
-
-
-def describe(config: TrainDecoderConfig, spec: StoreSpec) -> dict[str, Any]:
-    """Describe the decoder by the arguments of :class:`stages.models.decoder.Decoder`."""
-    return {
-        "head": config.decoder,
-        "in_channels": spec.feature_shape[0],
-        "num_classes": spec.num_classes,
-        "width": config.width,
-        "atrous_rates": config.atrous_rates,
-        "dropout": config.dropout,
-        "folds": spec.folds,
-    }
-
-
-def check_decoder(config: TrainDecoderConfig, store: FeatureStore) -> None:
-    """Refuse a decoder that needs layers which the store lacks.
-
-    Raises
-    ------
-    ConfigError
-        When ``deeplabv3plus`` has no layer on the grid, or none that is finer.
-    """
-    spec = store.spec
-    if config.decoder != "deeplabv3plus" or has_pyramid(spec.folds):
-        return
-    grid = " x ".join(map(str, spec.feature_shape[1:]))
-    stored = ", ".join(
-        f"{layer.name or spec.backbone} {layer.shape[1]} x {layer.shape[2]}"
-        for layer in spec.layers
-    )
-    message = (
-        f"deeplabv3plus needs a layer on the grid {grid} and a finer one, found {stored} in"
-        f" {store.path}; add a layer of stride 4 to extract.layers, or choose another decoder"
-    )
-    raise ConfigError("train_decoder.decoder", message, actual=spec.folds)
 
 
 def identify(
@@ -347,17 +325,23 @@ def identify(
 
 
 def open_stores(
-    config: TrainDecoderConfig, features: Path, machine: Machine, processes: int
+    config: TrainDecoderConfig,
+    variant: VariantConfig,
+    name: str,
+    features: Path,
+    machine: Machine,
+    processes: int,
 ) -> dict[str, FeatureStore]:
     """Open and check the stores of all splits.
 
     Raises
     ------
     SpecMismatchError
-        When two splits have different specs, or one has no labelled pixel.
+        When two splits have different specs, one has no labelled pixel, or a backbone is trained
+        and there are no images.
     ConfigError
         When a batch does not divide over the processes, or is larger than an epoch; when the stores
-        lack a layer that the decoder needs.
+        lack a layer that the decoder needs; when the variant does not work with a trained backbone.
     FeatureStoreError
         When a store is missing or damaged.
     """
@@ -377,6 +361,9 @@ def open_stores(
             raise SpecMismatchError(message, path=store.path)
     check_batch(config, train, processes, "train_decoder")
     check_decoder(config, train)
+    if config.backbone == "trained":
+        check_variant(variant, name)
+        train.check_images()
     verify_stores(*stores.values(), workers=machine.workers)
     return stores
 
@@ -386,9 +373,10 @@ def evaluate_and_save(
     session: Session,
     context: Context,
     augmenter: Augmenter,
+    source: StoredFeatures,
     best: Best,
     validation: FeatureLoader,
-    test: FeatureLoader,
+    store: FeatureStore,
     out: Path,
 ) -> Scores:
     """Score the decoder of the last epoch, and the best one, and write all results.
@@ -397,9 +385,12 @@ def evaluate_and_save(
     ----------
     context
         Variant, seed and decoder.
+    store
+        The test split.
     out
         Folder of ``decoder.safetensors`` (last epoch), ``decoder-best.safetensors`` (best mIoU on
-        the validation split), ``config.json``, and ``gan/`` of a jointly trained GAN. The session's
+        the validation split), ``config.json``, ``gan/`` of a jointly trained GAN, and
+        ``backbone.safetensors`` and ``backbone-best.safetensors`` of a trained one. The session's
         folder of metrics gets ``test.json`` and ``images.json``, the confusion matrix of each test
         image.
 
@@ -408,26 +399,30 @@ def evaluate_and_save(
     Scores
         Scores of the last epoch on the test split.
     """
-    accelerator, decoder, store = session.accelerator, context.decoder, test.store
-    run = {"variant": context.variant, "seed": context.seed}
-    spec, main = store.spec, session.accelerator.is_main_process
-    on_val = evaluate(accelerator, decoder, validation, spec.class_names)
-    by_image = evaluate_images(accelerator, decoder, test, spec.num_classes)
+    accelerator, decoder, spec = session.accelerator, context.decoder, store.spec
+    run, main = {"variant": context.variant, "seed": context.seed}, accelerator.is_main_process
+    networks = {"decoder": decoder, **source.networks}
+    test = session.loader(  # read only twice
+        store, config.batch_size, cache="none", images=source.needs_images
+    )
+    on_val = evaluate(accelerator, decoder, source.evaluated(validation), spec.class_names)
+    by_image = evaluate_images(accelerator, decoder, source.evaluated(test), spec.num_classes)
     scores = score(total(by_image.values(), spec.num_classes), spec.class_names)
     if main:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        save_weights(decoder.state_dict(), out / "decoder.safetensors")
+        save_networks(networks, out)
         settings = {
             "architecture": describe(config, spec),
+            "backbone": config.backbone,
             "mixed_precision": config.mixed_precision,
         }
         write_json(out / CONFIG_NAME, {**settings, **run, "features": spec.to_dict()})
     augmenter.save(out)
-    decoder.load_state_dict(best.weights)
-    best_scores = evaluate(accelerator, decoder, test, spec.class_names)
+    best.restore(networks)
+    best_scores = evaluate(accelerator, decoder, source.evaluated(test), spec.class_names)
     if main:
-        save_weights(decoder.state_dict(), out / "decoder-best.safetensors")
+        save_networks(networks, out, "-best")
         result = {
             **run,
             "epochs": config.epochs,

@@ -26,8 +26,10 @@ from stages.models.feature_generator import FeatureGenerator
 from stages.segmentation import transforms
 from stages.segmentation.class_statistics import ClassStatistics
 from stages.segmentation.folds import Folds
+from stages.segmentation.image_transforms import ImageTransform
 from stages.segmentation.regions import Regions
 from stages.segmentation.transforms import Transform
+from stages.training.update import Loss
 
 FOR_AUGMENTER, FOR_TRANSFORMS = 1, 2  # purposes of random numbers, a part of their seeds
 State = dict[str, Any]  # what a resumed training restores: tensors and plain values
@@ -44,6 +46,16 @@ class DecoderOverrides(Config):
     )
     width: int | None = Field(None, ge=1, description="channels of the head")
     lr: float | None = Field(None, gt=0, description="learning rate")
+    backbone: Literal["frozen", "trained"] | None = Field(
+        None, description="trained: images pass the backbone in every step"
+    )
+    backbone_lr: float | None = Field(None, ge=0, description="rate of a trained backbone")
+    backbone_batchnorm: Literal["eval", "train"] | None = Field(
+        None, description="BatchNorm of a trained backbone"
+    )
+    image_augment: Annotated[tuple[ImageTransform, ...], Listed, Once] | None = Field(
+        None, description="image transforms of a trained backbone"
+    )
     weight_decay: float | None = Field(None, ge=0, description="weight decay")
     dropout: float | None = Field(None, ge=0, lt=1, description="dropout of the head")
 
@@ -101,6 +113,11 @@ class VariantConfig(DecoderOverrides):
     def needs_mirrored(self) -> bool:
         """Whether training reads features of mirrored images."""
         return self.view == "random" or any(member.needs_mirrored for member in self.members)
+
+    @property
+    def needs_stored_features(self) -> bool:
+        """Whether training reads stored features beside those of the batch."""
+        return any(member.needs_stored_features for member in self.members)
 
     @property
     def needs_classes(self) -> int:
@@ -177,8 +194,22 @@ class Augmented:
     terms: dict[str, Tensor] = field(default_factory=dict)
     generator_loss: Tensor | None = None
     generator_parameters: Sequence[nn.Parameter] = ()
-    discriminator_losses: Sequence[tuple[Tensor, Sequence[nn.Parameter]]] = ()
+    discriminator_losses: Sequence[Loss] = ()
     optimizers: Sequence[torch.optim.Optimizer] = ()
+
+    def losses(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Loss]:
+        """List what to back-propagate, in this order, each loss with the parameters it trains.
+
+        Parameters
+        ----------
+        loss
+            The decoder's, of real and added features.
+        parameters
+            What it trains, beside :attr:`generator_parameters`.
+        """
+        if self.generator_loss is not None:
+            loss = self.generator_loss + loss
+        return [*self.discriminator_losses, (loss, [*parameters, *self.generator_parameters])]
 
 
 def repeat_real(batch: Batch, weights: Sequence[float]) -> Augmented:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,6 +25,8 @@ class CalibrationConfig(SourceConfig):
     )
     neighbours: int = Field(2, ge=1, description="k, the nearest frequent classes")
     spread: float = Field(0.0, ge=0, description="alpha, added to every element of the covariance")
+
+    needs_stored_features: ClassVar[bool] = True
 
 
 class Calibration(FeatureAugmenter):

@@ -24,6 +24,7 @@ class ClassTransferConfig(SourceConfig):
         1.0, gt=0, le=1, description="fraction of the samples changed; the others are added as real"
     )
 
+    needs_stored_features: ClassVar[bool] = True
     needs_classes: ClassVar[int] = 3  # two classes of objects, and the background
 
 

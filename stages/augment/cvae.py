@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ class CVAEConfig(SourceConfig):
     latent: int = Field(16, ge=1, description="latent dimensions")
     hidden: int = Field(256, ge=1, description="hidden units")
     fit_steps: int = Field(1000, ge=1, description="training steps before the decoder's")
+
+    needs_stored_features: ClassVar[bool] = True
 
 
 class CVAE(nn.Module):

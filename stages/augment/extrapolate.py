@@ -5,7 +5,7 @@ Thesis section 2.2.1, after Cheung and Yeung 2020 (MODALS).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,6 +22,8 @@ class ExtrapolateConfig(SourceConfig):
 
     augmenter: Literal["extrapolate"]
     strength: float = Field(0.5, gt=0, description="lambda")
+
+    needs_stored_features: ClassVar[bool] = True
 
 
 class Extrapolate(RegionAugmenter):

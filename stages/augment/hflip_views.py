@@ -18,6 +18,7 @@ class HflipViewsConfig(SourceConfig):
     augmenter: Literal["hflip-views"]
     view: Literal["identity"] = "identity"  # the mirrored one is what it adds
 
+    needs_stored_features: ClassVar[bool] = True
     needs_mirrored: ClassVar[bool] = True
 
 

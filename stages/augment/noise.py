@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -27,6 +27,8 @@ class NoiseConfig(SourceConfig):
     deviation: Literal["channel", "class"] = Field(
         "channel", description="deviation over all pixels, or over those of the pixel's class"
     )
+
+    needs_stored_features: ClassVar[bool] = True
 
 
 class Noise(FeatureAugmenter):

@@ -25,6 +25,7 @@ from stages.augment.mixup import Mixup, MixupConfig
 from stages.augment.noise import Noise, NoiseConfig
 from stages.augment.upsample import Upsample, UpsampleConfig
 from stages.common.config import Listed, reason
+from stages.common.errors import ConfigError
 
 
 class NoneConfig(VariantConfig):
@@ -108,3 +109,23 @@ def build_augmenter(config: VariantConfig, context: Context) -> Augmenter:
     if isinstance(config, CombinedConfig):
         return Combined(config, context, [build_augmenter(member, context) for member in config.of])
     return AUGMENTERS[type(config)](config, context)
+
+
+def check_variant(variant: VariantConfig, name: str) -> None:
+    """Refuse a variant that does not work with a trained backbone.
+
+    Raises
+    ------
+    ConfigError
+        When it reads stored features: a trained backbone makes others.
+    """
+    for key, reads in (
+        ("augmenter", variant.needs_stored_features),
+        ("view", variant.view == "random"),
+    ):
+        if reads:
+            message = (
+                f"{getattr(variant, key)} reads stored features, and a trained backbone makes"
+                " others; set backbone to frozen"
+            )
+            raise ConfigError(f"variants.{name}.{key}", message)

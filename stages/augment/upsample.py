@@ -5,7 +5,7 @@ Kumar et al. 2019; thesis section 2.2.1.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ class UpsampleConfig(SourceConfig):
         description="fraction of the images below which a class is rare; "
         "1: weight every class by its rarity",
     )
+
+    needs_stored_features: ClassVar[bool] = True
 
 
 def repeat_factors(store: FeatureStore, positions: np.ndarray, threshold: float) -> np.ndarray:

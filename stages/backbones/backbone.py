@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -112,12 +113,29 @@ class Backbone(nn.Module):
         shift = torch.tensor([-centre / width for centre, width in zip(mean, std, strict=True)])
         self.register_buffer("_scale", scale.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_shift", shift.view(1, 3, 1, 1), persistent=False)
+        self._trained: Literal["eval", "train"] | None = None  # None: frozen
         self.requires_grad_(False)
         self.eval()
 
+    def unfreeze(self, batchnorm: Literal["eval", "train"]) -> None:
+        """Let the weights be trained.
+
+        Parameters
+        ----------
+        batchnorm
+            Mode of BatchNorm in training; ``eval`` keeps the pretrained statistics.
+        """
+        self._trained = batchnorm
+        self.requires_grad_(True)
+
     def train(self, mode: bool = True) -> Backbone:
-        """Stay in evaluation mode: the backbone is frozen, its BatchNorm statistics too."""
-        return super().train(False)
+        """Set the mode of a backbone that is trained; a frozen one stays in evaluation mode."""
+        super().train(mode and self._trained is not None)
+        if self._trained == "eval":
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     @override
     @torch.inference_mode()

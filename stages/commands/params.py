@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from typing_extensions import Self
 
 from stages.augment.base import VariantConfig
-from stages.augment.registry import VARIANTS, Variant
+from stages.augment.registry import VARIANTS, Variant, check_variant
 from stages.common.config import Config, Plain, parse, read_params, with_settings
 from stages.common.errors import ConfigError
 from stages.common.runtime import check_batch_divides
@@ -94,11 +94,22 @@ class Params(Config):
         if self.train_gan.image_encoder and not self.extract.store_images:
             message = "train_gan.image_encoder reads the images; set it to true"
             raise ConfigError("extract.store_images", message)
+        self._check_trained_backbones()
         mirrored = [name for name, variant in self.compared.items() if variant.needs_mirrored]
         if mirrored and "hflip" not in self.extract.views:
             message = f"variant {mirrored[0]!r} reads mirrored images; set it to [identity, hflip]"
             raise ConfigError("extract.views", message)
         return self
+
+    def _check_trained_backbones(self) -> None:
+        """Refuse compared variants that do not work with a trained backbone."""
+        for name, variant in self.compared.items():
+            if (variant.backbone or self.train_decoder.backbone) == "frozen":
+                continue
+            if not self.extract.store_images:
+                message = f"variant {name!r} trains the backbone on the images; set it to true"
+                raise ConfigError("extract.store_images", message)
+            check_variant(variant, name)
 
     def _check_names(self) -> None:
         """Refuse a compared variant without description, or in the list of the other stage."""

@@ -186,11 +186,8 @@ class Workload:
         added = JointFeatureGAN(variant, self.trainer, Path()).augment(self.batch, self.rng)
         seen = [self.features, *(each.features for each in added.batches)]
         losses = torch.stack([self.decoder_loss(features) for features in seen])
-        loss = losses.sum()
-        if added.generator_loss is not None:
-            loss = loss + added.generator_loss
-        trained = [*self.decoder.parameters(), *added.generator_parameters]
-        backward(self.trainer.accelerator, *added.discriminator_losses, (loss, trained))
+        trained = list(self.decoder.parameters())
+        backward(self.trainer.accelerator, *added.losses(losses.sum(), trained))
 
 
 def count(setup: Setup) -> tuple[dict[str, Cost], list[Layer]]:

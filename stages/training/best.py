@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
-from stages.models.decoder import Decoder
+from torch import Tensor, nn
 
 
 @dataclass
@@ -16,14 +15,21 @@ class Best:
 
     miou: float = -1.0
     epoch: int = -1
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
-    def update(self, miou: float, epoch: int, decoder: Decoder) -> None:
-        """Copy the decoder's weights if they score better than all before."""
+    def update(self, miou: float, epoch: int, networks: Mapping[str, nn.Module]) -> None:
+        """Copy the weights of the networks, by name, if they score better than all before."""
         if miou > self.miou:
-            weights = decoder.state_dict().items()
-            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in weights}
+            self.weights = {
+                name: {key: value.detach().cpu().clone() for key, value in state.items()}
+                for name, state in ((name, each.state_dict()) for name, each in networks.items())
+            }
             self.miou, self.epoch = miou, epoch
+
+    def restore(self, networks: Mapping[str, nn.Module]) -> None:
+        """Load the best weights into the networks."""
+        for name, network in networks.items():
+            network.load_state_dict(self.weights[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, of tensors and plain values."""

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from featurestore import StoreSpec
 from featurestore.files import write_atomically, writing
-from stages.common.errors import DataError
+from stages.backbones.map_network import MapNetwork, build_map_network, load_map_network
+from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import write_json
 from stages.gan.networks import Networks, build_networks
 from stages.models.decoder import Decoder
@@ -207,6 +208,49 @@ def _untrained(folder: Path) -> Networks:
 
 
 # -- decoders ------------------------------------------------------------------------------------
+
+
+def save_networks(networks: Mapping[str, nn.Module], folder: Path, suffix: str = "") -> None:
+    """Write each network to ``NAME + suffix.safetensors``."""
+    for name, network in networks.items():
+        save_weights(network.state_dict(), folder / f"{name}{suffix}.safetensors")
+
+
+def has_trained_backbone(path: str | Path) -> bool:
+    """Return whether the folder that ``train-decoder`` wrote holds a backbone of its own."""
+    return read_config(Path(path)).get("backbone") == "trained"
+
+
+def load_backbone(
+    path: str | Path, *, weights: str = "decoder", backbone_weights: str = "default"
+) -> MapNetwork:
+    """Load the backbone of a decoder: the one trained with it, or the frozen one of its features.
+
+    Parameters
+    ----------
+    path
+        Folder that ``train-decoder`` wrote.
+    weights
+        ``decoder`` (last epoch) or ``decoder-best``.
+    backbone_weights
+        Of a frozen backbone, the value of ``extract.weights``.
+
+    Raises
+    ------
+    ConfigError, DataError
+        When there is no trained decoder at ``path``, or weights are missing, damaged or others than
+        those of the features.
+    """
+    folder, spec = Path(path), read_spec(path)
+    if not has_trained_backbone(folder):
+        return load_map_network(spec, backbone_weights)
+    if backbone_weights != "default":
+        message = f"{folder} holds the backbone that was trained with it; leave this option out"
+        raise ConfigError("--backbone-weights", message, actual=backbone_weights)
+    network = build_map_network(spec, None)
+    name = weights.replace("decoder", "backbone")
+    load_weights(network.backbone.network, folder / f"{name}.safetensors")
+    return network
 
 
 def load_decoder(path: str | Path, *, weights: str = "decoder") -> Decoder:

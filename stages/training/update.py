@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,25 +15,26 @@ Loss = tuple[Tensor, Sequence[nn.Parameter]]  # a scalar, and the parameters tha
 
 
 def adamw(
-    network: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
+    rates: Mapping[nn.Module, float], betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
     """Build AdamW (Loshchilov and Hutter 2019) that decays weights, not biases and BatchNorm.
 
     Parameters
     ----------
-    network
-        Its parameters of two axes or more are decayed.
-    lr, betas, weight_decay
+    rates
+        Networks with their learning rates. Parameters of two axes or more are decayed.
+    betas, weight_decay
         As in :class:`torch.optim.AdamW`; without decay it equals Adam bit for bit.
     """
-    by_decay: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in network.parameters():
-        by_decay[parameter.ndim > 1].append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": by_decay[True], "weight_decay": weight_decay},
-        {"params": by_decay[False], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr, betas, fused=True)
+    groups: list[dict[str, Any]] = []
+    for network, lr in rates.items():
+        by_decay: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for parameter in network.parameters():
+            by_decay[parameter.ndim > 1].append(parameter)
+        for decayed, parameters in by_decay.items():
+            decay = weight_decay if decayed else 0.0
+            groups.append({"params": parameters, "lr": lr, "initial_lr": lr, "weight_decay": decay})
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
 def backward(accelerator: Accelerator, *losses: Loss) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 
 import featurestore
 from featurestore import FeatureStore, SpecMismatchError, StoreSpec
-from featurestore.dataset import FeatureLoader
+from featurestore.dataset import Batch, FeatureLoader
 from featurestore.files import write_atomically, writing
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import (
@@ -19,13 +19,21 @@ from stages.common.runtime import (
     make_accelerator,
     on_cpu,
     progress,
+    to_channels_last,
     verify_stores,
     write_json,
 )
 from stages.common.text_table import percent, plain
 from stages.segmentation.evaluation import evaluate
 from stages.segmentation.metrics import Scores, mean_iou
-from stages.training.models import load_decoder, read_precision, read_spec
+from stages.training.feature_source import recomputed
+from stages.training.models import (
+    has_trained_backbone,
+    load_backbone,
+    load_decoder,
+    read_precision,
+    read_spec,
+)
 
 COMPARED: dict[str, Callable[[StoreSpec], object]] = {  # of a decoder's features and a store
     "backbone": lambda spec: spec.backbone,
@@ -115,12 +123,20 @@ def run(
     accelerator = make_accelerator(device, precision)
     allow_tf32(precision == "tf32")
     verify_stores(features, workers=workers)
-    positions = features.positions("identity")
+    positions, trained = features.positions("identity"), has_trained_backbone(decoder)
     loader = FeatureLoader(
-        features, batch_size, positions=positions, workers=workers, device=accelerator.device
+        features,
+        batch_size,
+        positions=positions,
+        images=trained,
+        workers=workers,
+        device=accelerator.device,
     )
-    network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batches = progress(loader, "evaluate", len(loader), "batch")
+    to_channels_last(network, accelerator.device)
+    batches: Iterable[Batch] = progress(loader, "evaluate", len(loader), "batch")
+    if trained:
+        backbone = to_channels_last(load_backbone(decoder, weights=weights), accelerator.device)
+        batches = recomputed(backbone, batches)
     try:
         scores = evaluate(accelerator, network, batches, spec.class_names)
     except ValueError as error:

@@ -12,10 +12,10 @@ import torch
 from featurestore import StoreSpec
 from featurestore.files import sync
 from stages.backbones.backbone import BackboneError
-from stages.backbones.map_network import load_map_network
+from stages.backbones.map_network import MapNetwork
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import progress
-from stages.training.models import load_decoder, read_config, read_spec
+from stages.training.models import load_backbone, load_decoder, read_config, read_spec
 from stages.use.export_formats import (
     FORMATS,
     MIN_SIDE,
@@ -95,7 +95,7 @@ def run(
     architecture = read_config(decoder)["architecture"]
     if format == "torchvision":
         torchvision_name(spec, architecture)
-    backbone = load_map_network(spec, backbone_weights)
+    backbone = load_backbone(decoder, weights=weights, backbone_weights=backbone_weights)
     if not backbone.any_size:
         size = size or spec.mask_shape
         try:
@@ -107,7 +107,7 @@ def run(
     partial = out.with_name(f"{out.stem}.partial{out.suffix}")
     try:
         with progress((), f"export: {out.name}", 3, "step") as bar:
-            FORMATS[format].write(model, partial, describe(spec, format))
+            FORMATS[format].write(model, partial, describe(backbone, format))
             bar.update()
             runner = FORMATS[format].open(partial, model)
             bar.update()
@@ -143,8 +143,9 @@ def check_options(format: str, out: Path, size: Size | None) -> None:
         raise ConfigError("--size", message, expected=MIN_SIDE, actual=size)
 
 
-def describe(spec: StoreSpec, format: str) -> Metadata:
+def describe(network: MapNetwork, format: str) -> Metadata:
     """Describe the model for programs that load the file; JSON-ready."""
+    spec = network.spec
     pixels = "uint8, 0..255; red, green, blue; normalised inside"
     if format == "torchvision":
         pixels = "float32; (value / 255 - normalization_mean) / normalization_std; red, green, blue"
@@ -152,7 +153,7 @@ def describe(spec: StoreSpec, format: str) -> Metadata:
         "class_names": list(spec.class_names),
         "palette": [list(colour) for colour in spec.palette],
         "backbone": spec.backbone,
-        "weights_digest": spec.weights_digest,
+        "weights_digest": network.backbone.digest(),
         "trained_size": list(spec.mask_shape),
         "resize": spec.resize,
         "normalization_mean": list(spec.normalization_mean),

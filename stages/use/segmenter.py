@@ -15,11 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featurestore import StoreSpec
-from stages.backbones.map_network import load_map_network
 from stages.common.errors import ConfigError
 from stages.common.runtime import make_accelerator, to_channels_last
 from stages.data.images import decode_image, read_bytes, too_deep, upright
-from stages.training.models import load_decoder, read_precision, read_spec
+from stages.training.models import load_backbone, load_decoder, read_precision, read_spec
 from stages.use.windows import View, WindowedImage, cut, join
 
 Input: TypeAlias = Image.Image | np.ndarray | str | Path
@@ -132,7 +131,7 @@ class Segmenter:
         return cls(
             device=make_accelerator(device, "no").device,
             decoder=load_decoder(folder, weights=weights),
-            backbone=load_map_network(spec, str(backbone_weights)),
+            backbone=load_backbone(folder, weights=weights, backbone_weights=str(backbone_weights)),
             spec=spec,
             precision=read_precision(folder),
         )

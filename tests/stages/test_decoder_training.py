@@ -146,7 +146,7 @@ def test_without_decay_adamw_is_adam_bit_for_bit() -> None:
     betas = (0.8, 0.99)
     adam = torch.optim.Adam(plain.parameters(), 1e-2, betas, fused=True)
     for actual, expected in zip(
-        trained(ours, adamw(ours, 1e-2, betas, 0.0)), trained(plain, adam), strict=True
+        trained(ours, adamw({ours: 1e-2}, betas, 0.0)), trained(plain, adam), strict=True
     ):
         assert torch.equal(actual, expected)
 
@@ -154,7 +154,7 @@ def test_without_decay_adamw_is_adam_bit_for_bit() -> None:
 def test_decay_shrinks_weights_of_convolutions_only() -> None:
     ours, reference = networks(2)
     betas = (0.9, 0.999)
-    optimizer = adamw(ours, 1e-2, betas, 0.5)
+    optimizer = adamw({ours: 1e-2}, betas, 0.5)
     groups = [
         {"params": [reference[0].weight, reference[2].weight], "weight_decay": 0.5},
         {
@@ -166,5 +166,5 @@ def test_decay_shrinks_weights_of_convolutions_only() -> None:
     for actual, value in zip(trained(ours, optimizer), expected, strict=True):
         assert torch.equal(actual, value)
     (without,) = networks(1)
-    undecayed = trained(without, adamw(without, 1e-2, betas, 0.0))
+    undecayed = trained(without, adamw({without: 1e-2}, betas, 0.0))
     assert not torch.equal(undecayed[0], expected[0])
