@@ -30,8 +30,8 @@ from stages.augment.base import (
     transform_features,
 )
 from stages.augment.extra_samples import extra_samples
-from stages.augment.hflip_views import training_views
 from stages.augment.registry import build_augmenter
+from stages.augment.views import training_views
 from stages.common.config import Beta, Config, LayerName, Listed, Once
 from stages.common.errors import ConfigError
 from stages.common.runtime import (

@@ -94,11 +94,28 @@ class Params(Config):
         if self.train_gan.image_encoder and not self.extract.store_images:
             message = "train_gan.image_encoder reads the images; set it to true"
             raise ConfigError("extract.store_images", message)
-        mirrored = [name for name, variant in self.compared.items() if variant.needs_mirrored]
-        if mirrored and "hflip" not in self.extract.views:
-            message = f"variant {mirrored[0]!r} reads mirrored images; set it to [identity, hflip]"
-            raise ConfigError("extract.views", message)
+        for name in self.compared:
+            self.check_views(name)
         return self
+
+    def check_views(self, name: str) -> None:
+        """Refuse a variant that reads views which are not extracted.
+
+        Raises
+        ------
+        ConfigError
+            When ``extract.views`` lacks them.
+        """
+        variant, views = self.variants[name], self.extract.views
+        if variant.needs_mirrored and "hflip" not in views:
+            message = f"variant {name!r} adds mirrored images; add hflip to this list"
+            raise ConfigError("extract.views", message)
+        if variant.view == "random" and len(views) == 1:
+            message = (
+                f"variant {name!r} draws among the views of an image; add hflip, rotate, crop,"
+                " colour or random-K to this list"
+            )
+            raise ConfigError("extract.views", message)
 
     def _check_names(self) -> None:
         """Refuse a compared variant without description, or in the list of the other stage."""

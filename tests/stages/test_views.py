@@ -14,6 +14,8 @@ from torchvision.transforms.v2 import functional as F
 
 import featurestore
 from featurestore import SpecMismatchError
+from featurestore.dataset import FeatureLoader
+from stages.augment.views import training_views
 from stages.backbones.build import build_backbone
 from stages.common.config import parse
 from stages.common.errors import ConfigError
@@ -21,9 +23,9 @@ from stages.data import views
 from stages.data.images import resize_pair
 from stages.data.views import configured_views, make_view, stored_views
 from stages.extract import ExtractConfig, check_spec
+from tests.factories import SPEC, prepare, prepare_config, sample, write_photos
 from tests.factories import extract as run
 from tests.factories import extract_config as config
-from tests.factories import prepare, prepare_config, write_photos
 
 ALL = ["identity", "hflip", "rotate", "crop", "colour", "random-3"]
 RANDOM = [f"random-{number}" for number in range(200)]
@@ -223,6 +225,56 @@ def test_the_seed_counts_only_for_views_that_draw(
     run(config(views=drawn), prepared, out="b")
     with pytest.raises(pytest.fail.Exception, match="extracted again"):
         run(config(views=drawn, view_seed=5), prepared, out="b")
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def stored(path: Path, names: list[str], images: int = 6) -> featurestore.FeatureStore:
+    """Write a store of equal samples with the given views of each image."""
+    with featurestore.create(path, SPEC, fingerprint="f") as writer:
+        for view in names:
+            for number in range(images):
+                writer.append(**{**sample(number), "id": f"photo {number}", "view": view})
+    return featurestore.open(path)
+
+
+def test_training_draws_among_all_stored_views_of_its_image(tmp_path: Path) -> None:
+    store = stored(tmp_path / "train", ["rotate", "identity", "random-0", "random-1"])
+    positions = training_views(store, "random")
+    assert positions.shape == (6, 4)
+    assert [[store.views[p] for p in row] for row in positions] == [
+        ["identity", "rotate", "random-0", "random-1"]
+    ] * 6
+    assert all(len({store.ids[p] for p in row}) == 1 for row in positions)
+    loader = FeatureLoader(store, 3, seed=0, positions=positions)
+    assert len(loader) == len(FeatureLoader(store, 3, seed=0, positions=positions[:, 0])) == 2
+    drawn: list[int] = []
+    for epoch in range(100):
+        seen = [p for batch in loader.epoch(epoch) for p in batch.positions.tolist()]
+        assert {store.ids[p] for p in seen} == set(store.ids)  # each image once an epoch
+        drawn += seen
+    counts = np.bincount(drawn, minlength=24)
+    assert abs(counts - 25).max() < 5 * 25**0.5
+
+
+def test_two_views_are_drawn_as_before(tmp_path: Path) -> None:
+    store = stored(tmp_path / "train", ["identity", "hflip"])
+    np.testing.assert_array_equal(
+        training_views(store, "random"), np.stack([np.arange(6), np.arange(6, 12)], axis=1)
+    )
+    np.testing.assert_array_equal(training_views(store, "identity"), np.arange(6))
+
+
+def test_a_store_without_the_views_that_training_draws_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecMismatchError, match=r"holds no view but identity.* add hflip, rotate"):
+        training_views(stored(tmp_path / "one", ["identity"]), "random")
+    stored(tmp_path / "two", ["identity", "hflip"])
+    with featurestore.create(tmp_path / "half", SPEC, fingerprint="f") as writer:
+        for number, view in ((0, "identity"), (1, "identity"), (0, "crop")):
+            writer.append(**{**sample(number), "view": view})
+    with pytest.raises(SpecMismatchError, match="there is no view crop of photo 1 é; add it to"):
+        training_views(featurestore.open(tmp_path / "half"), "random")
 
 
 # -- parameters ------------------------------------------------------------------------------------
