@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as F
 import featurestore
 from featurestore import SpecMismatchError
 from featurestore.dataset import FeatureLoader
+from stages import report
 from stages.augment.views import training_views
 from stages.backbones.build import build_backbone
 from stages.common.config import parse
@@ -23,7 +24,7 @@ from stages.data import views
 from stages.data.images import resize_pair
 from stages.data.views import configured_views, make_view, stored_views
 from stages.extract import ExtractConfig, check_spec
-from tests.factories import SPEC, prepare, prepare_config, sample, write_photos
+from tests.factories import SPEC, call, prepare, prepare_config, sample, write_photos
 from tests.factories import extract as run
 from tests.factories import extract_config as config
 
@@ -275,6 +276,28 @@ def test_a_store_without_the_views_that_training_draws_is_refused(tmp_path: Path
             writer.append(**{**sample(number), "view": view})
     with pytest.raises(SpecMismatchError, match="there is no view crop of photo 1 é; add it to"):
         training_views(featurestore.open(tmp_path / "half"), "random")
+
+
+def test_inspect_lists_the_views_of_a_store(tmp_path: Path) -> None:
+    stored(tmp_path / "several", ["identity", "crop", "random-0", "random-1"], images=1)
+    stored(tmp_path / "one", ["identity"], images=1)
+    several, one = (call("inspect", str(tmp_path / name)).stdout for name in ("several", "one"))
+    assert "  views       identity, crop, random-2\n" in several
+    assert "\n  views" not in one
+
+
+def test_the_report_shows_unchanged_training_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = stored(tmp_path / "train", ["crop", "identity", "random-0"])
+
+    def shown(config, store, gan, device, chosen) -> None:
+        assert sorted(chosen) == store.positions("identity").tolist()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "_sample", shown)
+    with pytest.raises(KeyboardInterrupt):
+        report._generated(report.ReportConfig(), store, tmp_path, torch.device("cpu"))
 
 
 # -- parameters ------------------------------------------------------------------------------------
