@@ -212,6 +212,7 @@ def train_decoder(variant: str, seed: int, path: Path, **machine: Any) -> None:
     from stages.common.runtime import Machine, first_process
     from stages.train_decoder import run
 
+    params.check_views(variant)
     params.check_features(FEATURES, ("train", "val", "test"))
     name = f"{variant}-{seed}"
     scores = run(

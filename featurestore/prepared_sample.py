@@ -19,7 +19,7 @@ class PreparedSample:
     Attributes
     ----------
     id, view
-        Name of the sample; ``identity`` or ``hflip``.
+        Id of the image, and name of its view, such as ``identity``.
     rows
         The sample's row in each dataset, by the dataset's name in the file.
     values
@@ -52,7 +52,7 @@ class PreparedSample:
         spec
             Properties of every sample.
         id, view
-            Name of the sample; ``identity`` or ``hflip``.
+            Id of the image, and name of its view, such as ``identity``.
         features
             (c, h, w) of each layer, of the spec's type.
         mask

@@ -40,7 +40,7 @@ class Sample:
     Attributes
     ----------
     id, view
-        Name of the image; ``identity`` or ``hflip``.
+        Id of the image, and name of its view, such as ``identity``.
     layers
         (c, h, w) features of each layer by its name, which is empty where the store names none.
     mask
@@ -291,11 +291,11 @@ class FeatureStore:
 
     @property
     def views(self) -> list[str]:
-        """View of every sample (``identity`` or ``hflip``), in order."""
+        """View of every sample (``identity``, ``hflip``, ...), in order."""
         return [view for shard in self._all_shards() for view in shard.views]
 
     def positions(self, view: str) -> np.ndarray:
-        """(n,) int64 positions of the samples of a view, ``identity`` or ``hflip``, ascending."""
+        """(n,) int64 positions of the samples of a view, such as ``identity``, ascending."""
         return np.flatnonzero(np.array(self.views) == view)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ IDS, VIEWS = "ids", "views"  # datasets of text
 OPTIONAL = ("generator", "layer_names", "layer_shapes", "native_strides")
 
 FEATURE_DTYPES = ("float16", "float32")
-VIEW_NAMES = ("identity", "hflip")
+VIEW_NAMES = ("identity", "hflip", "rotate", "crop", "colour", "random-N")  # N = 0, 1, ...
+VIEW_NAME = re.compile("|".join(VIEW_NAMES).replace("N", r"\d+"))
 
 TEXTS = {"class_names", "layer_names"}  # attributes that are lists of text
 
@@ -277,7 +279,7 @@ class StoreSpec:
             text = f"sample {id!r}: {text}"
             return SampleError(text, path=path, expected=expected, actual=actual)
 
-        if view not in VIEW_NAMES:
+        if not VIEW_NAME.fullmatch(view):
             raise problem(f"view {view!r} is none of {VIEW_NAMES}", VIEW_NAMES, view)
         if not id or "\0" in id:
             raise problem("an id must have a character, and no NUL", "text", id)

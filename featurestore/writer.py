@@ -245,7 +245,8 @@ class StoreWriter:
         image
             (H, W, 3) uint8 where the spec has images, else None.
         view
-            ``identity`` (default) or ``hflip``.
+            ``identity`` (default), ``hflip``, ``rotate``, ``crop``, ``colour`` or ``random-N``, N a
+            number.
 
         Raises
         ------

@@ -29,7 +29,7 @@ from featurestore.prepared_sample import PreparedSample
 from stages.backbones.backbone import Backbone, BackboneError
 from stages.backbones.build import build_backbone, known_backbone
 from stages.backbones.compute import Computed, compute
-from stages.common.config import Config, LayerName, Listed, Once
+from stages.common.config import Config, LayerName, Listed, Once, Seed
 from stages.common.distributed import agree
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import (
@@ -39,7 +39,8 @@ from stages.common.runtime import (
     source_digest,
     to_channels_last,
 )
-from stages.data.manifest import SPLITS, Classes, Entry, read_manifest, read_pair
+from stages.data.manifest import SPLITS, Classes, Entry, read_manifest, read_original
+from stages.data.views import ViewName, configured_views, is_seeded, make_view, stored_views
 
 Sample = tuple[Entry, str]  # an image and its view
 Compression = Literal["none", "zeros", "lz4", "zstd", "int8"]
@@ -71,11 +72,12 @@ class ExtractConfig(Config):
     resize: Literal["stretch", "pad", "crop"] = Field(
         "stretch", description="how images get this size"
     )
-    views: Annotated[tuple[Literal["identity", "hflip"], ...], Listed, Once] = Field(
+    views: Annotated[tuple[ViewName, ...], Listed, Once] = Field(
         ("identity",),
-        description="of training images; hflip adds mirrored ones, for hflip-views and"
-        " view: random",
+        description="identity | hflip | rotate | crop | colour | random-K (K random mixtures);"
+        " of training images, for view: random; hflip-views reads hflip",
     )
+    view_seed: Seed = Field(0, description="seed of rotate, crop, colour and random-K")
     compute: Literal["fp32", "bf16"] = Field("fp32", description="precision of the backbone")
     batch_size: int = Field(16, ge=1, description="images a batch")
     feature_dtype: Literal["float16", "float32"] = Field("float16", description="stored type")
@@ -99,14 +101,16 @@ class ExtractConfig(Config):
     @classmethod
     def _with_identity(cls, views: tuple[str, ...]) -> tuple[str, ...]:
         if "identity" not in views:
-            raise ValueError("must contain identity: trainings read unmirrored images")
+            raise ValueError("must contain identity: trainings read the unchanged images")
+        if len(set(stored_views(views))) < len(stored_views(views)):
+            raise ValueError("random-K is listed twice; list it once, with the larger K")
         return views
 
 
 def run(
     config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, device: str, workers: int
 ) -> dict[str, FeatureStore]:
-    """Write the stores ``out/train``, ``out/val`` and ``out/test``; only train has mirrored views.
+    """Write the stores ``out/train``, ``out/val`` and ``out/test``; only train has several views.
 
     Parameters
     ----------
@@ -152,7 +156,7 @@ def run(
     ):
         unfinished: list[tuple[featurestore.StoreWriter, list[Sample], list[range]]] = []
         for split in SPLITS:
-            views = config.views if split == "train" else ("identity",)
+            views = stored_views(config.views) if split == "train" else ("identity",)
             samples: list[Sample] = [
                 (entry, view) for view in views for entry in entries if entry.split == split
             ]
@@ -233,6 +237,7 @@ def _identity(
         code=source_digest(sys.modules[__name__], stages.data, stages.backbones),
         torch=torch.__version__,
         device=device,
+        **({"view_seed": config.view_seed} if is_seeded(view for _, view in samples) else {}),
     )
 
 
@@ -255,7 +260,7 @@ def _fill(
     for its slowest thread, which decoding may delay, the other continues. A GPU has its own queue.
     """
     todo = [samples[position] for span in missing for position in span]
-    read = partial(_read_pair, classes=classes, size=config.input_size, rule=config.resize)
+    read = partial(_read_view, classes=classes, config=config)
     pairs = prefetch(read, todo, workers=workers, ahead=2 * config.batch_size)
     batches = (list(islice(pairs, size)) for size in _batch_sizes(missing, config.batch_size))
     forward = partial(
@@ -314,8 +319,8 @@ def _spec(
 def check_spec(config: ExtractConfig, path: Path) -> featurestore.StoreSpec:
     """Return the spec of a store that was extracted with the present parameters.
 
-    ``weights`` are not compared, which would need loading them: the store has their digest, not
-    their name. DVC watches the key, not the file.
+    Not compared are ``weights``, which would need loading them (the store has their digest, and DVC
+    watches the key, not the file), and ``view_seed``, which the store does not have.
 
     Raises
     ------
@@ -323,7 +328,8 @@ def check_spec(config: ExtractConfig, path: Path) -> featurestore.StoreSpec:
         When there is no sound store at ``path``, or its spec differs; the error names the
         parameter.
     """
-    spec = featurestore.open(path).spec
+    store = featurestore.open(path)
+    spec, views = store.spec, config.views if path.name == "train" else ("identity",)
     wanted = {
         "backbone": (spec.backbone, config.backbone),
         "input_size": (spec.mask_shape, config.input_size),
@@ -334,6 +340,7 @@ def check_spec(config: ExtractConfig, path: Path) -> featurestore.StoreSpec:
         "store_images": (spec.has_images, config.store_images),
         "dilate": (not spec.native_strides, config.dilate),
         "layers": (sorted(spec.layer_names), sorted(config.layers)),
+        "views": (sorted(configured_views(store.views)), sorted(views)),
     }
     for key, (actual, expected) in wanted.items():
         if actual != expected:
@@ -429,10 +436,13 @@ def _prepare(sample: tuple[_Batch, int], *, writer: featurestore.StoreWriter) ->
         ) from error
 
 
-def _read_pair(
-    sample: Sample, *, classes: Classes, size: tuple[int, int], rule: str
+def _read_view(
+    sample: Sample, *, classes: Classes, config: ExtractConfig
 ) -> tuple[Sample, np.ndarray, np.ndarray]:
-    """Read a sample's image (H, W, 3) and mask (H, W), mirrored for view ``hflip``."""
-    entry, view = sample
-    image, mask = read_pair(entry, classes, size=size, rule=rule)
-    return (sample, image[:, ::-1], mask[:, ::-1]) if view == "hflip" else (sample, image, mask)
+    """Read a sample: its view of the image (H, W, 3) and of the mask (H, W)."""
+    (entry, view), (image, mask) = sample, read_original(sample[0], classes)
+    size, rule = config.input_size, config.resize
+    pixels, labels = make_view(
+        image, mask, id=entry.id, view=view, seed=config.view_seed, size=size, rule=rule
+    )
+    return sample, pixels, labels

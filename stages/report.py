@@ -190,8 +190,9 @@ def _generated(
 ) -> dict[str, object]:
     """Draw UMAP before and after the GAN's pretraining, and feature grids, of training masks."""
     wanted = max(config.grid_samples, -(-config.umap_points // VECTORS_A_SAMPLE))
+    positions = store.positions("identity")  # what the GAN learned from
     chosen = np.random.default_rng(config.seed).choice(
-        len(store), size=min(wanted, len(store)), replace=False
+        positions, size=min(wanted, len(positions)), replace=False
     )
     vectors, classes, maps = _sample(config, store, gan, device, chosen)
     real, before, after = project(

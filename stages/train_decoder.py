@@ -30,8 +30,8 @@ from stages.augment.base import (
     transform_features,
 )
 from stages.augment.extra_samples import extra_samples
-from stages.augment.hflip_views import training_views
 from stages.augment.registry import build_augmenter, check_variant
+from stages.augment.views import training_views
 from stages.backbones.map_network import load_map_network
 from stages.common.runtime import (
     Machine,

@@ -227,7 +227,19 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, object], str]] = {
             "compare.variants": ["mirrored"],
             "variants.mirrored": {"augmenter": "none", "view": "random"},
         },
-        "extract.views: variant 'mirrored' reads mirrored images; set it to [identity, hflip]",
+        "extract.views: variant 'mirrored' draws among the views of an image; add hflip, rotate,",
+    ),
+    "added mirrored images that nobody extracts": (
+        {
+            "extract.views": ["identity", "random-2"],
+            "compare.variants": ["mirrored"],
+            "variants.mirrored": {"augmenter": "hflip-views"},
+        },
+        "extract.views: variant 'mirrored' adds mirrored images; add hflip to this list",
+    ),
+    "no random views": (
+        {"extract.views": ["identity", "random-0"]},
+        "extract.views.1: should be identity, hflip, rotate, crop, colour or random-K with K from",
     ),
     "mirrored images alone": (
         {"extract.views": ["hflip"]},
@@ -361,6 +373,13 @@ def test_bad_parameters_stop_every_stage_before_it_starts(
     assert result.exit_code == 2
     assert words in one_line(result)
     assert not Path("dataset").exists()
+
+
+def test_a_variant_outside_of_compare_is_refused_before_its_features_are_read(params: Path) -> None:
+    change(params, {"variants.mirrored": {"augmenter": "none", "view": "random"}})
+    result = call("train-decoder", "--variant", "mirrored", "--device", "cpu")
+    assert result.exit_code == 2
+    assert "'mirrored' draws among the views of an image; add hflip" in one_line(result)
 
 
 def test_a_file_that_is_no_yaml(params: Path) -> None:

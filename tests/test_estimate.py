@@ -236,9 +236,12 @@ def test_a_cache_holds_decoded_training_and_validation_features() -> None:
     sample = 2 * 320 * 32 * 32 + pixels
     plain = {"baseline": VARIANTS["baseline"]}
     mirrored = registry.VARIANTS.validate_python({"hflip-views": {"augmenter": "hflip-views"}})
-    assert cache_bytes(spec, images, False, plain) == 13 * sample
-    assert cache_bytes(spec, images, False, mirrored) == 23 * sample
-    assert cache_bytes(spec, images, True, plain) == 13 * (sample + 3 * pixels)
+    drawn = registry.VARIANTS.validate_python({"drawn": {"augmenter": "none", "view": "random"}})
+    assert cache_bytes(spec, 6, images, False, plain) == 13 * sample
+    assert cache_bytes(spec, 6, images, False, plain | mirrored) == 23 * sample
+    assert cache_bytes(spec, 2, images, False, mirrored | drawn) == 23 * sample
+    assert cache_bytes(spec, 6, images, False, mirrored | drawn) == 63 * sample
+    assert cache_bytes(spec, 6, images, True, plain) == 13 * (sample + 3 * pixels)
 
 
 def test_a_network_without_dense_features_is_refused_in_one_line() -> None:
@@ -270,12 +273,17 @@ def test_a_summary_of_another_data_set_is_left_alone(folder: Path) -> None:
 
 
 @pytest.mark.medium
-def test_both_views_double_the_training_store(folder: Path) -> None:
-    one = json.loads(call("--images", "100", "--json").stdout)["stores"]
-    both = {"extract.views": ["identity", "hflip"]}
-    (folder / "params.yaml").write_text(tiny_params(both))
-    two = json.loads(call("--images", "100", "--json").stdout)["stores"]
-    assert [row["bytes"] for row in two] == [2 * one[0]["bytes"], one[1]["bytes"], one[2]["bytes"]]
+def test_each_view_adds_a_training_store(folder: Path) -> None:
+    one = json.loads(call("--images", "100", "--json").stdout)
+    views = {"extract.views": ["identity", "crop", "random-3"]}
+    (folder / "params.yaml").write_text(tiny_params(views))
+    five = json.loads(call("--images", "100", "--json").stdout)
+    factors = (5, 1, 1)
+    for key in ("bytes", "samples"):
+        expected = [row[key] * factor for row, factor in zip(one["stores"], factors, strict=True)]
+        assert [row[key] for row in five["stores"]] == expected
+    assert five["work"][0]["part"] == "extract"
+    assert five["work"][0]["samples"] == sum(row["samples"] for row in five["stores"])
 
 
 @pytest.mark.medium

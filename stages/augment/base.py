@@ -68,7 +68,7 @@ class VariantConfig(DecoderOverrides):
         (), description="transforms of real and added features, before the decoder"
     )
     view: Literal["identity", "random"] = Field(
-        "identity", description="random: each real sample is mirrored with probability 0.5"
+        "identity", description="random: each real sample is one of its stored views"
     )
     statistics: Literal["all", "real"] = Field(
         "all", description="batches in the decoder's running BatchNorm statistics"
@@ -111,8 +111,8 @@ class VariantConfig(DecoderOverrides):
 
     @property
     def needs_mirrored(self) -> bool:
-        """Whether training reads features of mirrored images."""
-        return self.view == "random" or any(member.needs_mirrored for member in self.members)
+        """Whether training adds features of mirrored images."""
+        return any(member.needs_mirrored for member in self.members)
 
     @property
     def needs_stored_features(self) -> bool:
@@ -280,7 +280,7 @@ class Context:
 
     @property
     def positions(self) -> np.ndarray:
-        """Positions (N,) of the training samples in the store, mirrored views left out."""
+        """Positions (N,) of the training samples in the store, of view ``identity``."""
         return self.store.positions("identity")
 
     def class_statistics(self) -> ClassStatistics:

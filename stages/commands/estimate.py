@@ -177,15 +177,17 @@ def _estimate(
     tflops: float | None,
 ) -> dict[str, Any]:
     """Return all that is said of one number of images."""
+    from stages.data.views import stored_views
     from stages.estimate import sizes
 
     extract, gan, decoder = params.extract, params.train_gan, params.train_decoder
     variants, seeds = params.compared, len(params.compare.seeds)
     spec = _store_spec(params, layers, data.classes)
-    stores = sizes.store_rows(spec, len(extract.views), data.images)
+    views = len(stored_views(extract.views))
+    stores = sizes.store_rows(spec, views, data.images)
     features = sum(row["bytes"] for row in stores)
     models = sizes.model_bytes(costs, variants, seeds)
-    cached = sizes.cache_bytes(spec, data.images, gan.image_encoder, variants)
+    cached = sizes.cache_bytes(spec, views, data.images, gan.image_encoder, variants)
     micro_batches = {
         "gan": gan.batch_size / gan.gradient_accumulation,
         "decoder": decoder.batch_size / decoder.gradient_accumulation,

@@ -95,11 +95,28 @@ class Params(Config):
             message = "train_gan.image_encoder reads the images; set it to true"
             raise ConfigError("extract.store_images", message)
         self._check_trained_backbones()
-        mirrored = [name for name, variant in self.compared.items() if variant.needs_mirrored]
-        if mirrored and "hflip" not in self.extract.views:
-            message = f"variant {mirrored[0]!r} reads mirrored images; set it to [identity, hflip]"
-            raise ConfigError("extract.views", message)
+        for name in self.compared:
+            self.check_views(name)
         return self
+
+    def check_views(self, name: str) -> None:
+        """Refuse a variant that reads views which are not extracted.
+
+        Raises
+        ------
+        ConfigError
+            When ``extract.views`` lacks them.
+        """
+        variant, views = self.variants[name], self.extract.views
+        if variant.needs_mirrored and "hflip" not in views:
+            message = f"variant {name!r} adds mirrored images; add hflip to this list"
+            raise ConfigError("extract.views", message)
+        if variant.view == "random" and len(views) == 1:
+            message = (
+                f"variant {name!r} draws among the views of an image; add hflip, rotate, crop,"
+                " colour or random-K to this list"
+            )
+            raise ConfigError("extract.views", message)
 
     def _check_trained_backbones(self) -> None:
         """Refuse compared variants that do not work with a trained backbone."""

@@ -14,8 +14,10 @@ from stages.commands.options import workers_option
 def inspect(store: Path) -> None:
     """Show what STORE (a folder such as features/train, or one shard) holds."""
     import featurestore
+    from stages.data.views import configured_views
 
     opened = featurestore.open(store)
+    views = ", ".join(configured_views(opened.views))
     spec, stats, records = opened.spec, opened.stats, opened.records
     size = sum(record.bytes for record in records)
     shape, (height, width) = " x ".join(map(str, spec.feature_shape)), spec.mask_shape
@@ -29,6 +31,7 @@ def inspect(store: Path) -> None:
         "backbone": f"{spec.backbone}, weights {spec.weights_digest[:12]}, {spec.compute}, "
         f"output stride {spec.output_stride}",
         "generator": spec.generator and f"{spec.generator}; these features are generated",
+        "views": views if views != "identity" else "",
         "resize": spec.resize,
         "compression": spec.compression,
         "values": f"{smallest:.3g} to {largest:.3g}, mean {mean:.3g}",

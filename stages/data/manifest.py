@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from stages.common.errors import DataError
 from stages.data.images import decode_image, decode_mask, read_bytes, resize_pair
@@ -95,14 +96,12 @@ def read_manifest(folder: Path) -> tuple[list[Entry], Classes]:
     return entries, classes
 
 
-def read_pair(
-    entry: Entry, classes: Classes, *, size: tuple[int, int], rule: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image and its mask, check them against the manifest, and resize them.
+def read_original(entry: Entry, classes: Classes) -> tuple[Image.Image, np.ndarray]:
+    """Read an image and its mask at their original size, and check them against the manifest.
 
     Returns
     -------
-    (H, W, 3) uint8, (H, W) uint8
+    RGB image, (height, width) uint8
         Image and mask.
 
     Raises
@@ -119,8 +118,21 @@ def read_pair(
         if hashlib.sha256(content).hexdigest() != sha256:
             message = "this file changed since the prepare stage; run `dvc repro`, or prepare again"
             raise DataError(path, message)
-    original = decode_image(image_bytes, image_path)
-    labels = decode_mask(
+    image = decode_image(image_bytes, image_path)
+    mask = decode_mask(
         mask_bytes, mask_path, num_classes=len(classes.names), void_index=classes.void_index
     )
-    return resize_pair(original, labels, size=size, rule=rule)
+    return image, mask
+
+
+def read_pair(
+    entry: Entry, classes: Classes, *, size: tuple[int, int], rule: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image and its mask as :func:`read_original` does, and resize them.
+
+    Returns
+    -------
+    (H, W, 3) uint8, (H, W) uint8
+        Image and mask.
+    """
+    return resize_pair(*read_original(entry, classes), size=size, rule=rule)

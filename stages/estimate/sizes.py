@@ -65,18 +65,28 @@ def store_rows(spec: StoreSpec, views: int, images: Mapping[str, int]) -> list[S
 
 
 def cache_bytes(
-    spec: StoreSpec, images: Mapping[str, int], image_encoder: bool, variants: Variants
+    spec: StoreSpec,
+    views: int,
+    images: Mapping[str, int],
+    image_encoder: bool,
+    variants: Variants,
 ) -> int:
     """Compute what ``--cache`` holds of training and validation, decoded.
 
-    Images are held only where an image encoder reads them.
+    Images are held only where an image encoder reads them. ``views`` is the number of stored views
+    of a training image; the variant that reads the most of them counts.
     """
     sample = sum(
         math.prod(shape) * np.dtype(dtype).itemsize
         for shape, dtype in map(spec.row, names_of(spec, image_encoder))
     )
-    views = 1 + any(variant.needs_mirrored for variant in variants.values())
-    return int(sample * (views * images["train"] + images["val"]))
+    read = max((_views_read(variant, views) for variant in variants.values()), default=1)
+    return int(sample * (read * images["train"] + images["val"]))
+
+
+def _views_read(variant: VariantConfig, views: int) -> int:
+    """Return how many of the stored views of a training image a variant reads."""
+    return views if variant.view == "random" else 1 + variant.needs_mirrored
 
 
 def model_bytes(costs: Mapping[str, Cost], variants: Variants, seeds: int) -> int:

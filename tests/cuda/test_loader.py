@@ -13,7 +13,7 @@ import torch
 import featurestore
 from featurestore import StoreMemoryError
 from featurestore.dataset import FeatureLoader
-from stages.augment.hflip_views import training_views
+from stages.augment.views import training_views
 from tests.cuda.on_device import GANS, Folders, train_gan
 from tests.factories import SPEC
 

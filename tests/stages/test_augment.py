@@ -16,12 +16,12 @@ from featurestore import SpecMismatchError
 from featurestore.dataset import Batch
 from stages.augment.base import Augmented, Augmenter, Context, Labelled, transform_features
 from stages.augment.cvae import CVAE, fit
-from stages.augment.hflip_views import mirrored
 from stages.augment.isda import ISDA
 from stages.augment.mixup import MixupConfig
 from stages.augment.new_masks import NewMasks, resample
 from stages.augment.registry import Variant, build_augmenter
 from stages.augment.upsample import repeat_factors
+from stages.augment.views import find_views
 from stages.common.errors import ConfigError
 from stages.common.runtime import Machine, make_accelerator
 from stages.models.decoder import Decoder
@@ -317,7 +317,7 @@ def test_hflip_views_reads_the_mirrored_views_of_the_batch(store, batch, tmp_pat
 
 def test_the_mirrored_views_of_images_are_found(store) -> None:
     positions = np.array([6, 2])
-    views = mirrored(store, positions)
+    views = find_views(store, positions, ["hflip"])[:, 0]
     assert [store.ids[position] for position in views] == ["photo 6", "photo 2"]
     assert {store.views[position] for position in views} == {"hflip"}
 

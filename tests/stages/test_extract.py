@@ -118,9 +118,7 @@ def test_an_image_that_changed_since_prepare_is_named(prepared: Path, workers: i
 def spoil(monkeypatch: pytest.MonkeyPatch, prepared: Path, number: int, value: float) -> str:
     """Let the backbone return one wrong value for an image; return the image's path."""
     entries, classes = read_manifest(prepared / "dataset")
-    image = extract._read_pair(
-        (entries[number], "identity"), classes=classes, size=(64, 64), rule="stretch"
-    )[1]
+    image = extract._read_view((entries[number], "identity"), classes=classes, config=config())[1]
     wanted, forward = torch.from_numpy(image.copy()).permute(2, 0, 1), Backbone.forward
 
     def spoilt(self: Backbone, images: torch.Tensor) -> list[torch.Tensor]:

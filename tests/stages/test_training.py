@@ -151,7 +151,7 @@ def test_a_decoder_may_see_each_image_mirrored_or_not_by_chance(
 ) -> None:
     described = {"augmenter": "none", "view": "random"}
     with pytest.raises(
-        SpecMismatchError, match="there is no mirrored view of train 0; set extract.views to"
+        SpecMismatchError, match="holds no view but identity, and view: random draws among several"
     ):
         run_decoder(features, tmp_path, described, name="random")
     root = tmp_path / "features"
