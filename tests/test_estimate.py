@@ -27,6 +27,7 @@ from stages.estimate.sizes import (
     cache_bytes,
     joint_ratios,
     memory_rows,
+    model_bytes,
     split_sizes,
     work_rows,
 )
@@ -226,6 +227,26 @@ def test_memory_is_that_of_the_variant_that_adds_most() -> None:
         assert alone["bytes"] == 100 + 4 * 10 * batches
         assert joint["bytes"] == 300 + 4 * 20
         assert cached["bytes"] == 7
+
+
+def test_a_trained_backbone_adds_its_backward_pass_and_its_weights() -> None:
+    assert "trained backbone" not in step_cost.count(setup())[0]
+    costs, _ = step_cost.count(dataclasses.replace(setup(), trains_backbone=True))
+    cost, frozen = costs["trained backbone"], costs["backbone"].operations
+    # Two gradients a convolution, of the first one a single gradient; many are depthwise.
+    assert 2.9 * frozen < cost.operations < 3 * frozen
+    backbone = build_backbone(name="efficientnet_lite0", weights=None)
+    weights = sum(parameter.numel() for parameter in backbone.network.parameters())
+    assert cost.weight_bytes == 16 * weights
+    assert cost.activation_bytes > 0
+    both = parse(registry.VARIANTS, {"tuned": {"augmenter": "duplicate", "backbone": "trained"}})
+    counts = {"extract": 1, "gan": 1, "decoder": 1}
+    rows = work_rows(costs, None, None, samples=counts, family="gan", variants=both)
+    expected = 2 * costs["decoder"].operations + cost.operations  # only real images pass it
+    assert rows[2]["gflop_a_sample"] * 1e9 == pytest.approx(expected)
+    plain = parse(registry.VARIANTS, {"frozen": {"augmenter": "duplicate"}})
+    more = model_bytes(costs, both, 1) - model_bytes(costs, plain, 1)
+    assert more == 2 * 4 * weights  # of the last and of the best epoch
 
 
 def test_a_cache_holds_decoded_training_and_validation_features() -> None:

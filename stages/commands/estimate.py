@@ -92,6 +92,10 @@ def estimate(
         },
         num_classes=cases[0].classes,
         ratios=joint_ratios(params.compared),
+        trains_backbone=any(
+            (variant.backbone or decoder.backbone) == "trained"
+            for variant in params.compared.values()
+        ),
         layers=params.extract.layers,
         dilate=params.extract.dilate,
         decoder_layers=decoder.layers,
@@ -181,13 +185,18 @@ def _estimate(
     from stages.estimate import sizes
 
     extract, gan, decoder = params.extract, params.train_gan, params.train_decoder
-    variants, seeds = params.compared, len(params.compare.seeds)
+    seeds = len(params.compare.seeds)
+    variants = {
+        name: variant.model_copy(update={"backbone": variant.backbone or decoder.backbone})
+        for name, variant in params.compared.items()
+    }
     spec = _store_spec(params, layers, data.classes)
     views = len(stored_views(extract.views))
     stores = sizes.store_rows(spec, views, data.images)
     features = sum(row["bytes"] for row in stores)
     models = sizes.model_bytes(costs, variants, seeds)
-    cached = sizes.cache_bytes(spec, views, data.images, gan.image_encoder, variants)
+    images = gan.image_encoder or any(each.backbone == "trained" for each in variants.values())
+    cached = sizes.cache_bytes(spec, views, data.images, images, variants)
     micro_batches = {
         "gan": gan.batch_size / gan.gradient_accumulation,
         "decoder": decoder.batch_size / decoder.gradient_accumulation,

@@ -45,6 +45,9 @@ class WorkRow(TypedDict):
     hours: NotRequired[float]
 
 
+TRAINED = "trained backbone"  # a kind of step, beside the decoder's
+
+
 def split_sizes(images: int, ratios: Sequence[float], train_fraction: float) -> dict[str, int]:
     """Divide a number of images among the splits, as the prepare stage does at random."""
     train, val = round(images * ratios[0]), round(images * ratios[1])
@@ -68,17 +71,17 @@ def cache_bytes(
     spec: StoreSpec,
     views: int,
     images: Mapping[str, int],
-    image_encoder: bool,
+    needs_images: bool,
     variants: Variants,
 ) -> int:
     """Compute what ``--cache`` holds of training and validation, decoded.
 
-    Images are held only where an image encoder reads them. ``views`` is the number of stored views
-    of a training image; the variant that reads the most of them counts.
+    Images are held only where an image encoder, or a trained backbone, reads them. ``views`` is
+    the number of stored views of a training image; the variant that reads the most of them counts.
     """
     sample = sum(
         math.prod(shape) * np.dtype(dtype).itemsize
-        for shape, dtype in map(spec.row, names_of(spec, image_encoder))
+        for shape, dtype in map(spec.row, names_of(spec, needs_images))
     )
     read = max((_views_read(variant, views) for variant in variants.values()), default=1)
     return int(sample * (read * images["train"] + images["val"]))
@@ -96,7 +99,9 @@ def model_bytes(costs: Mapping[str, Cost], variants: Variants, seeds: int) -> in
     """
     gan, decoder = costs["gan"].weight_bytes, costs["decoder"].weight_bytes // ADAM * 4 * 2
     joint = sum(1 for variant in variants.values() if _joint_ratio(variant))
-    return gan + seeds * (len(variants) * decoder + joint * gan * 3 // 4)
+    trained = sum(variant.backbone == "trained" for variant in variants.values())
+    backbone = costs[TRAINED].weight_bytes // ADAM * 4 * 2 if trained else 0
+    return gan + seeds * (len(variants) * decoder + joint * gan * 3 // 4 + trained * backbone)
 
 
 def memory_rows(
@@ -115,7 +120,11 @@ def memory_rows(
         Bytes that ``--cache`` holds.
     """
     alone = [variant.added_batches for variant in variants.values() if not _joint_ratio(variant)]
-    stages = {"gan": "train-gan", "decoder": "train-decoder: alone"}
+    stages = {
+        "gan": "train-gan",
+        "decoder": "train-decoder: alone",
+        TRAINED: "train-decoder: more for a trained backbone",
+    }
     rows: list[SizeRow] = []
     for name, cost in costs.items():
         if cost.weight_bytes:
@@ -185,6 +194,7 @@ def _steps(variant: VariantConfig, family: str) -> dict[str, float]:
     kinds = {"decoder": real, "generator": variant.until * _generated(variant, family)}
     if ratio:
         kinds = {f"joint {ratio}:1": variant.until, "decoder": (1 - variant.until) * real}
+    kinds[TRAINED] = float(variant.backbone == "trained")  # only the real batch passes it
     return {kind: times for kind, times in kinds.items() if times}
 
 

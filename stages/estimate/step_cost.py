@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from featurestore.dataset import Batch
 from featurestore.layers import Layer, fold, map_shape
@@ -75,6 +75,8 @@ class Setup:
         Of the data set.
     ratios
         Generated samples a mask, of each joint training.
+    trains_backbone
+        Whether a decoder trains the backbone.
     """
 
     backbone: str
@@ -86,6 +88,7 @@ class Setup:
     layers: Sequence[str] = ()
     dilate: bool = True
     decoder_layers: Sequence[str] = ()
+    trains_backbone: bool = False
 
 
 class Workload:
@@ -135,7 +138,7 @@ class Workload:
         self.trainer.steps = 1  # R1 is added every few steps, not in this one
         self.batch = Batch(torch.arange(batch), features, masks, self.images)
         self.rng = torch.Generator(device).manual_seed(0)
-        self.ratios = setup.ratios
+        self.ratios, self.trains_backbone = setup.ratios, setup.trains_backbone
 
     def kinds(self) -> dict[str, tuple[Callable[[], object], list[nn.Module]]]:
         """Return a step of each kind, and the networks that it trains, by name."""
@@ -149,6 +152,11 @@ class Workload:
                 f"joint {ratio}:1": (partial(self.joint_step, ratio), [*gans, decoder])
                 for ratio in self.ratios
             },
+            **(
+                {"trained backbone": (self.backbone_step, [self.backbone.network])}
+                if self.trains_backbone
+                else {}
+            ),
         }
 
     def _features(self, setup: Setup, names: Sequence[str], batch: int) -> tuple[Tensor, Folds]:
@@ -161,6 +169,13 @@ class Workload:
     def extract_step(self) -> None:
         """Run the frozen backbone."""
         self.backbone(self.images)
+
+    def backbone_step(self) -> None:
+        """Run the backbone and back-propagate through it."""
+        self.backbone.unfreeze("eval")
+        maps = self.backbone.maps(self.images)
+        torch.stack([features.float().sum() for features in maps]).sum().backward()
+        self.backbone.requires_grad_(False)
 
     def generate_step(self) -> None:
         """Run a frozen generator."""
@@ -203,7 +218,7 @@ def count(setup: Setup) -> tuple[dict[str, Cost], list[Layer]]:
             costs = {}
             for name, (step, networks) in work.kinds().items():
                 weights = sum(parameter.numel() for parameter in _parameters(networks))
-                kept, counter = _Kept(), FlopCounterMode(display=False)
+                kept, counter = _Kept(), FlopCounterMode(display=False, custom_mapping=OPERATIONS)
                 counter.mod_tracker = _Everything()  # type: ignore[assignment]
                 with counter, kept:
                     step()
@@ -238,6 +253,21 @@ class _Everything:
     def __enter__(self) -> None: ...
 
     def __exit__(self) -> None: ...
+
+
+def _convolution_backward(
+    output: Any, inputs: Any, weight: Any, *others: Any, out_shape: Any
+) -> int:
+    """Count the operations of a convolution's gradients, from shapes.
+
+    Each gradient, of the input and of the weight, has the multiplications of the forward pass.
+    PyTorch's own count takes grouped convolutions for dense ones.
+    """
+    *_, transposed, _, _, wanted = others
+    return sum(wanted[:2]) * conv_flop_count(inputs, weight, output, transposed=transposed)
+
+
+OPERATIONS = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
 class _Kept(saved_tensors_hooks):
