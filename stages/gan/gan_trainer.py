@@ -56,6 +56,7 @@ class GanTrainer(Trainer):
     ) -> None:
         super().__init__(accelerator, networks, ema_decay=ema_decay, machine=machine)
         self.objective, self.folds = objective, folds
+        self.micro_batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
         if objective.r1_gamma or objective.adversarial_loss == "wasserstein-gp":
             # The gradient of a gradient: torch.compile and FSDP have none, fp16 rounds it to 0.
             refused = {
@@ -127,6 +128,7 @@ class GanTrainer(Trainer):
                 noise=noise,
                 rng=rng,
                 step=self.steps,
+                batch_size=self.micro_batches * len(real),
             )
 
     @override

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.models.blocks import RandomProjection, autocast_dtype, one_hot
-from stages.models.spectral import SpectralConv2d
+from stages.models.spectral import PlainConv2d, SpectralConv2d
+
+CONVOLUTIONS: dict[str, type[PlainConv2d]] = {"spectral": SpectralConv2d, "none": PlainConv2d}
 
 
 class Judgement(NamedTuple):
@@ -53,6 +55,8 @@ class Discriminator(nn.Module):
         al. 2018, section 3.1).
     projection_channels
         If above 0, discriminators see this number of fixed random mixtures of the channels.
+    norm
+        ``spectral``: all convolutions are spectrally normalised; ``none``: no convolution is.
     init_gain
         Gain of the Xavier initialisation.
     """
@@ -68,6 +72,7 @@ class Discriminator(nn.Module):
         kind: str = "patch",
         scales: int = 1,
         projection_channels: int = 0,
+        norm: str = "spectral",
         init_gain: float = 0.02,
     ) -> None:
         super().__init__()
@@ -85,6 +90,7 @@ class Discriminator(nn.Module):
                 num_classes=num_classes,
                 feature_channels=projection_channels or feature_channels,
                 ndf=ndf,
+                norm=norm,
                 init_gain=init_gain,
             )
             for _ in range(scales)
@@ -131,7 +137,7 @@ class PatchDiscriminator(nn.Module):
 
     Parameters
     ----------
-    num_classes, feature_channels, layers, init_gain
+    num_classes, feature_channels, layers, norm, init_gain
         See :class:`Discriminator`.
     output_stride
         Nominal H / h: the mask passes round(log2(H / h)) stride-2 convolutions.
@@ -147,14 +153,15 @@ class PatchDiscriminator(nn.Module):
         output_stride: int,
         ndf: int,
         layers: int,
+        norm: str,
         init_gain: float,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.feature_channels = feature_channels
 
-        def conv(channels: int, width: int, stride: int) -> SpectralConv2d:
-            return SpectralConv2d(
+        def conv(channels: int, width: int, stride: int) -> PlainConv2d:
+            return CONVOLUTIONS[norm](
                 channels, width, 4, stride, padding=1 if stride == 2 else 2, gain=init_gain
             )
 
@@ -185,7 +192,7 @@ class PatchDiscriminator(nn.Module):
         # The first layer over [features, mask] is the sum of a convolution of the features and one
         # of the mask. All groups share the latter; nothing is concatenated, and each gradient is
         # computed only where it is needed.
-        first, *rest = cast(list[SpectralConv2d], list(self.layers))
+        first, *rest = cast(list[PlainConv2d], list(self.layers))
         scale = first.scale()
         sizes = [self.feature_channels, first.in_channels - self.feature_channels]
         convolve = partial(F.conv2d, stride=first.stride, padding=first.padding)
@@ -219,22 +226,22 @@ class SegmentationDiscriminator(nn.Module):
     ----------
     num_classes
         K; class K is "generated".
-    feature_channels, init_gain
+    feature_channels, norm, init_gain
         See :class:`Discriminator`.
     ndf
         Width: 4 * ndf at the features' resolution, 8 * ndf below.
     """
 
     def __init__(
-        self, *, num_classes: int, feature_channels: int, ndf: int, init_gain: float
+        self, *, num_classes: int, feature_channels: int, ndf: int, norm: str, init_gain: float
     ) -> None:
         super().__init__()
-        conv = partial(SpectralConv2d, padding=1, gain=init_gain)
+        conv = partial(CONVOLUTIONS[norm], padding=1, gain=init_gain)
         narrow, wide = 4 * ndf, 8 * ndf
         self.first = conv(feature_channels, narrow, 3)
         self.down = nn.ModuleList([conv(narrow, wide, 4, 2), conv(wide, wide, 4, 2)])
         self.up = nn.ModuleList([conv(2 * wide, wide, 3), conv(wide + narrow, narrow, 3)])
-        self.last = SpectralConv2d(narrow, num_classes + 1, 1, gain=init_gain)
+        self.last = CONVOLUTIONS[norm](narrow, num_classes + 1, 1, gain=init_gain)
 
     def forward(self, groups: list[Tensor], masks: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
         """Segment groups (k*B, C, h, w); ``masks`` are not read.

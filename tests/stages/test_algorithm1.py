@@ -27,7 +27,7 @@ LAMBDA_FEAT, LAMBDA_KLD = 7.0, 0.05
 LR = {"generator": 2e-4, "discriminator": 8e-4, "decoder": 5e-4}
 
 
-def architecture(*, image_encoder: bool) -> dict:
+def architecture(*, image_encoder: bool, **more: object) -> dict:
     return {
         "num_classes": CLASSES,
         "feature_shape": [CHANNELS, SIDE, SIDE],
@@ -48,6 +48,7 @@ def architecture(*, image_encoder: bool) -> dict:
         "image_encoder": image_encoder,
         "nef": 2,
         "init_gain": 0.5,
+        **more,
     }
 
 
@@ -68,6 +69,7 @@ def literal_step(
     images: Tensor,
     rng: torch.Generator,
     ratio: int,
+    kld_reduction: str,
 ) -> None:
     """Algorithm 1, line by line; ``decoder`` None is its first branch."""
     generator, encoder = networks.generator, networks.image_encoder
@@ -92,7 +94,9 @@ def literal_step(
 
     # train generator (and segmentation model)
     l_kld = (
-        LAMBDA_KLD * (-0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum() / len(mu))
+        LAMBDA_KLD
+        * (-0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum())
+        / (len(mu) if kld_reduction == "mean" else 1)
         if encoder is not None
         else 0.0
     )
@@ -157,9 +161,37 @@ def assert_same_parameters(
 def test_a_step_equals_algorithm_1(
     monkeypatch: pytest.MonkeyPatch, branch: str, image_encoder: bool, ratio: int
 ) -> None:
+    check_step(monkeypatch, branch, ratio, architecture(image_encoder=image_encoder))
+
+
+@pytest.mark.parametrize(
+    ("branch", "ratio", "image_encoder", "norm"),
+    [
+        ("gan", 2, False, "spectral"),
+        ("gan", 1, True, "none"),
+        ("joint", 1, False, "none"),
+        ("joint", 2, True, "spectral"),
+    ],
+)
+def test_a_step_with_spades_sum_equals_its_transcription(
+    monkeypatch: pytest.MonkeyPatch, branch: str, ratio: int, image_encoder: bool, norm: str
+) -> None:
+    described = architecture(image_encoder=image_encoder, discriminator_norm=norm)
+    check_step(monkeypatch, branch, ratio, described, kld_reduction="sum")
+
+
+def check_step(
+    monkeypatch: pytest.MonkeyPatch,
+    branch: str,
+    ratio: int,
+    described: dict,
+    *,
+    kld_reduction: str = "mean",
+) -> None:
+    """Compare one step of the networks that ``described`` gives with the literal one."""
     torch.manual_seed(0)
     scale = torch.rand(CHANNELS) + 0.5
-    networks = build_networks(architecture(image_encoder=image_encoder), scale)
+    networks = build_networks(described, scale)
     decoder = Decoder(
         head="deeplab", in_channels=CHANNELS, num_classes=CLASSES, width=8, atrous_rates=(2, 3)
     )
@@ -191,9 +223,10 @@ def test_a_step_equals_algorithm_1(
         images=images,
         rng=torch.Generator().manual_seed(7),
         ratio=ratio,
+        kld_reduction=kld_reduction,
     )
 
-    objective = Objective("hinge", LAMBDA_FEAT, LAMBDA_KLD)
+    objective = Objective("hinge", LAMBDA_FEAT, LAMBDA_KLD, kld_reduction=kld_reduction)
     trainer = GanTrainer(
         make_accelerator("cpu", "no"),
         networks,
