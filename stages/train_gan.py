@@ -75,6 +75,9 @@ class TrainGanConfig(Config):
     kld_reduction: Literal["mean", "sum"] = Field(
         "mean", description="of the divergence over the batch; SPADE has the sum"
     )
+    lambda_info: float = Field(
+        0.0, ge=0, description="weight of InfoGAN's loss, the error of an estimated z; 0: off"
+    )
     lambda_rec: float = Field(
         0.0, ge=0, description="weight of the squared difference from the real features; 0: off"
     )
@@ -117,9 +120,15 @@ class TrainGanConfig(Config):
 
     @model_validator(mode="after")
     def _losses_apply(self) -> Self:
-        if self.family == "flow" and self.discriminator_norm == "none":
+        if self.family == "flow" and (self.lambda_info or self.discriminator_norm == "none"):
             raise ValueError(
-                "a flow has no discriminator; set discriminator_norm to spectral, or family to gan"
+                "a flow has no discriminator; set lambda_info to 0 and discriminator_norm to"
+                " spectral, or family to gan"
+            )
+        if self.lambda_info and not self.z_dim:
+            raise ValueError(
+                "lambda_info needs a z to find in generated features; set z_dim above 0, or"
+                " lambda_info to 0"
             )
         if self.kld_reduction == "sum" and not self.image_encoder:
             raise ValueError(
@@ -145,6 +154,7 @@ ARCHITECTURE = (
     "discriminator_scales",
     "projection_channels",
     "discriminator_norm",
+    "lambda_info",
     "adversarial_loss",
     "image_encoder",
     "nef",

@@ -136,5 +136,6 @@ class GanTrainer(Trainer):
         super().after_optimizer_step()
         if self.objective.adversarial_loss == "wasserstein-clip":
             with torch.no_grad():
-                for parameter in self.discriminator_parameters:
-                    parameter.clamp_(-CLIP, CLIP)
+                assert self.networks.discriminator is not None
+                for parameter in self.networks.discriminator.scales.parameters():
+                    parameter.clamp_(-CLIP, CLIP)  # of the scores; a head for z is not clipped

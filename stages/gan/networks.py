@@ -18,7 +18,7 @@ from stages.models.image_encoder import ImageEncoder
 from stages.segmentation.class_statistics import ClassStatistics
 
 # Keys of an architecture that models of earlier versions were saved without.
-ADDED_KEYS = {"discriminator_norm": "spectral"}
+ADDED_KEYS = {"discriminator_norm": "spectral", "lambda_info": 0.0}
 
 
 @dataclass
@@ -93,6 +93,7 @@ def build_networks(
         scales=settings["discriminator_scales"],
         projection_channels=settings["projection_channels"],
         norm=settings["discriminator_norm"],
+        estimated_z=settings["z_dim"] if settings["lambda_info"] else 0,
         **shared,
     )
     encoder = None

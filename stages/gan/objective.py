@@ -30,6 +30,8 @@ class Objective:
     lambda_rec
         Weight of the mean squared difference of generated features from the real ones of the same
         mask; 0: none.
+    lambda_info
+        Weight of InfoGAN's loss, which trains generator and discriminator; 0: none.
     kld_reduction
         ``mean`` or ``sum``: the KLD loss is averaged or summed over the batch (SPADE: summed).
     r1_gamma, r1_every
@@ -44,6 +46,7 @@ class Objective:
     lambda_feat: float = 7.0
     lambda_kld: float = 0.05
     lambda_rec: float = 0.0
+    lambda_info: float = 0.0
     kld_reduction: str = "mean"
     r1_gamma: float = 0.0
     r1_every: int = 16
@@ -142,6 +145,12 @@ def forward(
     terms["generator/feature_matching"] = matching
     terms |= _accuracies(objective, of_real.scores, of_fake.scores)
     discriminator_loss = terms["discriminator/real"] + terms["discriminator/fake"]
+
+    # InfoGAN's loss is in both sums, and each back-propagation reaches only its own parameters.
+    if objective.lambda_info:
+        terms["generator/info"] = losses.information(of_fake.z.float(), z)
+        discriminator_loss = discriminator_loss + objective.lambda_info * terms["generator/info"]
+        regularisation = regularisation + objective.lambda_info * terms["generator/info"]
 
     due = _penalties(objective, discriminator, seen, masks_seen, rng, step)
     for name, weight, penalty in due:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.models.blocks import RandomProjection, autocast_dtype, one_hot
+from stages.models.info_head import InfoHead
 from stages.models.spectral import PlainConv2d, SpectralConv2d
 
 CONVOLUTIONS: dict[str, type[PlainConv2d]] = {"spectral": SpectralConv2d, "none": PlainConv2d}
@@ -27,10 +28,13 @@ class Judgement(NamedTuple):
         Segmentation discriminator: (B, K + 1, h, w) logits of the classes; the last is "generated".
     layers
         Activations of every scale and layer, for the feature matching loss (eq. 3.5).
+    z
+        (B, z_dim), the z that the features seem to be generated from; None without a head for it.
     """
 
     scores: list[Tensor]
     layers: list[Tensor]
+    z: Tensor | None = None
 
 
 class Discriminator(nn.Module):
@@ -57,6 +61,8 @@ class Discriminator(nn.Module):
         If above 0, discriminators see this number of fixed random mixtures of the channels.
     norm
         ``spectral``: all convolutions are spectrally normalised; ``none``: no convolution is.
+    estimated_z
+        Length of z where a head estimates it (:class:`stages.models.info_head.InfoHead`); 0: none.
     init_gain
         Gain of the Xavier initialisation.
     """
@@ -73,6 +79,7 @@ class Discriminator(nn.Module):
         scales: int = 1,
         projection_channels: int = 0,
         norm: str = "spectral",
+        estimated_z: int = 0,
         init_gain: float = 0.02,
     ) -> None:
         super().__init__()
@@ -95,6 +102,11 @@ class Discriminator(nn.Module):
             )
             for _ in range(scales)
         )
+        self.info = None
+        if estimated_z:
+            discriminators = cast(list[PatchDiscriminator], list(self.scales))
+            widths = [width for scale in discriminators for width in scale.widths]
+            self.info = InfoHead(widths, estimated_z)
 
     def forward(self, groups: Sequence[Tensor], masks: Tensor) -> list[Judgement]:
         """Judge several groups of features of the same masks, for example real and generated ones.
@@ -126,6 +138,8 @@ class Discriminator(nn.Module):
             for judgement, (scores, layers) in zip(judged, scale(groups, masks), strict=True):
                 judgement.scores.append(scores)
                 judgement.layers.extend(layers)
+        if self.info is not None:
+            judged = [judgement._replace(z=self.info(judgement.layers)) for judgement in judged]
         return judged
 
 
@@ -143,6 +157,11 @@ class PatchDiscriminator(nn.Module):
         Nominal H / h: the mask passes round(log2(H / h)) stride-2 convolutions.
     ndf
         Width of the mask's convolutions; the PatchGAN has 4 * ndf channels, then 8 * ndf.
+
+    Attributes
+    ----------
+    widths
+        Channels of the layers' activations.
     """
 
     def __init__(
@@ -174,6 +193,7 @@ class PatchDiscriminator(nn.Module):
             [conv(widths[n], widths[n + 1], 2 if n < 2 else 1) for n in range(layers)]
         )
         self.last = conv(widths[-1], 1, 1)
+        self.widths = widths[1:]
 
     def forward(self, groups: list[Tensor], masks: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
         """Judge groups (k*B, C, h, w) with masks (B, H, W).
@@ -230,6 +250,11 @@ class SegmentationDiscriminator(nn.Module):
         See :class:`Discriminator`.
     ndf
         Width: 4 * ndf at the features' resolution, 8 * ndf below.
+
+    Attributes
+    ----------
+    widths
+        Channels of the layers' activations.
     """
 
     def __init__(
@@ -238,6 +263,7 @@ class SegmentationDiscriminator(nn.Module):
         super().__init__()
         conv = partial(CONVOLUTIONS[norm], padding=1, gain=init_gain)
         narrow, wide = 4 * ndf, 8 * ndf
+        self.widths = [narrow, wide, wide, wide, narrow]
         self.first = conv(feature_channels, narrow, 3)
         self.down = nn.ModuleList([conv(narrow, wide, 4, 2), conv(wide, wide, 4, 2)])
         self.up = nn.ModuleList([conv(2 * wide, wide, 3), conv(wide + narrow, narrow, 3)])

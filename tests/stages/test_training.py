@@ -798,11 +798,13 @@ def test_no_pickle_is_ever_loaded() -> None:
             "adversarial_loss": "non-saturating",
             "r1_gamma": 1.0,
             "discriminator_norm": "none",
+            "lambda_info": 1.0,
         },
         {
             "adversarial_loss": "segmentation",
             "noise": "spatial",
             "ema_decay": 0.9,
+            "lambda_info": 1.0,
         },
         {
             "z_dim": 0,
@@ -814,6 +816,7 @@ def test_no_pickle_is_ever_loaded() -> None:
             "norm": "instance",
             "image_encoder": True,
             "kld_reduction": "sum",
+            "lambda_info": 1.0,
         },
     ],
 )
@@ -841,7 +844,7 @@ def test_options_train_resume_and_go_on_jointly(
     "changes",
     [
         {"z_dim": 0},
-        {"image_encoder": True, "kld_reduction": "sum", "lambda_kld": 1.0},
+        {"image_encoder": True, "kld_reduction": "sum", "lambda_info": 1.0, "lambda_kld": 1.0},
     ],
     ids=["no noise", "sum of the divergence"],
 )
@@ -944,7 +947,12 @@ def test_the_average_generator_is_an_exponential_moving_average(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"family": "flow", "lambda_info": 1.0},
+            r"set lambda_info to 0 and discriminator_norm to spectral, or family to gan",
+        ),
         ({"family": "flow", "discriminator_norm": "none"}, "discriminator_norm to spectral, or"),
+        ({"z_dim": 0, "lambda_info": 1.0}, "set z_dim above 0, or lambda_info to 0"),
         ({"kld_reduction": "sum"}, "set image_encoder to true, or kld_reduction to mean"),
     ],
 )
@@ -953,6 +961,16 @@ def test_losses_that_do_not_apply_are_refused(changes: dict, message: str) -> No
         TrainGanConfig(**{**GAN, **changes})
     (problem,) = refused.value.errors()
     assert "\n" not in problem["msg"]
+
+
+def test_weight_clipping_leaves_the_head_for_z_as_it_is(features: Path, tmp_path: Path) -> None:
+    changes = {"adversarial_loss": "wasserstein-clip", "lambda_info": 1.0}
+    run_gan(features, tmp_path, frozen_epochs=1, discriminator_norm="none", **changes)
+    saved = load_file(tmp_path / "gan" / "discriminator.safetensors")
+    largest = {name: float(tensor.abs().max()) for name, tensor in saved.items()}
+    assert largest.pop("info.linear.weight") > 0.1
+    largest.pop("info.linear.bias")
+    assert max(largest.values()) <= 0.01
 
 
 def test_options_that_do_not_fit_together_are_refused() -> None:
