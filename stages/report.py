@@ -23,7 +23,7 @@ from stages.common.runtime import generator as random_generator
 from stages.common.runtime import make_accelerator, write_json
 from stages.gan.fidelity import DIMENSIONS
 from stages.reporting import charts, pictures, tables
-from stages.reporting.curves import read_curves
+from stages.reporting.curves import read_curves, trained_gan
 from stages.reporting.features import (
     normalised_pair,
     project,
@@ -178,9 +178,11 @@ def _curves(compared: CompareConfig, metrics: Path, out: Path) -> dict[str, obje
     for file, names in files.items():
         miou[list(names)].to_csv(out / file, float_format="%.4f")
     first = {name: seeds[0] for name, seeds in runs.items()}
+    joint = {name: curves for name, curves in first.items() if trained_gan(curves)}
     return {
         "decoder_curves": charts.decoder_curves(runs),
-        "gan_curves": charts.gan_curves(gan),
+        "gan_curves": {name: charts.gan_curves(gan, curves) for name, curves in joint.items()}
+        or {"": charts.gan_curves(gan)},
         "monitor": charts.monitor_curves({"train-gan": gan, **first}),
     }
 

@@ -58,6 +58,9 @@ class TrainGanConfig(Config):
     projection_channels: int = Field(
         0, ge=0, description="random mixtures that the discriminator sees; 0: all channels"
     )
+    discriminator_norm: Literal["spectral", "none"] = Field(
+        "spectral", description="normalization of the discriminator's weights"
+    )
     image_encoder: bool = Field(False, description="draw z from the image (VAE)")
     nef: int = Field(64, ge=1, description="image encoder width")
     init_gain: float = Field(0.02, gt=0, description="gain of the weights' initialization")
@@ -69,6 +72,12 @@ class TrainGanConfig(Config):
     ] = Field("hinge", description="adversarial loss")
     lambda_feat: float = Field(7.0, ge=0, description="weight of feature matching")
     lambda_kld: float = Field(0.05, ge=0, description="weight of the image encoder's divergence")
+    kld_reduction: Literal["mean", "sum"] = Field(
+        "mean", description="of the divergence over the batch; SPADE has the sum"
+    )
+    lambda_info: float = Field(
+        0.0, ge=0, description="weight of InfoGAN's loss, the error of an estimated z; 0: off"
+    )
     lambda_rec: float = Field(
         0.0, ge=0, description="weight of the squared difference from the real features; 0: off"
     )
@@ -109,6 +118,25 @@ class TrainGanConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _losses_apply(self) -> Self:
+        if self.family == "flow" and (self.lambda_info or self.discriminator_norm == "none"):
+            raise ValueError(
+                "a flow has no discriminator; set lambda_info to 0 and discriminator_norm to"
+                " spectral, or family to gan"
+            )
+        if self.lambda_info and not self.z_dim:
+            raise ValueError(
+                "lambda_info needs a z to find in generated features; set z_dim above 0, or"
+                " lambda_info to 0"
+            )
+        if self.kld_reduction == "sum" and not self.image_encoder:
+            raise ValueError(
+                "kld_reduction applies to the divergence of an image encoder; set image_encoder to"
+                " true, or kld_reduction to mean"
+            )
+        return self
+
 
 ARCHITECTURE = (
     "family",
@@ -125,6 +153,8 @@ ARCHITECTURE = (
     "discriminator_layers",
     "discriminator_scales",
     "projection_channels",
+    "discriminator_norm",
+    "lambda_info",
     "adversarial_loss",
     "image_encoder",
     "nef",

@@ -553,6 +553,14 @@ def run_decoder(
     )
 
 
+def write_curve(live: Path, name: str, values: Sequence[float]) -> None:
+    """Write a curve into a folder, as DVCLive does."""
+    file = live / "plots" / "metrics" / f"{name}.tsv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [f"{step}\t{value}" for step, value in enumerate(values)]
+    file.write_text("\n".join([f"step\t{file.stem}", *rows]) + "\n")
+
+
 def with_gan(trained: Path, root: Path) -> Path:
     shutil.copytree(trained / "gan", root / "gan")
     return root

@@ -7,13 +7,17 @@ import io
 import json
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from markupsafe import Markup
+from matplotlib.axes import Axes
 from PIL import Image
 
+from stages import report
 from stages.common.errors import ConfigError, DataError
 from stages.reporting import charts, pictures, tables
 from stages.reporting.features import (
@@ -24,6 +28,7 @@ from stages.reporting.features import (
     subsample_channels,
 )
 from stages.reporting.verdict import verdict
+from tests.factories import write_curve
 
 
 def result(variant: str, seed: int, iou: dict[str, float | None], pa: float) -> dict:
@@ -242,6 +247,80 @@ def test_charts_use_the_pages_colours_and_are_deterministic() -> None:
     shown = charts.differences([BASELINE_ROW, row("a & <b>", [1.0], (0.5, 2.5))])
     assert shown is not None
     assert "a &amp; &lt;b&gt;</text>" in shown.panels[0].svg
+
+
+def lines_of(chart: Callable[[], charts.Chart], monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Draw a chart; return epochs and values of each line, by panel and the legend's name."""
+    drawn: list[Axes] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(charts, "_svg", lambda axes, label: drawn.append(axes) or Markup())
+        panels = chart().panels
+    return {
+        panel.title: [
+            [*zip(line.get_xdata(), line.get_ydata(), strict=True)] for line in axes.lines
+        ]
+        for panel, axes in zip(panels, drawn, strict=True)
+    }
+
+
+def test_the_gans_losses_go_on_through_the_joint_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figure 4.3: one curve a loss, with a vertical line at the end of the pretraining."""
+    pretraining = {
+        "discriminator/accuracy_real": pd.Series([0.5, 0.75]),
+        "discriminator/real": pd.Series([4.0, 3.0]),
+        "generator/adversarial": pd.Series([1.0, 2.0]),
+        "monitor/frechet": pd.Series([9.0], index=[1]),
+    }
+    joint = {
+        "discriminator/accuracy_real": pd.Series([1.0]),
+        "discriminator/real": pd.Series([2.0, 1.0]),
+        "generator/adversarial": pd.Series([3.0, 5.0]),
+        "generator/kld": pd.Series([7.0, 8.0]),
+        "val/miou": pd.Series([0.1, 0.2]),
+    }
+    line = [(2, 0), (2, 1)]
+    assert lines_of(lambda: charts.gan_curves(pretraining, joint), monkeypatch) == {
+        "Discriminator loss": [[(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)], line],
+        "Discriminator accuracy": [[(1, 0.5), (2, 0.75), (3, 1.0)], line],
+        "Generator losses": [
+            [(1, 1.0), (2, 2.0), (3, 3.0), (4, 5.0)],
+            [(3, 7.0), (4, 8.0)],
+            line,
+        ],
+    }
+    assert lines_of(lambda: charts.gan_curves(pretraining), monkeypatch) == {
+        "Discriminator loss": [[(1, 4.0), (2, 3.0)]],
+        "Discriminator accuracy": [[(1, 0.5), (2, 0.75)]],
+        "Generator losses": [[(1, 1.0), (2, 2.0)]],
+    }
+
+
+def test_the_report_shows_the_joint_phase_of_each_variant_that_trained_the_gan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = {"decoder/ce_real": [1.0], "val/miou": [0.5]}
+    trainings = {
+        "train-gan": {"generator/adversarial": [3.0, 2.0]},
+        "baseline-0": shared,
+        "joint-0": {**shared, "generator/adversarial": [1.0]},
+        "frozen-0": shared,
+    }
+    for training, curves in trainings.items():
+        for name, values in curves.items():
+            write_curve(tmp_path / training, name, values)
+    settings = {"variants": ["baseline"], "seeds": [0]}
+    compared = report.CompareConfig(**settings, gan_variants=["joint", "frozen"])
+    shown = []
+    monkeypatch.setattr(charts, "gan_curves", lambda *curves: shown.append(curves) or len(curves))
+    drawn = report._curves(compared, tmp_path, tmp_path)
+    assert drawn["gan_curves"] == {"joint": 2}
+    gan, joint = shown[0]
+    assert (gan["generator/adversarial"].tolist(), joint["generator/adversarial"].tolist()) == (
+        [3.0, 2.0],
+        [1.0],
+    )
+    alone = report.CompareConfig(**settings, gan_variants=["frozen"])
+    assert report._curves(alone, tmp_path, tmp_path)["gan_curves"] == {"": 1}
 
 
 def test_pictures_keep_every_pixel() -> None:

@@ -31,7 +31,7 @@ from stages.common.errors import ConfigError, DataError
 from stages.data.manifest import SPLITS, Entry, write_manifest
 from stages.studies.plan import Run, StudyConfig, plan
 from stages.studies.runner import Runner, data_content
-from tests.factories import SPEC, flat, run, write_photos
+from tests.factories import SPEC, flat, run, write_curve, write_photos
 from tests.imports import ROOT
 
 STUDY = """
@@ -426,6 +426,55 @@ def test_the_protocol_depends_on_images_and_masks_not_on_features(
         {"classes": list(SPEC.class_names), "palette": SPEC.palette, "void_index": 255},
     )
     assert data_content(tmp_path, stores) != before
+
+
+class Recorded(Runner):
+    """Stages that write what the result file of a run is made of, without a training."""
+
+    def _run_stage(self, folder: Path, lock: int, *arguments: str) -> None:
+        stage = arguments[0]
+        if stage == "prepare":
+            entries = [
+                Entry(f"{split} {number}", "0.jpg", "0.png", split, 9, 9, "ab", "cd")
+                for split in SPLITS
+                for number in range(2)
+            ]
+            classes = {"classes": [*SPEC.class_names], "palette": SPEC.palette, "void_index": 255}
+            (folder / "dataset").mkdir()
+            write_manifest(folder / "dataset", entries, classes)
+        elif stage == "extract":
+            for split in SPLITS:
+                store_of(folder / "features" / split, seed=0, label=1)
+        elif stage == "train-gan":
+            write_curve(folder / "metrics" / "train-gan", "generator/adversarial", [3.0, 2.0])
+        else:
+            variant, seed = arguments[2], arguments[4]
+            metrics = folder / "metrics" / f"{variant}-{seed}"
+            curves = ["val/miou"]
+            if variant == "featuregan-1x":  # it trains the GAN further
+                curves += ["generator/adversarial", "monitor/class_consistency/belt"]
+            for name in curves:
+                write_curve(metrics, name, [1.0, 0.5])
+            for name in ("test.json", "images.json"):
+                (metrics / name).write_text("{}")
+
+
+def test_a_result_has_the_joint_phase_of_the_gan_that_its_decoder_trained(tmp_path: Path) -> None:
+    rows = "variants: [baseline, featuregan-frozen, featuregan-1x]"
+    text = STUDY.replace("variants: [baseline, featuregan-frozen]", rows)
+    runs = [run for run in planned(text, tmp_path) if run.experiment == "all"]
+    with Recorded.open(tmp_path / "work", tmp_path / "results", 1, runs) as runner:
+        found = {run.label: json.loads(runner.run(run).read_text()) for run in runs}
+    gan, joint = ({"generator/adversarial": losses} for losses in ([3.0, 2.0], [1.0, 0.5]))
+    kept = {
+        label: {key: result[key] for key in ("gan", "gan_joint") if key in result}
+        for label, result in found.items()
+    }
+    assert kept == {
+        "baseline": {},
+        "featuregan-frozen": {"gan": gan},
+        "featuregan-1x": {"gan": gan, "gan_joint": joint},
+    }
 
 
 def test_runs_that_need_no_gan_go_before_those_that_wait_for_one(tmp_path: Path) -> None:

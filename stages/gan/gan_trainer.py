@@ -56,6 +56,7 @@ class GanTrainer(Trainer):
     ) -> None:
         super().__init__(accelerator, networks, ema_decay=ema_decay, machine=machine)
         self.objective, self.folds = objective, folds
+        self.micro_batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
         if objective.r1_gamma or objective.adversarial_loss == "wasserstein-gp":
             # The gradient of a gradient: torch.compile and FSDP have none, fp16 rounds it to 0.
             refused = {
@@ -127,6 +128,7 @@ class GanTrainer(Trainer):
                 noise=noise,
                 rng=rng,
                 step=self.steps,
+                batch_size=self.micro_batches * len(real),
             )
 
     @override
@@ -134,5 +136,6 @@ class GanTrainer(Trainer):
         super().after_optimizer_step()
         if self.objective.adversarial_loss == "wasserstein-clip":
             with torch.no_grad():
-                for parameter in self.discriminator_parameters:
-                    parameter.clamp_(-CLIP, CLIP)
+                assert self.networks.discriminator is not None
+                for parameter in self.networks.discriminator.scales.parameters():
+                    parameter.clamp_(-CLIP, CLIP)  # of the scores; a head for z is not clipped

@@ -188,6 +188,22 @@ def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
     return -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum(dim=1).mean()
 
 
+def information(estimate: Tensor, z: Tensor) -> Tensor:
+    """Compute InfoGAN's loss, the mean squared error of an estimate of z (Chen et al. 2016, eq. 5).
+
+    Up to constants it is the negative lower bound of the mutual information of z and generated
+    features, where the estimate is the mean of a Gaussian of fixed variance. 1: nothing of a
+    standard normal z is found; 0: all of it. z is a constant: an image encoder must not learn to
+    give a z that is easy to estimate.
+
+    Parameters
+    ----------
+    estimate, z
+        (k*B, z_dim).
+    """
+    return F.mse_loss(estimate, z.detach())
+
+
 def cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
     """Compute equation 3.7: the mean over the labelled pixels of the batch; 0 if there are none.
 

@@ -17,6 +17,9 @@ from stages.models.generator import Generator
 from stages.models.image_encoder import ImageEncoder
 from stages.segmentation.class_statistics import ClassStatistics
 
+# Keys of an architecture that models of earlier versions were saved without.
+ADDED_KEYS = {"discriminator_norm": "spectral", "lambda_info": 0.0}
+
 
 @dataclass
 class Networks:
@@ -52,7 +55,7 @@ def build_networks(
     class_means
         (K + 1, C), as :func:`class_means` gives them; None too where a state dict will bring them.
     """
-    settings = dict(architecture)
+    settings = {**ADDED_KEYS, **architecture}
     shared = {"num_classes": settings["num_classes"], "init_gain": settings["init_gain"]}
     channels = settings["feature_shape"][0]
     scale = torch.ones(channels) if feature_scale is None else feature_scale
@@ -89,6 +92,8 @@ def build_networks(
         kind="segmentation" if settings["adversarial_loss"] == "segmentation" else "patch",
         scales=settings["discriminator_scales"],
         projection_channels=settings["projection_channels"],
+        norm=settings["discriminator_norm"],
+        estimated_z=settings["z_dim"] if settings["lambda_info"] else 0,
         **shared,
     )
     encoder = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,10 @@ class Objective:
     lambda_rec
         Weight of the mean squared difference of generated features from the real ones of the same
         mask; 0: none.
+    lambda_info
+        Weight of InfoGAN's loss, which trains generator and discriminator; 0: none.
+    kld_reduction
+        ``mean`` or ``sum``: the KLD loss is averaged or summed over the batch (SPADE: summed).
     r1_gamma, r1_every
         Weight of R1, and N: R1 is applied every N steps, scaled by N (lazy R1, Karras et al. 2020,
         appendix B). Weight 0: never.
@@ -41,6 +46,8 @@ class Objective:
     lambda_feat: float = 7.0
     lambda_kld: float = 0.05
     lambda_rec: float = 0.0
+    lambda_info: float = 0.0
+    kld_reduction: str = "mean"
     r1_gamma: float = 0.0
     r1_every: int = 16
     diffaugment: tuple[str, ...] = ()
@@ -79,6 +86,7 @@ def forward(
     noise: Tensor,
     rng: torch.Generator,
     step: int,
+    batch_size: int,
 ) -> Step:
     """Generate, discriminate, and sum the losses of Algorithm 1 up to the segmentation terms.
 
@@ -102,6 +110,8 @@ def forward(
         Source of all other random numbers, on the tensors' device.
     step
         Number of the step, for the lazy R1.
+    batch_size
+        Samples of all micro-batches of all processes, over which gradients are averaged.
     """
     terms: dict[str, Tensor] = {}
 
@@ -111,7 +121,8 @@ def forward(
         mu, logvar = (output.float() for output in image_encoder(images))
         ratio = len(noise) // len(real)
         z = sample_z(mu.repeat(ratio, 1), logvar.repeat(ratio, 1), noise)
-        terms["generator/kld"] = losses.kl_divergence(mu, logvar)
+        samples = batch_size if objective.kld_reduction == "sum" else 1
+        terms["generator/kld"] = samples * losses.kl_divergence(mu, logvar)
         regularisation = objective.lambda_kld * terms["generator/kld"]
     fake = generator(z, masks)
     if objective.lambda_rec:
@@ -133,24 +144,17 @@ def forward(
     matching = losses.feature_matching(*layers) / len(of_real.scores)
     terms["generator/feature_matching"] = matching
     terms |= _accuracies(objective, of_real.scores, of_fake.scores)
-
-    # Penalties on the discriminator's gradient.
     discriminator_loss = terms["discriminator/real"] + terms["discriminator/fake"]
 
-    def discriminate(features: Tensor) -> Tensor:
-        (judgement,) = discriminator([features], masks_seen)
-        return torch.cat([scores.flatten(1) for scores in judgement.scores], dim=1)
+    # InfoGAN's loss is in both sums, and each back-propagation reaches only its own parameters.
+    if objective.lambda_info:
+        terms["generator/info"] = losses.information(of_fake.z.float(), z)
+        discriminator_loss = discriminator_loss + objective.lambda_info * terms["generator/info"]
+        regularisation = regularisation + objective.lambda_info * terms["generator/info"]
 
-    if objective.adversarial_loss == "wasserstein-gp":
-        mix = torch.rand(len(real), generator=rng, device=real.device)
-        fake_seen = seen[1][: len(real)].float()
-        penalty = losses.gradient_penalty(discriminate, seen[0], fake_seen, mix)
-        terms["discriminator/gradient_penalty"] = penalty
-        discriminator_loss = discriminator_loss + PENALTY * penalty
-    if objective.r1_gamma and step % objective.r1_every == 0:
-        penalty = losses.r1_penalty(discriminate, seen[0])
-        terms["discriminator/r1"] = penalty
-        weight = objective.r1_every * objective.r1_gamma / 2
+    due = _penalties(objective, discriminator, seen, masks_seen, rng, step)
+    for name, weight, penalty in due:
+        terms[name] = penalty
         discriminator_loss = discriminator_loss + weight * penalty
 
     generator_loss = (
@@ -158,6 +162,33 @@ def forward(
     )
     detached = {name: term.detach() for name, term in terms.items()}
     return Step(fake, generator_loss, discriminator_loss, detached)
+
+
+def _penalties(
+    objective: Objective,
+    discriminator: nn.Module,
+    seen: list[Tensor],
+    masks: Tensor,
+    rng: torch.Generator,
+    step: int,
+) -> Iterator[tuple[str, float, Tensor]]:
+    """Compute the due penalties on the discriminator's gradient: name, weight and value.
+
+    ``seen`` are the real and the generated features in front of the discriminator.
+    """
+    real, fake = seen
+
+    def discriminate(features: Tensor) -> Tensor:
+        (judgement,) = discriminator([features], masks)
+        return torch.cat([scores.flatten(1) for scores in judgement.scores], dim=1)
+
+    if objective.adversarial_loss == "wasserstein-gp":
+        mix = torch.rand(len(real), generator=rng, device=real.device)
+        penalty = losses.gradient_penalty(discriminate, real, fake[: len(real)].float(), mix)
+        yield "discriminator/gradient_penalty", PENALTY, penalty
+    if objective.r1_gamma and step % objective.r1_every == 0:
+        weight = objective.r1_every * objective.r1_gamma / 2
+        yield "discriminator/r1", weight, losses.r1_penalty(discriminate, real)
 
 
 def _accuracies(objective: Objective, real: list[Tensor], fake: list[Tensor]) -> dict[str, Tensor]:

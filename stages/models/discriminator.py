@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.models.blocks import RandomProjection, autocast_dtype, one_hot
-from stages.models.spectral import SpectralConv2d
+from stages.models.info_head import InfoHead
+from stages.models.spectral import PlainConv2d, SpectralConv2d
+
+CONVOLUTIONS: dict[str, type[PlainConv2d]] = {"spectral": SpectralConv2d, "none": PlainConv2d}
 
 
 class Judgement(NamedTuple):
@@ -25,10 +28,13 @@ class Judgement(NamedTuple):
         Segmentation discriminator: (B, K + 1, h, w) logits of the classes; the last is "generated".
     layers
         Activations of every scale and layer, for the feature matching loss (eq. 3.5).
+    z
+        (B, z_dim), the z that the features seem to be generated from; None without a head for it.
     """
 
     scores: list[Tensor]
     layers: list[Tensor]
+    z: Tensor | None = None
 
 
 class Discriminator(nn.Module):
@@ -53,6 +59,10 @@ class Discriminator(nn.Module):
         al. 2018, section 3.1).
     projection_channels
         If above 0, discriminators see this number of fixed random mixtures of the channels.
+    norm
+        ``spectral``: all convolutions are spectrally normalised; ``none``: no convolution is.
+    estimated_z
+        Length of z where a head estimates it (:class:`stages.models.info_head.InfoHead`); 0: none.
     init_gain
         Gain of the Xavier initialisation.
     """
@@ -68,6 +78,8 @@ class Discriminator(nn.Module):
         kind: str = "patch",
         scales: int = 1,
         projection_channels: int = 0,
+        norm: str = "spectral",
+        estimated_z: int = 0,
         init_gain: float = 0.02,
     ) -> None:
         super().__init__()
@@ -85,10 +97,16 @@ class Discriminator(nn.Module):
                 num_classes=num_classes,
                 feature_channels=projection_channels or feature_channels,
                 ndf=ndf,
+                norm=norm,
                 init_gain=init_gain,
             )
             for _ in range(scales)
         )
+        self.info = None
+        if estimated_z:
+            discriminators = cast(list[PatchDiscriminator], list(self.scales))
+            widths = [width for scale in discriminators for width in scale.widths]
+            self.info = InfoHead(widths, estimated_z)
 
     def forward(self, groups: Sequence[Tensor], masks: Tensor) -> list[Judgement]:
         """Judge several groups of features of the same masks, for example real and generated ones.
@@ -120,6 +138,8 @@ class Discriminator(nn.Module):
             for judgement, (scores, layers) in zip(judged, scale(groups, masks), strict=True):
                 judgement.scores.append(scores)
                 judgement.layers.extend(layers)
+        if self.info is not None:
+            judged = [judgement._replace(z=self.info(judgement.layers)) for judgement in judged]
         return judged
 
 
@@ -131,12 +151,17 @@ class PatchDiscriminator(nn.Module):
 
     Parameters
     ----------
-    num_classes, feature_channels, layers, init_gain
+    num_classes, feature_channels, layers, norm, init_gain
         See :class:`Discriminator`.
     output_stride
         Nominal H / h: the mask passes round(log2(H / h)) stride-2 convolutions.
     ndf
         Width of the mask's convolutions; the PatchGAN has 4 * ndf channels, then 8 * ndf.
+
+    Attributes
+    ----------
+    widths
+        Channels of the layers' activations.
     """
 
     def __init__(
@@ -147,14 +172,15 @@ class PatchDiscriminator(nn.Module):
         output_stride: int,
         ndf: int,
         layers: int,
+        norm: str,
         init_gain: float,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.feature_channels = feature_channels
 
-        def conv(channels: int, width: int, stride: int) -> SpectralConv2d:
-            return SpectralConv2d(
+        def conv(channels: int, width: int, stride: int) -> PlainConv2d:
+            return CONVOLUTIONS[norm](
                 channels, width, 4, stride, padding=1 if stride == 2 else 2, gain=init_gain
             )
 
@@ -167,6 +193,7 @@ class PatchDiscriminator(nn.Module):
             [conv(widths[n], widths[n + 1], 2 if n < 2 else 1) for n in range(layers)]
         )
         self.last = conv(widths[-1], 1, 1)
+        self.widths = widths[1:]
 
     def forward(self, groups: list[Tensor], masks: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
         """Judge groups (k*B, C, h, w) with masks (B, H, W).
@@ -185,7 +212,7 @@ class PatchDiscriminator(nn.Module):
         # The first layer over [features, mask] is the sum of a convolution of the features and one
         # of the mask. All groups share the latter; nothing is concatenated, and each gradient is
         # computed only where it is needed.
-        first, *rest = cast(list[SpectralConv2d], list(self.layers))
+        first, *rest = cast(list[PlainConv2d], list(self.layers))
         scale = first.scale()
         sizes = [self.feature_channels, first.in_channels - self.feature_channels]
         convolve = partial(F.conv2d, stride=first.stride, padding=first.padding)
@@ -219,22 +246,28 @@ class SegmentationDiscriminator(nn.Module):
     ----------
     num_classes
         K; class K is "generated".
-    feature_channels, init_gain
+    feature_channels, norm, init_gain
         See :class:`Discriminator`.
     ndf
         Width: 4 * ndf at the features' resolution, 8 * ndf below.
+
+    Attributes
+    ----------
+    widths
+        Channels of the layers' activations.
     """
 
     def __init__(
-        self, *, num_classes: int, feature_channels: int, ndf: int, init_gain: float
+        self, *, num_classes: int, feature_channels: int, ndf: int, norm: str, init_gain: float
     ) -> None:
         super().__init__()
-        conv = partial(SpectralConv2d, padding=1, gain=init_gain)
+        conv = partial(CONVOLUTIONS[norm], padding=1, gain=init_gain)
         narrow, wide = 4 * ndf, 8 * ndf
+        self.widths = [narrow, wide, wide, wide, narrow]
         self.first = conv(feature_channels, narrow, 3)
         self.down = nn.ModuleList([conv(narrow, wide, 4, 2), conv(wide, wide, 4, 2)])
         self.up = nn.ModuleList([conv(2 * wide, wide, 3), conv(wide + narrow, narrow, 3)])
-        self.last = SpectralConv2d(narrow, num_classes + 1, 1, gain=init_gain)
+        self.last = CONVOLUTIONS[norm](narrow, num_classes + 1, 1, gain=init_gain)
 
     def forward(self, groups: list[Tensor], masks: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
         """Segment groups (k*B, C, h, w); ``masks`` are not read.

@@ -123,14 +123,30 @@ def css_colour(colour: tuple[int, int, int]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
-def gan_curves(curves: Curves) -> Chart:
-    """Draw the losses of the GAN's pretraining (thesis figure 4.3) and discriminator accuracy."""
+def gan_curves(pretraining: Curves, joint: Curves | None = None) -> Chart:
+    """Draw the losses of the GAN by epoch (thesis figure 4.3) and its discriminator's accuracy.
+
+    Parameters
+    ----------
+    pretraining
+        Curves of ``train-gan``.
+    joint
+        Curves of a decoder that trained this GAN further. They follow on the epoch axis, behind a
+        vertical line at ``frozen_epochs``.
+    """
+    curves, line = dict(pretraining), None
+    if joint is not None:
+        line = 1 + max(int(curve.index[-1]) for curve in pretraining.values())
+        for name, curve in joint.items():
+            later = curve.set_axis(curve.index + line)
+            curves[name] = pd.concat([pretraining[name], later]) if name in curves else later
     panels = []
     for title, pattern in GAN_CURVES.items():
         names = [name for name in curves if re.match(pattern, name)]
         labels = (name.split("/")[1].removeprefix("accuracy_").replace("_", " ") for name in names)
         if names:
-            panels.append(_curve_panel(title, [[curves[name]] for name in names], _keys(labels)))
+            shown = [[curves[name]] for name in names]
+            panels.append(_curve_panel(title, shown, _keys(labels), line=line))
     return Chart(tuple(panels))
 
 
@@ -138,7 +154,7 @@ def monitor_curves(runs: Mapping[str, Curves]) -> Chart | None:
     """Draw measures of generated features by epoch; None where nothing was measured.
 
     The first run is the GAN's pretraining. The joint trainings that start from it follow on the
-    epoch axis. Dashed: the measure of real features.
+    epoch axis, behind a vertical line at ``frozen_epochs``. Dashed: the measure of real features.
     """
     watched = {run: curves for run, curves in runs.items() if "monitor/frechet" in curves}
     if not watched:
@@ -151,7 +167,8 @@ def monitor_curves(runs: Mapping[str, Curves]) -> Chart | None:
         later = (curves[key].rename(lambda epoch: epoch + pretrained) for curves in joint)
         reference = first.get(f"{key}_floor", first.get(f"{key}_real"))
         shown = [[curve] for curve in (first[key], *later)]
-        panels.append(_curve_panel(title, shown, reference=reference, marker="."))
+        line = pretrained if joint else None
+        panels.append(_curve_panel(title, shown, reference=reference, marker=".", line=line))
     return Chart(tuple(panels), (*_keys(watched), Key("real features", VARIABLES[SOFT], "dashed")))
 
 
@@ -289,10 +306,11 @@ def _curve_panel(
     *,
     reference: pd.Series | None = None,
     marker: str | None = None,
+    line: int | None = None,
 ) -> Panel:
     """Draw curves by epoch (from 1): the mean over each curve's seeds, and each seed faintly.
 
-    ``reference`` is a dashed line at its last value.
+    ``reference`` is a dashed line at its last value, ``line`` an epoch with a vertical line.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -306,6 +324,8 @@ def _curve_panel(
         axes.plot(table.index + 1, table.mean(axis=1), marker=marker, **style)
     if reference is not None:
         axes.axhline(reference.iloc[-1], color=SOFT, linestyle="--", linewidth=1)
+    if line is not None:
+        axes.axvline(line, color=SOFT, linestyle=":", linewidth=1)
     return Panel(title, _svg(axes, title), legend)
 
 

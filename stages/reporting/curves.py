@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
+
+OF_A_GAN = ("discriminator/", "generator/", "monitor/")  # how names of its curves start
 
 
 def read_curves(live: Path) -> dict[str, pd.Series]:
@@ -16,3 +19,8 @@ def read_curves(live: Path) -> dict[str, pd.Series]:
         ).iloc[:, -1]
         for file in sorted(folder.rglob("*.tsv"))
     }
+
+
+def trained_gan(names: Iterable[str]) -> bool:
+    """Return whether a training with curves of these names trained a GAN."""
+    return any(name.startswith(OF_A_GAN) for name in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from matplotlib import rc_context
@@ -21,23 +22,61 @@ GAN_PANELS = {
 }
 
 
+@dataclass(frozen=True)
+class GanTraining:
+    """The curves of a GAN.
+
+    Attributes
+    ----------
+    pretraining
+        Curves of ``train-gan``, all of the same number of epochs.
+    joint
+        Those of the decoder that trained this GAN further; empty where none did, and in result
+        files of earlier versions.
+    """
+
+    pretraining: GanCurves
+    joint: GanCurves = field(default_factory=dict)
+
+    @property
+    def frozen_epochs(self) -> int:
+        """Epochs of the pretraining."""
+        return max(map(len, self.pretraining.values()))
+
+    def losses(self, key: str) -> np.ndarray:
+        """Return one curve, NaN where there is no value: pretraining, then the joint phase."""
+        return np.array([*self.pretraining.get(key, []), *self.joint.get(key, [])], float)
+
+
 @rc_context(PNG_STYLE)
-def gans(curves: Mapping[str, GanCurves]) -> bytes:
-    """Draw the losses of several GANs' pretraining by epoch (thesis figure 5.2).
+def gans(trainings: Mapping[str, GanTraining]) -> bytes:
+    """Draw the losses of several GANs by epoch (thesis figure 5.2).
+
+    A vertical line marks the end of the pretraining, ``frozen_epochs``, of GANs with a joint phase.
+    A pretraining that several joint phases start from is drawn once.
 
     Parameters
     ----------
-    curves
-        By the GAN's name; one GAN or more has one of :data:`GAN_PANELS`.
+    trainings
+        By name; one GAN or more has one of :data:`GAN_PANELS`.
     """
-    shown = [key for key in GAN_PANELS if any(key in lines for lines in curves.values())]
+    shown = [
+        key for key in GAN_PANELS if any(key in each.pretraining for each in trainings.values())
+    ]
     figure = Figure(figsize=(3.4 * len(shown), 3.2))
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    ends = sorted({each.frozen_epochs for each in trainings.values() if each.joint})
     for axes, key in zip(panels, shown, strict=True):
-        for number, (name, lines) in enumerate(curves.items()):
-            losses = np.array(lines.get(key, []), float)
+        drawn: list[GanCurves] = []
+        for number, (name, training) in enumerate(trainings.items()):
+            losses = training.losses(key)
+            start = training.frozen_epochs - 1 if training.pretraining in drawn else 0
+            drawn.append(training.pretraining)
             if len(losses):
-                axes.plot(np.arange(len(losses)) + 1, losses, label=name, **line_style(number))
+                epochs = np.arange(start, len(losses)) + 1
+                axes.plot(epochs, losses[start:], label=name, **line_style(number))
+        for end in ends:
+            axes.axvline(end, color=GREY, linewidth=0.8, linestyle=":", label="frozen_epochs")
         axes.set(title=GAN_PANELS[key], xlabel="epoch")
     return _with_legend_below(figure)
 

@@ -33,7 +33,7 @@ from featurestore.lock import UNSUPPORTED
 from stages.common.errors import DataError
 from stages.common.runtime import on_cpu, source_digest, write_json
 from stages.data.manifest import SPLITS, read_manifest
-from stages.reporting.curves import read_curves
+from stages.reporting.curves import OF_A_GAN, read_curves
 from stages.segmentation.metrics import IMAGES_NAME
 from stages.studies.plan import Run, digest
 
@@ -159,13 +159,15 @@ class Runner:
         if run.needs_gan:
             gan, sources["gan_sources"] = self._make_once(names[-1], run, inputs, "train-gan")
             inputs = {**inputs, "models/gan": gan / "models" / "gan"}
-            curves = {"gan": _gan_curves(gan / "metrics" / "train-gan")}
+            curves = {"gan": gan_curves(gan / "metrics" / "train-gan")}
         folder = self._prepare_folder(name, run, inputs)
         start, sources["sources"] = time.perf_counter(), _sources()
         command = ("train-decoder", "--variant", run.variant, "--seed", str(run.seed))
         self._run_stage(folder, lock, *command)
         seconds = time.perf_counter() - start
         metrics = folder / "metrics" / f"{run.variant}-{run.seed}"
+        if joint := gan_curves(metrics):
+            curves["gan_joint"] = joint
         device = os.environ.get("FEATUREGAN_DEVICE", "auto")  # as stages read it
         result = {
             "experiment": run.experiment,
@@ -392,10 +394,16 @@ def data_content(dataset: Path, stores: Mapping[str, FeatureStore]) -> list[obje
     return content
 
 
-def _gan_curves(live: Path) -> dict[str, list[float | None]]:
-    """Read the GAN's losses and measures by epoch, except those of single classes."""
-    curves = read_curves(live).items()
-    table = pd.DataFrame({name: curve for name, curve in curves if "class_consistency" not in name})
+def gan_curves(live: Path) -> dict[str, list[float | None]]:
+    """Read the losses and measures of a GAN by epoch, except those of single classes.
+
+    ``live`` is the DVCLive folder of ``train-gan`` or of a decoder; of a decoder that does not
+    train a GAN the result is empty.
+    """
+    curves = {name: curve for name, curve in read_curves(live).items() if name.startswith(OF_A_GAN)}
+    table = pd.DataFrame(
+        {name: curve for name, curve in curves.items() if "class_consistency" not in name}
+    )
     rounded = table.round(4).astype(object).where(table.notna(), None)
     return {str(name): column.tolist() for name, column in rounded.items()}
 

@@ -154,11 +154,13 @@ def _figures(compared: Sequence[Comparison]) -> dict[str, bytes]:
     ]
     shown = [(name, rows) for name, rows in paired if rows]
     gans = {
-        f"{entry.group.name}: {name}" if len(compared) > 1 else name: curves
+        f"{entry.group.name}: {name}" if len(compared) > 1 else name: training
         for entry in compared
-        for name, curves in _gans(entry.group.runs).items()
+        for name, training in _gans(entry.group.runs).items()
     }
-    has_losses = any(loss in curves for curves in gans.values() for loss in figures.GAN_PANELS)
+    has_losses = any(
+        loss in training.pretraining for training in gans.values() for loss in figures.GAN_PANELS
+    )
     sized = {entry.group.train_images: entry.rows for entry in compared}
     return {
         **({"comparison.png": figures.differences(shown)} if shown else {}),
@@ -167,10 +169,23 @@ def _figures(compared: Sequence[Comparison]) -> dict[str, bytes]:
     }
 
 
-def _gans(runs: Mapping[str, Sequence[Result]]) -> dict[str, figures.GanCurves]:
-    """Collect the curves of each GAN once, by the names of the variants that start from it."""
-    variants: dict[str, list[str]] = {}  # by the GAN's curves
+def _gans(runs: Mapping[str, Sequence[Result]]) -> dict[str, figures.GanTraining]:
+    """Collect the curves of each GAN, by the names of the variants that start from it.
+
+    A variant that trains the GAN further has its own curve. The first one of a GAN also names the
+    variants that leave it as it is.
+    """
+    variants: dict[str, dict[str, figures.GanCurves]] = {}  # joint phases by pretraining, variant
     for variant, (first, *_) in runs.items():
         if "gan" in first:
-            variants.setdefault(json.dumps(first["gan"]), []).append(variant)
-    return {", ".join(names): json.loads(curves) for curves, names in variants.items()}
+            joint = first.get("gan_joint", {})  # missing in results of earlier versions
+            variants.setdefault(json.dumps(first["gan"]), {})[variant] = joint
+    trainings = {}
+    for pretraining, phases in variants.items():
+        others = ", ".join(variant for variant, joint in phases.items() if not joint)
+        named = [(variant, joint) for variant, joint in phases.items() if joint] or [(others, {})]
+        for number, (name, joint) in enumerate(named):
+            if joint and others and not number:
+                name = f"{name} (pretraining also of {others})"
+            trainings[name] = figures.GanTraining(json.loads(pretraining), joint)
+    return trainings

@@ -27,7 +27,7 @@ LAMBDA_FEAT, LAMBDA_KLD = 7.0, 0.05
 LR = {"generator": 2e-4, "discriminator": 8e-4, "decoder": 5e-4}
 
 
-def architecture(*, image_encoder: bool) -> dict:
+def architecture(*, image_encoder: bool, **more: object) -> dict:
     return {
         "num_classes": CLASSES,
         "feature_shape": [CHANNELS, SIDE, SIDE],
@@ -48,6 +48,7 @@ def architecture(*, image_encoder: bool) -> dict:
         "image_encoder": image_encoder,
         "nef": 2,
         "init_gain": 0.5,
+        **more,
     }
 
 
@@ -68,13 +69,25 @@ def literal_step(
     images: Tensor,
     rng: torch.Generator,
     ratio: int,
+    lambda_info: float,
+    kld_reduction: str,
 ) -> None:
-    """Algorithm 1, line by line; ``decoder`` None is its first branch."""
+    """Algorithm 1, line by line; ``decoder`` None is its first branch.
+
+    Both networks' losses have InfoGAN's term (Chen et al. 2016), which trains their parameters.
+    """
     generator, encoder = networks.generator, networks.image_encoder
 
     def discriminator(features: Tensor, masks: Tensor) -> tuple[Tensor, list[Tensor]]:
         (judgement,) = networks.discriminator([features], masks)
         return judgement.scores[0], judgement.layers
+
+    def l_info(z: Tensor, d_fake: list[Tensor]) -> Tensor | float:
+        if not lambda_info:
+            return 0.0
+        linear = networks.discriminator.info.linear
+        pooled = torch.cat([layer.mean((2, 3)) for layer in d_fake], dim=1)
+        return lambda_info * (linear(pooled) - z.detach()).pow(2).mean()
 
     scale = generator.feature_scale
     f_real = features / scale
@@ -92,7 +105,9 @@ def literal_step(
 
     # train generator (and segmentation model)
     l_kld = (
-        LAMBDA_KLD * (-0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum() / len(mu))
+        LAMBDA_KLD
+        * (-0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum())
+        / (len(mu) if kld_reduction == "mean" else 1)
         if encoder is not None
         else 0.0
     )
@@ -101,7 +116,7 @@ def literal_step(
         (torch.cat([real.detach()] * ratio) - fake).abs().mean()
         for real, fake in zip(d_real, d_fake, strict=True)
     )
-    l_tot = l_kld + l_g + LAMBDA_FEAT * l_fm
+    l_tot = l_kld + l_g + LAMBDA_FEAT * l_fm + l_info(z, d_fake)
     if decoder is not None:
         labels = masks.long()
         size = masks.shape[-2:]
@@ -117,11 +132,11 @@ def literal_step(
 
     # train discriminator, on the features generated above
     p_real, _ = discriminator(f_real, masks)
-    p_fake, _ = discriminator(f_fake.detach(), many)
+    p_fake, d_fake = discriminator(f_fake.detach(), many)
     l_d_real = -torch.clamp(-1 + p_real, max=0).mean()
     l_d_fake = -torch.clamp(-1 - p_fake, max=0).mean()
     optimizers["discriminator"].zero_grad()
-    (l_d_real + l_d_fake).backward()
+    (l_d_real + l_d_fake + l_info(z, d_fake)).backward()
     optimizers["discriminator"].step()
     networks.discriminator.train()
 
@@ -157,9 +172,39 @@ def assert_same_parameters(
 def test_a_step_equals_algorithm_1(
     monkeypatch: pytest.MonkeyPatch, branch: str, image_encoder: bool, ratio: int
 ) -> None:
+    check_step(monkeypatch, branch, ratio, architecture(image_encoder=image_encoder))
+
+
+@pytest.mark.parametrize(
+    ("branch", "ratio", "image_encoder", "norm"),
+    [
+        ("gan", 2, False, "spectral"),
+        ("gan", 1, True, "none"),
+        ("joint", 1, False, "none"),
+        ("joint", 2, True, "spectral"),
+    ],
+)
+def test_a_step_with_infogans_loss_and_spades_sum_equals_its_transcription(
+    monkeypatch: pytest.MonkeyPatch, branch: str, ratio: int, image_encoder: bool, norm: str
+) -> None:
+    more = {"lambda_info": 3.0, "discriminator_norm": norm}
+    described = architecture(image_encoder=image_encoder, **more)
+    check_step(monkeypatch, branch, ratio, described, lambda_info=3.0, kld_reduction="sum")
+
+
+def check_step(
+    monkeypatch: pytest.MonkeyPatch,
+    branch: str,
+    ratio: int,
+    described: dict,
+    *,
+    lambda_info: float = 0.0,
+    kld_reduction: str = "mean",
+) -> None:
+    """Compare one step of the networks that ``described`` gives with the literal one."""
     torch.manual_seed(0)
     scale = torch.rand(CHANNELS) + 0.5
-    networks = build_networks(architecture(image_encoder=image_encoder), scale)
+    networks = build_networks(described, scale)
     decoder = Decoder(
         head="deeplab", in_channels=CHANNELS, num_classes=CLASSES, width=8, atrous_rates=(2, 3)
     )
@@ -191,9 +236,13 @@ def test_a_step_equals_algorithm_1(
         images=images,
         rng=torch.Generator().manual_seed(7),
         ratio=ratio,
+        lambda_info=lambda_info,
+        kld_reduction=kld_reduction,
     )
 
-    objective = Objective("hinge", LAMBDA_FEAT, LAMBDA_KLD)
+    objective = Objective(
+        "hinge", LAMBDA_FEAT, LAMBDA_KLD, lambda_info=lambda_info, kld_reduction=kld_reduction
+    )
     trainer = GanTrainer(
         make_accelerator("cpu", "no"),
         networks,

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from stages.common.errors import ConfigError, DataError
 from stages.reporting import tables
@@ -348,6 +349,99 @@ def test_figures_show_each_gan_once_with_the_legend_below(
     for figure in (gans, curve):
         top = figure.legends[0].get_window_extent().y1
         assert all(top < axes.get_tightbbox().y0 for axes in figure.axes)
+
+
+def gan(*losses: float | None) -> dict[str, list[float | None]]:
+    """Curves with these losses of the generator."""
+    return {"generator/adversarial": [*losses], "monitor/frechet": [1.0] * len(losses)}
+
+
+def drawn_gans(
+    gans: dict[str, tuple[dict, dict | None]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Figure:
+    """Write one result a variant, with its pretraining and joint phase; return ``gans.png``."""
+    images = {f"i{n}": image({0: 50, 1: 40}, {(0, 1): 2}) for n in range(12)}
+    more = {"experiment": "all", "protocol": "all", "train_images": 9}
+    for variant, (pretraining, joint) in gans.items():
+        values = run_of(variant, 0, images, **more, gan=pretraining)
+        if joint is not None:
+            values["gan_joint"] = joint
+        (folder / f"{variant}.json").write_text(json.dumps(values))
+    (folder / "baseline.json").write_text(json.dumps(run_of("baseline", 0, images, **more)))
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "png", lambda figure: drawn.append(figure) or b"")
+    written = output.write(
+        comparison.compare(comparison.read_groups([folder]), [], "baseline"), folder / "out"
+    )
+    return dict(zip([name for name in written if name.endswith(".png")], drawn, strict=True))[
+        "gans.png"
+    ]
+
+
+def points(line: Line2D) -> list[tuple[float, float | None]]:
+    """Epochs and values of a line; None where there is no value."""
+    return [
+        (float(x), None if np.isnan(y) else float(y))
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+    ]
+
+
+def test_a_gans_curve_goes_on_through_the_joint_phase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figure 5.2: each weight of feature matching has a GAN and a decoder that trained it."""
+    figure = drawn_gans(
+        {
+            "lambda-2": (gan(3.0, 2.0), gan(1.0, None, 0.5)),
+            "lambda-5": (gan(5.0, 4.0, 3.0), gan(2.0)),
+            "of-an-earlier-version": (gan(7.0, 6.0), None),
+        },
+        tmp_path,
+        monkeypatch,
+    )
+    (axes,) = figure.axes
+    assert {line.get_label(): points(line) for line in axes.lines[:3]} == {
+        "lambda-2": [(1, 3.0), (2, 2.0), (3, 1.0), (4, None), (5, 0.5)],
+        "lambda-5": [(1, 5.0), (2, 4.0), (3, 3.0), (4, 2.0)],
+        "of-an-earlier-version": [(1, 7.0), (2, 6.0)],
+    }
+    ends = axes.lines[3:]
+    assert [(line.get_label(), list(line.get_xdata())) for line in ends] == [
+        ("frozen_epochs", [2, 2]),
+        ("frozen_epochs", [3, 3]),
+    ]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "lambda-2",
+        "lambda-5",
+        "of-an-earlier-version",
+        "frozen_epochs",
+    ]
+
+
+def test_joint_phases_of_one_gan_share_its_pretraining(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretraining = gan(3.0, 2.0)
+    figure = drawn_gans(
+        {
+            "1x": (pretraining, gan(1.0)),
+            "2x": (pretraining, gan(0.0)),
+            "frozen": (pretraining, None),
+        },
+        tmp_path,
+        monkeypatch,
+    )
+    assert {line.get_label(): points(line) for line in figure.axes[0].lines[:-1]} == {
+        "1x (pretraining also of frozen)": [(1, 3.0), (2, 2.0), (3, 1.0)],
+        "2x": [(2, 2.0), (3, 0.0)],
+    }
+
+
+def test_without_a_joint_phase_there_is_no_line_at_frozen_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = drawn_gans({"frozen": (gan(3.0, 2.0), None)}, tmp_path, monkeypatch)
+    assert [points(line) for line in figure.axes[0].lines] == [[(1, 3.0), (2, 2.0)]]
 
 
 def test_tables_of_named_and_all_classes_and_of_gains_by_size(

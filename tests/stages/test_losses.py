@@ -57,6 +57,17 @@ def test_kl_divergence_is_torchs() -> None:
     torch.testing.assert_close(losses.kl_divergence(mu, logvar), expected)
 
 
+def test_the_error_of_an_estimated_z_is_its_gaussians_likelihood_and_trains_no_z() -> None:
+    estimate, z = (torch.randn(5, 3, requires_grad=True) for _ in range(2))
+    loss = losses.information(estimate, z)
+    density = torch.distributions.Normal(estimate, 1.0).log_prob(z).mean()
+    constant = torch.distributions.Normal(0.0, 1.0).log_prob(torch.zeros(()))
+    torch.testing.assert_close(loss, 2 * (constant - density))
+    loss.backward()
+    assert z.grad is None
+    assert estimate.grad is not None
+
+
 def test_cross_entropy_is_torchs_and_zero_without_labels() -> None:
     logits = torch.randn(2, 4, 3, 3)
     masks = torch.randint(0, 4, (2, 3, 3), dtype=torch.uint8)

@@ -135,11 +135,14 @@ def test_discriminator_judges_groups_that_share_their_masks(options: dict) -> No
     assert torch.equal(other.scores[0], of_real.scores[0]) != looks_at_the_mask
 
 
-def test_patch_discriminator_is_a_convolution_of_features_beside_the_embedded_mask() -> None:
+@pytest.mark.parametrize("norm", ["spectral", "none"])
+def test_patch_discriminator_is_a_convolution_of_features_beside_the_embedded_mask(
+    norm: str,
+) -> None:
     """The first layer's convolutions of features and mask equal one of both (figure 3.5)."""
-    network = Discriminator(num_classes=5, feature_channels=20, ndf=4).eval()
+    network = Discriminator(num_classes=5, feature_channels=20, ndf=4, norm=norm).eval()
     masks, features = random_masks(2), torch.randn(2, 20, 8, 12)
-    ((scores,), layers) = network([features], masks)[0]
+    (scores,), layers, _ = network([features], masks)[0]
     patch = network.scales[0]
     x = one_hot(masks, 5, dtype=torch.float32)
     for layer in patch.mask_layers:
@@ -150,6 +153,52 @@ def test_patch_discriminator_is_a_convolution_of_features_beside_the_embedded_ma
         x = F.leaky_relu(F.instance_norm(x) if number else x, 0.2)
         torch.testing.assert_close(layers[number], x, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(scores, patch.last(x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["patch", "segmentation"])
+def test_without_spectral_norm_a_discriminators_convolutions_are_pytorchs(kind: str) -> None:
+    """Their outputs are of the weights as they are: twice the last weights, twice the scores."""
+    options = {"num_classes": 5, "feature_channels": 20, "ndf": 4, "kind": kind, "init_gain": 0.5}
+    network = Discriminator(norm="none", **options)
+    spectral = Discriminator(norm="spectral", **options).state_dict()
+    vectors = {name for name in spectral if name.endswith((".u", ".v"))}
+    assert vectors
+    assert network.state_dict().keys() == spectral.keys() - vectors
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.bias)
+            x = torch.randn(2, layer.in_channels, 9, 9)
+            expected = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
+            torch.testing.assert_close(layer(x), expected)
+            torch.testing.assert_close(layer.convolve(x, layer.scale()), expected)
+    features, masks, last = torch.randn(2, 20, 8, 12), random_masks(2), network.scales[0].last
+    before = network([features], masks)[0].scores[0]
+    with torch.no_grad():
+        last.weight *= 2
+        last.bias *= 2
+    torch.testing.assert_close(network([features], masks)[0].scores[0], 2 * before)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"scales": 2, "projection_channels": 6}, {"kind": "segmentation"}]
+)
+def test_a_head_estimates_z_from_the_mean_activations_of_all_layers(options: dict) -> None:
+    settings = {"num_classes": 5, "feature_channels": 20, "ndf": 4, **options}
+    torch.manual_seed(0)
+    plain = Discriminator(**settings).eval()
+    torch.manual_seed(0)
+    network = Discriminator(**settings, estimated_z=7).eval()
+    masks = random_masks(2, 128, 192)
+    groups = [torch.randn(2, 20, 16, 24), torch.randn(4, 20, 16, 24)]
+    for with_head, without in zip(network(groups, masks), plain(groups, masks), strict=True):
+        assert without.z is None
+        pooled = torch.cat([layer.flatten(2).mean(2) for layer in without.layers], dim=1)
+        linear = network.info.linear
+        torch.testing.assert_close(with_head.z, pooled @ linear.weight.T + linear.bias)
+        for ours, theirs in zip(with_head.scores, without.scores, strict=True):
+            assert torch.equal(ours, theirs)  # the head's weights are drawn last
+    added = network.state_dict().keys() - plain.state_dict().keys()
+    assert added == {"info.linear.weight", "info.linear.bias"}
 
 
 def test_a_segmentation_discriminator_scores_every_class_and_generated() -> None:

@@ -38,6 +38,7 @@ def test_generator(models: Path) -> None:
 def test_discriminator(models: Path) -> None:
     networks, config = load_gan(models / "gan")
     assert networks.discriminator is not None
+    assert networks.discriminator.info is None  # today's option without its key is off
     assert config["training"]["adversarial_loss"] == "hinge"
 
 

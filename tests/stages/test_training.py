@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 import featurestore
@@ -22,6 +23,7 @@ from stages.augment.base import Labelled
 from stages.common.errors import ConfigError, DataError, DivergenceError
 from stages.common.runtime import generator as random_generator
 from stages.common.runtime import verify_stores, write_json
+from stages.gan import gan_trainer
 from stages.gan.gan_trainer import GanTrainer
 from stages.models.generator import Generator
 from stages.models.spectral import SpectralConv2d
@@ -792,14 +794,30 @@ def test_no_pickle_is_ever_loaded() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"adversarial_loss": "non-saturating", "r1_gamma": 1.0},
-        {"adversarial_loss": "segmentation", "noise": "spatial", "ema_decay": 0.9},
+        {
+            "adversarial_loss": "non-saturating",
+            "r1_gamma": 1.0,
+            "discriminator_norm": "none",
+            "lambda_info": 1.0,
+        },
+        {
+            "adversarial_loss": "segmentation",
+            "noise": "spatial",
+            "ema_decay": 0.9,
+            "lambda_info": 1.0,
+        },
         {
             "z_dim": 0,
             "projection_channels": 5,
             "diffaugment": ["flip", "translation", "cutout", "channel_dropout"],
         },
-        {"gradient_accumulation": 2, "norm": "instance"},
+        {
+            "gradient_accumulation": 2,
+            "norm": "instance",
+            "image_encoder": True,
+            "kld_reduction": "sum",
+            "lambda_info": 1.0,
+        },
     ],
 )
 def test_options_train_resume_and_go_on_jointly(
@@ -822,11 +840,20 @@ def test_options_train_resume_and_go_on_jointly(
     run_decoder(features, whole, VARIANTS["frozen"], name="frozen", epochs=1)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"z_dim": 0},
+        {"image_encoder": True, "kld_reduction": "sum", "lambda_info": 1.0, "lambda_kld": 1.0},
+    ],
+    ids=["no noise", "sum of the divergence"],
+)
 def test_accumulated_gradients_are_those_of_the_whole_batch(
-    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict
 ) -> None:
     """Without batch statistics, two halves of a batch give the gradients of the whole."""
     gradients: dict[int, list[torch.Tensor]] = {}
+    iterate = SpectralConv2d._iterate
     for parts in (1, 2):
         taken = gradients[parts] = []
 
@@ -839,16 +866,23 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
 
         with monkeypatch.context() as patch:
             patch.setattr(torch.optim.Adam, "step", step)
-            patch.setattr(
-                SpectralConv2d, "_iterate", lambda self, times: None
-            )  # which would move once a part
+            patch.setattr(  # a training step's power iteration would move once a part
+                SpectralConv2d,
+                "_iterate",
+                lambda self, times: iterate(self, times) if times > 1 else None,
+            )
+            patch.setattr(  # each part draws its own noise
+                gan_trainer,
+                "draw_noise",
+                lambda rng, ratio, batch, z_dim, device: torch.zeros(ratio * batch, z_dim),
+            )
             run_gan(
                 features,
                 tmp_path / str(parts),
                 frozen_epochs=1,
                 norm="instance",
-                z_dim=0,
                 gradient_accumulation=parts,
+                **changes,
             )
     assert len(gradients[1]) == len(gradients[2]) > 40  # generator and discriminator, two steps
     largest = max(float(gradient.abs().max()) for gradient in gradients[1])
@@ -908,6 +942,35 @@ def test_the_average_generator_is_an_exponential_moving_average(
         )
         torch.testing.assert_close(tensor, expected)
         assert torch.equal(raw[name], seen[-1][name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"family": "flow", "lambda_info": 1.0},
+            r"set lambda_info to 0 and discriminator_norm to spectral, or family to gan",
+        ),
+        ({"family": "flow", "discriminator_norm": "none"}, "discriminator_norm to spectral, or"),
+        ({"z_dim": 0, "lambda_info": 1.0}, "set z_dim above 0, or lambda_info to 0"),
+        ({"kld_reduction": "sum"}, "set image_encoder to true, or kld_reduction to mean"),
+    ],
+)
+def test_losses_that_do_not_apply_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message) as refused:
+        TrainGanConfig(**{**GAN, **changes})
+    (problem,) = refused.value.errors()
+    assert "\n" not in problem["msg"]
+
+
+def test_weight_clipping_leaves_the_head_for_z_as_it_is(features: Path, tmp_path: Path) -> None:
+    changes = {"adversarial_loss": "wasserstein-clip", "lambda_info": 1.0}
+    run_gan(features, tmp_path, frozen_epochs=1, discriminator_norm="none", **changes)
+    saved = load_file(tmp_path / "gan" / "discriminator.safetensors")
+    largest = {name: float(tensor.abs().max()) for name, tensor in saved.items()}
+    assert largest.pop("info.linear.weight") > 0.1
+    largest.pop("info.linear.bias")
+    assert max(largest.values()) <= 0.01
 
 
 def test_options_that_do_not_fit_together_are_refused() -> None:

@@ -19,7 +19,7 @@ from stages.training.checkpoint import Checkpoint
 from tests.factories import DECODER, GAN, MONITOR
 
 GANS = {
-    "gan": {"image_encoder": True},
+    "gan": {"image_encoder": True, "kld_reduction": "sum", "lambda_info": 1.0},
     "oasis": {"adversarial_loss": "segmentation", "noise": "spatial"},
     "flow": {"family": "flow"},
 }
