@@ -382,7 +382,7 @@ def time_epochs(
 
         trainer = our_trainer(size, device, precision)
         decoder = to_channels_last(new_decoder(size), accelerator.device)
-        optimizer = torch.optim.Adam(decoder.parameters(), 5e-4)
+        optimizer = adamw({decoder: 5e-4}, (0.9, 0.999), weight_decay=0.0)
         rng = torch.Generator(accelerator.device).manual_seed(0)
 
         def decode(features: Tensor) -> None:

@@ -39,9 +39,6 @@ class Stateful(Protocol):
         """Restore a state that :meth:`state_dict` returned."""
 
 
-State = Mapping[str, Stateful]  # by name
-
-
 class TrainingConfig(Protocol):
     """Keys that the sections of both training stages have."""
 
@@ -108,7 +105,7 @@ class Session:
         allow_tf32(config.mixed_precision == "tf32")
         torch.backends.cudnn.benchmark = True  # all batches have one shape
         self._monitor: Monitor | None = None
-        self._stateful: State = {}
+        self._stateful: Mapping[str, Stateful] = {}
         self._step = 0  # first step of the epoch; above 0 only in a resumed one
         self._means = Means()
 
@@ -155,7 +152,7 @@ class Session:
         epochs: int,
         *,
         identity: Mapping[str, object],
-        state: State,
+        state: Mapping[str, Stateful],
     ) -> None:
         """Restore the last saved state of a run with the same identity, or start a new one.
 
