@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ from stages.training.session import Session, check_batch
 from stages.training.update import backward, step_and_zero_grad
 
 LEAST_SIDE = 8  # of the feature maps that a discriminator sees
+OTHERS_THAN_CONCAT = ("family", "prior", "noise")  # keys that no generator without SPADE reads
 
 
 class TrainGanConfig(Config):
@@ -33,6 +35,9 @@ class TrainGanConfig(Config):
         (), description="stored layers that are generated; []: all"
     )
     family: Literal["gan", "flow"] = Field("gan", description="flow: flow matching")
+    conditioning: Literal["spade", "concat"] = Field(
+        "spade", description="concat: mask and z are only concatenated, at the start"
+    )
     flow_components: int = Field(64, ge=1, description="principal components that a flow models")
     flow_width: int = Field(64, ge=2, description="channels of a flow's blocks")
     flow_steps: int = Field(16, ge=1, description="steps of a flow's integration")
@@ -107,11 +112,24 @@ class TrainGanConfig(Config):
                 "image_encoder, r1_gamma and diffaugment are a GAN's; turn them off"
                 " (false, 0, []), or set family to gan"
             )
+        if self.conditioning == "concat":
+            self._refuse("conditioning concat", "conditioning to spade", OTHERS_THAN_CONCAT)
         return self
+
+    def _refuse(self, kind: str, remedy: str, keys: Sequence[str]) -> None:
+        """Refuse keys of other generators that do not have their defaults."""
+        for key in keys:
+            found, default = getattr(self, key), type(self).model_fields[key].default
+            if found != default:
+                message = (
+                    f"{key} {found} does not work with {kind}; set it to {default}, or {remedy}"
+                )
+                raise ValueError(message)
 
 
 ARCHITECTURE = (
     "family",
+    "conditioning",
     "flow_components",
     "flow_width",
     "flow_steps",

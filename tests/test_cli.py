@@ -311,6 +311,22 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, object], str]] = {
         {"train_gan.family": "flow", "train_gan.diffaugment": ["flip"]},
         "train_gan: image_encoder, r1_gamma",
     ),
+    "a flow without SPADE": (
+        {
+            "train_gan.family": "flow",
+            "train_gan.conditioning": "concat",
+            "compare.gan_variants": ["featuregan-frozen"],
+        },
+        "train_gan: family flow does not work with conditioning concat; set it to gan, or",
+    ),
+    "noise at every pixel without SPADE": (
+        {
+            "train_gan.noise": "spatial",
+            "train_gan.conditioning": "concat",
+            "train_gan.prior": "none",
+        },
+        "train_gan: noise spatial does not work with conditioning concat; set it to vector, or",
+    ),
     "variations that would move real features": (
         {"variants.mine": {**FROZEN, "new_masks": ["flip"], "vary": 0.5}},
         "variants.mine: vary needs generator: frozen, no class_swap, and no new_masks but paste",

@@ -133,6 +133,7 @@ def test_sizes_that_are_not_multiples_of_32_are_counted(gan: dict) -> None:
 
 CHANGES = [
     {"family": "flow"},
+    {"conditioning": "concat"},
     {"image_encoder": True},
     {"discriminator_scales": 2},
     {"noise": "spatial"},
@@ -160,6 +161,8 @@ def test_every_kind_of_gan_is_counted(change: dict, operations_of_the_quickstart
     ratio = changed / operations_of_the_quickstart
     if "family" in change:
         assert 0 < ratio < 1  # a small flow, and no discriminator
+    elif "conditioning" in change:
+        assert 0.2 < ratio < 1  # no convolutions of the mask in every block
     elif change.get("adversarial_loss") in ("wasserstein-clip", "non-saturating"):
         assert ratio >= 1
     else:

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from featurestore import FeatureStore
+from stages.models.concat_generator import ConcatGenerator
 from stages.models.discriminator import Discriminator
 from stages.models.feature_generator import FeatureGenerator
 from stages.models.flow_generator import FlowGenerator
 from stages.models.generator import Generator
 from stages.models.image_encoder import ImageEncoder
 from stages.segmentation.class_statistics import ClassStatistics
+
+# What descriptions of networks lack that were saved before a key existed.
+ADDED = {"conditioning": "spade"}
 
 
 @dataclass
@@ -52,8 +56,7 @@ def build_networks(
     class_means
         (K + 1, C), as :func:`class_means` gives them; None too where a state dict will bring them.
     """
-    settings = dict(architecture)
-    shared = {"num_classes": settings["num_classes"], "init_gain": settings["init_gain"]}
+    settings = {**ADDED, **architecture}
     channels = settings["feature_shape"][0]
     scale = torch.ones(channels) if feature_scale is None else feature_scale
     if settings["family"] == "flow":
@@ -69,18 +72,7 @@ def build_networks(
         return Networks(flow)
     if settings["prior"] == "class-means" and class_means is None:
         class_means = torch.zeros(settings["num_classes"] + 1, channels)
-    generator = Generator(
-        feature_shape=tuple(settings["feature_shape"]),
-        nonnegative=settings["nonnegative"],
-        feature_scale=scale,
-        z_dim=settings["z_dim"],
-        ngf=settings["ngf"],
-        noise=settings["noise"],
-        spade_hidden=settings["spade_hidden"],
-        norm=settings["norm"],
-        class_means=class_means,
-        **shared,
-    )
+    generator = _generator(settings, scale, class_means)
     discriminator = Discriminator(
         feature_channels=channels,
         output_stride=settings["output_stride"],
@@ -89,7 +81,7 @@ def build_networks(
         kind="segmentation" if settings["adversarial_loss"] == "segmentation" else "patch",
         scales=settings["discriminator_scales"],
         projection_channels=settings["projection_channels"],
-        **shared,
+        **_shared(settings),
     )
     encoder = None
     if settings["image_encoder"]:
@@ -97,6 +89,36 @@ def build_networks(
             z_dim=settings["z_dim"], nef=settings["nef"], init_gain=settings["init_gain"]
         )
     return Networks(generator, discriminator, encoder)
+
+
+def _generator(
+    settings: Mapping[str, Any],
+    scale: Tensor,
+    class_means: Tensor | None,
+) -> FeatureGenerator:
+    """Build the generator of a GAN; see :func:`build_networks`."""
+    shared = {
+        **_shared(settings),
+        "z_dim": settings["z_dim"],
+        "ngf": settings["ngf"],
+        "norm": settings["norm"],
+    }
+    of_features = {"nonnegative": settings["nonnegative"], "feature_scale": scale}
+    of_features["feature_shape"] = tuple(settings["feature_shape"])
+    if settings["conditioning"] == "concat":
+        return ConcatGenerator(**of_features, **shared)
+    return Generator(
+        noise=settings["noise"],
+        spade_hidden=settings["spade_hidden"],
+        class_means=class_means,
+        **of_features,
+        **shared,
+    )
+
+
+def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Select the settings that all networks but the image encoder have."""
+    return {"num_classes": settings["num_classes"], "init_gain": settings["init_gain"]}
 
 
 def class_means(store: FeatureStore, scale: Tensor, device: torch.device) -> Tensor:

@@ -800,6 +800,7 @@ def test_no_pickle_is_ever_loaded() -> None:
             "diffaugment": ["flip", "translation", "cutout", "channel_dropout"],
         },
         {"gradient_accumulation": 2, "norm": "instance"},
+        {"conditioning": "concat", "ema_decay": 0.9, "image_encoder": True},
     ],
 )
 def test_options_train_resume_and_go_on_jointly(

@@ -22,6 +22,7 @@ GANS = {
     "gan": {"image_encoder": True},
     "oasis": {"adversarial_loss": "segmentation", "noise": "spatial"},
     "flow": {"family": "flow"},
+    "concat": {"conditioning": "concat"},
 }
 
 
