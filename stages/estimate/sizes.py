@@ -65,15 +65,15 @@ def store_rows(spec: StoreSpec, views: int, images: Mapping[str, int]) -> list[S
 
 
 def cache_bytes(
-    spec: StoreSpec, images: Mapping[str, int], image_encoder: bool, variants: Variants
+    spec: StoreSpec, images: Mapping[str, int], reads_images: bool, variants: Variants
 ) -> int:
     """Compute what ``--cache`` holds of training and validation, decoded.
 
-    Images are held only where an image encoder reads them.
+    Images are held only where an image encoder or a generator of images reads them.
     """
     sample = sum(
         math.prod(shape) * np.dtype(dtype).itemsize
-        for shape, dtype in map(spec.row, names_of(spec, image_encoder))
+        for shape, dtype in map(spec.row, names_of(spec, reads_images))
     )
     views = 1 + any(variant.needs_mirrored for variant in variants.values())
     return int(sample * (views * images["train"] + images["val"]))

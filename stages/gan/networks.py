@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featurestore import FeatureStore
+from featurestore import FeatureStore, StoreSpec
+from stages.backbones.map_network import MapNetwork, build_map_network
 from stages.models.concat_generator import ConcatGenerator
 from stages.models.discriminator import Discriminator
 from stages.models.feature_generator import FeatureGenerator
 from stages.models.flow_generator import FlowGenerator
 from stages.models.generator import Generator
+from stages.models.image_discriminator import ImageDiscriminator
 from stages.models.image_encoder import ImageEncoder
+from stages.models.image_generator import ImageFeatureGenerator, ImageGenerator
 from stages.segmentation.class_statistics import ClassStatistics
 
 # What descriptions of networks lack that were saved before a key existed.
-ADDED = {"conditioning": "spade"}
+ADDED = {"conditioning": "spade", "discriminates": "features"}
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Networks:
     """The networks of a FeatureGAN; a flow has no discriminator, the image encoder is optional."""
 
     generator: FeatureGenerator
-    discriminator: Discriminator | None = None
+    discriminator: Discriminator | ImageDiscriminator | None = None
     image_encoder: ImageEncoder | None = None
 
     def by_name(self) -> dict[str, nn.Module]:
@@ -44,6 +47,7 @@ def build_networks(
     architecture: Mapping[str, Any],
     feature_scale: Tensor | None = None,
     class_means: Tensor | None = None,
+    backbone: MapNetwork | None = None,
 ) -> Networks:
     """Build fresh networks.
 
@@ -55,6 +59,9 @@ def build_networks(
         (C,); None where a state dict will bring it.
     class_means
         (K + 1, C), as :func:`class_means` gives them; None too where a state dict will bring them.
+    backbone
+        Network of the store's features, for a generator of images; None where a state dict will
+        bring its weights.
     """
     settings = {**ADDED, **architecture}
     channels = settings["feature_shape"][0]
@@ -72,17 +79,12 @@ def build_networks(
         return Networks(flow)
     if settings["prior"] == "class-means" and class_means is None:
         class_means = torch.zeros(settings["num_classes"] + 1, channels)
-    generator = _generator(settings, scale, class_means)
-    discriminator = Discriminator(
-        feature_channels=channels,
-        output_stride=settings["output_stride"],
-        ndf=settings["ndf"],
-        layers=settings["discriminator_layers"],
-        kind="segmentation" if settings["adversarial_loss"] == "segmentation" else "patch",
-        scales=settings["discriminator_scales"],
-        projection_channels=settings["projection_channels"],
-        **_shared(settings),
-    )
+    generator = _generator(settings, scale, class_means, backbone)
+    discriminator: Discriminator | ImageDiscriminator
+    if settings["discriminates"] == "images":
+        discriminator = ImageDiscriminator(ndf=settings["ndf"], **_shared(settings))
+    else:
+        discriminator = feature_discriminator(settings)
     encoder = None
     if settings["image_encoder"]:
         encoder = ImageEncoder(
@@ -91,10 +93,25 @@ def build_networks(
     return Networks(generator, discriminator, encoder)
 
 
+def feature_discriminator(architecture: Mapping[str, Any]) -> Discriminator:
+    """Build a fresh discriminator of features."""
+    return Discriminator(
+        feature_channels=architecture["feature_shape"][0],
+        output_stride=architecture["output_stride"],
+        ndf=architecture["ndf"],
+        layers=architecture["discriminator_layers"],
+        kind="segmentation" if architecture["adversarial_loss"] == "segmentation" else "patch",
+        scales=architecture["discriminator_scales"],
+        projection_channels=architecture["projection_channels"],
+        **_shared(architecture),
+    )
+
+
 def _generator(
     settings: Mapping[str, Any],
     scale: Tensor,
     class_means: Tensor | None,
+    backbone: MapNetwork | None,
 ) -> FeatureGenerator:
     """Build the generator of a GAN; see :func:`build_networks`."""
     shared = {
@@ -104,6 +121,15 @@ def _generator(
         "norm": settings["norm"],
     }
     of_features = {"nonnegative": settings["nonnegative"], "feature_scale": scale}
+    if settings["family"] == "image":
+        spec = StoreSpec.from_dict(settings["features"])
+        hidden = settings["spade_hidden"]
+        return ImageFeatureGenerator(
+            network=ImageGenerator(image_size=spec.mask_shape, spade_hidden=hidden, **shared),
+            backbone=backbone or build_map_network(spec, None),
+            bf16=spec.compute == "bf16",
+            **of_features,
+        )
     of_features["feature_shape"] = tuple(settings["feature_shape"])
     if settings["conditioning"] == "concat":
         return ConcatGenerator(**of_features, **shared)

@@ -123,6 +123,14 @@ def test_batch_norm_keeps_its_weights_and_in_one_process_its_results() -> None:
     assert torch.equal(plain(x), before)
 
 
+def test_the_batch_norm_of_a_frozen_backbone_is_left_alone() -> None:
+    frozen = nn.Sequential(nn.BatchNorm2d(3)).requires_grad_(False).eval()
+    network = synchronise_batch_norm(nn.Sequential(nn.BatchNorm2d(3), frozen))
+    assert type(network[0]) is SynchronisedBatchNorm2d
+    assert type(frozen[0]) is nn.BatchNorm2d
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
 def test_a_resumed_fused_adam_continues_with_the_same_bits() -> None:
     """Saved moments may be contiguous, as sharded training collects them; weights are not."""
 
