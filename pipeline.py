@@ -183,6 +183,7 @@ def train_gan(path: Path, **machine: Any) -> None:
         metrics=METRICS / "train-gan",
         logs=LOGS,
         machine=Machine(**machine),
+        backbone_weights=params.extract.weights,
     )
     if not first_process():
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,18 @@ from stages.training.session import Session, check_batch
 from stages.training.update import backward, step_and_zero_grad
 
 LEAST_SIDE = 8  # of the feature maps that a discriminator sees
+# Keys that a generator of images, and one without SPADE, do not read.
+OTHERS_THAN_IMAGE = (
+    "conditioning",
+    "prior",
+    "noise",
+    "flow_components",
+    "flow_width",
+    "flow_steps",
+    "discriminator_norm",
+    "lambda_info",
+)
+OTHERS_THAN_CONCAT = ("family", "prior", "noise")
 
 
 class TrainGanConfig(Config):
@@ -32,7 +45,13 @@ class TrainGanConfig(Config):
     layers: Annotated[tuple[LayerName, ...], Listed, Once] = Field(
         (), description="stored layers that are generated; []: all"
     )
-    family: Literal["gan", "flow"] = Field("gan", description="flow: flow matching")
+    family: Literal["gan", "flow", "image"] = Field(
+        "gan",
+        description="flow: flow matching; image: a generator of images in front of the backbone",
+    )
+    conditioning: Literal["spade", "concat"] = Field(
+        "spade", description="concat: mask and z are only concatenated, at the start"
+    )
     flow_components: int = Field(64, ge=1, description="principal components that a flow models")
     flow_width: int = Field(64, ge=2, description="channels of a flow's blocks")
     flow_steps: int = Field(16, ge=1, description="steps of a flow's integration")
@@ -116,6 +135,15 @@ class TrainGanConfig(Config):
                 "image_encoder, r1_gamma and diffaugment are a GAN's; turn them off"
                 " (false, 0, []), or set family to gan"
             )
+        if self.family == "image" and self.adversarial_loss == "segmentation":
+            raise ValueError(
+                "adversarial_loss segmentation needs a discriminator of features; set it to hinge,"
+                " or family to gan"
+            )
+        if self.family == "image":
+            self._refuse("family image", "family to gan", OTHERS_THAN_IMAGE)
+        if self.conditioning == "concat":
+            self._refuse("conditioning concat", "conditioning to spade", OTHERS_THAN_CONCAT)
         return self
 
     @model_validator(mode="after")
@@ -137,9 +165,27 @@ class TrainGanConfig(Config):
             )
         return self
 
+    def _refuse(self, kind: str, remedy: str, keys: Sequence[str]) -> None:
+        """Refuse keys of other generators that do not have their defaults."""
+        for key in keys:
+            found, default = getattr(self, key), type(self).model_fields[key].default
+            if found != default:
+                message = (
+                    f"{key} {found} does not work with {kind}; set it to {default}, or {remedy}"
+                )
+                raise ValueError(message)
+
+    @property
+    def reads_images(self) -> str:
+        """Key and value that make the training read the stored images; empty: it reads none."""
+        if self.family == "image":
+            return "family image"
+        return "image_encoder" if self.image_encoder else ""
+
 
 ARCHITECTURE = (
     "family",
+    "conditioning",
     "flow_components",
     "flow_width",
     "flow_steps",
@@ -171,6 +217,7 @@ def run(
     metrics: Path,
     logs: Path,
     machine: Machine,
+    backbone_weights: str = "default",
 ) -> dict[str, float]:
     """Train FeatureGAN on a store's features and write its networks to ``out``.
 
@@ -187,6 +234,8 @@ def run(
         Folders of DVCLive's and TensorBoard's files.
     machine
         How this machine computes; an interrupted run resumes from ``machine.scratch``.
+    backbone_weights
+        ``extract.weights``: of the backbone behind a generator of images.
 
     Returns
     -------
@@ -203,7 +252,7 @@ def run(
     session = Session(__name__, "train-gan", machine, config, metrics=metrics, logs=logs)
     accelerator = session.accelerator
     stores = open_stores(config, features, machine, accelerator.num_processes)
-    store, held_out = stores.values()
+    store = stores["train"]
     loader = session.loader(
         store,
         config.batch_size,
@@ -211,22 +260,19 @@ def run(
         drop_last=True,
         positions=store.positions("identity"),  # no mirrored images
         repeats=config.repeats,
-        images=config.image_encoder,
+        images=bool(config.reads_images),
     )
 
     seed_everything(config.seed)
     settings, architecture = config.model_dump(), describe(config, store)
-    networks = create_networks(architecture, settings, store, accelerator.device)
+    device = accelerator.device
+    networks = create_networks(architecture, settings, store, device, backbone_weights)
     untrained = copy.deepcopy(networks.generator.state_dict())
     trainer = build_trainer(accelerator, networks, settings, machine, store.spec.folds)
     epochs = config.frozen_epochs  # all epochs of this stage; the decoder's come after them
     # Measures the untrained generator, so it comes before ``resume``.
     session.watch(monitoring, trainer.generator, stores, seed=config.seed, epochs=epochs)
-    identity = {
-        "config": settings,
-        "monitor": monitoring.model_dump(include=MEASURED),
-        "stores": [store.fingerprint, held_out.fingerprint],
-    }
+    identity = identify(config, monitoring, stores)
     session.resume(loader, epochs, identity=identity, state={"trainer": trainer})
 
     # The order of the batches and all noise are functions of seed, epoch, step and micro-batch.
@@ -234,7 +280,7 @@ def run(
     for epoch in session.epochs():
         for index, batch in session.batches(epoch):
             for micro_index, micro_batch in enumerate(batch.chunk(config.gradient_accumulation)):
-                rng = random_generator(accelerator.device, config.seed, epoch, index, micro_index)
+                rng = random_generator(device, config.seed, epoch, index, micro_index)
                 with accelerator.accumulate(*trainer.modules.values()):  # sets sync_gradients
                     output = trainer.forward(
                         micro_batch.features, micro_batch.masks, micro_batch.images, rng=rng
@@ -277,6 +323,17 @@ def open_stores(
     return stores
 
 
+def identify(
+    config: TrainGanConfig, monitoring: MonitorConfig, stores: Mapping[str, FeatureStore]
+) -> dict[str, object]:
+    """Collect what the result depends on: an interrupted run resumes only if it is the same."""
+    return {
+        "config": config.model_dump(),
+        "monitor": monitoring.model_dump(include=MEASURED),
+        "stores": [store.fingerprint for store in stores.values()],
+    }
+
+
 def check_store(config: TrainGanConfig, store: FeatureStore, processes: int = 1) -> None:
     """Refuse a store, or a number of processes, that this configuration cannot be trained with.
 
@@ -286,7 +343,7 @@ def check_store(config: TrainGanConfig, store: FeatureStore, processes: int = 1)
         When the feature map is too small, a batch does not divide over the processes, or there are
         fewer samples or channels than the parameters need.
     SpecMismatchError
-        When the image encoder needs images and the store has none.
+        When the training needs images and the store has none.
     """
     check_batch(config, store, processes, "train_gan")
     check_input_size(store.spec.mask_shape, store.spec.output_stride)
@@ -304,8 +361,9 @@ def check_store(config: TrainGanConfig, store: FeatureStore, processes: int = 1)
         if value > channels:
             message = f"{value} is more than the {channels} channels of {store.path}; {remedy}"
             raise ConfigError(f"train_gan.{key}", message, expected=channels, actual=value)
-    if config.image_encoder and not store.spec.has_images:
-        message = "train_gan.image_encoder needs images; set extract.store_images to true"
+    if config.reads_images and not store.spec.has_images:
+        key = config.reads_images
+        message = f"train_gan.{key} needs images; set extract.store_images to true"
         raise SpecMismatchError(message, path=store.path)
 
 
@@ -330,6 +388,8 @@ def check_input_size(size: tuple[int, int], output_stride: int) -> None:
 def describe(config: TrainGanConfig, store: FeatureStore) -> dict[str, Any]:
     """Collect what :func:`stages.gan.networks.build_networks` needs, JSON-ready."""
     spec = store.spec
+    # The backbone behind a generator of images is built from the spec.
+    images = {"discriminates": "images", "features": spec.to_dict()}
     chosen = {key: value for key, value in config.model_dump().items() if key in ARCHITECTURE}
     return {
         "num_classes": spec.num_classes,
@@ -337,4 +397,5 @@ def describe(config: TrainGanConfig, store: FeatureStore) -> dict[str, Any]:
         "output_stride": spec.output_stride,
         "nonnegative": spec.nonnegative,
         **chosen,
+        **(images if config.family == "image" else {}),
     }

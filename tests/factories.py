@@ -313,6 +313,14 @@ def extract_config(**changes) -> ExtractConfig:
     return ExtractConfig(**{**settings, **changes})
 
 
+def extracted_photos(tmp_path: Path, counts: dict[str, int], **changes) -> Path:
+    """Extract drawn photographs of 64 x 64 pixels; return the folder of the stores."""
+    write_photos(tmp_path / "photos", counts)
+    prepare(prepare_config(tmp_path / "photos"), tmp_path)
+    extract(extract_config(**changes), tmp_path)
+    return tmp_path / "features"
+
+
 def extract(
     settings: ExtractConfig, tmp_path: Path, *, workers: int = 0, out: str = "features"
 ) -> dict[str, featurestore.FeatureStore]:
@@ -437,6 +445,10 @@ GAN = {
 }
 
 
+# A generator of images reads no key of a flow.
+IMAGE_GAN = {"family": "image", "flow_components": 64, "flow_width": 64, "flow_steps": 16}
+
+
 DECODER = {
     "epochs": 3,
     "repeats": 1,
@@ -506,7 +518,14 @@ def cpu_machine(root: Path, workers: int = 0) -> Machine:
     return Machine(device="cpu", workers=workers, checkpoint_minutes=0, scratch=root / "scratch")
 
 
-def run_gan(features: Path, root: Path, monitor: dict | None = None, **changes) -> dict[str, float]:
+def run_gan(
+    features: Path,
+    root: Path,
+    monitor: dict | None = None,
+    *,
+    backbone_weights: str = "default",
+    **changes,
+) -> dict[str, float]:
     from stages import train_gan
     from stages.gan.monitor import MonitorConfig
 
@@ -518,6 +537,7 @@ def run_gan(features: Path, root: Path, monitor: dict | None = None, **changes) 
         metrics=root / "metrics" / "train-gan",
         logs=root / "logs",
         machine=cpu_machine(root),
+        backbone_weights=backbone_weights,
     )
 
 

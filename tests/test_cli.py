@@ -305,11 +305,11 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, object], str]] = {
     ),
     "variations by a GAN": (
         {"compare.gan_variants": ["mine"], "variants.mine": {**FROZEN, "vary": 0.5}},
-        "train_gan.family: variant 'mine' works only with a flow; set it to flow",
+        "train_gan.family: variant 'mine' works only with flow; set it to flow",
     ),
     "a flow trained jointly": (
         {"train_gan.family": "flow"},
-        "train_gan.family: variant 'featuregan-1x' works only with a gan; set it to gan",
+        "train_gan.family: variant 'featuregan-1x' works only with gan or image; set it",
     ),
     "several class swaps of one image by a flow": (
         {
@@ -317,11 +317,48 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, object], str]] = {
             "compare.gan_variants": ["featuregan-edited"],
             "variants.featuregan-edited.ratio": 2,
         },
-        "train_gan.family: variant 'featuregan-edited' works only with a gan; set it to gan",
+        "train_gan.family: variant 'featuregan-edited' works only with gan or image; set it",
     ),
     "a discriminator's keys with a flow": (
         {"train_gan.family": "flow", "train_gan.diffaugment": ["flip"]},
         "train_gan: image_encoder, r1_gamma",
+    ),
+    "a generator of images without images": (
+        {"train_gan.family": "image", "extract.store_images": False, "train_gan.prior": "none"},
+        "extract.store_images: train_gan.family image reads the images; set it to true",
+    ),
+    "variations by a generator of images": (
+        {
+            "train_gan.family": "image",
+            "train_gan.prior": "none",
+            "compare.gan_variants": ["mine"],
+            "variants.mine": {**FROZEN, "vary": 0.5},
+        },
+        "train_gan.family: variant 'mine' works only with flow; set it to flow",
+    ),
+    "several draws of an image without noise": (
+        {"train_gan.family": "image", "train_gan.prior": "none", "train_gan.z_dim": 0},
+        "variants.featuregan-2x.ratio: without noise all draws of a mask are equal",
+    ),
+    "class means behind a generator of images": (
+        {"train_gan.family": "image", "train_gan.prior": "class-means"},
+        "train_gan: prior class-means does not work with family image; set it to none, or family",
+    ),
+    "a flow without SPADE": (
+        {
+            "train_gan.family": "flow",
+            "train_gan.conditioning": "concat",
+            "compare.gan_variants": ["featuregan-frozen"],
+        },
+        "train_gan: family flow does not work with conditioning concat; set it to gan, or",
+    ),
+    "noise at every pixel without SPADE": (
+        {
+            "train_gan.noise": "spatial",
+            "train_gan.conditioning": "concat",
+            "train_gan.prior": "none",
+        },
+        "train_gan: noise spatial does not work with conditioning concat; set it to vector, or",
     ),
     "variations that would move real features": (
         {"variants.mine": {**FROZEN, "new_masks": ["flip"], "vary": 0.5}},

@@ -134,6 +134,7 @@ def test_sizes_that_are_not_multiples_of_32_are_counted(gan: dict) -> None:
 
 CHANGES = [
     {"family": "flow"},
+    {"conditioning": "concat"},
     {"image_encoder": True},
     {"discriminator_scales": 2},
     {"noise": "spatial"},
@@ -161,10 +162,42 @@ def test_every_kind_of_gan_is_counted(change: dict, operations_of_the_quickstart
     ratio = changed / operations_of_the_quickstart
     if "family" in change:
         assert 0 < ratio < 1  # a small flow, and no discriminator
+    elif "conditioning" in change:
+        assert 0.2 < ratio < 1  # no convolutions of the mask in every block
     elif change.get("adversarial_loss") in ("wasserstein-clip", "non-saturating"):
         assert ratio >= 1
     else:
         assert 1 < ratio < 20
+
+
+@pytest.mark.medium
+def test_a_generator_of_images_is_counted_with_its_backbone() -> None:
+    image = {"family": "image", "flow_components": 64, "layers": ["blocks.1"]}
+    layered = dataclasses.replace(
+        setup((1,), **image),
+        layers=("blocks.1", "blocks.6"),
+        decoder_layers=("blocks.1",),
+        dilate=False,
+        input_size=(96, 128),
+    )
+    costs, layers = step_cost.count(layered)
+    assert [layer.name for layer in layers] == ["blocks.1", "blocks.6"]
+    backbone = build_backbone(
+        name="efficientnet_lite0", weights=None, layers=["blocks.1"], dilate=False
+    )
+    with FlopCounterMode(display=False) as counter:
+        backbone(torch.zeros(1, 3, 96, 128, dtype=torch.uint8))
+    forward = counter.get_total_flops()
+    made, joint, gan = costs["generator"], costs["joint 1:1"], costs["gan"]
+    assert made.operations > forward
+    assert joint.operations > made.operations + forward  # gradients pass the backbone
+    assert made.weight_bytes == 0
+    networks = step_cost.Workload(layered, step_cost.BATCH, "cpu").trainer.networks.by_name()
+    parameters = [tensor for network in networks.values() for tensor in network.parameters()]
+    frozen = sum(tensor.numel() for tensor in parameters if not tensor.requires_grad)
+    trained = sum(tensor.numel() for tensor in parameters) - frozen
+    assert frozen == sum(tensor.numel() for tensor in backbone.parameters())
+    assert gan.weight_bytes == 16 * trained + 4 * frozen
 
 
 FROZEN = {"augmenter": "featuregan", "generator": "frozen"}

@@ -125,9 +125,9 @@ class VariantConfig(DecoderOverrides):
         return max((member.needs_classes for member in self.members), default=2)
 
     @property
-    def needs_family(self) -> str | None:
-        """Only family of generators that this variant works with; None: any."""
-        return next((each.needs_family for each in self.members if each.needs_family), None)
+    def needs_family(self) -> tuple[str, ...]:
+        """Families of generators that this variant works with; empty: all."""
+        return next((each.needs_family for each in self.members if each.needs_family), ())
 
 
 class SourceConfig(VariantConfig):

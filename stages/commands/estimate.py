@@ -195,7 +195,7 @@ def _estimate(
     stores = sizes.store_rows(spec, views, data.images)
     features = sum(row["bytes"] for row in stores)
     models = sizes.model_bytes(costs, variants, seeds)
-    images = gan.image_encoder or any(each.backbone == "trained" for each in variants.values())
+    images = bool(gan.reads_images) or any(each.backbone == "trained" for each in variants.values())
     cached = sizes.cache_bytes(spec, views, data.images, images, variants)
     micro_batches = {
         "gan": gan.batch_size / gan.gradient_accumulation,
@@ -226,30 +226,21 @@ def _estimate(
 
 def _store_spec(params: Params, layers: Sequence[Layer], num_classes: int) -> StoreSpec:
     """Return the spec of the stores that extract will write, as far as sizes depend on it."""
-    from featurestore import StoreSpec
-    from featurestore.layers import map_shape
+    from stages.estimate.step_cost import store_spec
 
     extract = params.extract
-    shape = map_shape(layers, extract.input_size)
-    named = layers if extract.layers else ()
-    return StoreSpec(
-        feature_shape=shape,
-        mask_shape=extract.input_size,
-        class_names=tuple(map(str, range(num_classes))),
-        palette=((0, 0, 0),) * num_classes,
+    return store_spec(
+        layers,
         backbone=extract.backbone,
-        weights_digest="",
-        output_stride=round(extract.input_size[0] / shape[1]),
-        normalization_mean=(0, 0, 0),
-        normalization_std=(1, 1, 1),
+        input_size=extract.input_size,
+        named=bool(extract.layers),
+        dilate=extract.dilate,
+        num_classes=num_classes,
         resize=extract.resize,
         compute=extract.compute,
-        nonnegative=False,
         feature_dtype=extract.feature_dtype,
         has_images=extract.store_images,
         compression=extract.compression,
-        layer_names=tuple(layer.name for layer in named),
-        layer_shapes=tuple(layer.shape for layer in named),
     )
 
 

@@ -91,8 +91,8 @@ class Params(Config):
             check_batch_divides(
                 training.batch_size, 1, training.gradient_accumulation, f"{key}.batch_size"
             )
-        if self.train_gan.image_encoder and not self.extract.store_images:
-            message = "train_gan.image_encoder reads the images; set it to true"
+        if (reader := self.train_gan.reads_images) and not self.extract.store_images:
+            message = f"train_gan.{reader} reads the images; set it to true"
             raise ConfigError("extract.store_images", message)
         self._check_trained_backbones()
         for name in self.compared:
@@ -147,11 +147,11 @@ class Params(Config):
         gan = self.train_gan
         penalized = gan.r1_gamma or gan.adversarial_loss == "wasserstein-gp"
         for name, variant in self.compared.items():
-            if variant.needs_family not in (None, gan.family):
-                family = variant.needs_family
-                message = f"variant {name!r} works only with a {family}; set it to {family}"
+            if (families := variant.needs_family) and gan.family not in families:
+                known = " or ".join(families)
+                message = f"variant {name!r} works only with {known}; set it to {families[0]}"
                 raise ConfigError("train_gan.family", message)
-            if gan.family == "gan" and not gan.z_dim and _draws(variant) > 1:
+            if gan.family != "flow" and not gan.z_dim and _draws(variant) > 1:
                 message = (
                     "without noise all draws of a mask are equal; "
                     "set it to 1, or train_gan.z_dim above 0"

@@ -207,9 +207,12 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronise_batch_norm(network: nn.Module) -> nn.Module:
-    """Replace every batch normalisation by a synchronised one, in place; weights and names stay."""
+    """Replace every batch normalisation by a synchronised one, in place; weights and names stay.
+
+    Those with frozen weights are left alone: they belong to a backbone in evaluation mode.
+    """
     for name, child in network.named_children():
-        if type(child) is nn.BatchNorm2d:
+        if type(child) is nn.BatchNorm2d and not (child.affine and not child.weight.requires_grad):
             replacement = SynchronisedBatchNorm2d(
                 child.num_features,
                 child.eps,

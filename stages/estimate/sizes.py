@@ -76,8 +76,9 @@ def cache_bytes(
 ) -> int:
     """Compute what ``--cache`` holds of training and validation, decoded.
 
-    Images are held only where an image encoder, or a trained backbone, reads them. ``views`` is
-    the number of stored views of a training image; the variant that reads the most of them counts.
+    Images are held only where an image encoder, a generator of images or a trained backbone reads
+    them. ``views`` is the number of stored views of a training image; the variant that reads the
+    most of them counts.
     """
     sample = sum(
         math.prod(shape) * np.dtype(dtype).itemsize

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+from featurestore import StoreSpec
 from featurestore.dataset import Batch
 from featurestore.layers import Layer, fold, map_shape
 from stages.augment.featuregan import FeatureGANConfig, JointFeatureGAN
@@ -26,7 +27,7 @@ from stages.backbones.backbone import Backbone, BackboneError
 from stages.backbones.build import build_backbone
 from stages.common.errors import ConfigError
 from stages.common.runtime import Machine, make_accelerator
-from stages.gan.families import build_trainer
+from stages.gan.families import build_joint_trainer, build_trainer
 from stages.gan.networks import build_networks
 from stages.models import aspp, winograd
 from stages.models.decoder import Decoder
@@ -36,6 +37,7 @@ from stages.training.update import backward
 
 BATCH = 2  # the smallest that batch normalisation takes
 ADAM = 16  # bytes a float32 parameter takes in training: itself, its gradient, two moments
+FROZEN = 4  # bytes a float32 parameter takes that is not trained
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Cost:
     operations
         Of convolutions and matrix products; a multiplication and an addition are two operations.
     weight_bytes
-        Trained weights, gradients and Adam's moments; they do not depend on the batch.
+        Weights, gradients and Adam's moments, and the weights of a backbone behind a generator of
+        images; they do not depend on the batch.
     activation_bytes
         What back-propagation keeps of a sample, in float32.
     """
@@ -113,12 +116,22 @@ class Workload:
             masks = torch.randint(0, setup.num_classes, size, dtype=torch.uint8)
             self.layers = self.backbone.stored_layers(setup.input_size)
             features, folds = self._features(setup, setup.gan["layers"], batch)
+            spec = store_spec(
+                self.layers,
+                backbone=setup.backbone,
+                input_size=setup.input_size,
+                named=bool(setup.layers),
+                dilate=setup.dilate,
+                num_classes=setup.num_classes,
+            ).select(setup.gan["layers"])
             architecture = {
                 **setup.gan,
                 "feature_shape": features.shape[1:],
                 "output_stride": round(setup.input_size[0] / features.shape[2]),
                 "nonnegative": True,
                 "num_classes": setup.num_classes,
+                "discriminates": "images" if setup.gan["family"] == "image" else "features",
+                "features": spec.to_dict(),
             }
             networks = build_networks(architecture)
             self.features, decoder_folds = self._features(setup, setup.decoder_layers, batch)
@@ -136,6 +149,11 @@ class Workload:
             accelerator, networks, setup.gan, Machine(device=device), folds
         )
         self.trainer.steps = 1  # R1 is added every few steps, not in this one
+        if setup.ratios:
+            self.joint = build_joint_trainer(
+                accelerator, networks, architecture, setup.gan, Machine(device=device), folds
+            )
+            self.joint.steps = 1
         self.batch = Batch(torch.arange(batch), features, masks, self.images)
         self.rng = torch.Generator(device).manual_seed(0)
         self.ratios, self.trains_backbone = setup.ratios, setup.trains_backbone
@@ -143,21 +161,18 @@ class Workload:
     def kinds(self) -> dict[str, tuple[Callable[[], object], list[nn.Module]]]:
         """Return a step of each kind, and the networks that it trains, by name."""
         gans, decoder = list(self.trainer.networks.by_name().values()), self.decoder
-        return {
+        kinds: dict[str, tuple[Callable[[], object], list[nn.Module]]] = {
             "backbone": (self.extract_step, []),
             "gan": (self.gan_step, gans),
             "decoder": (lambda: self.decoder_loss(self.features).backward(), [decoder]),
             "generator": (self.generate_step, []),
-            **{
-                f"joint {ratio}:1": (partial(self.joint_step, ratio), [*gans, decoder])
-                for ratio in self.ratios
-            },
-            **(
-                {"trained backbone": (self.backbone_step, [self.backbone.network])}
-                if self.trains_backbone
-                else {}
-            ),
         }
+        for ratio in self.ratios:
+            joint = [*self.joint.networks.by_name().values(), decoder]
+            kinds[f"joint {ratio}:1"] = (partial(self.joint_step, ratio), joint)
+        if self.trains_backbone:
+            kinds["trained backbone"] = (self.backbone_step, [self.backbone.network])
+        return kinds
 
     def _features(self, setup: Setup, names: Sequence[str], batch: int) -> tuple[Tensor, Folds]:
         """Make random features (B, C, h, w) of some of the layers, and describe them."""
@@ -198,11 +213,11 @@ class Workload:
     def joint_step(self, ratio: int) -> None:
         """Compute losses and gradients of the second branch of Algorithm 1."""
         variant = FeatureGANConfig(augmenter="featuregan", ratio=ratio)
-        added = JointFeatureGAN(variant, self.trainer, Path()).augment(self.batch, self.rng)
+        added = JointFeatureGAN(variant, self.joint, Path()).augment(self.batch, self.rng)
         seen = [self.features, *(each.features for each in added.batches)]
         losses = torch.stack([self.decoder_loss(features) for features in seen])
         trained = list(self.decoder.parameters())
-        backward(self.trainer.accelerator, *added.losses(losses.sum(), trained))
+        backward(self.joint.accelerator, *added.losses(losses.sum(), trained))
 
 
 def count(setup: Setup) -> tuple[dict[str, Cost], list[Layer]]:
@@ -217,13 +232,17 @@ def count(setup: Setup) -> tuple[dict[str, Cost], list[Layer]]:
             work = Workload(setup, BATCH, "cpu")
             costs = {}
             for name, (step, networks) in work.kinds().items():
-                weights = sum(parameter.numel() for parameter in _parameters(networks))
+                weights = sum(
+                    parameter.numel() * (ADAM if parameter.requires_grad else FROZEN)
+                    for network in networks
+                    for parameter in network.parameters()
+                )
                 kept, counter = _Kept(), FlopCounterMode(display=False, custom_mapping=OPERATIONS)
                 counter.mod_tracker = _Everything()  # type: ignore[assignment]
                 with counter, kept:
                     step()
                 operations = counter.get_total_flops() / BATCH
-                costs[name] = Cost(operations, ADAM * weights, kept.bytes / BATCH)
+                costs[name] = Cost(operations, weights, kept.bytes / BATCH)
             return costs, work.layers
     finally:
         interpolation.cache_clear()
@@ -279,7 +298,8 @@ class _Kept(saved_tensors_hooks):
 
     def _pack(self, tensor: Tensor) -> Tensor:
         whole = tensor if tensor._base is None else tensor._base  # a view of a weight is a weight
-        if not whole.is_leaf or not whole.requires_grad:
+        weight = whole.is_leaf and (whole.requires_grad or isinstance(whole, nn.Parameter))
+        if not weight:
             storage = tensor.untyped_storage()
             self._seen[storage._cdata] = storage.nbytes()
         return tensor
@@ -336,12 +356,59 @@ def _time(setup: Setup, name: str, batch: int, precision: str, device: str) -> f
 
 
 def _parameters(networks: Sequence[nn.Module]) -> list[nn.Parameter]:
-    return [parameter for network in networks for parameter in network.parameters()]
+    return [
+        parameter
+        for network in networks
+        for parameter in network.parameters()
+        if parameter.requires_grad
+    ]
 
 
 def _synchronise(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def store_spec(
+    layers: Sequence[Layer],
+    *,
+    backbone: str,
+    input_size: tuple[int, int],
+    named: bool,
+    dilate: bool,
+    num_classes: int,
+    **others: Any,
+) -> StoreSpec:
+    """Describe the stores that extract will write, as far as costs depend on it.
+
+    Parameters
+    ----------
+    layers
+        Stored layers; ``named``: under their names.
+    backbone, input_size, dilate, num_classes
+        See :class:`Setup`.
+    others
+        Further fields of :class:`featurestore.StoreSpec`.
+    """
+    shape = map_shape(layers, input_size)
+    settings: dict[str, Any] = {
+        "feature_shape": shape,
+        "mask_shape": input_size,
+        "class_names": tuple(map(str, range(num_classes))),
+        "palette": ((0, 0, 0),) * num_classes,
+        "backbone": backbone,
+        "weights_digest": "",
+        "output_stride": round(input_size[0] / shape[1]),
+        "normalization_mean": (0, 0, 0),
+        "normalization_std": (1, 1, 1),
+        "resize": "stretch",
+        "compute": "fp32",
+        "nonnegative": False,
+        "layer_names": tuple(layer.name for layer in layers if named),
+        "layer_shapes": tuple(layer.shape for layer in layers if named),
+        "native_strides": not dilate,
+    }
+    return StoreSpec(**{**settings, **others})
 
 
 def untrained_backbone(setup: Setup) -> Backbone:

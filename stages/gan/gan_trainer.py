@@ -108,11 +108,9 @@ class GanTrainer(Trainer):
         ratio: int = 1,
         rng: torch.Generator,
     ) -> Step:
-        generator = self.networks.generator
-        real = (features.float() / generator.feature_scale).contiguous(
-            memory_format=torch.channels_last
-        )
-        noise = draw_noise(rng, ratio, len(real), generator.z_dim, real.device)
+        real = self.real(features, images).contiguous(memory_format=torch.channels_last)
+        z_dim = self.networks.generator.z_dim
+        noise = draw_noise(rng, ratio, len(real), z_dim, real.device)
         if rank := self.accelerator.process_index:  # all other random numbers differ by process
             rng = random_generator(real.device, rng.initial_seed(), rank)
         with self.accelerator.autocast():
@@ -130,6 +128,10 @@ class GanTrainer(Trainer):
                 step=self.steps,
                 batch_size=self.micro_batches * len(real),
             )
+
+    def real(self, features: Tensor, images: Tensor | None) -> Tensor:
+        """Return what the discriminator compares generated samples with: scaled features."""
+        return features.float() / self.networks.generator.feature_scale
 
     @override
     def after_optimizer_step(self) -> None:

@@ -9,16 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featurestore import FeatureStore
+from featurestore import FeatureStore, StoreSpec
+from stages.backbones.map_network import MapNetwork, build_map_network
+from stages.models.concat_generator import ConcatGenerator
 from stages.models.discriminator import Discriminator
 from stages.models.feature_generator import FeatureGenerator
 from stages.models.flow_generator import FlowGenerator
 from stages.models.generator import Generator
+from stages.models.image_discriminator import ImageDiscriminator
 from stages.models.image_encoder import ImageEncoder
+from stages.models.image_generator import ImageFeatureGenerator, ImageGenerator
 from stages.segmentation.class_statistics import ClassStatistics
 
-# Keys of an architecture that models of earlier versions were saved without.
-ADDED_KEYS = {"discriminator_norm": "spectral", "lambda_info": 0.0}
+# What descriptions of networks lack that were saved before a key existed.
+ADDED = {
+    "conditioning": "spade",
+    "discriminates": "features",
+    "discriminator_norm": "spectral",
+    "lambda_info": 0.0,
+}
 
 
 @dataclass
@@ -26,7 +35,7 @@ class Networks:
     """The networks of a FeatureGAN; a flow has no discriminator, the image encoder is optional."""
 
     generator: FeatureGenerator
-    discriminator: Discriminator | None = None
+    discriminator: Discriminator | ImageDiscriminator | None = None
     image_encoder: ImageEncoder | None = None
 
     def by_name(self) -> dict[str, nn.Module]:
@@ -43,6 +52,7 @@ def build_networks(
     architecture: Mapping[str, Any],
     feature_scale: Tensor | None = None,
     class_means: Tensor | None = None,
+    backbone: MapNetwork | None = None,
 ) -> Networks:
     """Build fresh networks.
 
@@ -54,9 +64,11 @@ def build_networks(
         (C,); None where a state dict will bring it.
     class_means
         (K + 1, C), as :func:`class_means` gives them; None too where a state dict will bring them.
+    backbone
+        Network of the store's features, for a generator of images; None where a state dict will
+        bring its weights.
     """
-    settings = {**ADDED_KEYS, **architecture}
-    shared = {"num_classes": settings["num_classes"], "init_gain": settings["init_gain"]}
+    settings = {**ADDED, **architecture}
     channels = settings["feature_shape"][0]
     scale = torch.ones(channels) if feature_scale is None else feature_scale
     if settings["family"] == "flow":
@@ -72,20 +84,25 @@ def build_networks(
         return Networks(flow)
     if settings["prior"] == "class-means" and class_means is None:
         class_means = torch.zeros(settings["num_classes"] + 1, channels)
-    generator = Generator(
-        feature_shape=tuple(settings["feature_shape"]),
-        nonnegative=settings["nonnegative"],
-        feature_scale=scale,
-        z_dim=settings["z_dim"],
-        ngf=settings["ngf"],
-        noise=settings["noise"],
-        spade_hidden=settings["spade_hidden"],
-        norm=settings["norm"],
-        class_means=class_means,
-        **shared,
-    )
-    discriminator = Discriminator(
-        feature_channels=channels,
+    generator = _generator(settings, scale, class_means, backbone)
+    discriminator: Discriminator | ImageDiscriminator
+    if settings["discriminates"] == "images":
+        discriminator = ImageDiscriminator(ndf=settings["ndf"], **_shared(settings))
+    else:
+        discriminator = feature_discriminator(settings)
+    encoder = None
+    if settings["image_encoder"]:
+        encoder = ImageEncoder(
+            z_dim=settings["z_dim"], nef=settings["nef"], init_gain=settings["init_gain"]
+        )
+    return Networks(generator, discriminator, encoder)
+
+
+def feature_discriminator(architecture: Mapping[str, Any]) -> Discriminator:
+    """Build a fresh discriminator of features."""
+    settings = {**ADDED, **architecture}
+    return Discriminator(
+        feature_channels=settings["feature_shape"][0],
         output_stride=settings["output_stride"],
         ndf=settings["ndf"],
         layers=settings["discriminator_layers"],
@@ -94,14 +111,48 @@ def build_networks(
         projection_channels=settings["projection_channels"],
         norm=settings["discriminator_norm"],
         estimated_z=settings["z_dim"] if settings["lambda_info"] else 0,
+        **_shared(settings),
+    )
+
+
+def _generator(
+    settings: Mapping[str, Any],
+    scale: Tensor,
+    class_means: Tensor | None,
+    backbone: MapNetwork | None,
+) -> FeatureGenerator:
+    """Build the generator of a GAN; see :func:`build_networks`."""
+    shared = {
+        **_shared(settings),
+        "z_dim": settings["z_dim"],
+        "ngf": settings["ngf"],
+        "norm": settings["norm"],
+    }
+    of_features = {"nonnegative": settings["nonnegative"], "feature_scale": scale}
+    if settings["family"] == "image":
+        spec = StoreSpec.from_dict(settings["features"])
+        hidden = settings["spade_hidden"]
+        return ImageFeatureGenerator(
+            network=ImageGenerator(image_size=spec.mask_shape, spade_hidden=hidden, **shared),
+            backbone=backbone or build_map_network(spec, None),
+            bf16=spec.compute == "bf16",
+            **of_features,
+        )
+    of_features["feature_shape"] = tuple(settings["feature_shape"])
+    if settings["conditioning"] == "concat":
+        return ConcatGenerator(**of_features, **shared)
+    return Generator(
+        noise=settings["noise"],
+        spade_hidden=settings["spade_hidden"],
+        class_means=class_means,
+        **of_features,
         **shared,
     )
-    encoder = None
-    if settings["image_encoder"]:
-        encoder = ImageEncoder(
-            z_dim=settings["z_dim"], nef=settings["nef"], init_gain=settings["init_gain"]
-        )
-    return Networks(generator, discriminator, encoder)
+
+
+def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Select the settings that all networks but the image encoder have."""
+    return {"num_classes": settings["num_classes"], "init_gain": settings["init_gain"]}
 
 
 def class_means(store: FeatureStore, scale: Tensor, device: torch.device) -> Tensor:

@@ -150,6 +150,10 @@ class Trainer(ABC):
         if self._average is not None:
             self._average.update(self.networks.generator, first=self.steps == 1)
 
+    def describe(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
+        """Describe the networks in training, given the description of the pretrained ones."""
+        return dict(architecture)
+
     def _called(self, network: nn.Module) -> nn.Module:
         """Return what training calls of a network."""
         return network
@@ -190,6 +194,10 @@ class Trainer(ABC):
             network.load_state_dict(shard_like(state["networks"][name], network.state_dict()))
         self.load_training_state(state["training"])
 
+    def load_pretraining(self, state: Mapping[str, Any]) -> None:
+        """Continue from the :meth:`training_state` that ``train-gan`` saved."""
+        self.load_training_state(state)
+
     def load_training_state(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`training_state` returned."""
         for name, optimizer in self.optimizers.items():
@@ -206,4 +214,5 @@ def _parameters(*networks: nn.Module | None) -> list[nn.Parameter]:
         for network in networks
         if network is not None
         for parameter in network.parameters()
+        if parameter.requires_grad  # not those of a frozen backbone
     ]

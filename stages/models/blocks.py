@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOID = 255
-# Normalisation without learned scale and shift; SPADE uses ``batch``.
+# SPADE uses ``batch``, without learned scale and shift.
 NORMS = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
 
 

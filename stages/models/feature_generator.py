@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -66,9 +67,11 @@ class FeatureGenerator(nn.Module, ABC):
             z = torch.randn(len(masks), self.z_dim, generator=generator, device=masks.device)
         return self(z, masks) * self.feature_scale
 
-    @abstractmethod
+    @torch.no_grad()
     def swap_classes(self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor) -> Tensor:
         """Swap classes: change real features as the generator does when the mask changes.
+
+        The default adds the difference of two generated maps: ``x + G(z, new) - G(z, old)``.
 
         Parameters
         ----------
@@ -84,6 +87,8 @@ class FeatureGenerator(nn.Module, ABC):
         Tensor
             (k*B, C, h, w) float32 in the backbone's scale.
         """
+        moved = features + (self.generate(new, z=z).float() - self.generate(old, z=z).float())
+        return F.relu(moved) if self.nonnegative else moved
 
     def vary(self, features: Tensor, masks: Tensor, *, z: Tensor, strength: float) -> Tensor:
         """Vary real features without a change of their masks.

@@ -145,10 +145,3 @@ class Generator(FeatureGenerator):
         return torch.einsum("bkhw,kc->bchw", fractions, self.class_means).contiguous(
             memory_format=torch.channels_last
         )
-
-    @override
-    @torch.no_grad()
-    def swap_classes(self, features: Tensor, old: Tensor, new: Tensor, *, z: Tensor) -> Tensor:
-        # x + G(z, new) - G(z, old)
-        moved = features + (self.generate(new, z=z).float() - self.generate(old, z=z).float())
-        return F.relu(moved) if self.nonnegative else moved

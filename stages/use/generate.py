@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import featurestore
 import stages.augment.new_masks
+import stages.backbones
 import stages.data.images
 import stages.models
 import stages.use.mask_source
@@ -276,6 +277,7 @@ class Sampler:
             "code": source_digest(
                 sys.modules[__name__],
                 stages.augment.new_masks,
+                stages.backbones,
                 stages.data.images,
                 stages.use.mask_source,
                 stages.models,

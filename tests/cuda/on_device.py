@@ -41,6 +41,7 @@ GANS: dict[str, tuple[str, dict[str, Any]]] = {
     "projection": ("single", {"projection_channels": 5, "diffaugment": ALL_TRANSFORMS[:4]}),
     "accumulated": ("single", {"gradient_accumulation": 2}),
     "layered": ("layered", {"diffaugment": ALL_TRANSFORMS[:4], "feature_scale": "global"}),
+    "concat": ("single", {"conditioning": "concat"}),
     "flow": ("single", {"family": "flow"}),
     "flow-average": ("layered", {"family": "flow", "ema_decay": 0.9}),
 }

@@ -169,8 +169,8 @@ def test_no_step_of_a_variant_of_a_study_waits(
     variant: dict[str, Any],
 ) -> None:
     features, gans = of_presets
-    family = parse(VARIANT_TYPES, {"mine": variant}, "variants")["mine"].needs_family
-    gan = gans[family or "gan"]
+    families = parse(VARIANT_TYPES, {"mine": variant}, "variants")["mine"].needs_family
+    gan = gans[families[0] if families else "gan"]
     with pytest.raises(StepsTaken):
         train_decoder(features, gan, tmp_path, "cpu", variant, gradient_accumulation=2)
     assert steps == list(range(STEPS))

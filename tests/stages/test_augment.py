@@ -610,7 +610,7 @@ def test_combined_variants_need_what_their_members_need() -> None:
     assert (needs.needs_gan, needs.needs_mirrored, needs.needs_family, needs.added_batches) == (
         True,
         True,
-        "flow",
+        ("flow",),
         3,
     )
     assert needs.needs_classes == 2
@@ -620,7 +620,7 @@ def test_combined_variants_need_what_their_members_need() -> None:
     assert (needs.needs_gan, needs.needs_mirrored, needs.needs_family, needs.added_batches) == (
         False,
         False,
-        None,
+        (),
         1,
     )
 

@@ -34,7 +34,7 @@ def roots(features: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
             *launcher,
             "-m",
             "tests.stages.train_in_processes",
-            "gan,oasis,flow,joint",
+            "gan,oasis,flow,concat,joint",
             *paths,
             cwd=ROOT,
             OMP_NUM_THREADS="1",
@@ -44,7 +44,7 @@ def roots(features: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["two", "sharded"])
-@pytest.mark.parametrize("stage", ["gan", "oasis", "flow", "joint"])
+@pytest.mark.parametrize("stage", ["gan", "oasis", "flow", "concat", "joint"])
 def test_losses_and_scores_agree(roots: dict[str, Path], stage: str, how: str) -> None:
     one, two = (read_curves(roots[run] / "metrics" / stage) for run in ("one", how))
     assert one.keys() == two.keys()
@@ -69,6 +69,7 @@ def test_weights_agree_within_what_adam_moves(roots: dict[str, Path], how: str) 
         (load_generator, "gan"),
         (load_generator, "oasis"),
         (load_generator, "flow"),
+        (load_generator, "concat"),
         (load_decoder, "joint"),
         (load_generator, "joint/gan"),
     ):
@@ -120,6 +121,14 @@ def test_batch_norm_keeps_its_weights_and_in_one_process_its_results() -> None:
     assert type(plain[1][0]) is SynchronisedBatchNorm2d
     assert list(plain.state_dict()) == names
     assert torch.equal(plain(x), before)
+
+
+def test_the_batch_norm_of_a_frozen_backbone_is_left_alone() -> None:
+    frozen = nn.Sequential(nn.BatchNorm2d(3)).requires_grad_(False).eval()
+    network = synchronise_batch_norm(nn.Sequential(nn.BatchNorm2d(3), frozen))
+    assert type(network[0]) is SynchronisedBatchNorm2d
+    assert type(frozen[0]) is nn.BatchNorm2d
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
 def test_a_resumed_fused_adam_continues_with_the_same_bits() -> None:

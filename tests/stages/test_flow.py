@@ -240,7 +240,7 @@ def test_a_flow_learns_and_feeds_a_decoder(features: Path, tmp_path: Path) -> No
         first, last = read_curves(tmp_path / "metrics" / "frozen-0")[loss]
         assert last < first
     with pytest.raises(
-        ConfigError, match="train_gan.family: variant 'joint' works only with a gan"
+        ConfigError, match="train_gan.family: variant 'joint' works only with gan or image"
     ):
         run_decoder(features, tmp_path, VARIANTS["featuregan-1x"], name="joint")
 
@@ -275,7 +275,7 @@ def test_a_decoder_gets_the_flows_class_swaps_of_its_batch(features: Path, flows
     swapped = network.swap_classes(real, masks, wanted)
     torch.testing.assert_close(part.features, swapped, rtol=1e-4, atol=1e-4)
     assert (swapped - real).abs().max() > 0.01 * real.std()
-    with pytest.raises(ConfigError, match="works only with a gan"):
+    with pytest.raises(ConfigError, match="works only with gan or image"):
         added_by_a_frozen_generator(features, flows, ["swap"], class_swap=True, ratio=2)
 
 
@@ -299,7 +299,7 @@ def test_a_killed_decoder_with_variations_resumes_to_the_same_bits(
 def test_a_gan_is_not_asked_for_variations(features: Path, tmp_path: Path) -> None:
     run_gan(features, tmp_path)
     with pytest.raises(
-        ConfigError, match="train_gan.family: variant 'varied' works only with a flow"
+        ConfigError, match="train_gan.family: variant 'varied' works only with flow"
     ):
         run_decoder(
             features,

@@ -144,7 +144,9 @@ def test_the_store_reads_like_any_other_and_says_what_generated_it(
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"noise": "spatial"}, {"z_dim": 0}, {"family": "flow"}], ids=str
+    "changes",
+    [{}, {"noise": "spatial"}, {"z_dim": 0}, {"conditioning": "concat"}, {"family": "flow"}],
+    ids=str,
 )
 def test_features_are_those_of_the_generator(masks: Path, tmp_path: Path, changes: dict) -> None:
     gan = write_gan(tmp_path / "gan", **changes)

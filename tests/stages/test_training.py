@@ -818,6 +818,7 @@ def test_no_pickle_is_ever_loaded() -> None:
             "kld_reduction": "sum",
             "lambda_info": 1.0,
         },
+        {"conditioning": "concat", "ema_decay": 0.9, "image_encoder": True},
     ],
 )
 def test_options_train_resume_and_go_on_jointly(

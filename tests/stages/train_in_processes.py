@@ -16,12 +16,14 @@ from stages.gan.monitor import MonitorConfig
 from stages.train_decoder import TrainDecoderConfig
 from stages.train_gan import TrainGanConfig
 from stages.training.checkpoint import Checkpoint
-from tests.factories import DECODER, GAN, MONITOR
+from tests.factories import DECODER, GAN, IMAGE_GAN, MONITOR
 
 GANS = {
     "gan": {"image_encoder": True, "kld_reduction": "sum", "lambda_info": 1.0},
     "oasis": {"adversarial_loss": "segmentation", "noise": "spatial"},
     "flow": {"family": "flow"},
+    "concat": {"conditioning": "concat"},
+    "image": IMAGE_GAN,
 }
 
 
@@ -36,7 +38,7 @@ class NoDropout(nn.Module):
 
 
 def main(stages: str, features: Path, root: Path, gan: Path, saves: int = 0) -> None:
-    """Train GANs of :data:`GANS`, and ``joint``: a decoder with ``gan``.
+    """Train GANs of :data:`GANS`, and under any other name a decoder with ``gan``, jointly.
 
     ``saves`` above 0: die after so many saved states.
     """
