@@ -242,7 +242,7 @@ def unfrozen_steps(
         step_and_zero_grad(accelerator, optimizer)
 
     plain = network()
-    plain.backbone.unfreeze("eval")
+    plain.backbone.unfreeze("eval", spec.mask_shape)
     plain = to_channels_last(plain, where).train()
     head = new_decoder(size).to(where)
     groups = [{"params": head.parameters()}, {"params": plain.parameters(), "lr": 5e-5}]

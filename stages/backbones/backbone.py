@@ -117,16 +117,23 @@ class Backbone(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
-    def unfreeze(self, batchnorm: Literal["eval", "train"]) -> None:
-        """Let the weights be trained.
+    def unfreeze(self, batchnorm: Literal["eval", "train"], size: tuple[int, int]) -> None:
+        """Let the weights that the layers depend on be trained.
 
         Parameters
         ----------
         batchnorm
             Mode of BatchNorm in training; ``eval`` keeps the pretrained statistics.
+        size
+            (H, W) of an image on which these weights are found.
         """
         self._trained = batchnorm
         self.requires_grad_(True)
+        images = torch.zeros(1, 3, *size, dtype=torch.uint8, device=self._scale.device)
+        torch.stack([features.sum() for features in self.maps(images)]).sum().backward()
+        for parameter in self.parameters():  # timm may keep blocks behind the last layer
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
 
     def train(self, mode: bool = True) -> Backbone:
         """Set the mode of a backbone that is trained; a frozen one stays in evaluation mode."""

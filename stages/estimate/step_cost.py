@@ -111,7 +111,10 @@ class Workload:
         size = (batch, *setup.input_size)
         torch.manual_seed(0)
         with torch.device(device):
-            self.backbone = untrained_backbone(setup)
+            self.backbone, self.trained_backbone = untrained_backbone(setup), None
+            if setup.trains_backbone:
+                self.trained_backbone = untrained_backbone(setup)
+                self.trained_backbone.unfreeze("eval", setup.input_size)
             self.images = torch.randint(0, 256, (batch, 3, *setup.input_size), dtype=torch.uint8)
             masks = torch.randint(0, setup.num_classes, size, dtype=torch.uint8)
             self.layers = self.backbone.stored_layers(setup.input_size)
@@ -156,7 +159,7 @@ class Workload:
             self.joint.steps = 1
         self.batch = Batch(torch.arange(batch), features, masks, self.images)
         self.rng = torch.Generator(device).manual_seed(0)
-        self.ratios, self.trains_backbone = setup.ratios, setup.trains_backbone
+        self.ratios = setup.ratios
 
     def kinds(self) -> dict[str, tuple[Callable[[], object], list[nn.Module]]]:
         """Return a step of each kind, and the networks that it trains, by name."""
@@ -170,8 +173,8 @@ class Workload:
         for ratio in self.ratios:
             joint = [*self.joint.networks.by_name().values(), decoder]
             kinds[f"joint {ratio}:1"] = (partial(self.joint_step, ratio), joint)
-        if self.trains_backbone:
-            kinds["trained backbone"] = (self.backbone_step, [self.backbone.network])
+        if self.trained_backbone is not None:
+            kinds["trained backbone"] = (self.backbone_step, [self.trained_backbone.network])
         return kinds
 
     def _features(self, setup: Setup, names: Sequence[str], batch: int) -> tuple[Tensor, Folds]:
@@ -187,10 +190,9 @@ class Workload:
 
     def backbone_step(self) -> None:
         """Run the backbone and back-propagate through it."""
-        self.backbone.unfreeze("eval")
-        maps = self.backbone.maps(self.images)
+        assert self.trained_backbone is not None
+        maps = self.trained_backbone.maps(self.images)
         torch.stack([features.float().sum() for features in maps]).sum().backward()
-        self.backbone.requires_grad_(False)
 
     def generate_step(self) -> None:
         """Run a frozen generator."""

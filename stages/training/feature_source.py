@@ -9,10 +9,12 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from featurestore.dataset import Batch
 from stages.backbones.map_network import MapNetwork
+from stages.common.errors import ConfigError
 from stages.common.runtime import distribute
 from stages.segmentation.image_transforms import ImageTransform, build_transform
 
@@ -37,7 +39,8 @@ class StoredFeatures:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All parameters that the decoder's loss trains beside the decoder's."""
-        return [each for network in self.networks.values() for each in network.parameters()]
+        every = (each for network in self.networks.values() for each in network.parameters())
+        return [parameter for parameter in every if parameter.requires_grad]
 
     def encode(self, batch: Batch) -> Batch:
         """Return a training batch with the features that the decoder learns from."""
@@ -73,6 +76,11 @@ class TrainedBackbone(StoredFeatures):
         Image transforms in training.
     compile
         Whether ``torch.compile`` compiles it.
+
+    Raises
+    ------
+    ConfigError
+        When several processes cannot share the statistics of its BatchNorm.
     """
 
     needs_images = True
@@ -86,7 +94,9 @@ class TrainedBackbone(StoredFeatures):
         transforms: Sequence[ImageTransform],
         compile: bool = False,
     ) -> None:
-        network.backbone.unfreeze(batchnorm)
+        network.backbone.unfreeze(batchnorm, network.spec.mask_shape)
+        if batchnorm == "train" and accelerator.num_processes > 1:
+            _check_statistics(network)
         self.network = network
         self.networks = {"backbone": network.backbone.network}
         self.modules = (distribute(accelerator, network, compile=compile),)
@@ -103,6 +113,17 @@ class TrainedBackbone(StoredFeatures):
     @override
     def evaluated(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         return recomputed(self.network, batches)
+
+
+def _check_statistics(network: MapNetwork) -> None:
+    """Refuse BatchNorm of which there is no version for several processes."""
+    kinds = {type(each) for each in network.modules() if isinstance(each, _BatchNorm)}
+    if others := kinds - {nn.BatchNorm2d}:
+        message = (
+            f"train works in one process only with {network.backbone.name}, whose"
+            f" {others.pop().__name__} does not share statistics; set it to eval"
+        )
+        raise ConfigError("train_decoder.backbone_batchnorm", message)
 
 
 def compute_features(network: nn.Module, precision: str, images: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,14 +23,15 @@ def adamw(
     Parameters
     ----------
     rates
-        Networks with their learning rates. Parameters of two axes or more are decayed.
+        Networks with their learning rates. Parameters of two axes or more are decayed, frozen ones
+        left out.
     betas, weight_decay
         As in :class:`torch.optim.AdamW`; without decay it equals Adam bit for bit.
     """
     groups: list[dict[str, Any]] = []
     for network, lr in rates.items():
         by_decay: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for parameter in network.parameters():
+        for parameter in filter(attrgetter("requires_grad"), network.parameters()):
             by_decay[parameter.ndim > 1].append(parameter)
         for decayed, parameters in by_decay.items():
             decay = weight_decay if decayed else 0.0

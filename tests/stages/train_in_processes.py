@@ -11,6 +11,7 @@ from torch import nn
 
 from stages import train_decoder, train_gan
 from stages.augment.featuregan import FeatureGANConfig
+from stages.augment.registry import NoneConfig
 from stages.common.runtime import Machine
 from stages.gan.monitor import MonitorConfig
 from stages.train_decoder import TrainDecoderConfig
@@ -38,7 +39,7 @@ class NoDropout(nn.Module):
 
 
 def main(stages: str, features: Path, root: Path, gan: Path, saves: int = 0) -> None:
-    """Train GANs of :data:`GANS`, and under any other name a decoder with ``gan``, jointly.
+    """Train GANs of :data:`GANS`, a decoder and its backbone (``unfrozen``), or one with ``gan``.
 
     ``saves`` above 0: die after so many saved states.
     """
@@ -82,10 +83,11 @@ def train(stage: str, features: Path, root: Path, gan: Path, checkpoint_minutes:
     if stage in GANS:
         train_gan.run(TrainGanConfig(**{**GAN, **GANS[stage]}), monitor, **arguments)
     else:
-        config, variant = (
-            TrainDecoderConfig(**{**DECODER, "lr": 5e-4}),
-            FeatureGANConfig(augmenter="featuregan", ratio=2),
-        )
+        changes, variant = {}, FeatureGANConfig(augmenter="featuregan", ratio=2)
+        if stage == "unfrozen":
+            changes = {"backbone": "trained", "backbone_lr": 1e-4, "image_augment": []}
+            variant = NoneConfig(augmenter="none")
+        config = TrainDecoderConfig(**{**DECODER, "lr": 5e-4, **changes})
         train_decoder.run(config, variant, monitor, name=stage, seed=0, gan=gan, **arguments)
 
 
