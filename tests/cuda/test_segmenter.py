@@ -21,9 +21,10 @@ pytestmark = [pytest.mark.cuda, pytest.mark.slow]
     [
         {},
         {"train_decoder.mixed_precision": "bf16"},
+        {"train_decoder.backbone": "trained"},
         {**LAYERED, "train_decoder.decoder": "deeplabv3plus", "extract.compute": "bf16"},
     ],
-    ids=["last layer", "bf16", "layers"],
+    ids=["last layer", "bf16", "trained backbone", "layers"],
 )
 def test_the_segmenter_scores_as_evaluate_does(
     tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
