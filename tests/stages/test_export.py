@@ -27,7 +27,7 @@ from featurestore.dataset import assemble
 from featurestore.layers import map_shape
 from stages.backbones.backbone import Backbone
 from stages.backbones.build import build_backbone
-from stages.backbones.map_network import MapNetwork
+from stages.backbones.map_network import MapNetwork, load_map_network
 from stages.common.errors import ConfigError, DataError
 from stages.models.decoder import Decoder
 from stages.training.models import load_decoder, read_spec, save_weights
@@ -451,7 +451,7 @@ def test_other_models_and_other_weights_are_refused(
         ConfigError,
         match=r"--backbone-weights: these are other efficientnet_lite0 .* expected abababababab",
     ):
-        export.load_map_network(read_spec(tmp_path / "lite0"), "default")
+        load_map_network(read_spec(tmp_path / "lite0"), "default")
 
     config = json.loads((narrow / "config.json").read_text())
     (narrow / "config.json").write_text(json.dumps({**config, "architecture": {"family": "gan"}}))
