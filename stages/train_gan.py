@@ -265,8 +265,8 @@ def run(
 
     seed_everything(config.seed)
     settings, architecture = config.model_dump(), describe(config, store)
-    device = accelerator.device
-    networks = create_networks(architecture, settings, store, device, backbone_weights)
+    fitted_on = accelerator.device
+    networks = create_networks(architecture, settings, store, fitted_on, backbone_weights)
     untrained = copy.deepcopy(networks.generator.state_dict())
     trainer = build_trainer(accelerator, networks, settings, machine, store.spec.folds)
     epochs = config.frozen_epochs  # all epochs of this stage; the decoder's come after them
@@ -280,7 +280,7 @@ def run(
     for epoch in session.epochs():
         for index, batch in session.batches(epoch):
             for micro_index, micro_batch in enumerate(batch.chunk(config.gradient_accumulation)):
-                rng = random_generator(device, config.seed, epoch, index, micro_index)
+                rng = random_generator(accelerator.device, config.seed, epoch, index, micro_index)
                 with accelerator.accumulate(*trainer.modules.values()):  # sets sync_gradients
                     output = trainer.forward(
                         micro_batch.features, micro_batch.masks, micro_batch.images, rng=rng

@@ -54,7 +54,10 @@ class StepsTaken(Exception):
 
 
 def variants_of_studies() -> dict[str, dict[str, Any]]:
-    """List the variants of params.yaml, presets and studies that differ in a step, by a name."""
+    """List the variants of params.yaml, presets and studies that differ in a step, by a name.
+
+    Without those that train the backbone: the stores of these tests come from none.
+    """
     plains = [load_preset(name).model_dump(mode="json") for name in presets()]
     plains.append(read_params(ROOT / "params.yaml"))
     for file in sorted((ROOT / "studies").glob("*.yaml")):
@@ -67,6 +70,8 @@ def variants_of_studies() -> dict[str, dict[str, Any]]:
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for plain in plains:
         for name, variant in parse(VARIANT_TYPES, plain["variants"], "variants").items():
+            if variant.backbone == "trained":
+                continue
             values = variant.model_dump(exclude_defaults=True, mode="json")
             decoder = plain["train_decoder"].get("decoder", "deeplab")
             values = {"decoder": decoder, "augmenter": variant.augmenter, **values}
