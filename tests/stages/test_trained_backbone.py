@@ -299,9 +299,9 @@ def test_statistics_that_processes_cannot_share_are_refused(photo_features: Path
     from types import SimpleNamespace
 
     network = pretrained(photo_features)  # timm's BatchNorm with an activation
-    options: dict[str, Any] = {"batchnorm": "train", "transforms": ()}
+    two: Any = SimpleNamespace(num_processes=2)
     with pytest.raises(ConfigError, match="train_decoder.backbone_batchnorm: .* set it to eval"):
-        TrainedBackbone(SimpleNamespace(num_processes=2), network, **options)  # type: ignore[arg-type]
+        TrainedBackbone(two, network, batchnorm="train", transforms=())
 
 
 def test_weights_of_a_frozen_backbone_are_not_given_to_a_trained_one(

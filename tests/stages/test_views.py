@@ -133,8 +133,11 @@ def test_strengths_have_the_documented_ranges(monkeypatch: pytest.MonkeyPatch) -
         views, "_rotated", lambda image, mask, angle: (angles.append(angle), (image, mask))[1]
     )
     for name in ("brightness", "contrast", "saturation", "hue"):
-        noted = lambda image, factor, name=name: (factors.append((name, factor)), image)[1]  # noqa: E731
-        monkeypatch.setattr(F, f"adjust_{name}", noted)
+        monkeypatch.setattr(
+            F,
+            f"adjust_{name}",
+            lambda image, factor, name=name: (factors.append((name, factor)), image)[1],
+        )
     monkeypatch.setattr(
         Image.Image, "crop", lambda image, box: (boxes.append(box), Image.new("RGB", (1, 1)))[1]
     )
