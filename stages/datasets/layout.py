@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 from stages.common.errors import DataError
 from stages.data.images import IMAGE_SUFFIXES, MASK_SUFFIXES
 from stages.data.manifest import Classes, Pair
+from stages.datasets.findings import Finding
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,14 @@ class DatasetLayout:
         Returns a pair's mask as (H, W) uint8 class indices with 255 for void, or None where the
         file holds such indices already. Raises ``DataError`` for a file that cannot be read and
         for a value that the data set does not define.
+    findings
+        What the reader left out or doubts, such as annotations without an outline.
     """
 
     pairs: list[Pair]
     classes: Classes
     convert: Callable[[Pair], np.ndarray | None] | None = None
+    findings: Sequence[Finding] = ()
 
 
 @dataclass(frozen=True)
