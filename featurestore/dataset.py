@@ -45,6 +45,8 @@ class Batch:
         (B, 3, H, W) uint8, channels last in memory; None where they are not read.
     extra
         Further samples, see :class:`ExtraSamples`; None where there are none.
+    unlabelled
+        Samples of another store, see :class:`PairedLoader`; None where there are none.
     """
 
     positions: torch.Tensor
@@ -52,6 +54,7 @@ class Batch:
     masks: torch.Tensor
     images: torch.Tensor | None
     extra: Batch | None = None
+    unlabelled: Batch | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -62,12 +65,14 @@ class Batch:
         return Batch(self.positions[rows], self.features[rows], self.masks[rows], images)
 
     def chunk(self, count: int) -> list[Batch]:
-        """Split into ``count`` batches of equal size, the extra samples too."""
+        """Split into ``count`` batches of equal size, extra and unlabelled samples too."""
         size = len(self) // count
         chunks = [self[start : start + size] for start in range(0, size * count, size)]
-        if self.extra is not None:
-            for chunk, extra in zip(chunks, self.extra.chunk(count), strict=True):
-                chunk.extra = extra
+        for name in ("extra", "unlabelled"):
+            others: Batch | None = getattr(self, name)
+            if others is not None:
+                for chunk, part in zip(chunks, others.chunk(count), strict=True):
+                    setattr(chunk, name, part)
         return chunks
 
 
@@ -314,6 +319,39 @@ class FeatureLoader:
 
         pieces = [slice(start, min(start + 8, count)) for start in range(0, count, 8)]
         list(prefetch(read, pieces, workers=self.workers))
+
+
+class PairedLoader:
+    """Each batch of a loader together with a batch of another one, as its ``unlabelled``.
+
+    Parameters
+    ----------
+    labelled
+        Gives the batches and their number.
+    unlabelled
+        Has at least as many batches an epoch.
+    first_epoch
+        Epoch from which the other loader is read; default: 0.
+    """
+
+    def __init__(
+        self, labelled: FeatureLoader, unlabelled: FeatureLoader, *, first_epoch: int = 0
+    ) -> None:
+        assert len(unlabelled) >= len(labelled)
+        self.labelled, self.unlabelled, self.first_epoch = labelled, unlabelled, first_epoch
+
+    def __len__(self) -> int:
+        return len(self.labelled)
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Read the batches of an epoch from number ``first`` on."""
+        batches = self.labelled.epoch(epoch, first)
+        if epoch < self.first_epoch:
+            yield from batches
+            return
+        for batch, other in zip(batches, self.unlabelled.epoch(epoch, first), strict=False):
+            batch.unlabelled = other
+            yield batch
 
 
 def _free_memory(device: torch.device) -> tuple[str, int]:

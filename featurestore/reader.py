@@ -142,7 +142,7 @@ class FeatureStore:
     # -- samples ---------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] if self._ends else 0
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[position] for position in range(len(self)))

@@ -75,6 +75,13 @@ class Statistics:
             void_pixels=int(pixels[spec.void_index]),
         )
 
+    @classmethod
+    def none(cls, spec: StoreSpec) -> Statistics:
+        """Return the statistics of an empty store: all zero."""
+        channels = np.zeros(sum(layer.shape[0] for layer in spec.layers))
+        classes = np.zeros(spec.num_classes, np.int64)
+        return cls(0, channels, channels, channels, channels, classes, classes, 0)
+
     def at(self, channels: np.ndarray) -> Statistics:
         """Return the statistics of the stored channels at (C,) int64 positions, in that order."""
         arrays = {name: getattr(self, name)[channels] for name in PER_CHANNEL}

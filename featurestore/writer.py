@@ -180,7 +180,7 @@ class StoreWriter:
         Parameters
         ----------
         samples
-            Of the whole store, whatever the number of ranks.
+            Of the whole store, whatever the number of ranks; 0 makes an empty store.
 
         Returns
         -------
@@ -409,15 +409,16 @@ class StoreWriter:
                 expected=self._announced,
                 actual=samples,
             )
-        if not shards:
+        if not shards and self._announced is None:
             raise IncompleteStoreError(
-                "no sample was appended; a store needs at least one", path=self.path
+                "no sample was appended; announce an empty store with resume(0)", path=self.path
             )
+        parts = [statistics for _, statistics in shards]
         index = Index(
             spec=self.spec,
             fingerprint=self.fingerprint,
             shards=tuple(record for record, _ in shards),
-            statistics=Statistics.merge_all(statistics for _, statistics in shards),
+            statistics=Statistics.merge_all(parts) if parts else Statistics.none(self.spec),
         )
         with writing(self.path):
             names = {record.file for record in index.shards}

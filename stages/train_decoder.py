@@ -29,9 +29,8 @@ from stages.augment.base import (
     repeat_real,
     transform_features,
 )
-from stages.augment.extra_samples import extra_samples
 from stages.augment.registry import build_augmenter, check_variant
-from stages.augment.views import training_views
+from stages.augment.training_loader import training_loader
 from stages.backbones.map_network import load_map_network
 from stages.common.runtime import (
     Machine,
@@ -51,6 +50,7 @@ from stages.training.best import Best
 from stages.training.decoder_config import TrainDecoderConfig, check_decoder, describe
 from stages.training.feature_source import StoredFeatures, TrainedBackbone
 from stages.training.models import CONFIG_NAME, save_networks
+from stages.training.rounds import Rounds
 from stages.training.session import Session, check_batch
 from stages.training.update import adamw, backward, step_and_zero_grad
 
@@ -70,7 +70,7 @@ def run(
     machine: Machine,
     backbone_weights: str = "default",
 ) -> Scores:
-    """Train one decoder, write it to ``out`` and its scores to ``metrics``.
+    """Train one decoder, write it and its scores; return those of the last epoch on test.
 
     Parameters
     ----------
@@ -86,11 +86,6 @@ def run(
         As for :func:`stages.train_gan.run`, which raises the same errors.
     backbone_weights
         Value of ``extract.weights``; only a trained backbone reads them.
-
-    Returns
-    -------
-    Scores
-        Scores of the last epoch on the test split.
     """
     config = overridden(config, variant)
     session = Session(__name__, f"{name}-{seed}", machine, config, metrics=metrics, logs=logs)
@@ -106,15 +101,16 @@ def run(
     steps = config.epochs * (config.repeats * len(train.positions("identity")) // config.batch_size)
     context = Context(name, accelerator, train, decoder, gan, seed, steps, machine)
     augmenter, best = build_augmenter(variant, context), Best()
-    loader = training_loader(session, config, train, variant, seed, augmenter, source)
+    loader = training_loader(session, config, stores, variant, seed, augmenter, source)
     validation = session.loader(stores["val"], config.batch_size, images=source.needs_images)
     epochs = variant.epochs_with_batches(config.epochs)
     generator = None if source.networks else augmenter.monitored  # compared with stored features
     session.watch(monitoring, generator, stores, seed=seed, epochs=epochs)
+    rounds = Rounds(variant.teacher_rounds, config.epochs, decoder, optimizer)
     identity = identify(config, variant, monitoring, seed, stores, gan)
     state: dict[str, Any] = {"decoder": decoder, "source": source, "optimizer": optimizer}
     state |= {"augmenter": augmenter, "best": best}
-    session.resume(loader, config.epochs, identity=identity, state=state)
+    session.resume(loader, rounds.total, identity=identity, state=state)
     modules = (wrapped, *source.modules, *augmenter.modules)
     trained = [*decoder.parameters(), *source.parameters]
 
@@ -122,7 +118,7 @@ def run(
     for epoch in session.epochs():
         decoder.train()
         for index, batch in session.batches(epoch):
-            progress = (epoch * len(loader) + index) / steps
+            progress = (epoch % config.epochs * len(loader) + index) / steps  # of this round
             set_learning_rates(optimizer, config, progress)
             for micro_index, micro_batch in enumerate(divide(batch, config.gradient_accumulation)):
                 seeds = (seed, epoch, index, micro_index)
@@ -148,6 +144,9 @@ def run(
             session.save_if_due(index + 1)
         on_val = evaluate(accelerator, decoder, source.evaluated(validation), spec.class_names)
         best.update(on_val.miou, epoch, {"decoder": decoder, **source.networks})
+        if rounds.another_after(epoch):  # self-training: this decoder teaches the next one
+            augmenter.start_round()
+            rounds.restart(best)
         session.end_epoch(session.take_means() | val_row(on_val) | session.measure_if_due(epoch))
 
     scores = evaluate_and_save(
@@ -158,29 +157,6 @@ def run(
 
 
 # -- the loop's parts ----------------------------------------------------------------------------
-
-
-def training_loader(
-    session: Session,
-    config: TrainDecoderConfig,
-    store: FeatureStore,
-    variant: VariantConfig,
-    seed: int,
-    augmenter: Augmenter,
-    source: StoredFeatures,
-) -> FeatureLoader:
-    """Read the training samples, and the augmenter's, in an order that depends on the seed."""
-    epochs = variant.epochs_with_batches(config.epochs)
-    return session.loader(
-        store,
-        config.batch_size,
-        seed=seed,
-        drop_last=True,
-        positions=training_views(store, variant.view),
-        repeats=config.repeats,
-        images=augmenter.needs_images or source.needs_images,
-        extra=extra_samples(augmenter, seed, config.gradient_accumulation, epochs),
-    )
 
 
 def feature_source(
@@ -236,9 +212,12 @@ def augment(
 def divide(batch: Batch, count: int) -> Iterator[Batch]:
     """Divide a batch, with features in float32 and in the decoder's memory layout."""
     for samples in batch.chunk(count):
-        extra = None if samples.extra is None else next(divide(samples.extra, 1))
+        extra, unlabelled = (
+            None if others is None else next(divide(others, 1))
+            for others in (samples.extra, samples.unlabelled)
+        )
         features = samples.features.float().contiguous(memory_format=torch.channels_last)
-        yield replace(samples, features=features, extra=extra)
+        yield replace(samples, features=features, extra=extra, unlabelled=unlabelled)
 
 
 def weights_of(
@@ -345,10 +324,8 @@ def open_stores(
     FeatureStoreError
         When a store is missing or damaged.
     """
-    stores = {
-        split: featurestore.open(features / split).select(config.layers)
-        for split in ("train", "val", "test")
-    }
+    splits = ("train", "val", "test", *(["unlabelled"] if variant.needs_unlabelled else []))
+    stores = {split: featurestore.open(features / split).select(config.layers) for split in splits}
     train = stores["train"]
     for store in stores.values():
         if store.spec != train.spec:
@@ -356,7 +333,10 @@ def open_stores(
             raise SpecMismatchError(
                 message, path=store.path, expected=train.spec, actual=store.spec
             )
-        if not store.stats.class_pixels.any():
+        if not len(store):
+            message = "holds no image; set prepare.unlabelled, or choose another variant"
+            raise SpecMismatchError(message, path=store.path)
+        if store is not stores.get("unlabelled") and not store.stats.class_pixels.any():
             message = "its masks have no labelled pixel: nothing to learn or to score"
             raise SpecMismatchError(message, path=store.path)
     check_batch(config, train, processes, "train_decoder")

@@ -120,6 +120,16 @@ class VariantConfig(DecoderOverrides):
         return any(member.needs_stored_features for member in self.members)
 
     @property
+    def needs_unlabelled(self) -> bool:
+        """Whether training reads unlabelled images."""
+        return any(member.needs_unlabelled for member in self.members)
+
+    @property
+    def teacher_rounds(self) -> int:
+        """Further trainings, each with the decoder of the one before as a teacher."""
+        return max((member.teacher_rounds for member in self.members), default=0)
+
+    @property
     def needs_classes(self) -> int:
         """Least number of classes in a data set for this variant."""
         return max((member.needs_classes for member in self.members), default=2)
@@ -361,6 +371,9 @@ class Augmenter:
     def adjust_logits(self, masks: Tensor) -> LogitAdjustment | None:
         """Return how to change the logits of real features in training; masks (B, H, W)."""
         return None
+
+    def start_round(self) -> None:
+        """Learn from the decoder, whose training has ended, before it is trained anew."""
 
     def after_optimizer_step(self, added: Augmented) -> None:
         """Advance, after the optimizers took a step on what :meth:`augment` added."""

@@ -67,6 +67,11 @@ class Combined(Augmenter):
         return adjust if any(adjustments) else None
 
     @override
+    def start_round(self) -> None:
+        for member in self.members:
+            member.start_round()
+
+    @override
     def after_optimizer_step(self, added: Augmented) -> None:
         for member in self.members:
             member.after_optimizer_step(added)

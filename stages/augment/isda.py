@@ -48,10 +48,14 @@ class ISDA(Augmenter):
 
     def __init__(self, config: VariantConfig, context: Context) -> None:
         super().__init__(config, context)
-        last, device = context.decoder.last, self.accelerator.device
+        self.steps = context.steps
+        self.start_round()
+
+    @override
+    def start_round(self) -> None:
+        last, device = self.decoder.last, self.accelerator.device
         classes, channels = last.out_channels, last.in_channels
-        self.step, self.steps = 0, context.steps
-        self.counts = torch.zeros(classes, device=device)
+        self.step, self.counts = 0, torch.zeros(classes, device=device)
         self.means, self.variances = torch.zeros(2, classes, channels, device=device)
 
     @override

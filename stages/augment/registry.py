@@ -23,6 +23,7 @@ from stages.augment.isda import ISDA, ISDAConfig
 from stages.augment.linear_delta import LinearDelta, LinearDeltaConfig
 from stages.augment.mixup import Mixup, MixupConfig
 from stages.augment.noise import Noise, NoiseConfig
+from stages.augment.self_training import SelfTraining, SelfTrainingConfig
 from stages.augment.upsample import Upsample, UpsampleConfig
 from stages.common.config import Listed, reason
 from stages.common.errors import ConfigError
@@ -50,6 +51,7 @@ AUGMENTERS: dict[type[VariantConfig], Callable[..., Augmenter]] = {
     ClassTransferConfig: ClassTransfer,
     HflipViewsConfig: HflipViews,
     FeatureGANConfig: featuregan,
+    SelfTrainingConfig: SelfTraining,
 }
 
 _MEMBERS = tuple(kind for kind in AUGMENTERS if kind is not NoneConfig)

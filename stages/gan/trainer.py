@@ -16,9 +16,9 @@ from featurestore import FeatureStore
 from stages.common.distributed import full_state, load_optimizer_state, shard_like
 from stages.common.errors import ConfigError
 from stages.common.runtime import Machine, distribute, load_scaler_state, scaler_state
-from stages.gan.average import AverageGenerator
 from stages.gan.networks import Networks
 from stages.gan.objective import Step
+from stages.models.average import AverageNetwork
 from stages.models.feature_generator import FeatureGenerator
 from stages.segmentation.folds import Folds
 
@@ -34,7 +34,7 @@ class Trainer(ABC):
         Fresh or loaded networks; they are changed in place.
     ema_decay
         Above 0: a second generator is the average of the first one's weights with this decay a
-        step (:class:`AverageGenerator`), and is the one to generate with.
+        step (:class:`AverageNetwork`), and is the one to generate with.
     machine
         ``compile`` and ``shard`` apply. With sharded weights all processes must call
         :meth:`state_dict` and :meth:`generator` together.
@@ -83,7 +83,7 @@ class Trainer(ABC):
             self.modules[name] = distribute(
                 accelerator, module, compile=machine.compile, sharded=self.sharded
             )
-        average = AverageGenerator(networks.generator, ema_decay) if ema_decay else None
+        average = AverageNetwork(networks.generator, ema_decay) if ema_decay else None
         self._average = average
         trained = [networks.generator, networks.image_encoder]
         self.generator_parameters = _parameters(*trained)

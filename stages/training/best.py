@@ -31,6 +31,10 @@ class Best:
         for name, network in networks.items():
             network.load_state_dict(self.weights[name])
 
+    def reset(self) -> None:
+        """Forget all epochs."""
+        self.miou, self.epoch, self.weights = -1.0, -1, {}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state, of tensors and plain values."""
         return dict(vars(self))

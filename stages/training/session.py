@@ -11,7 +11,7 @@ from torch import Tensor
 
 import featurestore
 from featurestore import FeatureStore
-from featurestore.dataset import Batch, FeatureLoader
+from featurestore.dataset import Batch, FeatureLoader, PairedLoader
 from stages.common.errors import CollapseError, ConfigError
 from stages.common.runtime import (
     Machine,
@@ -148,7 +148,7 @@ class Session:
 
     def resume(
         self,
-        loader: FeatureLoader,
+        loader: FeatureLoader | PairedLoader,
         epochs: int,
         *,
         identity: Mapping[str, object],

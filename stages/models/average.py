@@ -1,43 +1,43 @@
-"""A generator whose weights are an average of those of a generator in training."""
+"""A network whose weights are an average of those of a network in training."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stages.models.feature_generator import FeatureGenerator
+Network = TypeVar("Network", bound=nn.Module)
 
 
-class AverageGenerator:
-    """The exponential moving average of a generator's weights (Yazıcı et al. 2019).
+class AverageNetwork(Generic[Network]):
+    """The exponential moving average of a network's weights (Yazıcı et al. 2019).
 
     Buffers (running statistics) are copied. No update waits for the device.
 
     Parameters
     ----------
-    generator
+    network
         On its device, in its memory format; the average is a copy of it.
     decay
         Fraction that the average keeps in each update, in 0..1.
     """
 
-    def __init__(self, generator: FeatureGenerator, decay: float) -> None:
-        self.module, self.decay = copy.deepcopy(generator), decay
+    def __init__(self, network: Network, decay: float) -> None:
+        self.module, self.decay = copy.deepcopy(network), decay
 
     @torch.no_grad()
-    def update(self, generator: FeatureGenerator, *, first: bool) -> None:
-        """Follow the weights of ``generator``; take them over where it is the first update."""
+    def update(self, network: Network, *, first: bool) -> None:
+        """Follow the weights of ``network``; take them over where it is the first update."""
         averages: list[Tensor] = [*self.module.parameters()]
-        weights: list[Tensor] = [*generator.parameters()]
+        weights: list[Tensor] = [*network.parameters()]
         if first:
             torch._foreach_copy_(averages, weights)
         else:
             torch._foreach_lerp_(averages, weights, 1 - self.decay)
-        for ours, theirs in zip(self.module.buffers(), generator.buffers(), strict=True):
+        for ours, theirs in zip(self.module.buffers(), network.buffers(), strict=True):
             ours.copy_(theirs)
 
     def state_dict(self) -> dict[str, Any]:

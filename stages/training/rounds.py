@@ -1,0 +1,41 @@
+"""Rounds of self-training: one decoder after another, each from the same first weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from stages.training.best import Best
+
+
+class Rounds:
+    """The first training of a decoder, and the rounds that follow it.
+
+    Parameters
+    ----------
+    further
+        Number of rounds after the first training; 0: none.
+    epochs
+        Epochs of each round.
+    decoder, optimizer
+        At their start; the decoder's weights are copied.
+    """
+
+    def __init__(
+        self, further: int, epochs: int, decoder: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.epochs, self.total = epochs, epochs * (1 + further)
+        self._decoder, self._optimizer = decoder, optimizer
+        self._initial = copy.deepcopy(decoder.state_dict()) if further else {}
+
+    def another_after(self, epoch: int) -> bool:
+        """Return whether a round ends with this epoch, and another one follows."""
+        return (epoch + 1) % self.epochs == 0 and epoch + 1 < self.total
+
+    def restart(self, best: Best) -> None:
+        """Give the decoder its first weights, and forget the optimizer's moments and the best."""
+        self._decoder.load_state_dict(self._initial)
+        self._optimizer.state.clear()
+        best.reset()
