@@ -27,6 +27,7 @@ from featurestore.errors import (
 from featurestore.reader import FeatureStore, Sample, open
 from featurestore.schema import FORMAT_VERSION, VOID, StoreSpec, fingerprint
 from featurestore.statistics import Statistics
+from featurestore.subset import SubsetStore
 from featurestore.writer import StoreWriter, create
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "StoreSpec",
     "StoreWriteError",
     "StoreWriter",
+    "SubsetStore",
     "create",
     "fingerprint",
     "open",

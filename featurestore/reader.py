@@ -302,8 +302,8 @@ class FeatureStore:
     def stats(self) -> Statistics:
         """Statistics of each class, and of each channel of the assembled map.
 
-        Channels folded from one stored channel share its statistics. Those of a single shard are
-        computed on first use.
+        Channels folded from one stored channel share its statistics. Those of a single shard, and
+        of a subset, are computed on first use.
         """
         stored = self._stored_spec
         if self._statistics is None:
@@ -313,8 +313,7 @@ class FeatureStore:
                     [shard.read(name, row) for name in stored.feature_names],
                     shard.read(MASKS, row),
                 )
-                for shard in self._all_shards()
-                for row in range(len(shard))
+                for shard, row in map(self._locate, range(len(self)))
             )
         if not stored.layer_names:
             return self._statistics
@@ -341,7 +340,7 @@ class FeatureStore:
         fractions = np.stack(
             [np.bincount(mask.reshape(-1), minlength=256) / mask.size for mask in masks]
         )
-        files = [record.file for record in self.records for _ in range(record.samples)]
+        files = [self._locate(position)[0].path.name for position in range(len(self))]
         classes = {name: fractions[:, value] for value, name in enumerate(self.spec.class_names)}
         columns = {"id": self.ids, "view": self.views, "shard": files, **classes}
         return pandas.DataFrame({**columns, "void": fractions[:, self.spec.void_index]})

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-import featurestore
 from featurestore import FeatureStore, SpecMismatchError, StoreSpec
 from featurestore.dataset import Batch, FeatureLoader
 from featurestore.files import file_sha256
@@ -52,6 +51,7 @@ from stages.training.feature_source import StoredFeatures, TrainedBackbone
 from stages.training.models import CONFIG_NAME, save_networks
 from stages.training.rounds import Rounds
 from stages.training.session import Session, check_batch
+from stages.training.stores import Features, open_split
 from stages.training.update import adamw, backward, step_and_zero_grad
 
 
@@ -62,7 +62,7 @@ def run(
     *,
     name: str,
     seed: int,
-    features: Path,
+    features: Features,
     gan: Path,
     out: Path,
     metrics: Path,
@@ -79,7 +79,7 @@ def run(
     name, seed
         Of this decoder. Initial weights and the order of the samples depend only on the seed.
     features, gan
-        Folder of the stores ``train``, ``val`` and ``test``; folder that ``train-gan`` wrote.
+        Stores ``train``, ``val`` and ``test``, or their folder; folder that ``train-gan`` wrote.
     out, metrics
         Folders of the results, see :func:`evaluate_and_save`; DVCLive writes to ``metrics``, too.
     logs, machine
@@ -307,7 +307,7 @@ def open_stores(
     config: TrainDecoderConfig,
     variant: VariantConfig,
     name: str,
-    features: Path,
+    features: Features,
     machine: Machine,
     processes: int,
 ) -> dict[str, FeatureStore]:
@@ -325,7 +325,7 @@ def open_stores(
         When a store is missing or damaged.
     """
     splits = ("train", "val", "test", *(["unlabelled"] if variant.needs_unlabelled else []))
-    stores = {split: featurestore.open(features / split).select(config.layers) for split in splits}
+    stores = {split: open_split(features, split, config.layers) for split in splits}
     train = stores["train"]
     for store in stores.values():
         if store.spec != train.spec:

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-import featurestore
 from featurestore import FeatureStore, SpecMismatchError
 from stages.common.config import Beta, Config, LayerName, Listed, Once, Seed
 from stages.common.errors import ConfigError
@@ -22,6 +21,7 @@ from stages.gan.monitor import MEASURED, MonitorConfig
 from stages.segmentation.transforms import Transform
 from stages.training.models import save_gan, save_weights
 from stages.training.session import Session, check_batch
+from stages.training.stores import Features, open_split
 from stages.training.update import backward, step_and_zero_grad
 
 LEAST_SIDE = 8  # of the feature maps that a discriminator sees
@@ -212,7 +212,7 @@ def run(
     config: TrainGanConfig,
     monitoring: MonitorConfig,
     *,
-    features: Path,
+    features: Features,
     out: Path,
     metrics: Path,
     logs: Path,
@@ -226,7 +226,7 @@ def run(
     config, monitoring
         Networks, losses, schedule; how training is monitored.
     features
-        Folder of the stores ``train`` and ``val``; the monitor compares with ``val``.
+        Stores ``train`` and ``val``, or their folder; the monitor compares with ``val``.
     out
         Folder of ``generator``, ``discriminator``, ``image_encoder`` (``.safetensors``), the
         untrained ``generator-initial``, ``optimizers.pt`` and ``config.json``.
@@ -311,13 +311,10 @@ def run(
 
 
 def open_stores(
-    config: TrainGanConfig, features: Path, machine: Machine, processes: int
+    config: TrainGanConfig, features: Features, machine: Machine, processes: int
 ) -> dict[str, FeatureStore]:
     """Open and check the stores of training and validation; errors are those of :func:`run`."""
-    stores = {
-        split: featurestore.open(features / split).select(config.layers)
-        for split in ("train", "val")
-    }
+    stores = {split: open_split(features, split, config.layers) for split in ("train", "val")}
     check_store(config, stores["train"], processes)
     verify_stores(*stores.values(), workers=machine.workers)
     return stores

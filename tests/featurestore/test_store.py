@@ -28,6 +28,7 @@ from featurestore import (
     StoreExistsError,
     StoreNotFoundError,
     StoreWriteError,
+    SubsetStore,
 )
 from featurestore.index import ShardRecord
 from featurestore.shard import ShardWriter
@@ -492,3 +493,35 @@ def test_an_open_store_can_be_handed_to_other_processes(
     assert queue.get(timeout=60) == sample(5)["features"].tolist()
     process.join()
     assert len(pickle.loads(pickle.dumps(store))) == 7
+
+
+@pytest.mark.parametrize("compression", ["none", "lz4"])
+def test_a_subset_is_a_store_of_its_samples(tmp_path: Path, compression: str) -> None:
+    spec = dataclasses.replace(SPEC, compression=compression)
+    whole = write(tmp_path / "store", spec=spec)
+    chosen = [5, 0, 3]
+    with featurestore.create(tmp_path / "alone", spec) as writer:
+        for number in chosen:
+            writer.append(**sample(number, spec))
+    alone, subset = featurestore.open(tmp_path / "alone"), SubsetStore(whole, chosen)
+    assert (len(subset), subset.ids, subset.views) == (3, alone.ids, alone.views)
+    assert subset.to_frame().drop(columns="shard").equals(alone.to_frame().drop(columns="shard"))
+    for name in (*spec.feature_names, "masks", "images"):
+        np.testing.assert_array_equal(subset.gather(name, [2, 1]), alone.gather(name, [2, 1]))
+    np.testing.assert_array_equal(subset[-1].features, alone[2].features)
+    for name, value in vars(alone.stats).items():
+        np.testing.assert_allclose(getattr(subset.stats, name), value, rtol=1e-12)
+    assert subset.fingerprint not in (
+        "",
+        whole.fingerprint,
+        SubsetStore(whole, [0, 5, 3]).fingerprint,
+    )
+    assert pickle.loads(pickle.dumps(subset)).ids == alone.ids
+    subset.verify()
+    for positions in ([], [7], [-1]):
+        with pytest.raises(IndexError):
+            SubsetStore(whole, positions)
+    with pytest.raises(IndexError):
+        subset[3]
+    with pytest.raises(IndexError):
+        subset.gather("masks", [3])
