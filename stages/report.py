@@ -50,6 +50,9 @@ class CompareConfig(Config):
     variants: Annotated[tuple[str, ...], Listed, Once] = Field(
         ("baseline",), description="variants that read features only"
     )
+    unlabelled_variants: Annotated[tuple[str, ...], Listed, Once] = Field(
+        (), description="variants that read features/unlabelled"
+    )
     gan_variants: Annotated[tuple[str, ...], Listed, Once] = Field(
         ("featuregan-1x", "featuregan-2x"), description="variants that read models/gan"
     )
@@ -60,12 +63,12 @@ class CompareConfig(Config):
     @property
     def names(self) -> tuple[str, ...]:
         """All variants, in the order of tables."""
-        return self.variants + self.gan_variants
+        return self.variants + self.unlabelled_variants + self.gan_variants
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
         if not self.names:
-            raise ValueError("variants and gan_variants are both empty; name at least one variant")
+            raise ValueError("names no variant; add one to variants")
         return self
 
 
@@ -174,9 +177,10 @@ def _curves(compared: CompareConfig, metrics: Path, out: Path) -> dict[str, obje
         for name in compared.names
     }
     miou = charts.mean_over_seeds(runs, "val/miou")
-    files = {"val_miou.csv": compared.variants, "val_miou_gan.csv": compared.gan_variants}
-    for file, names in files.items():
-        miou[list(names)].to_csv(out / file, float_format="%.4f")
+    for kind in ("", "unlabelled_", "gan_"):  # a file for each list that dvc.yaml plots
+        names = getattr(compared, f"{kind}variants")
+        file = out / f"val_miou{f'_{kind}'.rstrip('_')}.csv"
+        miou[list(names)].to_csv(file, float_format="%.4f")
     first = {name: seeds[0] for name, seeds in runs.items()}
     joint = {name: curves for name, curves in first.items() if trained_gan(curves)}
     return {

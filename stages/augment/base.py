@@ -96,6 +96,13 @@ class VariantConfig(DecoderOverrides):
         return any(member.needs_gan for member in self.members)
 
     @property
+    def listed(self) -> Literal["variants", "unlabelled_variants", "gan_variants"]:
+        """List of section ``compare`` that names it, by what its training reads."""
+        if self.needs_gan:
+            return "gan_variants"
+        return "unlabelled_variants" if self.needs_unlabelled else "variants"
+
+    @property
     def added_batches(self) -> int:
         """Number of batches that the decoder sees in addition to each real one."""
         return len(self.added_weights)

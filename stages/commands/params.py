@@ -28,6 +28,11 @@ from stages.train_gan import TrainGanConfig
 WIDTH, COMMENTS = 100, 36  # columns of params.yaml, and where its comments begin
 AUGMENT = ["flip", "translation", "channel_dropout", "cutout"]
 GENERATED = {"augmenter": "featuregan", "statistics": "real"}
+READ = {  # what the variants of each list of section compare read
+    "variants": "features only",
+    "unlabelled_variants": "features/unlabelled",
+    "gan_variants": "models/gan",
+}
 DEFAULT_VARIANTS = VARIANTS.validate_python(
     {
         "baseline": {"augmenter": "none"},
@@ -130,16 +135,14 @@ class Params(Config):
 
     def _check_names(self) -> None:
         """Refuse a compared variant without description, or in the list of the other stage."""
-        for key, needs_gan in (("variants", False), ("gan_variants", True)):
+        for key in ("variants", "unlabelled_variants", "gan_variants"):
             for name in getattr(self.compare, key):
                 if name not in self.variants:
                     known = ", ".join(self.variants)
                     message = f"{name!r} is not described in variants ({known})"
                     raise ConfigError(f"compare.{key}", message)
-                if self.variants[name].needs_gan != needs_gan:
-                    reads = "features only" if needs_gan else "models/gan"
-                    other = "variants" if needs_gan else "gan_variants"
-                    message = f"{name!r} reads {reads}; move it to compare.{other}"
+                if (listed := self.variants[name].listed) != key:
+                    message = f"{name!r} reads {READ[listed]}; move it to compare.{listed}"
                     raise ConfigError(f"compare.{key}", message)
 
     def _check_generator(self) -> None:
@@ -207,7 +210,7 @@ class Params(Config):
                 raise ConfigError("report.headline_classes", message)
         for name, variant in self.compared.items():
             if len(classes) < variant.needs_classes:
-                key = "compare.gan_variants" if variant.needs_gan else "compare.variants"
+                key = f"compare.{variant.listed}"
                 message = (
                     f"variant {name!r} needs {variant.needs_classes} classes, background included, "
                     f"found {len(classes)}; remove it"

@@ -153,8 +153,8 @@ def plan(
                 message = f"{variant!r} is not described in variants ({', '.join(described)})"
                 raise ConfigError(f"study.experiments.{experiment}.variants", message)
         plain["compare"] = {"seeds": list(seeds)}
-        for key, needs_gan in (("variants", False), ("gan_variants", True)):
-            chosen = {name for name in labels.values() if described[name].needs_gan == needs_gan}
+        for key in ("variants", "unlabelled_variants", "gan_variants"):
+            chosen = {name for name in labels.values() if described[name].listed == key}
             plain["compare"][key] = sorted(chosen)
         weights = _resolve_paths(plain)
         for seed in seeds:
