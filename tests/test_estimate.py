@@ -216,6 +216,8 @@ VARIANTS = registry.VARIANTS.validate_python(
         },
         "until": {"augmenter": "featuregan", "ratio": 2, "until": 0.25},
         "edited until": {**SWAPPED, "until": 0.25},
+        "two rounds": {"augmenter": "self-training", "rounds": 2},
+        "average": {"augmenter": "self-training", "teacher": "ema"},
     }
 )
 
@@ -227,7 +229,7 @@ def test_work_adds_up() -> None:
     counts = {"extract": 15, "gan": 20, "decoder": 60}
     rows = work_rows(cost, None, 1e-12, samples=counts, family="gan", variants=VARIANTS)
     *rows, everything = rows
-    assert [row["samples"] for row in rows] == [15, 20, *[60] * 9]
+    assert [row["samples"] for row in rows] == [15, 20, *[60] * 11]
     once = [
         2,
         3 * 2,
@@ -238,6 +240,8 @@ def test_work_adds_up() -> None:
         3 * 2 + 5,
         0.25 * 4 + 0.75 * 3 * 2,
         2 * 2 + 0.25 * 2 * 5,
+        2 + 2 * (2 * 2 + 2 / 3),  # a round of labelled images, two with a teacher's third of a step
+        2 * 2 + 2 / 3,
     ]
     assert [row["gflop_a_sample"] * 1e9 for row in rows] == pytest.approx([1, 3, *once])
     assert everything["hours"] == pytest.approx((15 + 60 + 60 * sum(once)) / 3600)

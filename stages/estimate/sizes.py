@@ -189,10 +189,15 @@ def _steps(variant: VariantConfig, family: str) -> dict[str, float]:
     """Return how many steps of each kind a sample takes in the training of a decoder.
 
     Other augmenters cost little beside the decoder. After ``until`` real batches take the place of
-    generated ones.
+    generated ones. A teacher costs a forward pass, a third of a step, and has no first round.
     """
-    ratio, real = _joint_ratio(variant), 1.0 + variant.added_batches
-    kinds = {"decoder": real, "generator": variant.until * _generated(variant, family)}
+    ratio, real, rounds = _joint_ratio(variant), 1.0 + variant.added_batches, variant.teacher_rounds
+    kinds = {
+        "decoder": (1 + rounds) * real,
+        "generator": (1 + rounds) * variant.until * _generated(variant, family),
+    }
+    if variant.needs_unlabelled:
+        kinds["decoder"] += max(rounds, 1) / 3 - (rounds > 0)
     if ratio:
         kinds = {f"joint {ratio}:1": variant.until, "decoder": (1 - variant.until) * real}
     kinds[TRAINED] = float(variant.backbone == "trained")  # only the real batch passes it
