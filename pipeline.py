@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from stages.commands.auto import auto
 from stages.commands.choose import choose
 from stages.commands.estimate import estimate
 from stages.commands.export import export
@@ -261,6 +262,7 @@ def report(path: Path, device: str) -> None:
 
 
 for command in (
+    auto,
     choose,
     predict,
     evaluate,

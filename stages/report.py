@@ -145,7 +145,8 @@ def run(
         predictions=_predictions(config, compared, test, decoders, accelerator.device),
         **_tables(rows, tables.per_class(results), out),
         **_curves(compared, metrics, out),
-        **_generated(config, train, gan, accelerator.device),
+        # Without a GAN, as after `choose` where it did not help, its parts are left out.
+        **(_generated(config, train, gan, accelerator.device) if gan.is_dir() else {}),
     )
     write_atomically(out / "index.html", page.encode())  # a new file: DVC may link the old one
     return text
@@ -183,10 +184,10 @@ def _curves(compared: CompareConfig, metrics: Path, out: Path) -> dict[str, obje
         miou[list(names)].to_csv(file, float_format="%.4f")
     first = {name: seeds[0] for name, seeds in runs.items()}
     joint = {name: curves for name, curves in first.items() if trained_gan(curves)}
+    by_run = {name: charts.gan_curves(gan, curves) for name, curves in joint.items()}
     return {
         "decoder_curves": charts.decoder_curves(runs),
-        "gan_curves": {name: charts.gan_curves(gan, curves) for name, curves in joint.items()}
-        or {"": charts.gan_curves(gan)},
+        "gan_curves": by_run or ({"": charts.gan_curves(gan)} if gan else {}),
         "monitor": charts.monitor_curves({"train-gan": gan, **first}),
     }
 
