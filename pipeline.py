@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from stages.commands.doctor import doctor
 from stages.commands.estimate import estimate
 from stages.commands.export import export
 from stages.commands.generate import generate
@@ -259,7 +260,10 @@ def report(path: Path, device: str) -> None:
     click.echo(f"\nThe whole report: {(REPORTS / 'index.html').resolve()}")
 
 
-for command in (predict, evaluate, generate, export, estimate, compare, study, inspect, verify):
+for command in (
+    *(doctor, predict, evaluate, generate, export),
+    *(estimate, compare, study, inspect, verify),
+):
     main.add_command(command)
 
 
