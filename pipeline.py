@@ -15,6 +15,7 @@ import click
 
 from stages.commands.auto import auto
 from stages.commands.choose import choose
+from stages.commands.doctor import doctor
 from stages.commands.estimate import estimate
 from stages.commands.export import export
 from stages.commands.generate import generate
@@ -262,17 +263,8 @@ def report(path: Path, device: str) -> None:
 
 
 for command in (
-    auto,
-    choose,
-    predict,
-    evaluate,
-    generate,
-    export,
-    estimate,
-    compare,
-    study,
-    inspect,
-    verify,
+    *(auto, doctor, choose, predict, evaluate, generate, export),
+    *(estimate, compare, study, inspect, verify),
 ):
     main.add_command(command)
 

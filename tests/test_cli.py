@@ -35,6 +35,7 @@ COMMANDS = (
     "train-gan",
     "train-decoder",
     "report",
+    "doctor",
     "predict",
     "evaluate",
     "generate",

@@ -1,21 +1,27 @@
-"""Images and masks: decoding with exact errors, and the resize rules."""
+"""Images: reading files with exact errors, and the resize rules."""
 
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from featurestore import VOID
 from stages.common.errors import DataError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".gif",
+)  # fmt: skip
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
-ONE_CHANNEL = ("P", "L", "1", "I;16", "I")  # modes of index masks
+SUFFIXES = {"image": IMAGE_SUFFIXES, "mask": MASK_SUFFIXES}
+MAX_PIXELS = 178_956_970  # where Pillow refuses an image by default: 512 MB as RGB
+SUBFILE_TYPE, REDUCED = 254, 0b101  # TIFF's tag, and its bits for previews and transparency
 UPRIGHT = {  # what turns an image of this EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -25,6 +31,7 @@ UPRIGHT = {  # what turns an image of this EXIF orientation; 1 is upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_lifting, _limits = Lock(), list[int | None]()
 
 
 def read_bytes(path: Path, what: str) -> bytes:
@@ -45,12 +52,23 @@ def read_bytes(path: Path, what: str) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise DataError(
-            path,
-            f"this {what} is missing; add it, or take its id off the list",
-        ) from None
+        raise DataError(path, f"this {what} is {_absence(path, what)}") from None
     except OSError as error:
         raise DataError(path, f"this {what} cannot be read ({error.strerror})") from error
+
+
+def _absence(path: Path, what: str) -> str:
+    """Say why a file is not there: a broken link, another format, or nothing of that name."""
+    if path.is_symlink():
+        return f"a broken symbolic link to {os.readlink(path)}; restore its target or remove it"
+    for other in sorted(path.parent.glob("*")) if what in SUFFIXES else ():
+        if other.stem == path.stem:
+            false = "; a JPEG converted to PNG keeps its false values" if what == "mask" else ""
+            return (
+                f"missing; {other.name} is not of a format that is read as {what} "
+                f"({', '.join(SUFFIXES[what])}); export it as PNG{false}"
+            )
+    return "missing; add it, or take its id off the list"
 
 
 @contextmanager
@@ -67,7 +85,65 @@ def readable(path: Path, what: str) -> Iterator[None]:
         ) from error
 
 
-def decode_image(content: bytes, path: Path) -> Image.Image:
+@contextmanager
+def _own_limit() -> Iterator[None]:
+    """Lift Pillow's limit of pixels, which is one for all threads, until the last one leaves."""
+    with _lifting:
+        _limits.append(Image.MAX_IMAGE_PIXELS)
+        Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        with _lifting:
+            before = _limits[0]
+            _limits.pop()
+            if not _limits:
+                Image.MAX_IMAGE_PIXELS = before
+
+
+@contextmanager
+def opened(content: bytes, path: Path, what: str) -> Iterator[ImageFile.ImageFile]:
+    """Open an image file by its header; errors inside become a DataError that names the file."""
+    with readable(path, what), _own_limit():
+        try:
+            file = Image.open(io.BytesIO(content))
+        except UnidentifiedImageError as error:
+            raise DataError(
+                path,
+                f"not a readable {what}: its first bytes, {content[:24]!r}, are of no format "
+                "that is read; replace it, or convert it to PNG",
+            ) from error
+        with file:
+            yield file
+
+
+def check_frames(image: ImageFile.ImageFile, path: Path, what: str) -> None:
+    """Refuse several frames or pages; previews of phones (MPO) and of TIFF do not count."""
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if image.format == "TIFF":
+        kinds = []
+        for number in range(frames):
+            image.seek(number)
+            kinds.append(image.tag_v2.get(SUBFILE_TYPE, 0))  # type: ignore[attr-defined]
+        frames -= sum(bool(kind & REDUCED) for kind in kinds[1:])
+        image.seek(0)
+    if frames > 1:
+        raise DataError(
+            path,
+            f"this {what} has {frames} frames or pages ({image.format}); save the one to use "
+            "as a file of its own",
+            expected=1,
+            actual=frames,
+        )
+
+
+def decode_image(
+    content: bytes,
+    path: Path,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    remedy: str = "make it smaller, or cut it into parts",
+) -> Image.Image:
     """Decode an image to RGB, turned as its EXIF tag says.
 
     Parameters
@@ -76,16 +152,30 @@ def decode_image(content: bytes, path: Path) -> Image.Image:
         Bytes of the file.
     path
         For error messages.
+    max_pixels
+        Most pixels; a larger image is refused by its header, before it takes memory.
+    remedy
+        What to do about a larger image, for the error message.
 
     Raises
     ------
     DataError
-        When the bytes are not a whole image, or it has more than 8 bits a channel.
+        When the bytes are not one whole image, or it has too many pixels or more than 8 bits a
+        channel.
     """
-    with readable(path, "image"), Image.open(io.BytesIO(content)) as file:
-        file.load()
+    with opened(content, path, "image") as file:
+        if (pixels := file.width * file.height) > max_pixels:
+            raise DataError(
+                path,
+                f"this image of {file.width} x {file.height} has {pixels} pixels, more than the "
+                f"limit of {max_pixels} that protects the memory; {remedy}",
+                expected=max_pixels,
+                actual=pixels,
+            )
+        check_frames(file, path, "image")
         if depth := too_deep(file):
             raise DataError(path, f"this image {depth}", expected="RGB or L", actual=file.mode)
+        file.load()
         return upright(file)
 
 
@@ -94,86 +184,42 @@ def too_deep(image: Image.Image) -> str:
 
     Only the owner of the image knows which of its values are black and white.
     """
-    if not image.mode.startswith(("I", "F")):
+    mode = image.mode
+    if not mode.startswith(("I", "F")):
+        # Pillow opens colours of 16 bits as RGB; what its decoder reads has the depth.
+        tiles = getattr(image, "tile", ())
+        mode = next((raw for tile in tiles if ";16" in (raw := _raw_mode(tile))), "")
+    if not mode:
         return ""
     return (
-        f"has more than 8 bits a channel (mode {image.mode}); "
+        f"has more than 8 bits a channel (mode {mode}); "
         "convert it to 8 bits, black at 0 and white at 255"
     )
 
 
+def _raw_mode(tile: tuple[object, ...]) -> str:
+    """Return what a decoder of Pillow reads, such as ``RGB;16B``, of ``(decoder, ..., args)``."""
+    args = tile[3]
+    return str(args[0] if isinstance(args, tuple) and args else args)
+
+
+def orientation_of(content: bytes, path: Path) -> int:
+    """Read the EXIF orientation of an image file, 1 to 8; 1 where it has none or a wrong one."""
+    with opened(content, path, "image") as file:
+        orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
+        return orientation if orientation in UPRIGHT else 1
+
+
 def upright(image: Image.Image) -> Image.Image:
-    """Convert an opened image to RGB, turned as its EXIF tag says.
+    """Convert an opened image to RGB, turned as its EXIF tag says; transparency is dropped.
 
     Pillow's ``exif_transpose`` is not used: it writes all tags anew, which fails for some cameras.
     """
     turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     image = image if turn is None else image.transpose(turn)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns of a direct way to RGB
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def index_values(content: bytes, path: Path) -> np.ndarray:
-    """Decode a mask of one channel as (H, W) integers, whatever its values.
-
-    Raises
-    ------
-    DataError
-        When the bytes are not a whole image, or hold colours.
-    """
-    with readable(path, "mask"), Image.open(io.BytesIO(content)) as image:
-        image.load()
-        mode, values = image.mode, np.asarray(image)
-    if mode not in ONE_CHANNEL or values.ndim != 2:
-        raise DataError(
-            path,
-            f"the mask has mode {mode} (colours), expected one channel of class indices "
-            "(mode P or L); convert it",
-            expected="P or L",
-            actual=mode,
-        )
-    return values
-
-
-def decode_mask(content: bytes, path: Path, *, num_classes: int, void_index: int) -> np.ndarray:
-    """Decode a mask of class indices.
-
-    Parameters
-    ----------
-    content
-        Bytes of the file.
-    path
-        For error messages.
-    num_classes
-        Number of classes; values from 0 to one less are allowed.
-    void_index
-        Value of pixels without a label in the file, 1..255; it becomes 255.
-
-    Returns
-    -------
-    (H, W) uint8
-
-    Raises
-    ------
-    DataError
-        When the bytes are not a whole image, hold colours instead of indices, or a value that is
-        neither a class nor void.
-    """
-    mask = index_values(content, path)
-    eight_bits = mask.dtype == np.uint8
-    # Counting is faster than sorting.
-    values = np.bincount(mask.reshape(-1)).nonzero()[0] if eight_bits else np.unique(mask)
-    unknown = values[((values < 0) | (values >= num_classes)) & (values != void_index)]
-    if unknown.size:
-        raise DataError(
-            path,
-            f"mask value {int(unknown[0])} is no class (0 to {num_classes - 1}) and not void "
-            f"({void_index}); correct the mask or the class list",
-            expected=num_classes,
-            actual=int(unknown[0]),
-        )
-    if eight_bits and void_index == VOID:
-        return mask
-    return np.where(mask == void_index, VOID, mask).astype(np.uint8)
 
 
 def scaled_size(image: tuple[int, int], *, size: tuple[int, int], rule: str) -> tuple[int, int]:

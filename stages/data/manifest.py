@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from stages.common.errors import DataError
-from stages.data.images import decode_image, decode_mask, read_bytes, resize_pair
+from stages.data.images import decode_image, read_bytes, resize_pair
+from stages.data.masks import decode_mask
 
 SPLITS = ("train", "val", "test")
 MANIFEST_NAME = "manifest.csv"
@@ -118,7 +119,8 @@ def read_original(entry: Entry, classes: Classes) -> tuple[Image.Image, np.ndarr
         if hashlib.sha256(content).hexdigest() != sha256:
             message = "this file changed since the prepare stage; run `dvc repro`, or prepare again"
             raise DataError(path, message)
-    image = decode_image(image_bytes, image_path)
+    # The prepare stage allowed this size, and the bytes are the same.
+    image = decode_image(image_bytes, image_path, max_pixels=entry.width * entry.height)
     mask = decode_mask(
         mask_bytes, mask_path, num_classes=len(classes.names), void_index=classes.void_index
     )

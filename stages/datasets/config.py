@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from stages.common.config import Config, Listed, Seed
+from stages.data.images import MAX_PIXELS
 
 Channel = Annotated[int, Field(ge=0, le=255)]
 Colour = Annotated[tuple[Channel, Channel, Channel], Listed]
@@ -71,6 +72,23 @@ class PrepareConfig(Config):
     )
     void_index: int = Field(
         255, ge=1, le=255, description="folder: mask value of pixels without a label"
+    )
+    binary: bool = Field(
+        False, description="folder: masks hold 0 and 255, and 255 is the second of two classes"
+    )
+    transparent: Literal["refuse", "void"] = Field(
+        "refuse", description="folder: transparent pixels of masks"
+    )
+    exif: Literal["apply", "ignore"] = Field(
+        "apply",
+        description="how masks were drawn on images with an EXIF orientation. apply: on the turned "
+        "image; ignore: on the stored pixels, and they are turned with their image",
+    )
+    copies: Literal["error", "warn"] = Field(
+        "error", description="files of equal bytes in two splits, such as train and test"
+    )
+    max_pixels: int = Field(
+        MAX_PIXELS, ge=1, description="most pixels of an image; refuses larger ones unread"
     )
     wastesim: WastesimConfig = Field(WastesimConfig(), description="drawn scenes")
 

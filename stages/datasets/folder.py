@@ -6,18 +6,26 @@ exports them).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from stages.common.errors import DataError
+from stages.common.errors import ConfigError, DataError
 from stages.data.images import VOID
 from stages.data.manifest import SPLITS, Pair
+from stages.data.masks import TRANSPARENT
 from stages.datasets.class_list import LABELME_VOID, Label, as_classes, read_labels
 from stages.datasets.config import PrepareConfig
 from stages.datasets.layout import DatasetLayout, pairs_by_stem
-from stages.datasets.relabel import Relabel, colour_number, is_coloured, name_colour, read_colours
+from stages.datasets.relabel import (
+    Relabel,
+    colour_number,
+    grey_values,
+    is_coloured,
+    name_colour,
+    read_colours,
+)
 
 WHERE = "images/, masks/ and classes.csv; docs/datasets.md"
 
@@ -39,8 +47,18 @@ def find(root: Path, config: PrepareConfig) -> DatasetLayout:
     classes = as_classes(labels, config.void_index, root)
     indices = [VOID if label.is_void else classes.names.index(label.name) for label in labels]
     first_value = -1 if labels[0].name == LABELME_VOID else 0
+    if config.binary and len(classes.names) != 2:
+        raise ConfigError(
+            "prepare.binary",
+            f"needs two classes, background and object; {root} has {len(classes.names)}",
+            expected=2,
+            actual=len(classes.names),
+        )
+    extra = {255: 1} if config.binary else {}
+    if config.transparent == "void":
+        extra[TRANSPARENT] = VOID
     by_value = Relabel(
-        {config.void_index: VOID, **dict(enumerate(indices, first_value))},
+        {config.void_index: VOID, **dict(enumerate(indices, first_value)), **extra},
         "is no line of the list of classes; correct the mask or the list",
     )
     by_colour = Relabel(
@@ -48,20 +66,31 @@ def find(root: Path, config: PrepareConfig) -> DatasetLayout:
             colour_number(label.colour): index
             for label, index in zip(labels, indices, strict=True)
             if label.colour is not None
-        },
+        }
+        | {value: index for value, index in extra.items() if value == TRANSPARENT},
         "is that of no class; "
         "correct the mask, or add the class (or one named void) to the list of classes",
         name_colour,
         read_colours,
     )
     problem = _problem_with_colours(labels)
+    # Greys of the list whose number is another class: of them nobody can tell what they mean.
+    doubtful = {
+        value
+        for value, index in by_value.table.items()
+        if by_colour.table.get(colour_number((value, value, value)), index) != index
+    }
 
     def convert(pair: Pair) -> np.ndarray | None:
         if not is_coloured(pair.mask):
-            return by_value(pair) if VOID in indices else None
+            return by_value(pair) if VOID in indices or extra else None
+        colours = read_colours(pair.mask)
+        grey = grey_values(colours)
+        if grey is not None and (problem or _is_index(grey, colours, by_colour.table, doubtful)):
+            return by_value.indices(grey, pair)
         if problem:
             raise DataError(pair.mask, f"the mask is of colours (mode RGB), but {problem}")
-        return by_colour(pair)
+        return by_colour.indices(colours, pair)
 
     return DatasetLayout(_pairs(root, config.split), classes, convert)
 
@@ -82,6 +111,18 @@ def _pairs(root: Path, split: str) -> list[Pair]:
         "there is no such folder; for pairs directly in images/ and masks/ "
         "set prepare.split to random",
     )
+
+
+def _is_index(
+    grey: np.ndarray, colours: np.ndarray, known: Mapping[int, int], doubtful: set[int]
+) -> bool:
+    """Whether greys (H, W) of a data set with colours are class indices.
+
+    Some grey must be none of the known colours, and all must mean one class by either reading.
+    Black is no sign: it is also the colour of what nobody painted.
+    """
+    unknown = set(np.unique(grey[~np.isin(colours, list(known))]).tolist()) - {0}
+    return bool(unknown) and doubtful.isdisjoint(np.unique(grey).tolist())
 
 
 def _problem_with_colours(labels: Sequence[Label]) -> str:

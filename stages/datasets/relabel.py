@@ -12,19 +12,31 @@ from PIL import Image
 
 from featurestore import VOID
 from stages.common.errors import DataError
-from stages.data.images import ONE_CHANNEL, index_values, read_bytes, readable
+from stages.data.images import opened, read_bytes
 from stages.data.manifest import Classes, Pair
+from stages.data.masks import (
+    ONE_CHANNEL,
+    TRANSPARENT,
+    first_pixel,
+    index_values,
+    mark_transparent,
+    mask_pixels,
+    transparent_pixel,
+)
 
 VOID_COLOUR = (224, 224, 192)  # as in Pascal VOC's masks
 
 
 def is_coloured(path: Path) -> bool:
-    """Whether a mask has several channels, by its header; False for a file that cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.mode not in ONE_CHANNEL
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
+    """Whether a mask has several channels, by its header.
+
+    Raises
+    ------
+    DataError
+        When the file is missing, or is no image.
+    """
+    with opened(read_bytes(path, "mask"), path, "mask") as image:
+        return image.mode not in ONE_CHANNEL
 
 
 def read_values(path: Path) -> np.ndarray:
@@ -41,15 +53,14 @@ def read_values(path: Path) -> np.ndarray:
 def read_colours(path: Path) -> np.ndarray:
     """Read a mask of colours as (H, W) numbers ``red + 256 green + 65536 blue``.
 
+    Transparent pixels have the number ``TRANSPARENT``.
+
     Raises
     ------
     DataError
-        When it cannot be read, holds one channel, or has a transparent pixel.
+        When it cannot be read, or holds one channel.
     """
-    content = read_bytes(path, "mask")
-    with readable(path, "mask"), Image.open(io.BytesIO(content)) as image:
-        image.load()
-        mode, pixels = image.mode, np.asarray(image)
+    mode, pixels, transparent = mask_pixels(read_bytes(path, "mask"), path)
     if mode not in ("RGB", "RGBA"):
         raise DataError(
             path,
@@ -57,20 +68,21 @@ def read_colours(path: Path) -> np.ndarray:
             expected="RGB",
             actual=mode,
         )
-    if mode == "RGBA" and (pixels[..., 3] < 255).any():
-        row, column = _first(pixels[..., 3] < 255)
-        raise DataError(
-            path,
-            f"the pixel in row {row}, column {column} (from 0) is transparent, which is no class; "
-            "save the mask without transparency",
-        )
     # (H, W, 3) -> (H, W)
-    return pixels[..., :3].astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+    numbers = pixels.astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+    return mark_transparent(numbers, transparent)
 
 
 def colour_number(colour: tuple[int, int, int]) -> int:
     """Return the number that :func:`read_colours` gives a colour."""
     return colour[0] + 256 * colour[1] + 65536 * colour[2]
+
+
+def grey_values(colours: np.ndarray) -> np.ndarray | None:
+    """Return the grey (H, W) of numbers whose red, green and blue are equal; None for colours."""
+    grey = np.where(colours == TRANSPARENT, TRANSPARENT, colours & 255)
+    equal = (colours == TRANSPARENT) | (colours == grey * colour_number((1, 1, 1)))
+    return grey if equal.all() else None
 
 
 def name_colour(number: int) -> str:
@@ -108,14 +120,19 @@ class Relabel:
             When the mask cannot be read, or a value is not in the table; the error names the first
             pixel that has it.
         """
-        values = self.read(pair.mask)
+        return self.indices(self.read(pair.mask), pair)
+
+    def indices(self, values: np.ndarray, pair: Pair) -> np.ndarray:
+        """Convert values (H, W) of a pair's mask, as :meth:`__call__` does."""
         known = np.array(sorted(self.table), np.int64)
         indices = np.array([self.table[value] for value in known.tolist()], np.uint8)
         place = np.searchsorted(known, values).clip(max=len(known) - 1)  # (H, W)
         unknown = known[place] != values
         if unknown.any():
-            row, column = _first(unknown)
+            row, column = first_pixel(unknown)
             value = int(values[row, column])
+            if value == TRANSPARENT:
+                raise transparent_pixel(pair.mask, values)
             raise DataError(
                 pair.mask,
                 f"{self.name(value)} in row {row}, column {column} (from 0) {self.remedy}",
@@ -125,13 +142,11 @@ class Relabel:
         return indices[place]
 
 
-def write_indices(path: Path, mask: np.ndarray, classes: Classes) -> None:
-    """Write a mask as a PNG of class indices with the classes' colours as its palette.
+def encode_indices(mask: np.ndarray, classes: Classes) -> bytes:
+    """Encode a mask as a PNG of class indices with the classes' colours as its palette.
 
     Parameters
     ----------
-    path
-        The new file.
     mask
         (H, W) uint8 class indices, 255 for void.
     classes
@@ -142,11 +157,6 @@ def write_indices(path: Path, mask: np.ndarray, classes: Classes) -> None:
     palette[classes.void_index] = VOID_COLOUR
     image = Image.fromarray(np.where(mask == VOID, np.uint8(classes.void_index), mask)).convert("P")
     image.putpalette(palette.tobytes())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, format="PNG")
-
-
-def _first(where: np.ndarray) -> tuple[int, int]:
-    """Return row and column of the first True pixel, line by line."""
-    row, column = divmod(int(where.argmax()), where.shape[1])
-    return row, column
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()

@@ -14,7 +14,8 @@ import featurestore
 from featurestore import VOID, FeatureStore, SpecMismatchError, StoreSpec
 from featurestore.index import INDEX_NAME
 from stages.common.errors import DataError
-from stages.data.images import MASK_SUFFIXES, decode_mask, read_bytes, resize_pair
+from stages.data.images import MASK_SUFFIXES, read_bytes, resize_pair
+from stages.data.masks import decode_mask
 from stages.datasets.layout import files_by_stem
 
 Pair = tuple[np.ndarray | None, np.ndarray]  # image (H, W, 3) uint8, or None; mask (H, W) uint8

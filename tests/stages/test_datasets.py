@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from stages.common.errors import ConfigError, DataError
-from stages.data.images import decode_mask
 from stages.data.manifest import Pair, read_manifest
+from stages.data.masks import decode_mask
 from stages.datasets import ade20k, camvid, cityscapes, coco_instances, coco_stuff, voc
 from stages.datasets.config import Name
 from stages.datasets.palette import bit_colour

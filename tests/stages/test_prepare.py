@@ -13,7 +13,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from stages.common.errors import ConfigError, DataError
-from stages.data.images import decode_image, decode_mask, resize_pair
+from stages.data.images import decode_image, resize_pair
+from stages.data.masks import decode_mask
 from stages.datasets import voc, wastesim
 from stages.datasets.splits import halve, random_split
 from tests.factories import SCENES, prepare
@@ -364,7 +365,7 @@ def test_masks_of_0_and_255_are_not_taken_for_one_class(photos: Path, tmp_path: 
     with pytest.raises(
         DataError,
         match=r"hold only one class, 'background' "
-        r"\(255 means no label: where it is your object, write its number\)",
+        r"\(255 means no label: where it is your object, set prepare.binary to true\)",
     ):
         prepare(config(photos), tmp_path)
 

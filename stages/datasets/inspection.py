@@ -1,0 +1,442 @@
+"""The inspection that ``prepare`` and ``doctor`` share: every pair is checked, nothing written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from stages.common.errors import ConfigError, DataError
+from stages.data.images import (
+    MASK_SUFFIXES,
+    UPRIGHT,
+    VOID,
+    decode_image,
+    orientation_of,
+    read_bytes,
+)
+from stages.data.manifest import SPLITS, Classes, Entry, Pair
+from stages.data.masks import decode_mask
+from stages.datasets import (
+    ade20k,
+    camvid,
+    cityscapes,
+    coco_instances,
+    coco_panoptic,
+    coco_stuff,
+    folder,
+    voc,
+    wastesim,
+)
+from stages.datasets.config import PrepareConfig
+from stages.datasets.findings import Finding
+from stages.datasets.interpolation import false_borders
+from stages.datasets.layout import DatasetLayout
+from stages.datasets.relabel import encode_indices
+from stages.datasets.splits import assign, keep_train_fraction, select_fold
+
+# Each has ``find(root, config)`` and ``WHERE`` (where to get it); ``archives(root, config)`` only
+# where the owners allow a download.
+DATASETS: dict[str, ModuleType] = {
+    "voc": voc,
+    "cityscapes": cityscapes,
+    "ade20k": ade20k,
+    "coco-panoptic": coco_panoptic,
+    "coco-stuff": coco_stuff,
+    "coco-instances": coco_instances,
+    "camvid": camvid,
+    "folder": folder,
+}
+QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+Summary = dict[str, Any]  # what summary.json holds
+Store = Callable[[Pair, bytes], Path]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A pair without a problem.
+
+    Attributes
+    ----------
+    pair, entry
+        The pair, and its line of the manifest.
+    pixels
+        (256,) int, number of the mask's pixels by value; 255 is void.
+    findings
+        What is doubtful.
+    turned
+        Whether the image has an EXIF orientation.
+    doubtful
+        Fraction of the mask's pixels, 0..1, that are probably wrong.
+    """
+
+    pair: Pair
+    entry: Entry
+    pixels: np.ndarray
+    findings: list[Finding]
+    turned: bool
+    doubtful: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The result for a data set: pairs without a problem, problems, findings, summary."""
+
+    checked: list[Checked]
+    problems: list[DataError]
+    findings: list[Finding]
+    summary: Summary
+
+    @property
+    def most_doubtful(self) -> list[Checked]:
+        """At most three pairs whose masks have the largest fraction of doubtful pixels."""
+        doubtful = [each for each in self.checked if each.doubtful]
+        return sorted(doubtful, key=lambda each: -each.doubtful)[:3]
+
+
+def find(config: PrepareConfig, draw: Callable[[], list[Pair]] | None = None) -> DatasetLayout:
+    """Find the pairs of a data set, in their final splits, without those that are left out.
+
+    Parameters
+    ----------
+    config
+        Name and folder of the data set, and how it is divided.
+    draw
+        Draws the pairs of wastesim, which has no files of its own.
+
+    Raises
+    ------
+    ConfigError
+        When the data set is drawn, and nobody draws it; when there are too few pairs for a fold.
+    DataError
+        When the folder is missing, or has not the layout of ``config.dataset``.
+    """
+    root, seed = Path(config.root), config.split_seed
+    dataset = DATASETS.get(config.dataset)
+    where = f" ({dataset.WHERE})" if dataset is not None else ""
+    if root.is_symlink() and not root.exists():
+        raise DataError(root, f"is a broken symbolic link to {root.readlink()}; mend it")
+    if not root.is_dir():
+        remedy = "set prepare.root to the folder of your data set"
+        raise DataError(root, f"there is no such folder; {remedy}{where}")
+    if dataset is not None:
+        layout: DatasetLayout = dataset.find(root, config)
+        pairs = assign(layout.pairs, split=config.split, ratios=config.ratios, seed=seed)
+    elif draw is not None:
+        layout = DatasetLayout(pairs := draw(), wastesim.CLASSES)
+    else:
+        message = f"{config.dataset} is drawn by the prepare stage; there are no files to check"
+        raise ConfigError("prepare.dataset", message, actual=config.dataset)
+    if not pairs:
+        raise DataError(root, f"holds no images with masks{where}")
+    for path in (path for pair in pairs for path in (pair.image, pair.mask)):
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                root,
+                f"the name {path.name!r} is not in UTF-8, as manifests and stores are; "
+                "rename the file",
+            ) from None
+    kept = keep_train_fraction(pairs, config.train_fraction, seed)
+    return replace(layout, pairs=select_fold(kept, config.fold, seed))
+
+
+def inspect(
+    layout: DatasetLayout,
+    config: PrepareConfig,
+    *,
+    workers: int,
+    store: Store | None = None,
+    title: str = "checking",
+) -> Inspection:
+    """Check every pair of a data set, and the pairs against each other.
+
+    Parameters
+    ----------
+    layout
+        The data set, with pairs in their final splits.
+    config
+        Its settings.
+    workers
+        Number of threads that read, convert and check files.
+    store
+        Writes the PNG of a converted mask and returns its path. Default: masks are not written.
+    title
+        Of the progress bar.
+    """
+    pairs, root = layout.pairs, Path(config.root)
+    problems = _check_ids(root, pairs)
+
+    def check(pair: Pair) -> Checked | DataError:
+        try:
+            return _check_pair(pair, layout, config, store)
+        except DataError as problem:
+            return problem
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        bar = tqdm(pool.map(check, pairs), title, len(pairs), unit="pair", disable=None)
+        results = list(bar)
+    problems += [result for result in results if isinstance(result, DataError)]
+    checked = [result for result in results if isinstance(result, Checked)]
+    findings = [*layout.findings, *(found for each in checked for found in each.findings)]
+    summary = _summary(config, checked, layout.classes)
+    if not problems:  # a class of a pair with a problem is not absent
+        problems = _check_labels(root, summary, config)
+        findings += _absent_classes(root, summary)
+    leaks, copies = _compare_copies(checked, config.copies)
+    findings += copies
+    counts = Counter[str]()
+    for finding in findings:
+        counts[finding.kind] += finding.count
+    return Inspection(checked, problems + leaks, findings, {**summary, "findings": dict(counts)})
+
+
+# -- one pair --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReadPair:
+    """A pair as later stages see it.
+
+    Attributes
+    ----------
+    image, image_bytes
+        RGB, turned as its EXIF orientation says; the file's bytes.
+    orientation
+        EXIF orientation, 1 to 8; 1 is upright.
+    mask
+        (H, W) uint8 class indices, 255 for void.
+    converted
+        Whether the mask's file holds anything else, and has to be written anew.
+    """
+
+    image: Image.Image
+    image_bytes: bytes
+    orientation: int
+    mask: np.ndarray
+    converted: bool
+
+
+def read_pair(pair: Pair, layout: DatasetLayout, config: PrepareConfig) -> ReadPair:
+    """Read and convert an image and its mask.
+
+    Raises
+    ------
+    DataError
+        When a file is missing or damaged, or the two do not fit each other.
+    """
+    content = read_bytes(pair.image, "image")
+    image = decode_image(
+        content,
+        pair.image,
+        max_pixels=config.max_pixels,
+        remedy="increase prepare.max_pixels, or make the image smaller",
+    )
+    # Outlines of annotation files are drawn for the turned image; only mask files may need a turn.
+    orientation = orientation_of(content, pair.image)
+    drawn = pair.mask.suffix.lower() in MASK_SUFFIXES
+    turn = UPRIGHT.get(orientation) if drawn and config.exif == "ignore" else None
+    mask = layout.convert(pair) if layout.convert is not None else None
+    converted = mask is not None or turn is not None
+    if mask is None:
+        classes = layout.classes
+        mask = decode_mask(
+            read_bytes(pair.mask, "mask"),
+            pair.mask,
+            num_classes=len(classes.names),
+            void_index=classes.void_index,
+        )
+    (height, width), size = mask.shape, (image.height, image.width)
+    if turn is not None:
+        mask = np.asarray(Image.fromarray(mask).transpose(turn))
+    if mask.shape != size:
+        remedy = "they must be of one size"
+        if drawn and orientation in QUARTER_TURNS and mask.shape == size[::-1]:
+            drawn_on, other = ("turned", "apply") if turn is not None else ("stored", "ignore")
+            remedy = (
+                f"the image is turned by its EXIF orientation {orientation}, and the mask has the "
+                f"size of the {drawn_on} pixels: set prepare.exif to {other}"
+            )
+        raise DataError(
+            pair.mask,
+            f"the mask is {width} x {height} pixels, its image {pair.image} is "
+            f"{image.width} x {image.height}; {remedy}",
+            expected=size,
+            actual=(height, width),
+        )
+    return ReadPair(image, content, orientation, mask, converted)
+
+
+def _check_pair(
+    pair: Pair, layout: DatasetLayout, config: PrepareConfig, store: Store | None
+) -> Checked:
+    """Read, convert and check a pair; errors name the owners' mask, not the converted one."""
+    read, mask_path = read_pair(pair, layout, config), pair.mask
+    if read.converted:
+        mask_bytes = encode_indices(read.mask, layout.classes)
+        mask_path = store(pair, mask_bytes) if store is not None else pair.mask
+    else:
+        mask_bytes = read_bytes(pair.mask, "mask")
+    entry = Entry(
+        id=pair.id,
+        image=pair.image.as_posix(),
+        mask=mask_path.as_posix(),
+        split=pair.split,
+        width=read.image.width,
+        height=read.image.height,
+        image_sha256=hashlib.sha256(read.image_bytes).hexdigest(),
+        mask_sha256=hashlib.sha256(mask_bytes).hexdigest(),
+    )
+    pixels = np.bincount(read.mask.reshape(-1), minlength=256)
+    findings, wrong = _doubts_of_mask(pair, read.mask, pixels, layout.classes)
+    keeps_size = read.orientation not in QUARTER_TURNS or entry.width == entry.height
+    if read.orientation != 1 and keeps_size and not read.converted and config.exif == "apply":
+        findings.append(
+            Finding(
+                "images whose EXIF orientation keeps their size",
+                pair.image,
+                f"is turned by its EXIF orientation {read.orientation}; look whether its mask is: "
+                "where masks were drawn on the stored pixels, set prepare.exif to ignore",
+            )
+        )
+    return Checked(
+        pair, entry, pixels, findings, read.orientation != 1, float(wrong / read.mask.size)
+    )
+
+
+def _doubts_of_mask(
+    pair: Pair, mask: np.ndarray, pixels: np.ndarray, classes: Classes
+) -> tuple[list[Finding], int]:
+    """Find what is doubtful in a mask, and how many of its pixels; ``pixels`` is by value."""
+    borders = false_borders(mask)
+    if borders.any():
+        names = ", ".join(classes.names[value] for value in borders.nonzero()[0])
+        message = (
+            f"{borders.sum()} pixels of {names} are thin borders between a lower and a higher "
+            "class, as after a bilinear resize; resize masks with nearest neighbour"
+        )
+        kind = "masks with classes that occur only as thin borders"
+        return [Finding(kind, pair.mask, message)], int(borders.sum())
+    if pixels[VOID] and not pixels[1:VOID].any():
+        remedy = "set prepare.binary to true" if len(classes.names) == 2 else "write its index"
+        message = (
+            f"holds only {classes.names[0]!r} and pixels without a label (value "
+            f"{classes.void_index} of index masks); where these are your object, {remedy}"
+        )
+        kind = "masks that hold only the first class and void"
+        return [Finding(kind, pair.mask, message)], int(pixels[VOID])
+    return [], 0
+
+
+# -- the data set ----------------------------------------------------------------------------------
+
+
+def _check_ids(root: Path, pairs: Sequence[Pair]) -> list[DataError]:
+    """Find equal ids and empty splits."""
+    problems = []
+    for id, count in Counter(pair.id for pair in pairs).items():
+        if count > 1:
+            message = f"id {id} occurs {count} times; ids must be unique"
+            problems.append(DataError(root, message, expected="unique ids", actual=id))
+    for split in SPLITS:
+        if not any(pair.split == split for pair in pairs):
+            message = (
+                f"no images for the split {split!r} ({len(pairs)} in all); "
+                "check prepare.split and prepare.ratios"
+            )
+            problems.append(DataError(root, message, expected="at least 1", actual=0))
+    return problems
+
+
+def _compare_copies(checked: Sequence[Checked], rule: str) -> tuple[list[DataError], list[Finding]]:
+    """Find images of equal bytes: those across splits are problems where the rule is ``error``."""
+    problems, findings = [], []
+    first: dict[str, Entry] = {}
+    for entry in (each.entry for each in checked):
+        other = first.setdefault(entry.image_sha256, entry)
+        if other is entry:
+            continue
+        across, path = other.split != entry.split, Path(entry.image)
+        message = f"has the same bytes as {other.image}, which is in the split {other.split!r} too"
+        if across:
+            message = (
+                f"is in the split {entry.split!r}, and has the same bytes as {other.image} in the "
+                f"split {other.split!r}, so that scores are too high; remove one, or set "
+                "prepare.copies to warn"
+            )
+        if across and rule == "error":
+            problems.append(DataError(path, message))
+        else:
+            kind = f"copies of images {'in two splits' if across else 'within a split'}"
+            findings.append(Finding(kind, path, message))
+    return problems, findings
+
+
+def _summary(config: PrepareConfig, checked: Sequence[Checked], classes: Classes) -> Summary:
+    """Summarise the classes and splits."""
+    splits = {}
+    pixels = np.array([each.pixels for each in checked], int).reshape(-1, 256)
+    for split in SPLITS:
+        rows = pixels[[each.entry.split == split for each in checked]]
+        totals, labelled = rows.sum(0), max(1, int(rows[:, : len(classes.names)].sum()))
+        splits[split] = {
+            "images": len(rows),
+            "pixel_share": {
+                name: float(totals[value] / labelled) for value, name in enumerate(classes.names)
+            },
+            "images_with_class": {
+                name: int((rows[:, value] > 0).sum()) for value, name in enumerate(classes.names)
+            },
+            "void_share": float(totals[VOID] / max(1, rows.sum())),
+        }
+    return {
+        "dataset": config.dataset,
+        "images": len(checked),
+        "turned_images": sum(each.turned for each in checked),
+        "classes": list(classes.names),
+        "palette": [list(colour) for colour in classes.palette],
+        "void_index": classes.void_index,
+        "splits": splits,
+    }
+
+
+def _check_labels(root: Path, summary: Summary, config: PrepareConfig) -> list[DataError]:
+    """Find splits without labels, and training masks of one class."""
+    for split, content in summary["splits"].items():
+        if content["void_share"] == 1:
+            message = (
+                f"the masks of split {split!r} hold not one labelled pixel; "
+                "check prepare.void_index and the split"
+            )
+            return [DataError(root, message)]
+    images = summary["splits"]["train"]["images_with_class"]
+    present = [name for name, count in images.items() if count]
+    if len(present) > 1:
+        return []
+    binary = config.dataset == "folder" and len(images) == 2 and not config.binary
+    remedy = "set prepare.binary to true" if binary else "write its number"
+    message = (
+        f"the training masks hold only one class, {present[0]!r} "
+        f"({summary['void_index']} means no label: where it is your object, {remedy}); "
+        "check the masks"
+    )
+    return [DataError(root, message, expected="two classes", actual=present[0])]
+
+
+def _absent_classes(root: Path, summary: Summary) -> list[Finding]:
+    """Find the classes that no training mask shows."""
+    images = summary["splits"]["train"]["images_with_class"]
+    absent = [name for name, count in images.items() if not count]
+    message = f"no training mask has a pixel of {', '.join(absent)}"
+    kind = "classes without a training pixel"
+    return [Finding(kind, root, message, len(absent))] if absent else []
