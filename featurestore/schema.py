@@ -75,7 +75,8 @@ class StoreSpec:
     normalization_mean, normalization_std
         Of each colour channel of the backbone's input images, scaled to 0..1 before.
     resize
-        How images of other sizes were resized to (H, W): ``stretch``, ``pad`` or ``crop``.
+        How images got the size (H, W): ``stretch``, ``pad``, ``crop``, or ``tile``, windows of
+        the images at their own scale.
     compute
         Number format of the backbone's forward pass: ``fp32`` or ``bf16``.
     nonnegative

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from datetime import timedelta
 from functools import partial
-from itertools import islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import featurestore
 import stages.backbones
+import stages.common.windows
 import stages.data
 from featurestore import FeatureStore, SampleError, SpecMismatchError
 from featurestore.disk_space import check_disk_space
@@ -39,10 +40,11 @@ from stages.common.runtime import (
     source_digest,
     to_channels_last,
 )
-from stages.data.manifest import SPLITS, Classes, Entry, read_manifest, read_original
-from stages.data.views import ViewName, configured_views, is_seeded, make_view, stored_views
+from stages.common.windows import TILE
+from stages.data.manifest import SPLITS, Classes, read_manifest
+from stages.data.samples import Sample, labelled_windows, list_samples, read_samples
+from stages.data.views import ViewName, configured_views, is_seeded, stored_views
 
-Sample = tuple[Entry, str]  # an image and its view
 Compression = Literal["none", "zeros", "lz4", "zstd", "int8"]
 Side = Annotated[int, Field(ge=64, le=4096)]
 
@@ -69,8 +71,8 @@ class ExtractConfig(Config):
         (256, 256),
         description="pixels, or [height, width]; a multiple of the stride, or of a ViT's patch",
     )
-    resize: Literal["stretch", "pad", "crop"] = Field(
-        "stretch", description="how images get this size"
+    resize: Literal["stretch", "pad", "crop", "tile"] = Field(
+        "stretch", description="how images get this size; tile: windows at the images' scale"
     )
     views: Annotated[tuple[ViewName, ...], Listed, Once] = Field(
         ("identity",),
@@ -157,9 +159,8 @@ def run(
         unfinished: list[tuple[featurestore.StoreWriter, list[Sample], list[range]]] = []
         for split in SPLITS:
             views = stored_views(config.views) if split == "train" else ("identity",)
-            samples: list[Sample] = [
-                (entry, view) for view in views for entry in entries if entry.split == split
-            ]
+            images = [entry for entry in entries if entry.split == split]
+            samples = list_samples(images, views, size=config.input_size, rule=config.resize)
             identity = _identity(config, spec, samples, accelerator.device.type)
             shards = scratch / split / identity[:16]
             if agree(
@@ -167,6 +168,10 @@ def run(
                 and has_sound_store(out / split, identity, shards, workers)
             ):
                 continue
+            if split == "train" and config.resize == TILE:
+                samples = labelled_windows(
+                    samples, classes, size=config.input_size, workers=workers
+                )
             with accelerator.main_process_first():  # the others follow once rank 0 has the lock
                 writer = featurestore.create(
                     out / split,
@@ -231,13 +236,13 @@ def _identity(
         format_version=featurestore.FORMAT_VERSION,
         spec=spec.to_dict(),
         batch_size=config.batch_size,
-        samples=[
-            (entry.id, entry.image_sha256, entry.mask_sha256, view) for entry, view in samples
-        ],
-        code=source_digest(sys.modules[__name__], stages.data, stages.backbones),
+        samples=[each.identity for each in samples],
+        code=source_digest(
+            sys.modules[__name__], stages.common.windows, stages.data, stages.backbones
+        ),
         torch=torch.__version__,
         device=device,
-        **({"view_seed": config.view_seed} if is_seeded(view for _, view in samples) else {}),
+        **({"view_seed": config.view_seed} if is_seeded(each.view for each in samples) else {}),
     )
 
 
@@ -260,8 +265,16 @@ def _fill(
     for its slowest thread, which decoding may delay, the other continues. A GPU has its own queue.
     """
     todo = [samples[position] for span in missing for position in span]
-    read = partial(_read_view, classes=classes, config=config)
-    pairs = prefetch(read, todo, workers=workers, ahead=2 * config.batch_size)
+    read = partial(
+        read_samples,
+        classes=classes,
+        seed=config.view_seed,
+        size=config.input_size,
+        rule=config.resize,
+    )
+    images = (list(group) for _, group in groupby(todo, lambda sample: sample.entry))
+    ahead = 1 if config.resize == TILE else 2 * config.batch_size  # whole images, or small ones
+    pairs = chain.from_iterable(prefetch(read, images, workers=workers, ahead=ahead))
     batches = (list(islice(pairs, size)) for size in _batch_sizes(missing, config.batch_size))
     forward = partial(
         _forward,
@@ -416,7 +429,7 @@ def _prepare(sample: tuple[_Batch, int], *, writer: featurestore.StoreWriter) ->
         When its features cannot be stored.
     """
     batch, row = sample
-    (entry, view), layers = batch.samples[row], batch.computed.layers(row)
+    of, layers = batch.samples[row], batch.computed.layers(row)
     features = {
         # As computed where it is not finite: float16 shows only inf beyond its range.
         layer.name: array if all_finite(array := stored.numpy()) else computed.float().cpu().numpy()
@@ -424,25 +437,13 @@ def _prepare(sample: tuple[_Batch, int], *, writer: featurestore.StoreWriter) ->
     }
     try:
         return writer.prepare(
-            id=entry.id,
+            id=of.id,
             features=features,
             mask=batch.masks[row],
             image=batch.images[row] if writer.spec.has_images else None,
-            view=view,
+            view=of.view,
         )
     except SampleError as error:
         raise DataError(
-            entry.image, f"{error}; is this image sound, and extract.weights right?"
+            of.entry.image, f"{error}; is this image sound, and extract.weights right?"
         ) from error
-
-
-def _read_view(
-    sample: Sample, *, classes: Classes, config: ExtractConfig
-) -> tuple[Sample, np.ndarray, np.ndarray]:
-    """Read a sample: its view of the image (H, W, 3) and of the mask (H, W)."""
-    (entry, view), (image, mask) = sample, read_original(sample[0], classes)
-    size, rule = config.input_size, config.resize
-    pixels, labels = make_view(
-        image, mask, id=entry.id, view=view, seed=config.view_seed, size=size, rule=rule
-    )
-    return sample, pixels, labels

@@ -102,7 +102,8 @@ def run(
     context = Context(name, accelerator, train, decoder, gan, seed, steps, machine)
     augmenter, best = build_augmenter(variant, context), Best()
     loader = training_loader(session, config, stores, variant, seed, augmenter, source)
-    validation = session.loader(stores["val"], config.batch_size, images=source.needs_images)
+    images = source.needs_images
+    validation = session.scoring_loader(stores["val"], config.batch_size, images=images)
     epochs = variant.epochs_with_batches(config.epochs)
     generator = None if source.networks else augmenter.monitored  # compared with stored features
     session.watch(monitoring, generator, stores, seed=seed, epochs=epochs)
@@ -142,7 +143,7 @@ def run(
                 session.log({"decoder/ce_real": ce_real, **added.terms, **mean_of(ce_added)})
                 del added  # frees a joint GAN's graph before the next forward pass
             session.save_if_due(index + 1)
-        on_val = evaluate(accelerator, decoder, source.evaluated(validation), spec.class_names)
+        on_val = evaluate(accelerator, decoder, source.evaluated(validation), validation.store)
         best.update(on_val.miou, epoch, {"decoder": decoder, **source.networks})
         if rounds.another_after(epoch):  # self-training: this decoder teaches the next one
             augmenter.start_round()
@@ -382,11 +383,11 @@ def evaluate_and_save(
     accelerator, decoder, spec = session.accelerator, context.decoder, store.spec
     run, main = {"variant": context.variant, "seed": context.seed}, accelerator.is_main_process
     networks = {"decoder": decoder, **source.networks}
-    test = session.loader(  # read only twice
+    test = session.scoring_loader(  # read only twice
         store, config.batch_size, cache="none", images=source.needs_images
     )
-    on_val = evaluate(accelerator, decoder, source.evaluated(validation), spec.class_names)
-    by_image = evaluate_images(accelerator, decoder, source.evaluated(test), spec.num_classes)
+    on_val = evaluate(accelerator, decoder, source.evaluated(validation), validation.store)
+    by_image = evaluate_images(accelerator, decoder, source.evaluated(test), store)
     scores = score(total(by_image.values(), spec.num_classes), spec.class_names)
     if main:
         shutil.rmtree(out, ignore_errors=True)
@@ -400,7 +401,7 @@ def evaluate_and_save(
         write_json(out / CONFIG_NAME, {**settings, **run, "features": spec.to_dict()})
     augmenter.save(out)
     best.restore(networks)
-    best_scores = evaluate(accelerator, decoder, source.evaluated(test), spec.class_names)
+    best_scores = evaluate(accelerator, decoder, source.evaluated(test), store)
     if main:
         save_networks(networks, out, "-best")
         result = {
@@ -416,6 +417,5 @@ def evaluate_and_save(
             },
         }
         write_json(session.metrics / "test.json", result)
-        counts = {store.ids[position]: matrix for position, matrix in by_image.items()}
-        write_json(session.metrics / IMAGES_NAME, counts, indent=None)
+        write_json(session.metrics / IMAGES_NAME, by_image, indent=None)
     return scores

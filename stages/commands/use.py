@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from stages.commands.options import device_option, option, weights_option, workers_option
+from stages.common.windows import OVERLAP
 
 decoder_argument = click.argument("decoder", type=click.Path(path_type=Path))
 
@@ -30,7 +31,7 @@ decoder_argument = click.argument("decoder", type=click.Path(path_type=Path))
 @option(
     "--overlap",
     type=click.FloatRange(0, 0.9),
-    default=0.25,
+    default=OVERLAP,
     help="Least fraction of a window's side that neighbouring windows share.",
 )
 @option(

@@ -32,6 +32,7 @@ from featurestore import FeatureStore
 from featurestore.lock import UNSUPPORTED
 from stages.common.errors import DataError
 from stages.common.runtime import on_cpu, source_digest, write_json
+from stages.common.windows import image_name
 from stages.data.manifest import SPLITS, read_manifest
 from stages.reporting.curves import OF_A_GAN, read_curves
 from stages.segmentation.metrics import IMAGES_NAME
@@ -175,7 +176,7 @@ class Runner:
             "variant": run.label,
             "digest": run.digests["run"],
             "protocol": protocol,
-            "train_images": len(set(stores["train"].ids)),
+            "train_images": len(set(_image_names(stores["train"]))),
             "settings": _settings(run),
             "made_with": {
                 **sources,
@@ -388,10 +389,16 @@ def data_content(dataset: Path, stores: Mapping[str, FeatureStore]) -> list[obje
     images = {entry.id: entry.image_sha256 for entry in read_manifest(dataset)[0]}
     content: list[object] = [list(stores["train"].spec.class_names)]
     for split, store in stores.items():
-        for position, (id, view) in enumerate(zip(store.ids, store.views, strict=True)):
+        samples = zip(store.ids, store.views, _image_names(store), strict=True)
+        for position, (id, view, name) in enumerate(samples):
             mask = hashlib.sha256(store.gather("masks", [position]).tobytes()).hexdigest()
-            content.append([split, id, view, images[id], mask])
+            content.append([split, id, view, images[name], mask])
     return content
+
+
+def _image_names(store: FeatureStore) -> list[str]:
+    """Name the image of every sample, in order."""
+    return [image_name(id, store.spec.resize) for id in store.ids]
 
 
 def gan_curves(live: Path) -> dict[str, list[float | None]]:

@@ -24,6 +24,7 @@ from stages.common.runtime import (
 )
 from stages.common.sources import imports_digest
 from stages.common.tracking import TRACKERS, History, Means
+from stages.common.windows import TILE, positions_of_rank
 from stages.gan.monitor import Monitor, MonitorConfig
 from stages.models.feature_generator import FeatureGenerator
 from stages.training.checkpoint import Checkpoint
@@ -119,6 +120,15 @@ class Session:
             "ranks": self.accelerator.num_processes,
         }
         return FeatureLoader(store, batch_size, **{**settings, **options})
+
+    def scoring_loader(self, store: FeatureStore, batch_size: int, **options: Any) -> FeatureLoader:
+        """Read a store as :meth:`loader` does, all windows of an image in one process."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        if ranks == 1 or store.spec.resize != TILE:
+            return self.loader(store, batch_size, **options)
+        positions = positions_of_rank(store.ids, TILE, rank, ranks)
+        options |= {"positions": positions, "rank": 0, "ranks": 1}
+        return self.loader(store, batch_size // ranks, **options)
 
     def watch(
         self,

@@ -24,6 +24,7 @@ from stages.common.runtime import (
     write_json,
 )
 from stages.common.text_table import percent, plain
+from stages.common.windows import image_name
 from stages.segmentation.evaluation import evaluate
 from stages.segmentation.metrics import Scores, mean_iou
 from stages.training.feature_source import recomputed
@@ -54,7 +55,7 @@ class Evaluation:
     decoder, store
         Weights file, and store.
     samples
-        Number of images; mirrored views do not count.
+        Number of images; views do not count, nor do the windows of an image.
     scores
         Scores over all images.
     classes
@@ -138,11 +139,13 @@ def run(
         backbone = to_channels_last(load_backbone(decoder, weights=weights), accelerator.device)
         batches = recomputed(backbone, batches)
     try:
-        scores = evaluate(accelerator, network, batches, spec.class_names)
+        scores = evaluate(accelerator, network, batches, features)
     except ValueError as error:
         raise DataError(store, f"{error}; name a store with labels") from error
     file = decoder / f"{weights}.safetensors"
-    return Evaluation(file, store, len(positions), scores, tuple(classes) or spec.class_names)
+    ids, rule = features.ids, features.spec.resize
+    images = len({image_name(ids[position], rule) for position in positions})
+    return Evaluation(file, store, images, scores, tuple(classes) or spec.class_names)
 
 
 def check_features(spec: StoreSpec, store: FeatureStore) -> None:

@@ -261,7 +261,7 @@ class Predictions:
         model = featurestore.fingerprint(
             weights=file_sha256(file), config=file_sha256(decoder / CONFIG_NAME)
         )
-        if view.mode == "resize" and spec.resize != "crop":  # one window: nothing overlaps
+        if view.mode == "resize" and spec.resize in ("stretch", "pad"):  # one window
             view = replace(view, overlap=View.overlap)
         settings = {"model": model, **asdict(view)}
         with writing(path):

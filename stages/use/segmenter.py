@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from featurestore import StoreSpec
 from stages.common.errors import ConfigError
 from stages.common.runtime import make_accelerator, to_channels_last
+from stages.common.windows import OVERLAP
 from stages.data.images import decode_image, read_bytes, too_deep, upright
+from stages.segmentation.joining import join
 from stages.training.models import load_backbone, load_decoder, read_precision, read_spec
-from stages.use.windows import View, WindowedImage, cut, join
+from stages.use.windows import View, WindowedImage, cut
 
 Input: TypeAlias = Image.Image | np.ndarray | str | Path
 
@@ -137,13 +139,13 @@ class Segmenter:
         )
 
     def __call__(
-        self, image: Input, *, mode: str = "resize", overlap: float = 0.25, scale: float = 1.0
+        self, image: Input, *, mode: str = "resize", overlap: float = OVERLAP, scale: float = 1.0
     ) -> np.ndarray:
         """Return the class of every pixel of an image, (H, W) uint8."""
         return next(self.segment([image], mode=mode, overlap=overlap, scale=scale))
 
     def probabilities(
-        self, image: Input, *, mode: str = "resize", overlap: float = 0.25, scale: float = 1.0
+        self, image: Input, *, mode: str = "resize", overlap: float = OVERLAP, scale: float = 1.0
     ) -> np.ndarray:
         """Return the probability of every class at every pixel, (K, H, W) float32 in 0..1."""
         windows = self.cut(image, View(mode, overlap, scale))
@@ -157,7 +159,7 @@ class Segmenter:
         *,
         batch_size: int = 8,
         mode: str = "resize",
-        overlap: float = 0.25,
+        overlap: float = OVERLAP,
         scale: float = 1.0,
     ) -> Iterator[np.ndarray]:
         """Segment images, ``batch_size`` windows at a time.
@@ -243,7 +245,7 @@ class Segmenter:
         size = (self.spec.num_classes, *image.size)
         probabilities = None if kind is None else np.empty(size, kind)
         done = 0
-        for band in join(image, logits, probabilities=kind is not None):
+        for band in join(image.grid, logits, size=image.size, probabilities=kind is not None):
             rows = slice(done, done + band.shape[1])
             classes[rows] = band.max(0).indices.byte().cpu().numpy()
             if probabilities is not None:

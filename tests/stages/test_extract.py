@@ -25,6 +25,7 @@ from stages.backbones.compute import converted
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import make_accelerator
 from stages.data.manifest import read_manifest
+from stages.data.samples import Sample, read_samples
 from tests.factories import digests, prepare, prepare_config, write_photos
 from tests.factories import extract as run
 from tests.factories import extract_config as config
@@ -118,7 +119,8 @@ def test_an_image_that_changed_since_prepare_is_named(prepared: Path, workers: i
 def spoil(monkeypatch: pytest.MonkeyPatch, prepared: Path, number: int, value: float) -> str:
     """Let the backbone return one wrong value for an image; return the image's path."""
     entries, classes = read_manifest(prepared / "dataset")
-    image = extract._read_view((entries[number], "identity"), classes=classes, config=config())[1]
+    samples = [Sample(entries[number], "identity")]
+    ((_, image, _),) = read_samples(samples, classes=classes, seed=0, size=(64, 64), rule="stretch")
     wanted, forward = torch.from_numpy(image.copy()).permute(2, 0, 1), Backbone.forward
 
     def spoilt(self: Backbone, images: torch.Tensor) -> list[torch.Tensor]:
@@ -453,7 +455,7 @@ def test_a_gpu_has_its_next_batch_while_one_is_on_its_way(
 
     monkeypatch.setattr(extract, "compute", compute)
     entries, classes = read_manifest(prepared / "dataset")
-    samples = [(entry, "identity") for entry in entries if entry.split == "train"]
+    samples = [Sample(entry, "identity") for entry in entries if entry.split == "train"]
     backbone = build_backbone(name="efficientnet_lite0", weights="default")
     with featurestore.create(prepared / "store", expected.spec) as writer:
         extract._fill(

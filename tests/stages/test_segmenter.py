@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 import featurestore
 from stages.common.errors import ConfigError, DataError
+from stages.common.windows import Grid
+from stages.segmentation import joining
 from stages.segmentation.metrics import confusion_matrix, score
 from stages.training.models import load_decoder, read_spec
-from stages.use import Segmenter, windows
+from stages.use import Segmenter
 from stages.use.windows import View, cut
 from tests.factories import SPEC
 from tests.imports import ROOT
@@ -84,6 +86,8 @@ def blocks(height: int, width: int, *, across: bool = True) -> tuple[np.ndarray,
         ("crop", "resize", (128, 192)),
         ("crop", "resize", (192, 64)),
         ("crop", "resize", (32, 64)),
+        ("tile", "resize", (112, 160)),
+        ("tile", "resize", (32, 112)),
         ("stretch", "slide", (112, 160)),
         ("stretch", "slide", (32, 48)),
         ("stretch", "slide", (32, 112)),
@@ -150,11 +154,11 @@ def test_a_mirrored_image_is_segmented_mirrored(rule: str, mode: str) -> None:
 def test_interpolation_in_parts_is_interpolation(
     coarse: tuple[int, int], fine: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(windows, "CHUNK_BYTES", 4 * 3 * fine[1] * 5)  # five rows
+    monkeypatch.setattr(joining, "CHUNK_BYTES", 4 * 3 * fine[1] * 5)  # five rows
     scores = torch.randn(3, *coarse, generator=torch.Generator().manual_seed(0))
     expected = F.interpolate(scores[None], size=fine, mode="bilinear", align_corners=False)[0]
     for bands in ([scores], scores.split(2, 1), scores.split(1, 1)):
-        parts = list(windows._interpolate(iter(bands), fine, coarse))
+        parts = list(joining._interpolate(iter(bands), fine, coarse))
         assert max(part.shape[1] for part in parts) <= 5
         torch.testing.assert_close(torch.cat(parts, 1), expected)
 
@@ -164,14 +168,16 @@ def test_interpolation_of_a_part_leaves_the_rest_out() -> None:
     expected = F.interpolate(scores[None], size=(64, 64), mode="bilinear", align_corners=False)[0]
     for rows, columns in ((48, 40), (45, 64), (64, 3), (1, 1)):
         found = torch.cat(
-            list(windows._interpolate(iter([scores]), (rows, columns), (rows / 8, columns / 8))), 1
+            list(joining._interpolate(iter([scores]), (rows, columns), (rows / 8, columns / 8))), 1
         )
         torch.testing.assert_close(found, expected[:, :rows, :columns])
 
 
 def test_windows_cover_everything_evenly() -> None:
     for side, overlap in ((64, 0.0), (65, 0.0), (100, 0.25), (1000, 0.25), (1000, 0.9), (10, 0.5)):
-        starts = windows._starts(side, 64, overlap)
+        grid = Grid.over((side, 64), (64, 64), overlap)
+        starts = grid.tops
+        assert grid.lefts == (0,)
         assert starts[0] == 0
         assert starts[-1] == max(0, side - 64)
         steps = np.diff(starts)
@@ -387,9 +393,14 @@ def test_an_image_is_cut_by_the_rule_of_its_training(trained: Path) -> None:
         rule: cut(
             Image.new("RGB", (200, 100)), window=(64, 64), rule=rule, view=View()
         ).pixels.shape
-        for rule in ("stretch", "pad", "crop")
+        for rule in ("stretch", "pad", "crop", "tile")
     }
-    assert shapes == {"stretch": (64, 64, 3), "pad": (32, 64, 3), "crop": (64, 128, 3)}
+    assert shapes == {
+        "stretch": (64, 64, 3),
+        "pad": (32, 64, 3),
+        "crop": (64, 128, 3),
+        "tile": (100, 200, 3),
+    }
 
 
 @pytest.mark.medium
