@@ -41,10 +41,11 @@ from stages.common.runtime import (
     to_channels_last,
 )
 from stages.common.windows import TILE
-from stages.data.manifest import SPLITS, Classes, read_manifest
+from stages.data.manifest import SPLITS, UNLABELLED, Classes, read_manifest
 from stages.data.samples import Sample, labelled_windows, list_samples, read_samples
 from stages.data.views import ViewName, configured_views, is_seeded, stored_views
 
+STORES = (*SPLITS, UNLABELLED)
 Compression = Literal["none", "zeros", "lz4", "zstd", "int8"]
 Side = Annotated[int, Field(ge=64, le=4096)]
 
@@ -112,7 +113,7 @@ class ExtractConfig(Config):
 def run(
     config: ExtractConfig, *, dataset: Path, out: Path, scratch: Path, device: str, workers: int
 ) -> dict[str, FeatureStore]:
-    """Write the stores ``out/train``, ``out/val`` and ``out/test``; only train has several views.
+    """Write the stores ``train`` (several views), ``val``, ``test``, ``unlabelled`` (or empty).
 
     Parameters
     ----------
@@ -157,7 +158,7 @@ def run(
         ExitStack() as unpublished,
     ):
         unfinished: list[tuple[featurestore.StoreWriter, list[Sample], list[range]]] = []
-        for split in SPLITS:
+        for split in STORES:
             views = stored_views(config.views) if split == "train" else ("identity",)
             images = [entry for entry in entries if entry.split == split]
             samples = list_samples(images, views, size=config.input_size, rule=config.resize)
@@ -201,7 +202,7 @@ def run(
     accelerator.wait_for_everyone()  # rank 0 has published
     if accelerator.is_main_process:
         _mention_unfinished(scratch)
-    return {split: featurestore.open(out / split) for split in SPLITS}
+    return {split: featurestore.open(out / split) for split in STORES}
 
 
 def build(config: ExtractConfig) -> tuple[Backbone, list[Layer]]:
@@ -369,7 +370,7 @@ def check_spec(config: ExtractConfig, path: Path) -> featurestore.StoreSpec:
 
 def _mention_unfinished(scratch: Path) -> None:
     """Name the shards that an interrupted extraction with other parameters left."""
-    folders = [folder for split in SPLITS for folder in (scratch / split).glob("[0-9a-f]*")]
+    folders = [folder for split in STORES for folder in (scratch / split).glob("[0-9a-f]*")]
     for folder in filter(Path.is_dir, folders):
         with suppress(OSError):  # an extraction of another project is working there
             size = sum(file.stat().st_size for file in folder.iterdir())

@@ -74,7 +74,7 @@ def run(
         replace(each.entry, image=published(each.entry.image), mask=published(each.entry.mask))
         for each in result.checked
     ]
-    write_manifest(building, entries, result.summary)
+    write_manifest(building, [*entries, *result.unlabelled], result.summary)
     move_into_place(building, out)
     return result.summary
 

@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image
 
 from stages.common.errors import DataError
-from stages.data.images import decode_image, read_bytes, resize_pair
+from stages.data.images import VOID, decode_image, read_bytes, resize_pair
 from stages.data.masks import decode_mask
 
-SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")  # of labelled images
+UNLABELLED = "unlabelled"
 MANIFEST_NAME = "manifest.csv"
 SUMMARY_NAME = "summary.json"
 
@@ -42,7 +43,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the manifest; sizes in pixels, hashes are sha256 of the files."""
+    """One line of the manifest; sizes in pixels, hashes are sha256 of the files.
+
+    An image without labels has no mask: both of its texts are empty.
+    """
 
     id: str
     image: str
@@ -103,28 +107,35 @@ def read_original(entry: Entry, classes: Classes) -> tuple[Image.Image, np.ndarr
     Returns
     -------
     RGB image, (height, width) uint8
-        Image and mask.
+        Image and mask; an image without labels has a mask of void.
 
     Raises
     ------
     DataError
         When a file is missing, damaged, or changed since the prepare stage.
     """
-    image_path, mask_path = Path(entry.image), Path(entry.mask)
-    image_bytes, mask_bytes = read_bytes(image_path, "image"), read_bytes(mask_path, "mask")
-    for path, content, sha256 in (
-        (image_path, image_bytes, entry.image_sha256),
-        (mask_path, mask_bytes, entry.mask_sha256),
-    ):
-        if hashlib.sha256(content).hexdigest() != sha256:
-            message = "this file changed since the prepare stage; run `dvc repro`, or prepare again"
-            raise DataError(path, message)
     # The prepare stage allowed this size, and the bytes are the same.
-    image = decode_image(image_bytes, image_path, max_pixels=entry.width * entry.height)
+    image_path, pixels = Path(entry.image), entry.width * entry.height
+    content = _read_unchanged(image_path, "image", entry.image_sha256)
+    image = decode_image(content, image_path, max_pixels=pixels)
+    if not entry.mask:
+        return image, np.full((image.height, image.width), VOID, np.uint8)
+    mask_path = Path(entry.mask)
     mask = decode_mask(
-        mask_bytes, mask_path, num_classes=len(classes.names), void_index=classes.void_index
+        _read_unchanged(mask_path, "mask", entry.mask_sha256),
+        mask_path,
+        num_classes=len(classes.names),
+        void_index=classes.void_index,
     )
     return image, mask
+
+
+def _read_unchanged(path: Path, what: str, sha256: str) -> bytes:
+    content = read_bytes(path, what)
+    if hashlib.sha256(content).hexdigest() != sha256:
+        message = "this file changed since the prepare stage; run `dvc repro`, or prepare again"
+        raise DataError(path, message)
+    return content
 
 
 def read_pair(

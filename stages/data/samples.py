@@ -15,8 +15,9 @@ from featurestore.prefetch import prefetch
 from stages.common.errors import DataError
 from stages.common.runtime import first_process
 from stages.common.windows import TILE, Corner, Grid, window_id
-from stages.data.images import decode_mask, read_bytes
+from stages.data.images import read_bytes
 from stages.data.manifest import Classes, Entry, read_original
+from stages.data.masks import decode_mask
 from stages.data.views import make_view
 
 

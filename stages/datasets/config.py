@@ -65,6 +65,11 @@ class PrepareConfig(Config):
         description="cross-validation: `2/4` tests on the second quarter of the training images, "
         "trains on the others and leaves out the test images; empty: none",
     )
+    unlabelled: str = Field(
+        "",
+        description="images without labels: a folder in root, or left-out, those that "
+        "train_fraction leaves out; empty: none",
+    )
     classes: Annotated[tuple[ClassLine, ...], Listed] = Field(
         (),
         description="folder: `- name: [red, green, blue]` a line, in the order of mask values; "

@@ -43,6 +43,7 @@ from stages.datasets.interpolation import false_borders
 from stages.datasets.layout import DatasetLayout
 from stages.datasets.relabel import encode_indices
 from stages.datasets.splits import assign, keep_train_fraction, select_fold
+from stages.datasets.unlabelled import check_unlabelled, find_unlabelled
 
 # Each has ``find(root, config)`` and ``WHERE`` (where to get it); ``archives(root, config)`` only
 # where the owners allow a download.
@@ -89,12 +90,13 @@ class Checked:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The result for a data set: pairs without a problem, problems, findings, summary."""
+    """The result for a data set: pairs and unlabelled images without a problem, and the others."""
 
     checked: list[Checked]
     problems: list[DataError]
     findings: list[Finding]
     summary: Summary
+    unlabelled: list[Entry]
 
     @property
     def most_doubtful(self) -> list[Checked]:
@@ -148,7 +150,8 @@ def find(config: PrepareConfig, draw: Callable[[], list[Pair]] | None = None) ->
                 "rename the file",
             ) from None
     kept = keep_train_fraction(pairs, config.train_fraction, seed)
-    return replace(layout, pairs=select_fold(kept, config.fold, seed))
+    unlabelled = find_unlabelled(config, pairs, kept)
+    return replace(layout, pairs=select_fold(kept, config.fold, seed), unlabelled=unlabelled)
 
 
 def inspect(
@@ -194,11 +197,15 @@ def inspect(
         problems = _check_labels(root, summary, config)
         findings += _absent_classes(root, summary)
     leaks, copies = _compare_copies(checked, config.copies)
+    entries = [each.entry for each in checked]
+    unlabelled, unread = check_unlabelled(layout.unlabelled, entries, config, workers=workers)
+    summary["unlabelled"] = len(unlabelled)
     findings += copies
     counts = Counter[str]()
     for finding in findings:
         counts[finding.kind] += finding.count
-    return Inspection(checked, problems + leaks, findings, {**summary, "findings": dict(counts)})
+    summary["findings"] = dict(counts)
+    return Inspection(checked, problems + leaks + unread, findings, summary, unlabelled)
 
 
 # -- one pair --------------------------------------------------------------------------------------

@@ -30,12 +30,15 @@ class DatasetLayout:
         for a value that the data set does not define.
     findings
         What the reader left out or doubts, such as annotations without an outline.
+    unlabelled
+        Ids and files of images without labels.
     """
 
     pairs: list[Pair]
     classes: Classes
     convert: Callable[[Pair], np.ndarray | None] | None = None
     findings: Sequence[Finding] = ()
+    unlabelled: Sequence[tuple[str, Path]] = ()
 
 
 @dataclass(frozen=True)
