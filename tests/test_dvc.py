@@ -23,7 +23,7 @@ from tests.imports import ROOT
 
 DVC = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 MODULES = {
-    name: f"stages.{name.removesuffix('-gan') if 'decoder' in name else name}".replace("-", "_")
+    name: f"stages.{'train_decoder' if 'decoder' in name else name}".replace("-", "_")
     for name in DVC
 }
 DECODERS = {"train-decoder", "train-decoder-gan"}
@@ -202,6 +202,16 @@ def test_new_variants_and_seeds_train_only_their_decoders(
 ) -> None:
     set_key(edited, f"compare.{key}", value)
     assert reruns(edited) == {*expected, "report"}
+
+
+def test_only_variants_with_unlabelled_images_or_a_gan_read_them(edited: Path) -> None:
+    params = YAML().load(edited / "params.yaml")
+    params["variants"]["student"] = {"augmenter": "self-training"}
+    params["compare"]["unlabelled_variants"] = ["student"]
+    YAML().dump(params, edited / "params.yaml")
+    assert reruns(edited) == {"train-decoder-unlabelled@student-0", "report"}
+    readers = {name for name, stage in DVC.items() if "features/unlabelled" in stage["deps"]}
+    assert readers == {"train-decoder-unlabelled", "train-decoder-gan"}
 
 
 def test_compiled_modules_rerun_nothing(edited: Path) -> None:
