@@ -1,9 +1,10 @@
-"""The tables of studies in docs/results.md are those of the committed result files."""
+"""Tables of docs/results/ are those of the result files, and the summary repeats their gains."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -18,16 +19,39 @@ SECTION = re.compile(
 TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 
 
+DETAILS = sorted((ROOT / "docs" / "results").glob("*.md"))
+GAIN = re.compile(
+    r"([+-]?\d+\.\d)\**(?: points?)? \((?:95% interval )?([+-]?\d+\.\d) to ([+-]?\d+\.\d)"
+)
+
+
 def sections() -> list[tuple[str, str]]:
-    """Each ``compare`` command of the page, and the text up to the next command or heading."""
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    starts = list(SECTION.finditer(page))
-    ends = [*(start.start() for start in starts[1:]), len(page)]
-    return [
-        (start[0].replace("\\\n", " ").strip(), page[start.end() : end])
-        for start, end in zip(starts, ends, strict=True)
-        if not start[0].startswith("#")
-    ]
+    """Each ``compare`` command of the pages, and the text up to the next command or heading."""
+    found = []
+    for page in (path.read_text(encoding="utf-8") for path in DETAILS):
+        starts = list(SECTION.finditer(page))
+        ends = [*(start.start() for start in starts[1:]), len(page)]
+        found += [
+            (start[0].replace("\\\n", " ").strip(), page[start.end() : end])
+            for start, end in zip(starts, ends, strict=True)
+            if not start[0].startswith("#")
+        ]
+    return found
+
+
+def gains(path: Path) -> set[tuple[float, ...]]:
+    """Differences with their intervals on a page; of a loss the size and its bounds, too."""
+    return {
+        tuple(sorted(abs(float(number)) for number in found))
+        for found in GAIN.findall(path.read_text(encoding="utf-8").replace("\n", " "))
+    }
+
+
+def test_the_summary_has_the_gains_of_the_detailed_pages() -> None:
+    summary = gains(ROOT / "docs" / "results.md") | gains(ROOT / "README.md")
+    assert len(summary) >= 20
+    missing = summary - set().union(*map(gains, DETAILS))
+    assert not missing, f"docs/results.md or README.md has other gains: {sorted(missing)}"
 
 
 @pytest.mark.parametrize(

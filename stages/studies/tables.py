@@ -1,4 +1,4 @@
-"""Comparisons of studies as text, Markdown (the tables of docs/results.md), CSV and JSON."""
+"""Comparisons of studies as text, Markdown (the tables of docs/results/), CSV and JSON."""
 
 from __future__ import annotations
 
