@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from stages.commands.options import (
     params_option,
 )
 from stages.common.text_table import markdown
+from stages.common.windows import TILE, Grid
 
 if TYPE_CHECKING:
     from featurestore import StoreSpec
@@ -126,10 +127,11 @@ def estimate(
 
 @dataclass(frozen=True)
 class Data:
-    """Images a split, and the number of classes."""
+    """Images a split, the number of classes, and samples a split without added views."""
 
     images: dict[str, int]
     classes: int
+    samples: dict[str, int]
 
 
 def _data(params: Params, images: int | None, classes: int | None) -> Data:
@@ -151,7 +153,28 @@ def _data(params: Params, images: int | None, classes: int | None) -> Data:
             f"prepare has not counted images of {prepare.dataset} yet; name them with --images"
         )
     known = prepared.classes if prepared else 7 if is_wastesim else CLASSES
-    return Data(counts, classes or known)
+    samples = counts if params.extract.resize != TILE else _windows(params, counts)
+    return Data(counts, classes or known, samples)
+
+
+def _windows(params: Params, images: dict[str, int]) -> dict[str, int]:
+    """Count the windows of a split's images, those without a label too."""
+    from stages.data.manifest import read_manifest
+
+    prepare, size = params.prepare, params.extract.input_size
+    if prepare.dataset == "wastesim":
+        windows = len(Grid.over((prepare.wastesim.size, prepare.wastesim.size), size))
+        return {split: windows * count for split, count in images.items()}
+    prepared = _prepared(prepare.dataset)
+    if prepared is None or prepared.images != images:
+        raise click.UsageError(
+            "extract.resize: tile makes as many samples of an image as its size takes; run the"
+            " prepare stage, and leave out --images"
+        )
+    samples = dict.fromkeys(images, 0)
+    for entry in read_manifest(SUMMARY.parent)[0]:
+        samples[entry.split] += len(Grid.over((entry.height, entry.width), size))
+    return samples
 
 
 def _prepared(dataset: str) -> Data | None:
@@ -163,7 +186,7 @@ def _prepared(dataset: str) -> Data | None:
     try:
         read = json.loads(SUMMARY.read_text(encoding="utf-8"))
         images = {split: counts["images"] for split, counts in read["splits"].items()}
-        return Data(images, len(read["classes"])) if read["dataset"] == dataset else None
+        return Data(images, len(read["classes"]), images) if read["dataset"] == dataset else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = (
             f"cannot be read ({error!r}); run the prepare stage again, "
@@ -192,22 +215,23 @@ def _estimate(
     }
     spec = _store_spec(params, layers, data.classes)
     views = len(stored_views(extract.views))
-    stores = sizes.store_rows(spec, views, data.images)
+    stores = sizes.store_rows(spec, views, data.samples)
     features = sum(row["bytes"] for row in stores)
     models = sizes.model_bytes(costs, variants, seeds)
     images = bool(gan.reads_images) or any(each.backbone == "trained" for each in variants.values())
-    cached = sizes.cache_bytes(spec, views, data.images, images, variants)
+    cached = sizes.cache_bytes(spec, views, data.samples, images, variants)
     micro_batches = {
         "gan": gan.batch_size / gan.gradient_accumulation,
         "decoder": decoder.batch_size / decoder.gradient_accumulation,
     }
     samples = {
         "extract": sum(row["samples"] for row in stores),
-        "gan": gan.frozen_epochs * gan.repeats * data.images["train"],
-        "decoder": decoder.epochs * decoder.repeats * data.images["train"] * seeds,
+        "gan": gan.frozen_epochs * gan.repeats * data.samples["train"],
+        "decoder": decoder.epochs * decoder.repeats * data.samples["train"] * seeds,
     }
     return {
-        **asdict(data),
+        "images": data.images,
+        "classes": data.classes,
         "features": list(spec.feature_shape),
         "compression": extract.compression,
         "stores": stores,

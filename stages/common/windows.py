@@ -6,9 +6,11 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, pairwise, product
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 TILE = "tile"  # resize rule: windows of the images at their own scale, each a sample
 OVERLAP = 0.25  # least fraction of a window's side that neighbours share
@@ -52,11 +54,11 @@ class Grid:
         is smaller than a window. Rows and columns of pixels that no stored window shows are left
         out: later windows move up and left.
         """
-        starts = [sorted(set(side)) for side in zip(*corners, strict=True)]
         moved = []
-        for side, length in zip(starts, window, strict=True):
-            steps = np.minimum(np.diff(side), length)
-            moved.append(dict(zip(side, np.cumsum([0, *steps]).tolist(), strict=True)))
+        for starts, length in zip(zip(*corners, strict=True), window, strict=True):
+            side = sorted(set(starts))
+            steps = (min(length, after - before) for before, after in pairwise(side))
+            moved.append(dict(zip(side, accumulate(steps, initial=0), strict=True)))
         tops, lefts = (tuple(side.values()) for side in moved)
         grid = cls((tops[-1] + window[0], lefts[-1] + window[1]), window, tops, lefts)
         return grid, [(moved[0][top], moved[1][left]) for top, left in corners]
@@ -72,11 +74,6 @@ class Grid:
         """Return the part of (height, width, ...) pixels that a window shows; at most (H, W)."""
         top, left = corner
         return pixels[top : top + self.window[0], left : left + self.window[1]]
-
-    def pad(self, pixels: np.ndarray, value: int = 0) -> np.ndarray:
-        """Fill what :meth:`cut` returned up to (H, W, ...) with a value, below and right."""
-        missing = [(0, side - n) for side, n in zip(self.window, pixels.shape[:2], strict=True)]
-        return np.pad(pixels, [*missing, *[(0, 0)] * (pixels.ndim - 2)], constant_values=value)
 
 
 def _starts(side: int, window: int, overlap: float) -> tuple[int, ...]:

@@ -243,6 +243,12 @@ def scaled_size(image: tuple[int, int], *, size: tuple[int, int], rule: str) -> 
     return max(1, fit(height, round(image[0] * ratio))), max(1, fit(width, round(image[1] * ratio)))
 
 
+def fill_up(pixels: np.ndarray, size: tuple[int, int], value: int = 0) -> np.ndarray:
+    """Fill (rows, columns, ...) pixels up to (H, W, ...) with a value, below and right."""
+    missing = [(0, side - n) for side, n in zip(size, pixels.shape, strict=False)]
+    return np.pad(pixels, [*missing, (0, 0)][: pixels.ndim], constant_values=value)
+
+
 def resize_pair(
     image: Image.Image, mask: np.ndarray, *, size: tuple[int, int], rule: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -270,9 +276,7 @@ def resize_pair(
     small_image = np.asarray(image.resize(box, Image.Resampling.BILINEAR))
     small_mask = np.asarray(Image.fromarray(mask).resize(box, Image.Resampling.NEAREST))
     if rule == "pad":
-        below, right = (0, height - rows), (0, width - columns)
-        small_image = np.pad(small_image, (below, right, (0, 0)))
-        small_mask = np.pad(small_mask, (below, right), constant_values=VOID)
+        small_image, small_mask = fill_up(small_image, size), fill_up(small_mask, size, VOID)
     elif rule == "crop":
         top, left = (rows - height) // 2, (columns - width) // 2
         centre = np.s_[top : top + height, left : left + width]

@@ -15,7 +15,7 @@ from featurestore.prefetch import prefetch
 from stages.common.errors import DataError
 from stages.common.runtime import first_process
 from stages.common.windows import TILE, Corner, Grid, window_id
-from stages.data.images import read_bytes
+from stages.data.images import fill_up, read_bytes
 from stages.data.manifest import Classes, Entry, read_original
 from stages.data.masks import decode_mask
 from stages.data.views import make_view
@@ -150,6 +150,6 @@ def read_samples(
                 size=labels.shape,
                 rule="stretch",  # a view keeps the window's scale, but for a crop
             )
-            yield each, grid.pad(pixels), grid.pad(labels, VOID)
+            yield each, fill_up(pixels, size), fill_up(labels, size, VOID)
 
     return windows()

@@ -58,7 +58,7 @@ def split_sizes(images: int, ratios: Sequence[float], train_fraction: float) -> 
 def store_rows(spec: StoreSpec, views: int, images: Mapping[str, int]) -> list[StoreRow]:
     """Compute samples and bytes of each split's store; HDF5 adds a few kilobytes a shard.
 
-    ``views`` is the number of views of a training image.
+    ``views`` is the number of views of a training image; windows count as images.
     """
     samples = {split: count * (views if split == "train" else 1) for split, count in images.items()}
     return [

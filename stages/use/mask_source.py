@@ -14,6 +14,7 @@ import featurestore
 from featurestore import VOID, FeatureStore, SpecMismatchError, StoreSpec
 from featurestore.index import INDEX_NAME
 from stages.common.errors import DataError
+from stages.common.windows import TILE
 from stages.data.images import MASK_SUFFIXES, read_bytes, resize_pair
 from stages.data.masks import decode_mask
 from stages.datasets.layout import files_by_stem
@@ -58,9 +59,19 @@ class Masks:
         Raises
         ------
         DataError
-            When the mask cannot be read, or holds a value that is no class.
+            When the mask cannot be read, or holds a value that is no class; when it is no window
+            and the generator learned from windows.
         """
         image, mask = self.original(position)
+        if self.spec.resize == TILE and mask.shape != self.spec.mask_shape:
+            id, (height, width) = self.names[position][0], self.spec.mask_shape
+            raise DataError(
+                self.path / id,
+                f"this mask is {mask.shape[1]} x {mask.shape[0]} pixels, but the generator learned"
+                f" from windows of {width} x {height} (extract.resize: tile); cut it to this size",
+                expected=(height, width),
+                actual=mask.shape,
+            )
         # The rule needs an image and a mask; a black image stands in for a missing one.
         full = Image.new("RGB", mask.shape[::-1]) if image is None else Image.fromarray(image)
         resized, mask = resize_pair(full, mask, size=self.spec.mask_shape, rule=self.spec.resize)

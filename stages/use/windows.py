@@ -10,7 +10,7 @@ from PIL import Image
 
 from stages.common.errors import ConfigError
 from stages.common.windows import OVERLAP, TILE, Grid
-from stages.data.images import scaled_size
+from stages.data.images import fill_up, scaled_size
 
 MODES = ("resize", "slide")
 MAX_OVERLAP = 0.9  # ten times the windows of overlap 0 along each side
@@ -81,7 +81,7 @@ class WindowedImage:
     def windows(self) -> Iterator[np.ndarray]:
         """Iterate over the windows row by row: (H, W, 3) uint8, black outside the image."""
         for corner in self.grid.corners():
-            yield self.grid.pad(self.grid.cut(self.pixels, corner))
+            yield fill_up(self.grid.cut(self.pixels, corner), self.grid.window)
 
 
 def cut(image: Image.Image, *, window: tuple[int, int], rule: str, view: View) -> WindowedImage:
