@@ -33,8 +33,8 @@ def test_the_chosen_variant_is_written_and_a_killed_choice_resumes(
     calls: list[str] = []
     runs = {stage: stage.run for stage in (train_decoder, train_gan)}
 
-    def counted(stage):  # noqa: ANN001, ANN202
-        def run(*arguments, features, **options):  # noqa: ANN002, ANN003, ANN202
+    def counted(stage):
+        def run(*arguments, features, **options):
             tested, learned = set(features["test"].ids), set(features["train"].ids)
             assert tested
             assert not tested & learned

@@ -23,7 +23,9 @@ def predictions(fold: int, right: float) -> Images:
 
 def candidates(count: int) -> list[Candidate]:
     return [
-        Candidate(str(number), {"augmenter": "none"}, "" if not number else "0", f"Addition {number}")
+        Candidate(
+            str(number), {"augmenter": "none"}, "" if not number else "0", f"Addition {number}"
+        )
         for number in range(count)
     ]
 
