@@ -22,17 +22,24 @@ from stages.datasets import (
     ade20k,
     camvid,
     cityscapes,
+    coco_export,
     coco_instances,
     coco_panoptic,
     coco_stuff,
+    cvat_masks,
+    cvat_xml,
     folder,
+    labelme,
+    roboflow_masks,
     voc,
     wastesim,
 )
 from stages.datasets.config import PrepareConfig
 from stages.datasets.download import download_data
 from stages.datasets.layout import DatasetLayout
+from stages.datasets.recognise import recognise, signature
 from stages.datasets.relabel import write_indices
+from stages.datasets.remap import kept_classes, remap_classes
 from stages.datasets.splits import assign, keep_train_fraction, select_fold
 
 # Each has ``find(root, config)`` and ``WHERE`` (where to get it); ``archives(root, config)`` only
@@ -46,6 +53,11 @@ DATASETS: dict[str, ModuleType] = {
     "coco-instances": coco_instances,
     "camvid": camvid,
     "folder": folder,
+    "labelme": labelme,
+    "cvat-masks": cvat_masks,
+    "cvat-xml": cvat_xml,
+    "coco": coco_export,
+    "roboflow-masks": roboflow_masks,
 }
 Summary = dict[str, Any]  # what summary.json holds
 
@@ -90,10 +102,18 @@ def run(
             "there is no such folder; set prepare.root to the folder of your data set"
             f"{_where_to_get(config)}",
         )
+    if config.dataset == "auto":
+        name = recognise(root)
+        tqdm.write(f"prepare: dataset {name}, recognised by {signature(name)}")
+        config = config.model_copy(update={"dataset": name})
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
 
     layout = _find(config, root, building, workers)
+    if config.remap:
+        kept = ", ".join(kept_classes(layout.classes, config.remap)) or "none"
+        tqdm.write(f"prepare: classes that prepare.remap leaves as they are: {kept}")
+        layout = remap_classes(layout, config.remap)
     _check_ids(root, layout.pairs)
     pairs = select_fold(
         keep_train_fraction(layout.pairs, config.train_fraction, config.split_seed),
@@ -134,6 +154,8 @@ def _download(config: PrepareConfig, root: Path, downloads: Path) -> None:
         remedy = (
             f"get it yourself{_where_to_get(config)}"
             if config.dataset in DATASETS
+            else "name the data set"
+            if config.dataset == "auto"
             else "it is drawn; prepare.root holds its objects.csv"
         )
         raise ConfigError(

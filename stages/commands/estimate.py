@@ -163,7 +163,7 @@ def _prepared(dataset: str) -> Data | None:
     try:
         read = json.loads(SUMMARY.read_text(encoding="utf-8"))
         images = {split: counts["images"] for split, counts in read["splits"].items()}
-        return Data(images, len(read["classes"])) if read["dataset"] == dataset else None
+        return Data(images, len(read["classes"])) if dataset in ("auto", read["dataset"]) else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = (
             f"cannot be read ({error!r}); run the prepare stage again, "
