@@ -74,8 +74,8 @@ class PrepareConfig(Config):
     )
     classes: Annotated[tuple[ClassLine, ...], Listed] = Field(
         (),
-        description="folder: `- name: [red, green, blue]` a line, in the order of mask values; "
-        "empty: read from classes.csv or labelmap.txt in root",
+        description="folder, labelme and CVAT's: `- name: [red, green, blue]` a line, in the order "
+        "of the classes; empty: read from the files in root",
     )
     mask_pattern: str = Field(
         "{name}",
