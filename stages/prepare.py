@@ -12,10 +12,11 @@ from featurestore.files import move_into_place
 from stages.common.errors import ConfigError, DataError
 from stages.data.manifest import Pair, write_manifest
 from stages.datasets import inspection, wastesim
+from stages.datasets.catalogue import DATASETS, find
 from stages.datasets.config import PrepareConfig
 from stages.datasets.download import download_data
 from stages.datasets.findings import Finding
-from stages.datasets.inspection import DATASETS, Summary
+from stages.datasets.inspection import Summary
 
 
 def run(
@@ -64,7 +65,7 @@ def run(
     def published(path: str) -> str:
         return path.replace(building.as_posix(), out.as_posix(), 1)
 
-    layout = inspection.find(config, lambda: _draw(config, building, workers))
+    config, layout = find(config, lambda: _draw(config, building, workers))
     title = "prepare: checking"
     result = inspection.inspect(layout, config, workers=workers, store=store, title=title)
     if result.problems:
@@ -90,6 +91,8 @@ def _download(config: PrepareConfig, root: Path, downloads: Path) -> None:
         remedy = (
             f"get it yourself ({dataset.WHERE})"
             if dataset is not None
+            else "name the data set"
+            if config.dataset == "auto"
             else "it is drawn; prepare.root holds its objects.csv"
         )
         raise ConfigError(

@@ -26,7 +26,7 @@ MOST_SIZES = 3  # sizes that are printed
     "path",
     type=click.Path(path_type=Path),
     help="File whose section `prepare` says how FOLDER is read; its `root` is replaced by FOLDER. "
-    "Default: data set `folder`, with the splits that are there.",
+    "Default: data set `auto`, with the splits that are there.",
 )
 @click.option(
     "--out",
@@ -52,9 +52,10 @@ def doctor(
     config = _default_config(folder)
     if path is not None:
         config = load_params(path).prepare.model_copy(update={"root": str(folder)})
-    from stages.datasets.inspection import find, inspect
+    from stages.datasets.catalogue import find
+    from stages.datasets.inspection import inspect
 
-    layout = find(config)
+    config, layout = find(config)
     result = inspect(layout, config, workers=workers, title="doctor: checking")
     click.echo("\n".join(_report(result, layout, config)))
     for each in result.most_doubtful:
@@ -67,9 +68,9 @@ def _default_config(folder: Path) -> PrepareConfig:
     """Return the settings for a folder of which nothing else is known."""
     from stages.datasets.config import PrepareConfig
 
-    divided = (folder / "images" / "train").is_dir()
+    divided = any((folder / train).is_dir() for train in ("train", "images/train"))
     return PrepareConfig(
-        dataset="folder", root=str(folder), split="official" if divided else "random"
+        dataset="auto", root=str(folder), split="official" if divided else "random"
     )
 
 

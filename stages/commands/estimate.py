@@ -186,7 +186,8 @@ def _prepared(dataset: str) -> Data | None:
     try:
         read = json.loads(SUMMARY.read_text(encoding="utf-8"))
         images = {split: counts["images"] for split, counts in read["splits"].items()}
-        return Data(images, len(read["classes"]), images) if read["dataset"] == dataset else None
+        known = dataset in ("auto", read["dataset"])
+        return Data(images, len(read["classes"]), images) if known else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = (
             f"cannot be read ({error!r}); run the prepare stage again, "

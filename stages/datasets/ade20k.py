@@ -11,6 +11,7 @@ from stages.datasets.config import PrepareConfig
 from stages.datasets.layout import DatasetLayout, first_folder, pairs_by_suffix
 from stages.datasets.palette import bit_colour
 from stages.datasets.relabel import Relabel
+from stages.datasets.text_files import read_text
 
 WHERE = (
     "ADEChallengeData2016.zip of data.csail.mit.edu/places/ADEchallenge, "
@@ -58,16 +59,11 @@ def read_names(path: Path) -> tuple[str, ...]:
     DataError
         When the list is missing, or does not have the 150 classes in order.
     """
+    remedy = f"it is in the archive beside images ({WHERE})"
+    lines = read_text(path, "the list of classes", remedy).splitlines()[1:]
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()[1:]
         rows = [line.split("\t") for line in lines if line.strip()]
         names = {int(row[0]): row[4].split(",")[0].strip() for row in rows}
-    except OSError as error:
-        raise DataError(
-            path,
-            f"the list of classes cannot be read ({error.strerror}); "
-            f"it is in the archive beside images ({WHERE})",
-        ) from error
     except (IndexError, ValueError) as error:
         raise DataError(
             path, f"needs the columns Idx, Ratio, Train, Val, Name, divided by tabs ({error})"

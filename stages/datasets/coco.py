@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,22 +62,51 @@ def read_annotations(root: Path, kind: str, where: str) -> list[Annotations]:
         When a file is missing or damaged, or the categories of the two differ.
     """
     files = [
-        _read(root / "annotations" / f"{kind}_{folder}.json", folder, split, where)
+        read_file(root / "annotations" / f"{kind}_{folder}.json", folder, split, where)
         for folder, split in SPLITS
     ]
-    first, second = (
-        [(category["id"], category["name"]) for category in file.categories] for file in files
-    )
-    if first != second:
-        raise DataError(
-            files[1].path,
-            "has other categories than the annotations of the other split; "
-            "take both from one release",
-        )
+    check_categories(files)
     return files
 
 
-def _read(path: Path, folder: str, split: str, where: str) -> Annotations:
+def check_categories(files: Sequence[Annotations]) -> None:
+    """Refuse annotation files of different categories.
+
+    Raises
+    ------
+    DataError
+        With the first file that differs.
+    """
+    known = None
+    for file in files:
+        with complete_entries(file.path, "category"):
+            names = [(category["id"], category["name"]) for category in file.categories]
+        known = names if known is None else known
+        if names != known:
+            raise DataError(
+                file.path,
+                "has other categories than the annotations of the other split; "
+                "take both from one release",
+            )
+
+
+def read_file(path: Path, folder: str, split: str, where: str) -> Annotations:
+    """Read an annotation file.
+
+    Parameters
+    ----------
+    path
+        The file.
+    folder, split
+        Folder of its images, and their split.
+    where
+        For the error message: where to get the file.
+
+    Raises
+    ------
+    DataError
+        When it is missing or damaged.
+    """
     if not path.is_file():
         raise DataError(path, f"these annotations are missing ({where})")
     try:

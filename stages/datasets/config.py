@@ -14,6 +14,7 @@ Colour = Annotated[tuple[Channel, Channel, Channel], Listed]
 ClassLine = Annotated[dict[str, Colour], Field(min_length=1, max_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Literal[
+    "auto",
     "wastesim",
     "voc",
     "cityscapes",
@@ -23,6 +24,11 @@ Name = Literal[
     "coco-instances",
     "camvid",
     "folder",
+    "labelme",
+    "cvat-masks",
+    "cvat-xml",
+    "coco",
+    "roboflow-masks",
 ]
 
 
@@ -47,7 +53,9 @@ class WastesimConfig(Config):
 class PrepareConfig(Config):
     """Section ``prepare`` of params.yaml."""
 
-    dataset: Name = Field("voc", description="data set")
+    dataset: Name = Field(
+        "voc", description="data set, or the tool that exported root; auto: recognised by its files"
+    )
     root: str = Field("data/VOC2012", description="folder of the data set")
     split: Literal["official", "random", "sbd"] = Field(
         "random", description="official: its authors'; random: by ratios; sbd: voc with SBD's masks"
@@ -72,8 +80,18 @@ class PrepareConfig(Config):
     )
     classes: Annotated[tuple[ClassLine, ...], Listed] = Field(
         (),
-        description="folder: `- name: [red, green, blue]` a line, in the order of mask values; "
-        "empty: read from classes.csv or labelmap.txt in root",
+        description="folder, labelme and CVAT's: `- name: [red, green, blue]` a line, in the order "
+        "of the classes; empty: read from the files in root",
+    )
+    mask_pattern: str = Field(
+        "{name}",
+        description="folder: name of an image's mask; {name} is the image's without its suffix, "
+        "{file} with it",
+    )
+    remap: dict[str, str | None] = Field(
+        {},
+        description="`old: new` merges or renames classes, by name or index; "
+        "`old: void` makes their pixels void",
     )
     void_index: int = Field(
         255, ge=1, le=255, description="folder: mask value of pixels without a label"
@@ -107,6 +125,21 @@ class PrepareConfig(Config):
             )
             raise ValueError(message)
         return classes or ()
+
+    @field_validator("mask_pattern")
+    @classmethod
+    def _of_the_image(cls, pattern: str) -> str:
+        if not ("{name}" in pattern) ^ ("{file}" in pattern):
+            raise ValueError("must hold {name} or {file} once, such as {name}_mask")
+        return pattern.removesuffix(".png")
+
+    @field_validator("remap", mode="before")
+    @classmethod
+    def _by_name(cls, remap: object) -> object:
+        """Read numbers, which are indices, as YAML has them."""
+        if not isinstance(remap, dict):
+            return remap
+        return {str(old): str(new) if isinstance(new, int) else new for old, new in remap.items()}
 
     @model_validator(mode="after")
     def _whole(self) -> PrepareConfig:

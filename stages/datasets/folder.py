@@ -13,11 +13,17 @@ import numpy as np
 
 from stages.common.errors import ConfigError, DataError
 from stages.data.images import VOID
-from stages.data.manifest import SPLITS, Pair
+from stages.data.manifest import SPLITS, Classes, Pair
 from stages.data.masks import TRANSPARENT
-from stages.datasets.class_list import LABELME_VOID, Label, as_classes, read_labels
+from stages.datasets.class_list import (
+    LABELME_VOID,
+    Label,
+    as_classes,
+    listed_classes,
+    read_labels,
+)
 from stages.datasets.config import PrepareConfig
-from stages.datasets.layout import DatasetLayout, pairs_by_stem
+from stages.datasets.layout import Convert, DatasetLayout, pairs_by_stem
 from stages.datasets.relabel import (
     Relabel,
     colour_number,
@@ -41,9 +47,21 @@ def find(root: Path, config: PrepareConfig) -> DatasetLayout:
     DataError
         When a folder or the list of classes is missing or wrong, or two files share a name.
     """
-    labels = [
-        Label(name, colour) for line in config.classes for name, colour in line.items()
-    ] or read_labels(root)
+    labels = listed_classes(config) or read_labels(root)
+    classes, convert = read_masks(labels, root, config)
+    return DatasetLayout(_pairs(root, config), classes, convert)
+
+
+def read_masks(
+    labels: Sequence[Label], root: Path, config: PrepareConfig
+) -> tuple[Classes, Convert]:
+    """Return the classes of a list, and what converts masks of its indices or colours.
+
+    Raises
+    ------
+    DataError
+        When the list has no class, or too many.
+    """
     classes = as_classes(labels, config.void_index, root)
     indices = [VOID if label.is_void else classes.names.index(label.name) for label in labels]
     first_value = -1 if labels[0].name == LABELME_VOID else 0
@@ -92,20 +110,20 @@ def find(root: Path, config: PrepareConfig) -> DatasetLayout:
             raise DataError(pair.mask, f"the mask is of colours (mode RGB), but {problem}")
         return by_colour.indices(colours, pair)
 
-    return DatasetLayout(_pairs(root, config.split), classes, convert)
+    return classes, convert
 
 
-def _pairs(root: Path, split: str) -> list[Pair]:
-    images, masks = root / "images", root / "masks"
+def _pairs(root: Path, config: PrepareConfig) -> list[Pair]:
+    images, masks, pattern = root / "images", root / "masks", config.mask_pattern
     if (images / "train").is_dir():
         return [
             pair
             for name in SPLITS
             if (images / name).is_dir()
-            for pair in pairs_by_stem(images / name, masks / name, name, f"{name}/")
+            for pair in pairs_by_stem(images / name, masks / name, name, f"{name}/", pattern)
         ]
-    if split == "random":
-        return pairs_by_stem(images, masks, "train")
+    if config.split == "random":
+        return pairs_by_stem(images, masks, "train", pattern=pattern)
     raise DataError(
         images / "train",
         "there is no such folder; for pairs directly in images/ and masks/ "

@@ -6,16 +6,15 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from stages.common.errors import ConfigError, DataError
+from stages.common.errors import DataError
 from stages.data.images import (
     MASK_SUFFIXES,
     UPRIGHT,
@@ -26,37 +25,13 @@ from stages.data.images import (
 )
 from stages.data.manifest import SPLITS, Classes, Entry, Pair
 from stages.data.masks import decode_mask
-from stages.datasets import (
-    ade20k,
-    camvid,
-    cityscapes,
-    coco_instances,
-    coco_panoptic,
-    coco_stuff,
-    folder,
-    voc,
-    wastesim,
-)
 from stages.datasets.config import PrepareConfig
 from stages.datasets.findings import Finding
 from stages.datasets.interpolation import false_borders
 from stages.datasets.layout import DatasetLayout
 from stages.datasets.relabel import encode_indices
-from stages.datasets.splits import assign, keep_train_fraction, select_fold
-from stages.datasets.unlabelled import check_unlabelled, find_unlabelled
+from stages.datasets.unlabelled import check_unlabelled
 
-# Each has ``find(root, config)`` and ``WHERE`` (where to get it); ``archives(root, config)`` only
-# where the owners allow a download.
-DATASETS: dict[str, ModuleType] = {
-    "voc": voc,
-    "cityscapes": cityscapes,
-    "ade20k": ade20k,
-    "coco-panoptic": coco_panoptic,
-    "coco-stuff": coco_stuff,
-    "coco-instances": coco_instances,
-    "camvid": camvid,
-    "folder": folder,
-}
 QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 Summary = dict[str, Any]  # what summary.json holds
 Store = Callable[[Pair, bytes], Path]
@@ -103,55 +78,6 @@ class Inspection:
         """At most three pairs whose masks have the largest fraction of doubtful pixels."""
         doubtful = [each for each in self.checked if each.doubtful]
         return sorted(doubtful, key=lambda each: -each.doubtful)[:3]
-
-
-def find(config: PrepareConfig, draw: Callable[[], list[Pair]] | None = None) -> DatasetLayout:
-    """Find the pairs of a data set, in their final splits, without those that are left out.
-
-    Parameters
-    ----------
-    config
-        Name and folder of the data set, and how it is divided.
-    draw
-        Draws the pairs of wastesim, which has no files of its own.
-
-    Raises
-    ------
-    ConfigError
-        When the data set is drawn, and nobody draws it; when there are too few pairs for a fold.
-    DataError
-        When the folder is missing, or has not the layout of ``config.dataset``.
-    """
-    root, seed = Path(config.root), config.split_seed
-    dataset = DATASETS.get(config.dataset)
-    where = f" ({dataset.WHERE})" if dataset is not None else ""
-    if root.is_symlink() and not root.exists():
-        raise DataError(root, f"is a broken symbolic link to {root.readlink()}; mend it")
-    if not root.is_dir():
-        remedy = "set prepare.root to the folder of your data set"
-        raise DataError(root, f"there is no such folder; {remedy}{where}")
-    if dataset is not None:
-        layout: DatasetLayout = dataset.find(root, config)
-        pairs = assign(layout.pairs, split=config.split, ratios=config.ratios, seed=seed)
-    elif draw is not None:
-        layout = DatasetLayout(pairs := draw(), wastesim.CLASSES)
-    else:
-        message = f"{config.dataset} is drawn by the prepare stage; there are no files to check"
-        raise ConfigError("prepare.dataset", message, actual=config.dataset)
-    if not pairs:
-        raise DataError(root, f"holds no images with masks{where}")
-    for path in (path for pair in pairs for path in (pair.image, pair.mask)):
-        try:
-            str(path).encode()
-        except UnicodeEncodeError:
-            raise DataError(
-                root,
-                f"the name {path.name!r} is not in UTF-8, as manifests and stores are; "
-                "rename the file",
-            ) from None
-    kept = keep_train_fraction(pairs, config.train_fraction, seed)
-    unlabelled = find_unlabelled(config, pairs, kept)
-    return replace(layout, pairs=select_fold(kept, config.fold, seed), unlabelled=unlabelled)
 
 
 def inspect(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from stages.common.errors import DataError
 from stages.data.images import IMAGE_SUFFIXES, MASK_SUFFIXES
-from stages.data.manifest import Classes, Pair
+from stages.data.manifest import SPLITS, Classes, Pair
 from stages.datasets.findings import Finding
+
+NAME, FILE = "{name}", "{file}"  # of an image, in prepare.mask_pattern
+Convert = Callable[[Pair], "np.ndarray | None"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class DatasetLayout:
 
     pairs: list[Pair]
     classes: Classes
-    convert: Callable[[Pair], np.ndarray | None] | None = None
+    convert: Convert | None = None
     findings: Sequence[Finding] = ()
     unlabelled: Sequence[tuple[str, Path]] = ()
 
@@ -126,30 +131,88 @@ def pairs_by_suffix(
     ]
 
 
-def pairs_by_stem(images: Path, masks: Path, split: str, prefix: str = "") -> list[Pair]:
-    """Pair files of two folders by their stems, whatever their formats.
+def pairs_by_stem(
+    images: Path, masks: Path, split: str, prefix: str = "", pattern: str = NAME
+) -> list[Pair]:
+    """Pair files of two folders by their names, whatever their formats.
 
-    A missing partner is reported when the pair is checked.
+    A missing partner is reported when the pair is checked. The folder of the masks may be that of
+    the images.
+
+    Parameters
+    ----------
+    images, masks
+        Folders of the images and the masks.
+    split
+        ``train``, ``val`` or ``test``.
+    prefix
+        Begin of the ids; the rest is the image's name without its suffix.
+    pattern
+        Name of the mask without its suffix: ``{name}`` stands for the image's name without its
+        suffix, ``{file}`` for the name with it. Other files among the masks are left out.
 
     Raises
     ------
     DataError
-        When a folder is missing, or two files of a folder share a stem.
+        When a folder is missing, two files of a folder share a stem, or masks are missing that
+        another pattern finds.
     """
     for folder, content in ((images, "images"), (masks, "masks")):
         if not folder.is_dir():
             raise DataError(folder, f"there is no such folder; put the {content} there")
     image_files = files_by_stem(images, IMAGE_SUFFIXES)
     mask_files = files_by_stem(masks, MASK_SUFFIXES)
+    expression = re.escape(pattern).replace(re.escape(NAME), "(?P<name>.+)")
+    expression = expression.replace(re.escape(FILE), "(?P<name>.+)[.][^.]+")
+    names = {
+        stem: found["name"] for stem in mask_files if (found := re.fullmatch(expression, stem))
+    }
+    if images == masks:  # the masks are no images
+        image_files = {stem: file for stem, file in image_files.items() if stem not in names}
+    wanted = {stem: mask_name(pattern, file) for stem, file in image_files.items()}
+    _check_pattern(masks, image_files, mask_files, wanted, pattern)
+    wanted = {**{name: stem for stem, name in names.items()}, **wanted}
     return [
         Pair(
-            prefix + stem,
-            image_files.get(stem, images / f"{stem}.jpg"),
+            prefix + name,
+            image_files.get(name, images / f"{name}.jpg"),
             mask_files.get(stem, masks / f"{stem}.png"),
             split,
         )
-        for stem in sorted({*image_files, *mask_files})
+        for name, stem in sorted(wanted.items())
     ]
+
+
+def mask_name(pattern: str, image: Path) -> str:
+    """Return the name, without its suffix, that a pattern gives the mask of an image."""
+    return pattern.replace(NAME, image.stem).replace(FILE, image.name)
+
+
+def _check_pattern(
+    folder: Path,
+    images: Mapping[str, Path],
+    masks: Mapping[str, Path],
+    wanted: Mapping[str, str],
+    pattern: str,
+) -> None:
+    """Refuse a pattern by which masks are missing that another pattern finds; name the other."""
+    missing = [stem for stem in images if wanted[stem] not in masks]
+    others: Counter[str] = Counter()
+    for stem in missing[:20]:  # some are enough to see a pattern
+        part, sign = (images[stem].name, FILE), (stem, NAME)
+        others.update(
+            mask.replace(*(part if part[0] in mask else sign), 1) for mask in masks if stem in mask
+        )
+    other = max(others, key=lambda name: (others[name], -len(name)), default=pattern)
+    found = sum(mask_name(other, image) in masks for image in images.values())
+    if 2 * found > len(images) and found > len(images) - len(missing):
+        raise DataError(
+            folder,
+            f"{len(missing)} of {len(images)} images have no mask named {pattern}, and {found} "
+            f"have one named {other}; set prepare.mask_pattern to '{other}'",
+            expected=pattern,
+            actual=other,
+        )
 
 
 def files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
@@ -170,3 +233,57 @@ def files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
                     f"has the same id ({file.stem}) as {other.name}; rename one of them",
                 )
     return files
+
+
+def file_of_stem(folder: Path, stem: str, suffixes: tuple[str, ...]) -> Path:
+    """Return the file of a folder with this stem; one with the first suffix if there is none."""
+    files = [folder / f"{stem}{suffix}" for suffix in suffixes]
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def first_file(folders: Sequence[Path], name: str) -> Path:
+    """Return the first existing file of a name below these folders, else the first place.
+
+    Where a tool wrote a path of its own machine, only the last part of the name is looked for.
+    """
+    name = name.replace("\\", "/")
+    places = [folder / part for folder in folders for part in (name, PurePosixPath(name).name)]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def image_id(name: str) -> str:
+    """Return an image's name without its suffix, with its folders where they are below the root."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+        path = PurePosixPath(path.name)
+    return path.with_suffix("").as_posix()
+
+
+def split_of_subset(name: str, path: Path, split: str) -> str:
+    """Return the split that a tool's subset, or a folder, is named after.
+
+    Parameters
+    ----------
+    name
+        Such as ``Train``, ``valid`` or ``val2017``; any with a random split.
+    path
+        For the error message.
+    split
+        ``prepare.split``; a random split divides all subsets anew.
+
+    Raises
+    ------
+    DataError
+        When it is named after none.
+    """
+    found = next((split for split in SPLITS if name.lower().startswith(split)), None)
+    if found is None and split != "random":
+        where = f"the subset {name!r}" if name else "images outside of subsets"
+        raise DataError(
+            path,
+            f"has {where}, expected subsets named train, val and test; set prepare.split to "
+            "random to divide all images",
+            expected=SPLITS,
+            actual=name,
+        )
+    return found or "train"

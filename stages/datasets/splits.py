@@ -43,8 +43,21 @@ def random_split(ids: Sequence[str], ratios: Sequence[float], seed: int) -> dict
     Thesis section 4.1 uses 0.7, 0.15, 0.15. The result depends on the set of ids and the seed,
     not on their order.
     """
-    train, val = round(len(ids) * ratios[0]), round(len(ids) * ratios[1])
-    return _deal(ids, {"train": train, "val": val, "test": len(ids) - train - val}, seed)
+    return _deal(ids, split_counts(len(ids), ratios), seed)
+
+
+def split_counts(images: int, ratios: Sequence[float]) -> dict[str, int]:
+    """Divide a number of images among the splits by the fractions ``ratios``.
+
+    Of three images or more, every split whose fraction is above 0 has at least one.
+    """
+    train, val = round(images * ratios[0]), round(images * ratios[1])
+    counts = {"train": train, "val": val, "test": images - train - val}
+    for name, ratio in zip(counts, ratios, strict=True):
+        while counts[name] < 1 and ratio > 0 and images >= len(counts):
+            counts[name] += 1
+            counts[max(counts, key=lambda other: counts[other])] -= 1
+    return counts
 
 
 def halve(ids: Sequence[str], seed: int) -> dict[str, str]:

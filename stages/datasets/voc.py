@@ -15,6 +15,7 @@ from stages.common.errors import DataError
 from stages.data.images import VOID, read_bytes, readable
 from stages.data.manifest import Classes, Pair
 from stages.datasets.config import PrepareConfig
+from stages.datasets.id_lists import LISTS, listed_pair, read_ids
 from stages.datasets.layout import Archive, DatasetLayout
 from stages.datasets.palette import bit_colour
 
@@ -48,21 +49,22 @@ def find(root: Path, config: PrepareConfig) -> DatasetLayout:
     DataError
         When a list is missing or names an id twice.
     """
-    lists = root / "ImageSets" / "Segmentation"
+    lists = root / LISTS
     if config.split == "random":
-        splits = dict.fromkeys(_read_list(lists / "trainval.txt"), "train")
+        files = read_ids(lists / "trainval.txt")
+        splits = dict.fromkeys(files, "train")
     else:
-        train, held_out = _read_list(lists / "train.txt"), _read_list(lists / "val.txt")
-        both = set(train) & set(held_out)
+        train, held_out = read_ids(lists / "train.txt"), read_ids(lists / "val.txt")
+        both = train.keys() & held_out.keys()
         if both:
             raise DataError(
                 lists,
                 f"id {min(both)} is listed twice, in train.txt and in val.txt; remove one of them",
                 actual=min(both),
             )
+        files = {**train, **held_out}
         splits = {**dict.fromkeys(train, "train"), **dict.fromkeys(held_out, "val")}
-    images, masks = root / "JPEGImages", root / "SegmentationClass"
-    pairs = [Pair(id, images / f"{id}.jpg", masks / f"{id}.png", splits[id]) for id in splits]
+    pairs = [listed_pair(root, id, files[id], splits[id]) for id in files]
     if config.split == "sbd":
         pairs += _sbd_pairs(root / SBD, known=set(splits))
     pairs.sort(key=lambda pair: pair.id)
@@ -92,7 +94,7 @@ def _sbd_pairs(folder: Path, *, known: set[str]) -> list[Pair]:
     if not folder.is_dir():
         remedy = "unpack SBD's benchmark.tgz into prepare.root, or add --download"
         raise DataError(folder, f"there is no such folder, which split sbd needs; {remedy}")
-    ids = {*_read_list(folder / "train.txt"), *_read_list(folder / "val.txt")} - known
+    ids = {*read_ids(folder / "train.txt"), *read_ids(folder / "val.txt")} - known
     return [
         Pair(id, folder / "img" / f"{id}.jpg", folder / "cls" / f"{id}.mat", "train") for id in ids
     ]
@@ -116,21 +118,3 @@ def _convert(pair: Pair) -> np.ndarray | None:
             actual=actual,
         )
     return mask.astype(np.uint8)
-
-
-def _read_list(path: Path) -> list[str]:
-    try:
-        ids = path.read_text(encoding="utf-8").split()
-    except OSError as error:
-        raise DataError(
-            path, f"this id list cannot be read ({error.strerror}); is prepare.root a VOC folder?"
-        ) from error
-    if len(set(ids)) < len(ids):
-        twice = next(id for id in ids if ids.count(id) > 1)
-        raise DataError(
-            path,
-            f"id {twice} is listed twice; remove one of them",
-            expected="unique ids",
-            actual=twice,
-        )
-    return ids

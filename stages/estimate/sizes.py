@@ -14,6 +14,7 @@ from featurestore.dataset import names_of
 from stages.augment.base import VariantConfig
 from stages.augment.featuregan import FeatureGANConfig
 from stages.augment.registry import CombinedConfig
+from stages.datasets.splits import split_counts
 from stages.estimate.step_cost import ADAM, Cost
 
 EXACT = ("none", "int8")  # layouts whose size does not depend on the values
@@ -50,9 +51,8 @@ TRAINED = "trained backbone"  # a kind of step, beside the decoder's
 
 def split_sizes(images: int, ratios: Sequence[float], train_fraction: float) -> dict[str, int]:
     """Divide a number of images among the splits, as the prepare stage does at random."""
-    train, val = round(images * ratios[0]), round(images * ratios[1])
-    kept = math.ceil(round(train_fraction * train, 6))
-    return {"train": kept, "val": val, "test": images - train - val}
+    counts = split_counts(images, ratios)
+    return {**counts, "train": math.ceil(round(train_fraction * counts["train"], 6))}
 
 
 def store_rows(spec: StoreSpec, views: int, images: Mapping[str, int]) -> list[StoreRow]:

@@ -15,10 +15,10 @@ from PIL import Image
 from stages.common.errors import ConfigError, DataError
 from stages.data.manifest import Pair, read_manifest
 from stages.data.masks import decode_mask
-from stages.datasets import ade20k, camvid, cityscapes, coco_instances, coco_stuff, voc
+from stages.datasets import ade20k, camvid, cityscapes, coco_objects, coco_stuff, voc
+from stages.datasets.catalogue import DATASETS
 from stages.datasets.config import Name
 from stages.datasets.palette import bit_colour
-from stages.prepare import DATASETS
 from tests.factories import (
     SIDE,
     extract,
@@ -67,7 +67,7 @@ def splits(masks: dict[str, tuple[str, np.ndarray]]) -> list[str]:
 
 
 def test_every_name_has_its_module() -> None:
-    assert {"wastesim", *DATASETS} == set(Name.__args__)
+    assert {"auto", "wastesim", *DATASETS} == set(Name.__args__)
     for module in DATASETS.values():
         assert isinstance(module.WHERE, str)
         assert callable(module.find)
@@ -502,12 +502,16 @@ def test_bad_files_of_coco_instances_are_named(
             "an entry lacks 4, or names one",
         ),
         (
-            lambda content: content["annotations"][0].update(segmentation=[[1, 2]]),
+            lambda content: content["annotations"][0].update(segmentation=[[1, 2, 3, 4, 5, 6, 7]]),
+            "the shape of annotation 20 of 000000000002 cannot be drawn .*7 numbers",
+        ),
+        (
+            lambda content: content["annotations"][0].update(segmentation={"size": [64, 64]}),
             "the shape of annotation 20 of 000000000002 cannot be drawn",
         ),
         (
-            lambda content: content["annotations"][0].pop("segmentation"),
-            "the shape of annotation 20 of 000000000002 cannot be drawn",
+            lambda content: [each.pop("segmentation") for each in content["annotations"]],
+            "no annotation has an outline; export polygons or masks",
         ),
         (
             lambda content: content["annotations"][0].update(
@@ -552,10 +556,11 @@ def test_compressed_run_lengths_are_drawn() -> None:
         runs(np.ones((6, 5), np.uint8)),
     ]
     drawn = [
-        coco_instances.draw(
+        coco_objects.draw(
             [{"segmentation": shape, "index": 1}],
             (6, 5),
             Pair("a", Path("a.jpg"), Path("a.json"), "train"),
+            crowd_is_void=True,
         )
         for shape in shapes
     ]

@@ -207,6 +207,22 @@ def test_random_split_has_the_thesis_fractions_and_ignores_the_order_of_ids() ->
     assert sorted(halve(ids[:5], 0).values()) == ["test", "test", "val", "val", "val"]
 
 
+@pytest.mark.parametrize(
+    ("images", "ratios", "counts"),
+    [
+        (3, (0.7, 0.15, 0.15), (1, 1, 1)),
+        (5, (0.7, 0.15, 0.15), (3, 1, 1)),
+        (7, (0.7, 0.15, 0.15), (5, 1, 1)),
+        (4, (0.5, 0.5, 0.0), (2, 2, 0)),
+    ],
+)
+def test_a_random_split_of_few_images_leaves_no_split_empty(
+    images: int, ratios: tuple[float, ...], counts: tuple[int, ...]
+) -> None:
+    splits = list(random_split([f"{number}" for number in range(images)], ratios, 0).values())
+    assert tuple(splits.count(name) for name in ("train", "val", "test")) == counts
+
+
 @pytest.mark.parametrize("rule", ["stretch", "pad", "crop"])
 def test_resize_rules(rule: str) -> None:
     image = np.zeros((40, 80, 3), np.uint8)
