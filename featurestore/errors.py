@@ -17,7 +17,10 @@ class OneLineError(Exception):
     def __init__(
         self, place: object, message: str, *, expected: object = None, actual: object = None
     ) -> None:
-        super().__init__(f"{place}: {message}")
+        text = (
+            f"{place}: {message}"  # may quote a file from anywhere: no line break, no escape code
+        )
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
         self.expected = expected
         self.actual = actual
 

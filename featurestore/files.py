@@ -75,6 +75,19 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def renew_folder(path: Path) -> None:
+    """Make an empty folder in place of what is at ``path``; a link is replaced, not followed.
+
+    Raises
+    ------
+    StoreWriteError
+        When the file system does not allow it.
+    """
+    with writing(path):
+        _remove(path)
+        path.mkdir(parents=True)
+
+
 def move_into_place(source: Path, target: Path, *, leave_behind: str = "") -> None:
     """Rename a finished folder to its final name; across file systems, copy it first.
 

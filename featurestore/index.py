@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,6 +46,25 @@ class Index:
     shards: tuple[ShardRecord, ...]
     statistics: Statistics
 
+    def __post_init__(self) -> None:
+        """Refuse what no writer makes.
+
+        Raises
+        ------
+        ValueError, TypeError
+            When shards or statistics do not fit the spec or each other.
+        """
+        names = [f"shard-{number:05d}.h5" for number in range(len(self.shards))]
+        if not names or [shard.file for shard in self.shards] != names:
+            raise ValueError("the shards are not shard-00000.h5 and so on")
+        for shard in self.shards:
+            if {type(shard.samples), type(shard.bytes)} != {int} or shard.samples < 1:
+                raise ValueError(f"{shard.file} has no number of samples or bytes")
+            if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+                raise ValueError(f"{shard.file} has no sha256")
+            self.spec.check_size(shard.samples, shard.bytes)
+        self.statistics.check(self.spec, sum(shard.samples for shard in self.shards))
+
     def to_text(self) -> str:
         """Return the only text that stands for this index: canonical, with a digest of itself."""
         body: dict[str, object] = {
@@ -84,11 +103,6 @@ def read_index(folder: Path) -> Index:
             shards=tuple(ShardRecord(**record) for record in body["shards"]),
             statistics=Statistics.from_dict(body["statistics"]),
         )
-        if any(
-            os.path.basename(shard.file) != shard.file or min(shard.samples, shard.bytes) < 1
-            for shard in index.shards
-        ):
-            raise ValueError("a shard record is out of range")
         intact = index.to_text().encode() == raw
     except OSError as error:
         raise IncompleteStoreError(
@@ -100,7 +114,7 @@ def read_index(folder: Path) -> Index:
         TypeError,
         AttributeError,
         RecursionError,
-        OverflowError,
+        ArithmeticError,
     ) as error:
         reason = f"{type(error).__name__}: {error}"
         raise IncompleteStoreError(

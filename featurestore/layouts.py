@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 from typing_extensions import override
 
+from featurestore.bitshuffle import LARGEST_RATIO, check_frame
 from featurestore.float16 import as_float32
 
 FEATURES, MASKS, IMAGES = "features", "masks", "images"
@@ -46,8 +47,8 @@ class Layout:
         Names of the datasets that are read from the memory map as they are.
     mapped
         Whether the file is mapped; otherwise its datasets are read through h5py.
-    exact_size
-        Whether :attr:`sample_bytes` is exact.
+    largest_ratio
+        Most bytes of a sample for one byte in the file; 1: :attr:`sample_bytes` is exact.
     """
 
     shape: tuple[int, int, int]
@@ -56,7 +57,7 @@ class Layout:
 
     in_place: ClassVar[tuple[str, ...]] = (FEATURES, MASKS, IMAGES)
     mapped: ClassVar[bool] = True
-    exact_size: ClassVar[bool] = True
+    largest_ratio: ClassVar[int] = 1
 
     @property
     def sample_bytes(self) -> int:
@@ -72,8 +73,11 @@ class Layout:
         """Return h5py's ``create_dataset`` options for rows of a shape."""
         return {}
 
-    def expected_datasets(self, file: h5py.File, count: int) -> Rows:
-        """Return shape and type of each dataset of features in an open shard of N samples."""
+    def expected_datasets(self, mapped: Callable[[str], np.ndarray], count: int) -> Rows:
+        """Return shape and type of each dataset of features in a shard of ``count`` samples.
+
+        ``mapped`` returns a contiguous dataset of the shard.
+        """
         return {name: ((count, *shape), dtype) for name, (shape, dtype) in self.rows.items()}
 
     def encode(self, features: np.ndarray) -> dict[str, np.ndarray]:
@@ -113,7 +117,7 @@ class PackedZeros(Layout):
     """
 
     in_place = (MASKS, IMAGES)
-    exact_size = False
+    largest_ratio = 32  # a bit for a value of 4 bytes
 
     @property
     @override
@@ -121,10 +125,10 @@ class PackedZeros(Layout):
         return {BITS: ((-(-math.prod(self.shape) // 8),), "uint8")}
 
     @override
-    def expected_datasets(self, file: h5py.File, count: int) -> Rows:
-        total = int(file[STARTS][-1])
+    def expected_datasets(self, mapped: Callable[[str], np.ndarray], count: int) -> Rows:
+        total = int(mapped(STARTS)[-1])
         packed: Rows = {STARTS: ((count + 1,), "int64"), VALUES: ((total,), self.dtype)}
-        return super().expected_datasets(file, count) | packed
+        return super().expected_datasets(mapped, count) | packed
 
     @override
     def encode(self, features: np.ndarray) -> dict[str, np.ndarray]:
@@ -152,7 +156,7 @@ class Lz4(Layout):
     codec: ClassVar[Literal["lz4", "zstd"]] = "lz4"
     in_place = ()
     mapped = False
-    exact_size = False
+    largest_ratio = LARGEST_RATIO
 
     @override
     def storage_options(self, shape: tuple[int, ...]) -> dict[str, object]:
@@ -162,10 +166,17 @@ class Lz4(Layout):
         return {"chunks": (1, *shape), "compression": compression, "fletcher32": True}
 
     @override
-    def expected_datasets(self, file: h5py.File, count: int) -> Rows:
+    def expected_datasets(self, mapped: Callable[[str], np.ndarray], count: int) -> Rows:
         import hdf5plugin  # noqa: F401  (registers the filter with HDF5)
 
-        return super().expected_datasets(file, count)
+        return super().expected_datasets(mapped, count)
+
+    @override
+    def decode(
+        self, arrays: Mapping[str, h5py.Dataset], name: str, row: int, out: np.ndarray
+    ) -> None:
+        check_frame(arrays[name], row)
+        super().decode(arrays, name, row, out)
 
 
 class Zstd(Lz4):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -148,6 +148,19 @@ class StoreSpec:
             ),
             (colours == classes, f"{classes} classes but {colours} colours in the palette"),
             (
+                all(0 <= channel <= 255 for colour in self.palette for channel in colour),
+                "a colour of the palette is not in 0..255",
+            ),
+            (
+                len(set(self.layer_names)) == len(self.layer_names) == len(self.layer_shapes),
+                f"layer_names {self.layer_names} and layer_shapes {self.layer_shapes} must be a"
+                " name and a shape of each layer",
+            ),
+            (
+                self.output_stride >= 1,
+                f"output_stride must be a positive number, not {self.output_stride}",
+            ),
+            (
                 self.void_index == VOID,
                 f"void_index must be {VOID}, not {self.void_index};"
                 " change the masks' values before storing them",
@@ -232,7 +245,19 @@ class StoreSpec:
     @property
     def exact_size(self) -> bool:
         """Whether :attr:`sample_bytes` is exact."""
-        return LAYOUTS[self.compression].exact_size
+        return LAYOUTS[self.compression].largest_ratio == 1
+
+    def check_size(self, samples: int, size: int) -> None:
+        """Refuse a shard that says it unpacks to more than its bytes can hold.
+
+        Raises
+        ------
+        ValueError
+            When ``samples`` samples need more than ``size`` bytes.
+        """
+        claimed = samples * self.sample_bytes
+        if claimed > size * LAYOUTS[self.compression].largest_ratio:
+            raise ValueError(f"{size} bytes cannot hold {samples} samples of {claimed} bytes")
 
     def row(self, name: str) -> tuple[tuple[int, ...], str]:
         """Return shape and type of a sample's row in a dataset, as read.
@@ -340,9 +365,13 @@ class StoreSpec:
         Raises
         ------
         ValueError, TypeError
-            For unknown or missing keys and for values out of range.
+            For unknown or missing keys and for values of another type or out of range.
         """
-        return cls(**{key: _as_tuple(value) for key, value in values.items()})
+        fields = {key: _as_tuple(value) for key, value in values.items()}
+        for key, kind in get_type_hints(cls).items():
+            if key in fields and not _is_of(fields[key], kind):
+                raise TypeError(f"{key} is {fields[key]!r:.80}, which is no {kind}")
+        return cls(**fields)
 
     def to_attributes(self) -> dict[str, object]:
         """Return the spec as HDF5 attributes: numbers, text and arrays that any HDF5 tool shows."""
@@ -366,11 +395,9 @@ class StoreSpec:
         fields = {field.name for field in dataclasses.fields(cls)}
         names = fields - (set(OPTIONAL) - attributes.keys())
         values = {name: _as_tuple(np.asarray(attributes[name]).tolist()) for name in names}
-        for key in TEXTS & values.keys():
-            values[key] = tuple(name.decode() for name in values[key])
         for name in ("nonnegative", "has_images", "native_strides"):
             values[name] = bool(values.get(name))
-        return cls(**values)
+        return cls.from_dict(values)
 
 
 def check_version(version: object, path: Path) -> None:
@@ -402,4 +429,16 @@ def fingerprint(**values: object) -> str:
 
 
 def _as_tuple(value: Any) -> Any:
+    value = value.decode() if isinstance(value, bytes) else value
     return tuple(map(_as_tuple, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Return whether a value is of a field's type, such as ``tuple[str, ...]``."""
+    if get_origin(kind) is not tuple:
+        return type(value) is kind or (kind is float and type(value) is int)
+    kinds = get_args(kind)
+    if not isinstance(value, tuple):
+        return False
+    kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+    return len(value) == len(kinds) and all(map(_is_of, value, kinds))

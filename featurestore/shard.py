@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 from typing_extensions import Buffer, override
 
+from featurestore.bitshuffle import check_filters
 from featurestore.copying import take_rows
 from featurestore.errors import (
     FeatureStoreError,
@@ -21,7 +22,9 @@ from featurestore.errors import (
     StoreReadError,
 )
 from featurestore.files import file_sha256, sync
+from featurestore.hdf5 import find_dataset, map_dataset
 from featurestore.index import ShardRecord
+from featurestore.layers import Layer
 from featurestore.layouts import STARTS, VALUES, Layout, Rows
 from featurestore.prepared_sample import PreparedSample
 from featurestore.schema import IDS, VIEWS, StoreSpec, check_version
@@ -77,37 +80,56 @@ class Shard:
 
     def _open(self) -> None:
         with ExitStack() as stack:
-            file = stack.enter_context(h5py.File(self.path, "r"))
+            # Nothing changes a shard: no lock is needed, and some disks have none.
+            file = stack.enter_context(h5py.File(self.path, "r", locking=False))
             check_version(int(file.attrs["format_version"]), self.path)
             self.spec = StoreSpec.from_attributes(file.attrs)
-            self.ids = [text.decode() for text in file[IDS][()].tolist()]
-            self.views = [text.decode() for text in file[VIEWS][()].tolist()]
+            content = np.asarray(np.memmap(self.path, np.uint8, "r"))
+
+            def mapped(name: str) -> np.ndarray:
+                return map_dataset(content, find_dataset(file, name))
+
+            self.ids, self.views = (self._texts(name, mapped(name)) for name in (IDS, VIEWS))
             count = len(self.ids)
             if len(self.views) != count:
                 raise self._differs(VIEWS, len(self.views), count)
+            self.spec.check_size(count, content.size)
             self._layouts = self.spec.layouts
             self._pixel_layout = next(iter(self._layouts.values()))
             expected: Rows = {}
             for name in self.spec.pixel_names:
                 shape, dtype = self.spec.row(name)
                 expected[name] = ((count, *shape), dtype)
-            for group, layout in self._layouts.items():
-                for name, row in layout.expected_datasets(file[group or "/"], count).items():
-                    expected[f"{group}/{name}".lstrip("/")] = row
+            for layer in self.spec.layers:
+
+                def in_layer(name: str, layer: Layer = layer) -> np.ndarray:
+                    return mapped(layer.dataset(name))
+
+                rows = self._layouts[layer.group].expected_datasets(in_layer, count)
+                expected |= {layer.dataset(name): row for name, row in rows.items()}
+            arrays: dict[str, h5py.Dataset] = {}
             for name, (shape, dtype) in expected.items():
-                if (file[name].shape, file[name].dtype) != (shape, np.dtype(dtype)):
-                    actual = f"{file[name].dtype} {file[name].shape}"
+                dataset = find_dataset(file, name, chunked=not self._pixel_layout.mapped)
+                if (dataset.shape, dataset.dtype) != (shape, np.dtype(dtype)):
+                    actual = f"{dataset.dtype} {dataset.shape}"
                     raise self._differs(name, actual, f"{dtype} {shape}")
-            arrays: dict[str, h5py.Dataset] = {name: file[name] for name in expected}
-            if self._pixel_layout.mapped:
-                content = np.asarray(np.memmap(self.path, np.uint8, "r"))
-                arrays = {name: _map(content, file[name]) for name in expected}
-            else:
+                if self._pixel_layout.mapped:
+                    arrays[name] = map_dataset(content, dataset)
+                else:
+                    check_filters(dataset, self.spec.compression)
+                    arrays[name] = dataset
+            if not self._pixel_layout.mapped:
                 stack.pop_all()  # h5py reads the datasets while the file is open
             self._arrays: dict[str, dict[str, h5py.Dataset]] = {}  # by group and name
             for path, array in arrays.items():
                 group, _, name = path.rpartition("/")
                 self._arrays.setdefault(group, {})[name] = array
+
+    def _texts(self, name: str, values: np.ndarray) -> list[str]:
+        """Decode the texts of ``ids`` or ``views``."""
+        if values.dtype.kind != "S" or values.ndim != 1 or not values.size:
+            raise self._differs(name, f"{values.dtype} {values.shape}", "a list of texts")
+        return [text.decode() for text in values.tolist()]
 
     def _differs(self, name: str, actual: object, expected: object) -> ShardCorruptError:
         return ShardCorruptError(
@@ -183,18 +205,6 @@ class Shard:
                 f"row {row} of {name!r} cannot be decoded ({error}); write the store again",
                 path=self.path,
             ) from error
-
-
-def _map(content: np.ndarray, dataset: h5py.Dataset) -> np.ndarray:
-    """Find a contiguous dataset's values in the memory map of the file.
-
-    Raises
-    ------
-    TypeError
-        When the dataset has no place in the file, or reaches past its end.
-    """
-    offset = dataset.id.get_offset() if dataset.size else 0
-    return np.ndarray(dataset.shape, dataset.dtype, content, offset)
 
 
 def read_error(path: Path, error: OSError) -> StoreReadError:

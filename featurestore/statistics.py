@@ -82,6 +82,23 @@ class Statistics:
         classes = np.zeros(spec.num_classes, np.int64)
         return cls(0, channels, channels, channels, channels, classes, classes, 0)
 
+    def check(self, spec: StoreSpec, samples: int) -> None:
+        """Refuse statistics that are not those of ``samples`` samples of a spec.
+
+        Raises
+        ------
+        ValueError
+            When a number or length differs, or a value is not finite or negative where none is.
+        """
+        channels = sum(layer.shape[0] for layer in spec.layers)
+        lengths = {name: channels if name in PER_CHANNEL else spec.num_classes for name in ARRAYS}
+        wrong = [name for name, length in lengths.items() if getattr(self, name).shape != (length,)]
+        arrays = [getattr(self, name) for name in ARRAYS]
+        if wrong or self.count != samples or not all(np.isfinite(array).all() for array in arrays):
+            raise ValueError(f"statistics of {samples} samples are damaged")
+        if min(self.variance.min(), self.class_pixels.min(), self.class_samples.min()) < 0:
+            raise ValueError("statistics have a negative variance or count")
+
     def at(self, channels: np.ndarray) -> Statistics:
         """Return the statistics of the stored channels at (C,) int64 positions, in that order."""
         arrays = {name: getattr(self, name)[channels] for name in PER_CHANNEL}

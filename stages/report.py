@@ -129,7 +129,8 @@ def run(
     rows = tables.compare(results, config.headline_classes, block_length=config.block_length)
     text = tables.as_text(rows)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "comparison.txt").write_text(text + "\n", encoding="utf-8")
+    # Each file is a new one: DVC may have linked the old one to its cache.
+    write_atomically(out / "comparison.txt", f"{text}\n".encode())
     accelerator = make_accelerator(device, "no")
     train, test = featurestore.open(features / "train"), featurestore.open(features / "test")
     template = resources.files("stages.reporting").joinpath("report.html")
@@ -148,7 +149,7 @@ def run(
         # Without a GAN, as after `choose` where it did not help, its parts are left out.
         **(_generated(config, train, gan, accelerator.device) if gan.is_dir() else {}),
     )
-    write_atomically(out / "index.html", page.encode())  # a new file: DVC may link the old one
+    write_atomically(out / "index.html", page.encode())
     return text
 
 
@@ -156,8 +157,9 @@ def _tables(rows: Sequence[tables.Row], by_class: pd.DataFrame, out: Path) -> di
     """Write the tables, and prepare those of the page."""
     write_json(out / "comparison.json", rows)
     write_json(out / "metrics.json", {row["variant"]: tables.headline(row) for row in rows})
-    tables.flat(rows).to_csv(out / "comparison.csv", index=False, float_format="%.4f")
-    by_class.to_csv(out / "per_class.csv", float_format="%.4f")
+    flat = tables.flat(rows).to_csv(index=False, float_format="%.4f")
+    write_atomically(out / "comparison.csv", flat.encode())
+    write_atomically(out / "per_class.csv", by_class.to_csv(float_format="%.4f").encode())
     return {
         "differences": charts.differences(rows),
         "headings": tables.HEADINGS,
@@ -181,7 +183,7 @@ def _curves(compared: CompareConfig, metrics: Path, out: Path) -> dict[str, obje
     for kind in ("", "unlabelled_", "gan_"):  # a file for each list that dvc.yaml plots
         names = getattr(compared, f"{kind}variants")
         file = out / f"val_miou{f'_{kind}'.rstrip('_')}.csv"
-        miou[list(names)].to_csv(file, float_format="%.4f")
+        write_atomically(file, miou[list(names)].to_csv(float_format="%.4f").encode())
     first = {name: seeds[0] for name, seeds in runs.items()}
     joint = {name: curves for name, curves in first.items() if trained_gan(curves)}
     by_run = {name: charts.gan_curves(gan, curves) for name, curves in joint.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from featurestore import FeatureStore, SpecMismatchError, StoreSpec
 from featurestore.dataset import Batch, FeatureLoader
-from featurestore.files import file_sha256
+from featurestore.files import file_sha256, renew_folder
 from stages.augment.base import (
     FOR_TRANSFORMS,
     Augmented,
@@ -390,8 +389,7 @@ def evaluate_and_save(
     by_image = evaluate_images(accelerator, decoder, source.evaluated(test), store)
     scores = score(total(by_image.values(), spec.num_classes), spec.class_names)
     if main:
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
+        renew_folder(out)
         save_networks(networks, out)
         settings = {
             "architecture": describe(config, spec),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +11,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from featurestore import FeatureStore, SpecMismatchError
+from featurestore.files import renew_folder
 from stages.common.config import Beta, Config, LayerName, Listed, Once, Seed
 from stages.common.errors import ConfigError
 from stages.common.runtime import Machine, Precision, seed_everything, verify_stores
@@ -301,8 +301,7 @@ def run(
 
     state = trainer.state_dict()  # in all processes: sharded weights are gathered
     if accelerator.is_main_process:
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
+        renew_folder(out)
         save_weights(untrained, out / "generator-initial.safetensors")
         trained_on = {"store": store.fingerprint, "features": store.spec.to_dict()}
         save_gan(out, state, {"architecture": architecture, "training": settings, **trained_on})

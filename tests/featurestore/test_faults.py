@@ -199,48 +199,6 @@ def test_a_file_cut_anywhere_is_refused_on_opening(tmp_path: Path) -> None:
     featurestore.open(store.path).verify()
 
 
-FUZZ = """
-import random, sys
-from pathlib import Path
-import featurestore
-shard, seed, times = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-good, rng = shard.read_bytes(), random.Random(seed)
-for _ in range(times):
-    damaged = bytearray(good)
-    for _ in range(rng.choice([1, 2, 8])):
-        # HDF5's own structures are in the first pages and at the end.
-        first, any, last = rng.randrange(4096), rng.randrange(len(good)), rng.randrange(1, 2049)
-        damaged[rng.choice([first, any, -last])] = rng.randrange(256)
-    shard.write_bytes(damaged[: rng.choice([len(good), len(good), rng.randrange(len(good))])])
-    try:
-        for _ in featurestore.open(shard):
-            pass
-    except featurestore.FeatureStoreError:
-        pass
-print("survived", times)
-"""
-
-
-@pytest.mark.parametrize("compression", ["none", "zeros", "lz4", "int8"])
-@pytest.mark.medium
-def test_reading_a_damaged_single_shard_never_crashes(tmp_path: Path, compression: str) -> None:
-    """Without a hash, damage gives wrong numbers or a FeatureStoreError, and no crash."""
-    store = write(tmp_path / "store", 3, spec=dataclasses.replace(SPEC, compression=compression))
-    command = [
-        sys.executable,
-        "-c",
-        FUZZ,
-        str(store.folder / "shard-00000.h5"),
-        "3",
-        str(150 * TIMES),
-    ]
-    result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=60 * (1 + TIMES), check=False
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout == f"survived {150 * TIMES}\n"
-
-
 JSON = st.recursive(
     st.none() | st.integers() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),

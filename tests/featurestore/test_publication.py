@@ -24,7 +24,7 @@ from featurestore import (
     StoreWriteError,
 )
 from featurestore.disk_space import check_disk_space
-from featurestore.files import atomic_file, write_atomically
+from featurestore.files import atomic_file, renew_folder, write_atomically
 from featurestore.writer import clear_after_publication
 from tests.factories import SPEC, interrupted, sample, write
 from tests.imports import ROOT
@@ -221,6 +221,27 @@ def test_a_store_is_copied_across_file_systems(
     store.verify()
     assert len(store) == 7
     assert names(tmp_path) == ["store"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "file", "link", "broken link"])
+def test_a_renewed_folder_is_empty_and_what_a_link_points_to_is_kept(
+    tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "weights").write_text("kept")
+    target = tmp_path / "models" / "gan"
+    target.parent.mkdir()
+    {
+        "missing": lambda: None,
+        "folder": lambda: shutil.copytree(tmp_path / "elsewhere", target),
+        "file": lambda: target.write_text("old"),
+        "link": lambda: target.symlink_to(tmp_path / "elsewhere"),
+        "broken link": lambda: target.symlink_to(tmp_path / "nowhere"),
+    }[kind]()
+    renew_folder(target)
+    assert not target.is_symlink()
+    assert list(target.iterdir()) == []
+    assert (tmp_path / "elsewhere" / "weights").read_text() == "kept"
 
 
 def test_a_kill_while_a_store_is_copied_keeps_the_old_one(tmp_path: Path) -> None:
