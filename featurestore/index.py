@@ -55,7 +55,7 @@ class Index:
             When shards or statistics do not fit the spec or each other.
         """
         names = [f"shard-{number:05d}.h5" for number in range(len(self.shards))]
-        if not names or [shard.file for shard in self.shards] != names:
+        if [shard.file for shard in self.shards] != names:
             raise ValueError("the shards are not shard-00000.h5 and so on")
         for shard in self.shards:
             if {type(shard.samples), type(shard.bytes)} != {int} or shard.samples < 1:

@@ -168,6 +168,9 @@ def read_pair(pair: Pair, layout: DatasetLayout, config: PrepareConfig) -> ReadP
     DataError
         When a file is missing or damaged, or the two do not fit each other.
     """
+    drawn = pair.mask.suffix.lower() in MASK_SUFFIXES
+    # A fault in a file of outlines is named before a missing image.
+    mask = layout.convert(pair) if layout.convert is not None and not drawn else None
     content = read_bytes(pair.image, "image")
     image = decode_image(
         content,
@@ -177,9 +180,9 @@ def read_pair(pair: Pair, layout: DatasetLayout, config: PrepareConfig) -> ReadP
     )
     # Outlines of annotation files are drawn for the turned image; only mask files may need a turn.
     orientation = orientation_of(content, pair.image)
-    drawn = pair.mask.suffix.lower() in MASK_SUFFIXES
     turn = UPRIGHT.get(orientation) if drawn and config.exif == "ignore" else None
-    mask = layout.convert(pair) if layout.convert is not None else None
+    if layout.convert is not None and drawn:
+        mask = layout.convert(pair)
     converted = mask is not None or turn is not None
     if mask is None:
         classes = layout.classes

@@ -273,7 +273,7 @@ def set_key(keys: list[str | int], value: object, body: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "problem"),
     [
-        (["shards"], [], "the shards are not shard-00000.h5 and so on"),
+        (["shards"], [], "statistics of 0 samples are damaged"),
         (["shards", 0, "file"], "../shard-00000.h5", "the shards are not"),
         (["shards", 1, "file"], "shard-00000.h5", "the shards are not"),
         (["shards", 0, "samples"], 3.0, "no number of samples"),

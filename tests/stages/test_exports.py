@@ -19,8 +19,9 @@ import pytest
 from PIL import Image
 
 from stages.common.errors import ConfigError, DataError
-from stages.data.images import UPRIGHT, decode_image, decode_mask
+from stages.data.images import UPRIGHT, decode_image
 from stages.data.manifest import read_manifest
+from stages.data.masks import decode_mask
 from stages.datasets import coco_export, cvat_xml, labelme
 from stages.datasets.coco_objects import NO_OUTLINE, RINGS
 from stages.datasets.findings import Finding
@@ -601,7 +602,7 @@ def test_tasks_of_cvat_side_by_side(tmp_path: Path) -> None:
             for image in (root / task / "images" / subset).iterdir():
                 image.rename(root / task / "images" / image.name)
         path.write_text(text)
-    summary, read = prepared(root, tmp_path, "cvat-xml", **RANDOM)
+    summary, read = prepared(root, tmp_path, "cvat-xml", copies="warn", **RANDOM)
     assert len(read) == 12
     assert "task 2/c 1" in read
     check_masks(summary, read)
