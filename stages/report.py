@@ -68,7 +68,7 @@ class CompareConfig(Config):
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
         if not self.names:
-            raise ValueError("names no variant; add one to variants")
+            raise ValueError("all lists of variants are empty; name at least one variant")
         return self
 
 

@@ -213,7 +213,7 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, object], str]] = {
     ),
     "nothing to compare": (
         {"compare.variants": [], "compare.gan_variants": []},
-        "compare: variants and gan_variants are both empty; name at least one variant",
+        "compare: all lists of variants are empty; name at least one variant",
     ),
     "a variant with a GAN among those without": (
         {"compare.variants": ["baseline", "featuregan-1x"]},
