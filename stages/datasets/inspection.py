@@ -76,7 +76,7 @@ class Checked:
     turned
         Whether the image has an EXIF orientation.
     doubtful
-        Fraction of the mask's pixels, 0..1, that are probably wrong.
+        Fraction of the mask's pixels, 0..1, that may be wrong.
     """
 
     pair: Pair
@@ -126,8 +126,8 @@ def find(config: PrepareConfig, draw: Callable[[], list[Pair]] | None = None) ->
     if root.is_symlink() and not root.exists():
         raise DataError(root, f"is a broken symbolic link to {root.readlink()}; mend it")
     if not root.is_dir():
-        remedy = "set prepare.root to the folder of your data set"
-        raise DataError(root, f"there is no such folder; {remedy}{where}")
+        message = f"there is no such folder; set prepare.root to the folder of your data set{where}"
+        raise DataError(root, message)
     if dataset is not None:
         layout: DatasetLayout = dataset.find(root, config)
         pairs = assign(layout.pairs, split=config.split, ratios=config.ratios, seed=seed)
@@ -242,10 +242,8 @@ def read_pair(pair: Pair, layout: DatasetLayout, config: PrepareConfig) -> ReadP
         max_pixels=config.max_pixels,
         remedy="increase prepare.max_pixels, or make the image smaller",
     )
-    # Outlines of annotation files are drawn for the turned image; only mask files may need a turn.
     orientation = orientation_of(content, pair.image)
-    drawn = pair.mask.suffix.lower() in MASK_SUFFIXES
-    turn = UPRIGHT.get(orientation) if drawn and config.exif == "ignore" else None
+    turn = UPRIGHT.get(orientation) if _is_mask(pair) and config.exif == "ignore" else None
     mask = layout.convert(pair) if layout.convert is not None else None
     converted = mask is not None or turn is not None
     if mask is None:
@@ -261,7 +259,7 @@ def read_pair(pair: Pair, layout: DatasetLayout, config: PrepareConfig) -> ReadP
         mask = np.asarray(Image.fromarray(mask).transpose(turn))
     if mask.shape != size:
         remedy = "they must be of one size"
-        if drawn and orientation in QUARTER_TURNS and mask.shape == size[::-1]:
+        if _is_mask(pair) and orientation in QUARTER_TURNS and mask.shape == size[::-1]:
             drawn_on, other = ("turned", "apply") if turn is not None else ("stored", "ignore")
             remedy = (
                 f"the image is turned by its EXIF orientation {orientation}, and the mask has the "
@@ -275,6 +273,11 @@ def read_pair(pair: Pair, layout: DatasetLayout, config: PrepareConfig) -> ReadP
             actual=(height, width),
         )
     return ReadPair(image, content, orientation, mask, converted)
+
+
+def _is_mask(pair: Pair) -> bool:
+    """Whether masks are image files; outlines of annotation files are drawn on the turned image."""
+    return pair.mask.suffix.lower() in MASK_SUFFIXES
 
 
 def _check_pair(
@@ -299,8 +302,10 @@ def _check_pair(
     )
     pixels = np.bincount(read.mask.reshape(-1), minlength=256)
     findings, wrong = _doubts_of_mask(pair, read.mask, pixels, layout.classes)
+    turned = read.orientation != 1
     keeps_size = read.orientation not in QUARTER_TURNS or entry.width == entry.height
-    if read.orientation != 1 and keeps_size and not read.converted and config.exif == "apply":
+    if turned and keeps_size and _is_mask(pair) and config.exif == "apply":
+        wrong = read.mask.size
         findings.append(
             Finding(
                 "images whose EXIF orientation keeps their size",
@@ -309,9 +314,7 @@ def _check_pair(
                 "where masks were drawn on the stored pixels, set prepare.exif to ignore",
             )
         )
-    return Checked(
-        pair, entry, pixels, findings, read.orientation != 1, float(wrong / read.mask.size)
-    )
+    return Checked(pair, entry, pixels, findings, turned, wrong / read.mask.size)
 
 
 def _doubts_of_mask(
