@@ -13,8 +13,9 @@ from stages.commands.options import load_params, workers_option
 
 if TYPE_CHECKING:
     from stages.datasets.config import PrepareConfig
-    from stages.datasets.inspection import Checked, Inspection
+    from stages.datasets.inspection import Inspection
     from stages.datasets.layout import DatasetLayout
+    from stages.datasets.pair_check import Checked
 
 MOST_SIZES = 3  # sizes that are printed
 
@@ -119,7 +120,7 @@ def _write_overlay(
     import numpy as np
     from PIL import Image
 
-    from stages.datasets.inspection import read_pair
+    from stages.datasets.pair_check import read_pair
     from stages.reporting.overlay import overlay
 
     read, path = read_pair(checked.pair, layout, config), out / f"{checked.pair.id}.jpg"

@@ -2,65 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from stages.common.errors import DataError
-from stages.data.images import (
-    MASK_SUFFIXES,
-    UPRIGHT,
-    VOID,
-    decode_image,
-    orientation_of,
-    read_bytes,
-)
+from stages.data.images import VOID
 from stages.data.manifest import SPLITS, Classes, Entry, Pair
-from stages.data.masks import decode_mask
 from stages.datasets.config import PrepareConfig
 from stages.datasets.findings import Finding
-from stages.datasets.interpolation import false_borders
 from stages.datasets.layout import DatasetLayout
-from stages.datasets.relabel import encode_indices
+from stages.datasets.pair_check import Checked, Store, check_pair
 from stages.datasets.unlabelled import check_unlabelled
 
-QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 Summary = dict[str, Any]  # what summary.json holds
-Store = Callable[[Pair, bytes], Path]
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A pair without a problem.
-
-    Attributes
-    ----------
-    pair, entry
-        The pair, and its line of the manifest.
-    pixels
-        (256,) int, number of the mask's pixels by value; 255 is void.
-    findings
-        What is doubtful.
-    turned
-        Whether the image has an EXIF orientation.
-    doubtful
-        Fraction of the mask's pixels, 0..1, that are probably wrong.
-    """
-
-    pair: Pair
-    entry: Entry
-    pixels: np.ndarray
-    findings: list[Finding]
-    turned: bool
-    doubtful: float
 
 
 @dataclass(frozen=True)
@@ -108,7 +69,7 @@ def inspect(
 
     def check(pair: Pair) -> Checked | DataError:
         try:
-            return _check_pair(pair, layout, config, store)
+            return check_pair(pair, layout, config, store)
         except DataError as problem:
             return problem
 
@@ -132,146 +93,6 @@ def inspect(
         counts[finding.kind] += finding.count
     summary["findings"] = dict(counts)
     return Inspection(checked, problems + leaks + unread, findings, summary, unlabelled)
-
-
-# -- one pair --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ReadPair:
-    """A pair as later stages see it.
-
-    Attributes
-    ----------
-    image, image_bytes
-        RGB, turned as its EXIF orientation says; the file's bytes.
-    orientation
-        EXIF orientation, 1 to 8; 1 is upright.
-    mask
-        (H, W) uint8 class indices, 255 for void.
-    converted
-        Whether the mask's file holds anything else, and has to be written anew.
-    """
-
-    image: Image.Image
-    image_bytes: bytes
-    orientation: int
-    mask: np.ndarray
-    converted: bool
-
-
-def read_pair(pair: Pair, layout: DatasetLayout, config: PrepareConfig) -> ReadPair:
-    """Read and convert an image and its mask.
-
-    Raises
-    ------
-    DataError
-        When a file is missing or damaged, or the two do not fit each other.
-    """
-    drawn = pair.mask.suffix.lower() in MASK_SUFFIXES
-    # A fault in a file of outlines is named before a missing image.
-    mask = layout.convert(pair) if layout.convert is not None and not drawn else None
-    content = read_bytes(pair.image, "image")
-    image = decode_image(
-        content,
-        pair.image,
-        max_pixels=config.max_pixels,
-        remedy="increase prepare.max_pixels, or make the image smaller",
-    )
-    # Outlines of annotation files are drawn for the turned image; only mask files may need a turn.
-    orientation = orientation_of(content, pair.image)
-    turn = UPRIGHT.get(orientation) if drawn and config.exif == "ignore" else None
-    if layout.convert is not None and drawn:
-        mask = layout.convert(pair)
-    converted = mask is not None or turn is not None
-    if mask is None:
-        classes = layout.classes
-        mask = decode_mask(
-            read_bytes(pair.mask, "mask"),
-            pair.mask,
-            num_classes=len(classes.names),
-            void_index=classes.void_index,
-        )
-    (height, width), size = mask.shape, (image.height, image.width)
-    if turn is not None:
-        mask = np.asarray(Image.fromarray(mask).transpose(turn))
-    if mask.shape != size:
-        remedy = "they must be of one size"
-        if drawn and orientation in QUARTER_TURNS and mask.shape == size[::-1]:
-            drawn_on, other = ("turned", "apply") if turn is not None else ("stored", "ignore")
-            remedy = (
-                f"the image is turned by its EXIF orientation {orientation}, and the mask has the "
-                f"size of the {drawn_on} pixels: set prepare.exif to {other}"
-            )
-        raise DataError(
-            pair.mask,
-            f"the mask is {width} x {height} pixels, its image {pair.image} is "
-            f"{image.width} x {image.height}; {remedy}",
-            expected=size,
-            actual=(height, width),
-        )
-    return ReadPair(image, content, orientation, mask, converted)
-
-
-def _check_pair(
-    pair: Pair, layout: DatasetLayout, config: PrepareConfig, store: Store | None
-) -> Checked:
-    """Read, convert and check a pair; errors name the owners' mask, not the converted one."""
-    read, mask_path = read_pair(pair, layout, config), pair.mask
-    if read.converted:
-        mask_bytes = encode_indices(read.mask, layout.classes)
-        mask_path = store(pair, mask_bytes) if store is not None else pair.mask
-    else:
-        mask_bytes = read_bytes(pair.mask, "mask")
-    entry = Entry(
-        id=pair.id,
-        image=pair.image.as_posix(),
-        mask=mask_path.as_posix(),
-        split=pair.split,
-        width=read.image.width,
-        height=read.image.height,
-        image_sha256=hashlib.sha256(read.image_bytes).hexdigest(),
-        mask_sha256=hashlib.sha256(mask_bytes).hexdigest(),
-    )
-    pixels = np.bincount(read.mask.reshape(-1), minlength=256)
-    findings, wrong = _doubts_of_mask(pair, read.mask, pixels, layout.classes)
-    keeps_size = read.orientation not in QUARTER_TURNS or entry.width == entry.height
-    if read.orientation != 1 and keeps_size and not read.converted and config.exif == "apply":
-        findings.append(
-            Finding(
-                "images whose EXIF orientation keeps their size",
-                pair.image,
-                f"is turned by its EXIF orientation {read.orientation}; look whether its mask is: "
-                "where masks were drawn on the stored pixels, set prepare.exif to ignore",
-            )
-        )
-    return Checked(
-        pair, entry, pixels, findings, read.orientation != 1, float(wrong / read.mask.size)
-    )
-
-
-def _doubts_of_mask(
-    pair: Pair, mask: np.ndarray, pixels: np.ndarray, classes: Classes
-) -> tuple[list[Finding], int]:
-    """Find what is doubtful in a mask, and how many of its pixels; ``pixels`` is by value."""
-    borders = false_borders(mask)
-    if borders.any():
-        names = ", ".join(classes.names[value] for value in borders.nonzero()[0])
-        message = (
-            f"{borders.sum()} pixels of {names} are thin borders between a lower and a higher "
-            "class, as after a bilinear resize; resize masks with nearest neighbour"
-        )
-        kind = "masks with classes that occur only as thin borders"
-        return [Finding(kind, pair.mask, message)], int(borders.sum())
-    if pixels[VOID] and not pixels[1:VOID].any():
-        remedy = "set prepare.binary to true" if len(classes.names) == 2 else "write its index"
-        message = (
-            f"holds only {classes.names[0]!r} and pixels without a label (value "
-            f"{classes.void_index} of index masks); where these are your object, {remedy}"
-        )
-        kind = "masks that hold only the first class and void"
-        return [Finding(kind, pair.mask, message)], int(pixels[VOID])
-    return [], 0
 
 
 # -- the data set ----------------------------------------------------------------------------------

@@ -27,6 +27,9 @@ def false_borders(mask: np.ndarray) -> np.ndarray:
         Pixels in strips at most two pixels wide, with a lower class on one side and a higher one
         on the other. All 0 where distant classes touch directly, and for a few pixels.
     """
+    counts = np.bincount(mask.reshape(-1), minlength=256)
+    if (counts[:VOID] > 0).sum() < 3:  # no class can be between two others
+        return np.zeros_like(counts)
     strips = _strips(mask)
     counts = np.bincount(mask[strips], minlength=256)
     # Neighbours outside of strips, none of them void, whose indices differ by two or more.

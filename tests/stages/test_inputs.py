@@ -328,6 +328,13 @@ ALL_IMAGES = {
     "orientation 3": Case(
         image=("jpg", photo(3)), right=M, finding="EXIF orientation keeps their size: 1"
     ),
+    "orientation 3 and colours": Case(
+        image=("jpg", photo(3)),
+        mask=("png", saved(RED)),
+        right=M,
+        finding="EXIF orientation keeps their size: 1",
+        classes=COLOURS,
+    ),
     "a square with orientation 6": Case(
         image=("jpg", photo(6, (24, 24))),
         mask=("png", saved(np.pad(M, ((0, 4), (0, 0))))),
