@@ -51,7 +51,7 @@ from stages.training.decoder_config import TrainDecoderConfig, check_decoder, de
 from stages.training.feature_source import StoredFeatures, TrainedBackbone
 from stages.training.models import CONFIG_NAME, save_networks
 from stages.training.session import Session, check_batch
-from stages.training.update import adamw, backward, step_and_zero_grad
+from stages.training.update import RunningStatistics, adamw, backward, step_and_zero_grad
 
 
 def run(
@@ -115,6 +115,7 @@ def run(
     state |= {"augmenter": augmenter, "best": best}
     session.resume(loader, config.epochs, identity=identity, state=state)
     modules = (wrapped, *source.modules, *augmenter.modules)
+    statistics = RunningStatistics(accelerator, modules)
     trained = [*decoder.parameters(), *source.parameters]
 
     # Random numbers depend only on seed, epoch, step, micro-batch, process and purpose.
@@ -141,6 +142,7 @@ def run(
                     backward(accelerator, *added.losses(loss, trained))  # with a joint GAN's
                     if accelerator.sync_gradients:  # the last micro-batch
                         step_and_zero_grad(accelerator, optimizer, *added.optimizers)
+                        statistics.keep_finite()  # after an overflow in fp16
                         augmenter.after_optimizer_step(added)  # of a joint GAN and of ISDA
                 session.log({"decoder/ce_real": ce_real, **added.terms, **mean_of(ce_added)})
                 del added  # frees a joint GAN's graph before the next forward pass

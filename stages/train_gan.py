@@ -22,7 +22,7 @@ from stages.gan.monitor import MEASURED, MonitorConfig
 from stages.segmentation.transforms import Transform
 from stages.training.models import save_gan, save_weights
 from stages.training.session import Session, check_batch
-from stages.training.update import backward, step_and_zero_grad
+from stages.training.update import RunningStatistics, backward, step_and_zero_grad
 
 LEAST_SIDE = 8  # of the feature maps that a discriminator sees
 # Keys that a generator of images, and one without SPADE, do not read.
@@ -274,6 +274,7 @@ def run(
     session.watch(monitoring, trainer.generator, stores, seed=config.seed, epochs=epochs)
     identity = identify(config, monitoring, stores)
     session.resume(loader, epochs, identity=identity, state={"trainer": trainer})
+    statistics = RunningStatistics(accelerator, trainer.modules.values())
 
     # The order of the batches and all noise are functions of seed, epoch, step and micro-batch.
     # All processes draw the noise of the whole batch, and ``forward`` takes this process's part.
@@ -292,6 +293,7 @@ def run(
                     )
                     if accelerator.sync_gradients:  # the last micro-batch
                         step_and_zero_grad(accelerator, *trainer.optimizers.values())
+                        statistics.keep_finite()  # after an overflow in fp16
                         trainer.after_optimizer_step()  # generator's average, WGAN's clipping
                 session.log(output.terms)  # adds to the means of the epoch
                 del output  # frees the discriminator's graph before the next forward pass
