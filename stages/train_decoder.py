@@ -115,9 +115,8 @@ def run(
     state |= {"augmenter": augmenter, "best": best}
     session.resume(loader, config.epochs, identity=identity, state=state)
     modules = (wrapped, *source.modules, *augmenter.modules)
-    statistics = RunningStatistics(accelerator, modules)
+    norms = RunningStatistics(accelerator, modules)
     trained = [*decoder.parameters(), *source.parameters]
-
     # Random numbers depend only on seed, epoch, step, micro-batch, process and purpose.
     for epoch in session.epochs():
         decoder.train()
@@ -141,8 +140,7 @@ def run(
                         loss = loss + other.weight * cross_entropy
                     backward(accelerator, *added.losses(loss, trained))  # with a joint GAN's
                     if accelerator.sync_gradients:  # the last micro-batch
-                        step_and_zero_grad(accelerator, optimizer, *added.optimizers)
-                        statistics.keep_finite()  # after an overflow in fp16
+                        step_and_zero_grad(accelerator, optimizer, *added.optimizers, norms=norms)
                         augmenter.after_optimizer_step(added)  # of a joint GAN and of ISDA
                 session.log({"decoder/ce_real": ce_real, **added.terms, **mean_of(ce_added)})
                 del added  # frees a joint GAN's graph before the next forward pass

@@ -274,7 +274,7 @@ def run(
     session.watch(monitoring, trainer.generator, stores, seed=config.seed, epochs=epochs)
     identity = identify(config, monitoring, stores)
     session.resume(loader, epochs, identity=identity, state={"trainer": trainer})
-    statistics = RunningStatistics(accelerator, trainer.modules.values())
+    norms = RunningStatistics(accelerator, trainer.modules.values())
 
     # The order of the batches and all noise are functions of seed, epoch, step and micro-batch.
     # All processes draw the noise of the whole batch, and ``forward`` takes this process's part.
@@ -292,8 +292,7 @@ def run(
                         (output.generator_loss, trainer.generator_parameters),
                     )
                     if accelerator.sync_gradients:  # the last micro-batch
-                        step_and_zero_grad(accelerator, *trainer.optimizers.values())
-                        statistics.keep_finite()  # after an overflow in fp16
+                        step_and_zero_grad(accelerator, *trainer.optimizers.values(), norms=norms)
                         trainer.after_optimizer_step()  # generator's average, WGAN's clipping
                 session.log(output.terms)  # adds to the means of the epoch
                 del output  # frees the discriminator's graph before the next forward pass

@@ -63,20 +63,6 @@ def backward(accelerator: Accelerator, *losses: Loss) -> None:
         _restore_grads(others, gradients)
 
 
-def step_and_zero_grad(accelerator: Accelerator, *optimizers: torch.optim.Optimizer) -> None:
-    """Step all optimizers and clear their gradients.
-
-    They step together, because the loss scale of fp16 must not change between them.
-    """
-    scaler = accelerator.scaler
-    for optimizer in optimizers:
-        optimizer.step() if scaler is None else scaler.step(optimizer)
-    if scaler is not None:
-        scaler.update()
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-
-
 class RunningStatistics:
     """Running statistics of BatchNorm, kept from an overflow in fp16.
 
@@ -105,6 +91,26 @@ class RunningStatistics:
         for current, sound in zip(self._current, self._sound, strict=True):
             torch.where(current.isfinite(), current, sound, out=sound)
             current.copy_(sound)
+
+
+def step_and_zero_grad(
+    accelerator: Accelerator,
+    *optimizers: torch.optim.Optimizer,
+    norms: RunningStatistics | None = None,
+) -> None:
+    """Step all optimizers, clear their gradients, and keep running statistics finite, if given.
+
+    They step together, because the loss scale of fp16 must not change between them.
+    """
+    scaler = accelerator.scaler
+    for optimizer in optimizers:
+        optimizer.step() if scaler is None else scaler.step(optimizer)
+    if scaler is not None:
+        scaler.update()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    if norms is not None:
+        norms.keep_finite()
 
 
 def _detach_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
