@@ -51,7 +51,7 @@ from stages.training.models import CONFIG_NAME, save_networks
 from stages.training.rounds import Rounds
 from stages.training.session import Session, check_batch
 from stages.training.stores import Features, open_split
-from stages.training.update import adamw, backward, step_and_zero_grad
+from stages.training.update import RunningStatistics, adamw, backward, step_and_zero_grad
 
 
 def run(
@@ -101,17 +101,17 @@ def run(
     context = Context(name, accelerator, train, decoder, gan, seed, steps, machine)
     augmenter, best = build_augmenter(variant, context), Best()
     loader = training_loader(session, config, stores, variant, seed, augmenter, source)
-    images = source.needs_images
-    validation = session.scoring_loader(stores["val"], config.batch_size, images=images)
+    validation = scoring_loader(session, stores["val"], config, source)
     epochs = variant.epochs_with_batches(config.epochs)
-    generator = None if source.networks else augmenter.monitored  # compared with stored features
-    session.watch(monitoring, generator, stores, seed=seed, epochs=epochs)
+    watched = None if source.networks else augmenter.monitored  # compared with stored features
+    session.watch(monitoring, watched, stores, seed=seed, epochs=epochs)
     rounds = Rounds(variant.teacher_rounds, config.epochs, decoder, optimizer)
     identity = identify(config, variant, monitoring, seed, stores, gan)
     state: dict[str, Any] = {"decoder": decoder, "source": source, "optimizer": optimizer}
     state |= {"augmenter": augmenter, "best": best}
     session.resume(loader, rounds.total, identity=identity, state=state)
     modules = (wrapped, *source.modules, *augmenter.modules)
+    norms = RunningStatistics(accelerator, modules)
     trained = [*decoder.parameters(), *source.parameters]
 
     # Random numbers depend only on seed, epoch, step, micro-batch, process and purpose.
@@ -137,7 +137,7 @@ def run(
                         loss = loss + other.weight * cross_entropy
                     backward(accelerator, *added.losses(loss, trained))  # with a joint GAN's
                     if accelerator.sync_gradients:  # the last micro-batch
-                        step_and_zero_grad(accelerator, optimizer, *added.optimizers)
+                        step_and_zero_grad(accelerator, optimizer, *added.optimizers, norms=norms)
                         augmenter.after_optimizer_step(added)  # of a joint GAN and of ISDA
                 session.log({"decoder/ce_real": ce_real, **added.terms, **mean_of(ce_added)})
                 del added  # frees a joint GAN's graph before the next forward pass
@@ -157,6 +157,13 @@ def run(
 
 
 # -- the loop's parts ----------------------------------------------------------------------------
+
+
+def scoring_loader(
+    session: Session, store: FeatureStore, config: TrainDecoderConfig, source: StoredFeatures
+) -> FeatureLoader:
+    """Read a split in batches that scores are computed of."""
+    return session.scoring_loader(store, config.batch_size, images=source.needs_images)
 
 
 def feature_source(

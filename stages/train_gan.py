@@ -22,7 +22,7 @@ from stages.segmentation.transforms import Transform
 from stages.training.models import save_gan, save_weights
 from stages.training.session import Session, check_batch
 from stages.training.stores import Features, open_split
-from stages.training.update import backward, step_and_zero_grad
+from stages.training.update import RunningStatistics, backward, step_and_zero_grad
 
 LEAST_SIDE = 8  # of the feature maps that a discriminator sees
 # Keys that a generator of images, and one without SPADE, do not read.
@@ -274,6 +274,7 @@ def run(
     session.watch(monitoring, trainer.generator, stores, seed=config.seed, epochs=epochs)
     identity = identify(config, monitoring, stores)
     session.resume(loader, epochs, identity=identity, state={"trainer": trainer})
+    norms = RunningStatistics(accelerator, trainer.modules.values())
 
     # The order of the batches and all noise are functions of seed, epoch, step and micro-batch.
     # All processes draw the noise of the whole batch, and ``forward`` takes this process's part.
@@ -291,7 +292,7 @@ def run(
                         (output.generator_loss, trainer.generator_parameters),
                     )
                     if accelerator.sync_gradients:  # the last micro-batch
-                        step_and_zero_grad(accelerator, *trainer.optimizers.values())
+                        step_and_zero_grad(accelerator, *trainer.optimizers.values(), norms=norms)
                         trainer.after_optimizer_step()  # generator's average, WGAN's clipping
                 session.log(output.terms)  # adds to the means of the epoch
                 del output  # frees the discriminator's graph before the next forward pass

@@ -99,7 +99,9 @@ class ISDA(Augmenter):
         sums = torch.zeros(3, len(self.counts) + 1, vectors.shape[1], device=vectors.device)
         for moment, values in enumerate((torch.ones_like(vectors), vectors, vectors.square())):
             sums[moment].index_add_(0, index, values)
-        number, total, squares = self.accelerator.reduce(sums[:, :-1].contiguous(), "sum")
+        moments = self.accelerator.reduce(sums[:, :-1].contiguous(), "sum")
+        # An overflow in fp16, whose step is skipped, is no batch.
+        number, total, squares = torch.where(moments.isfinite().all(), moments, 0.0)
         count = number[:, 0]
         mean = total / number.clamp(min=1)
         variance = (squares / number.clamp(min=1) - mean.square()).clamp(min=0)

@@ -76,21 +76,28 @@ class Means:
         Sums of an epoch that an interrupted run has begun.
     """
 
-    def __init__(self, state: Mapping[str, tuple[Tensor, int]] | None = None) -> None:
+    def __init__(self, state: Mapping[str, tuple[Tensor, Tensor | int]] | None = None) -> None:
         self._sums = {name: (total, count) for name, (total, count) in (state or {}).items()}
 
-    def add(self, terms: Mapping[str, Tensor]) -> None:
-        """Add the values of a step."""
+    def add(self, terms: Mapping[str, Tensor], *, finite_only: bool = False) -> None:
+        """Add the values of a step; ``finite_only``: leave out those that are not finite."""
         for name, value in terms.items():
             value, (total, count) = value.detach().float(), self._sums.get(name, (None, 0))
+            added: Tensor | int = 1
+            if finite_only:
+                added = value.isfinite().float()
+                value = torch.where(value.isfinite(), value, 0.0)
             if total is not None:  # on the CPU only in the first step of a resumed run
                 value = total.to(value.device) + value
-            self._sums[name] = value, count + 1
+            self._sums[name] = value, added + count
 
-    def state(self, device: torch.device) -> dict[str, tuple[Tensor, int]]:
+    def state(self, device: torch.device) -> dict[str, tuple[Tensor, Tensor | int]]:
         """Return the sums, averaged over processes on ``device``; all processes must call it."""
         return {
-            name: (average_over_processes(total.to(device)), count)
+            name: (
+                average_over_processes(total.to(device)),
+                average_over_processes(count.to(device)) if isinstance(count, Tensor) else count,
+            )
             for name, (total, count) in self._sums.items()
         }
 

@@ -224,8 +224,16 @@ class Session:
             self._bar.update()
 
     def log(self, values: Mapping[str, Tensor]) -> None:
-        """Add values of a micro-batch to the means of the epoch; nothing waits for the device."""
-        self._means.add(values)
+        """Add values of a micro-batch to the means of the epoch; nothing waits for the device.
+
+        In fp16 the means leave out values that overflowed, because their step was skipped.
+        ``fp16/overflows`` is the fraction of the micro-batches with one.
+        """
+        if self.accelerator.scaler is None:
+            self._means.add(values)
+        else:
+            finite = torch.stack([value.detach().isfinite().all() for value in values.values()])
+            self._means.add({**values, "fp16/overflows": ~finite.all()}, finite_only=True)
 
     def save_if_due(self, step: int) -> None:
         """Save after ``step`` steps of an epoch, if ``checkpoint_minutes`` have passed."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.common.distributed import is_sharded
 
@@ -62,8 +63,42 @@ def backward(accelerator: Accelerator, *losses: Loss) -> None:
         _restore_grads(others, gradients)
 
 
-def step_and_zero_grad(accelerator: Accelerator, *optimizers: torch.optim.Optimizer) -> None:
-    """Step all optimizers and clear their gradients.
+class RunningStatistics:
+    """Running statistics of BatchNorm, kept from an overflow in fp16.
+
+    The loss scale skips the step of a batch that overflows. The forward pass of that batch has
+    averaged infinite values into the statistics already, and no later batch removes them.
+
+    Parameters
+    ----------
+    accelerator
+        Without a loss scale, :meth:`keep_finite` does nothing.
+    modules
+        Networks in training, with the statistics of the last sound step.
+    """
+
+    def __init__(self, accelerator: Accelerator, modules: Iterable[nn.Module]) -> None:
+        guarded = modules if accelerator.scaler is not None else ()
+        layers = (layer for module in guarded for layer in module.modules())
+        norms = [layer for layer in layers if isinstance(layer, _BatchNorm)]
+        both = [(norm.running_mean, norm.running_var) for norm in norms]
+        self._current = [buffer for pair in both for buffer in pair if buffer is not None]
+        self._sound = [buffer.clone() for buffer in self._current]
+
+    @torch.no_grad()
+    def keep_finite(self) -> None:
+        """Replace values that are not finite by the last ones that were; call it after a step."""
+        for current, sound in zip(self._current, self._sound, strict=True):
+            torch.where(current.isfinite(), current, sound, out=sound)
+            current.copy_(sound)
+
+
+def step_and_zero_grad(
+    accelerator: Accelerator,
+    *optimizers: torch.optim.Optimizer,
+    norms: RunningStatistics | None = None,
+) -> None:
+    """Step all optimizers, clear their gradients, and keep running statistics finite, if given.
 
     They step together, because the loss scale of fp16 must not change between them.
     """
@@ -74,6 +109,8 @@ def step_and_zero_grad(accelerator: Accelerator, *optimizers: torch.optim.Optimi
         scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad()
+    if norms is not None:
+        norms.keep_finite()
 
 
 def _detach_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:

@@ -24,6 +24,7 @@ from stages import train_gan as gan_stage
 from stages.augment.registry import Variant
 from stages.common.runtime import Machine
 from stages.gan.monitor import MonitorConfig
+from stages.training.update import RunningStatistics
 from tests.factories import DECODER, GAN, MONITOR, SPEC
 
 ALL_TRANSFORMS = ["flip", "translation", "cutout", "channel_dropout", "copy_paste"]
@@ -294,7 +295,9 @@ def recorded(stage: ModuleType) -> Iterator[list[Update]]:
     updates: list[Update] = []
     take_step = stage.step_and_zero_grad
 
-    def step(accelerator: Accelerator, *optimizers: torch.optim.Optimizer) -> None:
+    def step(
+        accelerator: Accelerator, *optimizers: torch.optim.Optimizer, norms: RunningStatistics
+    ) -> None:
         scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
         parameters = [
             [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -306,7 +309,7 @@ def recorded(stage: ModuleType) -> Iterator[list[Update]]:
             for group in parameters
         ]
         before = _copied(parameters)
-        take_step(accelerator, *optimizers)
+        take_step(accelerator, *optimizers, norms=norms)
         updates.append(Update(_copied(gradients), before, _copied(parameters), rates, scale))
 
     with pytest.MonkeyPatch.context() as patch:
