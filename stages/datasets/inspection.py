@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from stages.common.errors import ConfigError, DataError
-from stages.data.images import VOID
+from stages.data.images import VOID, broken_link
 from stages.data.manifest import SPLITS, Classes, Entry, Pair
 from stages.datasets import (
     ade20k,
@@ -84,8 +84,8 @@ def find(config: PrepareConfig, draw: Callable[[], list[Pair]] | None = None) ->
     root, seed = Path(config.root), config.split_seed
     dataset = DATASETS.get(config.dataset)
     where = f" ({dataset.WHERE})" if dataset is not None else ""
-    if root.is_symlink() and not root.exists():
-        raise DataError(root, f"is a broken symbolic link to {root.readlink()}; mend it")
+    if link := broken_link(root):
+        raise DataError(root, f"is {link}")
     if not root.is_dir():
         message = f"there is no such folder; set prepare.root to the folder of your data set{where}"
         raise DataError(root, message)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.common.errors import DataError
-from stages.data.images import IMAGE_SUFFIXES, MASK_SUFFIXES
+from stages.data.images import IMAGE_SUFFIXES, MASK_SUFFIXES, broken_link
 from stages.data.manifest import Classes, Pair
 from stages.datasets.findings import Finding
 
@@ -134,6 +134,8 @@ def pairs_by_stem(images: Path, masks: Path, split: str, prefix: str = "") -> li
         When a folder is missing, or two files of a folder share a stem.
     """
     for folder, content in ((images, "images"), (masks, "masks")):
+        if link := broken_link(folder):
+            raise DataError(folder, f"is {link}")
         if not folder.is_dir():
             raise DataError(folder, f"there is no such folder; put the {content} there")
     image_files = files_by_stem(images, IMAGE_SUFFIXES)
