@@ -87,7 +87,7 @@ def _report(result: Inspection, layout: DatasetLayout, config: PrepareConfig) ->
     common = [f"{n} of {width} x {height}" for (width, height), n in sizes.most_common(MOST_SIZES)]
     if len(sizes) > MOST_SIZES:
         common.append(f"{len(sizes) - MOST_SIZES} more sizes")
-    yield f"sizes: {', '.join(common)}"
+    yield f"sizes: {', '.join(common) or 'no pair is without a problem'}"
     if result.summary["turned_images"]:
         yield f"turned by their EXIF orientation: {result.summary['turned_images']} images"
     names = result.summary["classes"]

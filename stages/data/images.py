@@ -57,10 +57,17 @@ def read_bytes(path: Path, what: str) -> bytes:
         raise DataError(path, f"this {what} cannot be read ({error.strerror})") from error
 
 
+def broken_link(path: Path) -> str:
+    """Describe a symbolic link whose target is not there; empty for any other path."""
+    if path.exists() or not path.is_symlink():
+        return ""
+    return f"a broken symbolic link to {os.readlink(path)}; restore its target or remove it"
+
+
 def _absence(path: Path, what: str) -> str:
     """Say why a file is not there: a broken link, another format, or nothing of that name."""
-    if path.is_symlink():
-        return f"a broken symbolic link to {os.readlink(path)}; restore its target or remove it"
+    if link := broken_link(path):
+        return link
     for other in sorted(path.parent.glob("*")) if what in SUFFIXES else ():
         if other.stem == path.stem:
             false = "; a JPEG converted to PNG keeps its false values" if what == "mask" else ""

@@ -10,6 +10,7 @@ from types import ModuleType
 from tqdm import tqdm
 
 from stages.common.errors import ConfigError, DataError
+from stages.data.images import broken_link
 from stages.data.manifest import Pair
 from stages.datasets import (
     ade20k,
@@ -84,8 +85,8 @@ def find(
         config = config.model_copy(update={"dataset": name})
     dataset = DATASETS.get(config.dataset)
     where = f" ({dataset.WHERE})" if dataset is not None else ""
-    if root.is_symlink() and not root.exists():
-        raise DataError(root, f"is a broken symbolic link to {root.readlink()}; mend it")
+    if link := broken_link(root):
+        raise DataError(root, f"is {link}")
     if not root.is_dir():
         remedy = "set prepare.root to the folder of your data set"
         raise DataError(root, f"there is no such folder; {remedy}{where}")

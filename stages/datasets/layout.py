@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from stages.common.errors import DataError
-from stages.data.images import IMAGE_SUFFIXES, MASK_SUFFIXES
+from stages.data.images import IMAGE_SUFFIXES, MASK_SUFFIXES, broken_link
 from stages.data.manifest import SPLITS, Classes, Pair
 from stages.datasets.findings import Finding
 
@@ -158,6 +158,8 @@ def pairs_by_stem(
         another pattern finds.
     """
     for folder, content in ((images, "images"), (masks, "masks")):
+        if link := broken_link(folder):
+            raise DataError(folder, f"is {link}")
         if not folder.is_dir():
             raise DataError(folder, f"there is no such folder; put the {content} there")
     image_files = files_by_stem(images, IMAGE_SUFFIXES)

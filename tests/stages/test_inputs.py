@@ -429,6 +429,15 @@ def test_a_binary_data_set_has_two_classes(tmp_path: Path) -> None:
         prepare(prepare_config(tmp_path / "data", binary=True), tmp_path)
 
 
+@pytest.mark.parametrize("folder", ["data", "data/masks/train"])
+def test_a_folder_that_is_a_broken_link_is_named(folder: str, tmp_path: Path) -> None:
+    write_data(tmp_path / "data")
+    (tmp_path / folder).rename(tmp_path / "moved")
+    (tmp_path / folder).symlink_to("elsewhere")
+    with pytest.raises(DataError, match=f"{folder}: is a broken symbolic link to elsewhere"):
+        prepare(prepare_config(tmp_path / "data"), tmp_path)
+
+
 def test_masks_of_0_and_255_alone_name_the_setting(tmp_path: Path) -> None:
     write_data(tmp_path / "data")
     for path in (tmp_path / "data" / "masks").rglob("*.png"):
