@@ -88,8 +88,8 @@ def find(
     if link := broken_link(root):
         raise DataError(root, f"is {link}")
     if not root.is_dir():
-        remedy = "set prepare.root to the folder of your data set"
-        raise DataError(root, f"there is no such folder; {remedy}{where}")
+        message = f"there is no such folder; set prepare.root to the folder of your data set{where}"
+        raise DataError(root, message)
     if dataset is not None:
         layout: DatasetLayout = dataset.find(root, config)
         pairs = assign(layout.pairs, split=config.split, ratios=config.ratios, seed=seed)

@@ -68,6 +68,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "calibration": ("hinge", {"augmenter": "calibration", "rare": 0.3}),
     "class-transfer": ("layered", {"augmenter": "class-transfer", "fraction": 0.5}),
     "hflip-views": ("layered", {"augmenter": "hflip-views"}),
+    "self-training": ("layered", {"augmenter": "self-training", "rounds": 1}),
+    "mean-teacher": (
+        "hinge",
+        {"augmenter": "self-training", "teacher": "ema", "augment": ALL_TRANSFORMS},
+    ),
     "joint": ("hinge", {"augmenter": "featuregan", "until": 0.7}),
     "joint-2x": ("encoder", {"augmenter": "featuregan", "ratio": 2, "statistics": "real"}),
     "joint-apart": ("layered", {"augmenter": "featuregan", "segmentation_loss": False}),
@@ -134,13 +139,13 @@ def specs() -> dict[str, StoreSpec]:
 def write_stores(root: Path) -> dict[str, Path]:
     """Write stores of noisy features that tell four classes apart.
 
-    12 training samples, each mirrored too, of which two have the last class, and 4 in each of the
-    other splits.
+    12 training samples, each mirrored too, of which two have the last class, 4 in val and in test,
+    and 6 without labels.
     """
     for kind, spec in specs().items():
         rng = np.random.default_rng(0)
         centres = 3 * rng.random((spec.num_classes, 12))
-        for split, count in (("train", 12), ("val", 4), ("test", 4)):
+        for split, count in (("train", 12), ("val", 4), ("test", 4), ("unlabelled", 6)):
             path = root / kind / split
             fingerprint = f"{kind} {split}"
             with featurestore.create(
@@ -153,6 +158,8 @@ def write_stores(root: Path) -> dict[str, Path]:
                         if mirrored:
                             features = {name: x[..., ::-1] for name, x in features.items()}
                             mask, image = mask[:, ::-1], image[:, ::-1]
+                        if split == "unlabelled":
+                            mask = np.full_like(mask, 255)
                         writer.append(
                             id=f"{split} {number}",
                             view=view,

@@ -45,6 +45,7 @@ def test_stored_features_are_those_of_the_backbone(prepared: Path) -> None:
         "train": 6,
         "val": 3,
         "test": 3,
+        "unlabelled": 0,
     }
     store = stores["train"]
     assert store.spec.feature_shape == (320, 8, 8)
@@ -231,7 +232,12 @@ def test_unfinished_work_of_other_parameters_is_named(
         for line in capsys.readouterr().out.splitlines()
         if "unfinished extraction with other parameters" in line
     ]
-    assert [Path(name).parent.name for name in named] == ["train", "val", "test"]
+    assert [Path(name).parent.name for name in named] == [
+        "train",
+        "val",
+        "test",
+        "unlabelled",
+    ]
     assert list(Path(named[0]).glob("shard-*.h5"))
     run(config(feature_dtype="float32"), prepared, out="other")
     assert "unfinished" not in capsys.readouterr().out

@@ -30,7 +30,7 @@ from tests.factories import SPEC, run_decoder, run_gan
 
 pytestmark = pytest.mark.medium
 
-SPLITS = {"train": 8, "val": 1, "test": 1}
+SPLITS = {"train": 8, "val": 1, "test": 1, "unlabelled": 1}
 LABELLED = (2, 5)  # of the training images; of four batches of two, two or three have no label
 ABSENT = 3  # class in no training image; validation and test images have it
 SMALL = {"batch_size": 2, "epochs": 1}
@@ -67,6 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "calibration": {"augmenter": "calibration", "neighbours": 1},
     "class-transfer": {"augmenter": "class-transfer", "fraction": 0.5},
     "hflip-views": {"augmenter": "hflip-views"},
+    "self-training": {"augmenter": "self-training", "rounds": 1},
     "joint": {"augmenter": "featuregan"},
     "frozen": {**FROZEN, "new_masks": ["flip", "shift", "scale", "paste", "swap"]},
     "edited": {**FROZEN, "new_masks": ["swap"], "class_swap": True, "fraction": 0.5},
@@ -92,7 +93,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with featurestore.create(root / split, spec, fingerprint=split) as writer:
             for number in range(count):
                 mask = rng.integers(0, 3, (8, 8)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
-                if split == "train" and number not in LABELLED:
+                if split == "unlabelled" or (split == "train" and number not in LABELLED):
                     mask[:] = 255
                 elif split != "train":
                     mask[:16] = ABSENT
