@@ -108,7 +108,7 @@ def main(
                     store = featurestore.open(held_out / "test")
                     batches = FeatureLoader(store, batch_size, device=accelerator.device)
                     with torch.no_grad():
-                        found = evaluate(accelerator, decoder, batches, store.spec.class_names)
+                        found = evaluate(accelerator, decoder, batches, store)
                     scores.setdefault((trained_on, scored_on), []).append(100 * found.miou)
         sizes = {
             kind: sum(record.bytes for record in featurestore.open(folder / "train").records)

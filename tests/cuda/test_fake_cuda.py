@@ -91,7 +91,7 @@ def of_presets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
         layer_shapes=tuple(LAYERS.values()),
     )
     rng = np.random.default_rng(0)
-    for split in ("train", "val", "test"):
+    for split in ("train", "val", "test", "unlabelled"):
         with featurestore.create(root / split, spec, fingerprint=split) as writer:
             for view in ("identity", "hflip"):
                 for number in range(12):
@@ -99,6 +99,8 @@ def of_presets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
                     labels[0, 0] = 3 if number < 2 else 0  # a rare class
                     drawn = {name: rng.random(size, np.float32) for name, size in LAYERS.items()}
                     mask = labels.repeat(8, 0).repeat(8, 1)
+                    if split == "unlabelled":
+                        mask = np.full_like(mask, 255)
                     image = np.zeros((64, 64, 3), np.uint8)
                     writer.append(id=str(number), features=drawn, mask=mask, image=image, view=view)
     for family in ("gan", "flow"):
@@ -115,6 +117,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
         def resume(self: Session, loader: FeatureLoader, epochs: int, **options: Any) -> None:
             resume_on_cpu(self, loader, epochs, **options)
+            if "augmenter" in options["state"]:
+                options["state"]["augmenter"].start_round()  # self-training has its teacher
             mode, memo = stack.enter_context(fake_cuda(monkeypatch)), {}
             for each in options["state"].values():
                 to_cuda(each, mode, memo)
@@ -122,9 +126,13 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         def batches(self: Session, epoch: int) -> Iterator[tuple[int, Batch]]:
             for number in range(STEPS):
                 positions = list(range(4))
-                extra = self._loader.extra
+                loader = getattr(self._loader, "labelled", self._loader)
+                extra, spec = loader.extra, loader.store.spec
                 more = [] if extra is None else extra.choose(epoch, number, positions)
-                yield number, fake_batch(self._loader.store.spec, positions, more)
+                batch = fake_batch(spec, positions, more)
+                if loader is not self._loader:
+                    batch.unlabelled = fake_batch(spec, positions, [])
+                yield number, batch
                 taken.append(number)
             raise StepsTaken
 
