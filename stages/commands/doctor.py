@@ -50,7 +50,7 @@ def doctor(
     Problems stop `prepare`; findings are doubts, which it prints in short. The exit code is 0
     without problems, 1 with problems (--strict: or findings), and 2 for wrong parameters.
     """
-    config = _default_config(folder)
+    config = default_config(folder)
     if path is not None:
         config = load_params(path).prepare.model_copy(update={"root": str(folder)})
     from stages.datasets.catalogue import find
@@ -65,7 +65,7 @@ def doctor(
     ctx.exit(1 if result.problems or (strict and result.findings) else 0)
 
 
-def _default_config(folder: Path) -> PrepareConfig:
+def default_config(folder: Path) -> PrepareConfig:
     """Return the settings for a folder of which nothing else is known."""
     from stages.datasets.config import PrepareConfig
 

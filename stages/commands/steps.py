@@ -15,6 +15,7 @@ import click
 
 from featurestore import fingerprint
 from featurestore.files import file_sha256, write_atomically
+from stages.commands.doctor import default_config
 from stages.commands.options import load_preset
 from stages.commands.params import PARAMS, READ, as_yaml
 from stages.common.config import Plain, parse, read_params, with_settings
@@ -81,7 +82,12 @@ class Steps:
         path = self.out / "params.yaml"
         if path.exists():
             return
-        changes: dict[str, object] = {"prepare.dataset": "auto", "prepare.root": str(root)}
+        found = default_config(root)
+        changes: dict[str, object] = {
+            "prepare.dataset": found.dataset,
+            "prepare.root": found.root,
+            "prepare.split": found.split,
+        }
         if (root / "unlabelled").is_dir():
             changes["prepare.unlabelled"] = "unlabelled"
         changes |= {"compare.variants": ["baseline"], "compare.gan_variants": []}
