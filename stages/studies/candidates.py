@@ -110,7 +110,7 @@ def extended(base: Candidate, what: str, members: Members) -> Candidate:
         shared["statistics"] = "real"  # changed features have other statistics than real ones
     added = every[0] if len(every) == 1 else {"augmenter": "combined", "of": every}
     name = f"{base.name} + {what}"
-    return Candidate(name, {**shared, **added}, base.name, f"{what[0].upper()}{what[1:]}")
+    return Candidate(name, {**shared, **added}, base.name, f"Adding {what}")
 
 
 def _can_swap(spec: StoreSpec) -> bool:

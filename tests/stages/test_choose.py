@@ -101,7 +101,7 @@ def test_an_addition_combines_with_the_augmenters_that_are_there() -> None:
         "augment": ["flip"],
         "statistics": "real",
     }
-    assert (swaps.extends, swaps.adds) == (student.name, "Class swaps")
+    assert (swaps.extends, swaps.adds) == (student.name, "Adding class swaps")
 
 
 @pytest.mark.parametrize("budget", ["1", "0h", "ten"])
