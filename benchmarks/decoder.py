@@ -2,8 +2,8 @@
 
     python -m benchmarks.decoder [--precision bf16] [--rounds 5] [--json FILE]
 
-Both use equal weights and features, and take turns in one process; the median step counts. The step
-is that of the baseline: forward, backward, Adam.
+Both use equal weights and features, and take turns in one process; the median step counts.
+A step of the baseline is timed: forward pass, backward pass, Adam.
 """
 
 from __future__ import annotations

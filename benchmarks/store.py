@@ -185,7 +185,7 @@ def _write_webdataset(features: np.ndarray, folder: Path) -> None:
 
 
 def _open_webdataset(folder: Path, shape: tuple[int, ...]) -> Reader:
-    """Open a tar, which is read in its order and shuffled in a buffer, whatever the positions."""
+    """Open a tar; samples come in its order, shuffled in a buffer, and positions are ignored."""
     import webdataset
 
     def stream() -> Iterator[dict[str, np.ndarray]]:
