@@ -50,7 +50,7 @@ from stages.training.feature_source import StoredFeatures, TrainedBackbone
 from stages.training.models import CONFIG_NAME, save_networks
 from stages.training.rounds import Rounds
 from stages.training.session import Session, check_batch
-from stages.training.stores import Features, open_split
+from stages.training.stores import Features, check_like, open_split
 from stages.training.update import RunningStatistics, adamw, backward, step_and_zero_grad
 
 
@@ -335,14 +335,7 @@ def open_stores(
     stores = {split: open_split(features, split, config.layers) for split in splits}
     train = stores["train"]
     for store in stores.values():
-        if store.spec != train.spec:
-            message = f"its spec differs from that of {train.path}; run the extract stage again"
-            raise SpecMismatchError(
-                message, path=store.path, expected=train.spec, actual=store.spec
-            )
-        if not len(store):
-            message = "holds no image; set prepare.unlabelled, or choose another variant"
-            raise SpecMismatchError(message, path=store.path)
+        check_like(store, train)
         if store is not stores.get("unlabelled") and not store.stats.class_pixels.any():
             message = "its masks have no labelled pixel: nothing to learn or to score"
             raise SpecMismatchError(message, path=store.path)

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from featurestore import FeatureStore, SpecMismatchError
+from featurestore.dataset import FeatureLoader, PairedLoader
 from featurestore.files import renew_folder
 from stages.common.config import Beta, Config, LayerName, Listed, Once, Seed
 from stages.common.errors import ConfigError
@@ -18,12 +19,14 @@ from stages.common.runtime import Machine, Precision, seed_everything, verify_st
 from stages.common.runtime import generator as random_generator
 from stages.gan.families import build_trainer, create_networks
 from stages.gan.monitor import MEASURED, MonitorConfig
+from stages.gan.pseudo_masks import PseudoMasks, SampleSource
 from stages.segmentation.transforms import Transform
 from stages.training.models import save_gan, save_weights
 from stages.training.session import Session, check_batch
-from stages.training.stores import Features, open_split
+from stages.training.stores import Features, check_like, open_split
 from stages.training.update import RunningStatistics, backward, step_and_zero_grad
 
+WHOLE_BATCHES = {"rank": 0, "ranks": 1, "cache": "none"}  # in every process
 LEAST_SIDE = 8  # of the feature maps that a discriminator sees
 # Keys that a generator of images, and one without SPADE, do not read.
 OTHERS_THAN_IMAGE = (
@@ -106,6 +109,9 @@ class TrainGanConfig(Config):
     )
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="decay of the generator's average a step; 0: off"
+    )
+    unlabelled: bool = Field(
+        False, description="also learn from unlabelled images, with masks of a linear decoder"
     )
     generator_lr: float = Field(2e-4, gt=0, description="learning rate of the generator")
     discriminator_lr: float = Field(8e-4, gt=0, description="learning rate of the discriminator")
@@ -226,7 +232,8 @@ def run(
     config, monitoring
         Networks, losses, schedule; how training is monitored.
     features
-        Stores ``train`` and ``val``, or their folder; the monitor compares with ``val``.
+        Stores ``train``, ``val`` and, with ``unlabelled``, that one, or their folder. The monitor
+        compares with ``val``.
     out
         Folder of ``generator``, ``discriminator``, ``image_encoder`` (``.safetensors``), the
         untrained ``generator-initial``, ``optimizers.pt`` and ``config.json``.
@@ -253,27 +260,19 @@ def run(
     accelerator = session.accelerator
     stores = open_stores(config, features, machine, accelerator.num_processes)
     store = stores["train"]
-    loader = session.loader(
-        store,
-        config.batch_size,
-        seed=config.seed,
-        drop_last=True,
-        positions=store.positions("identity"),  # no mirrored images
-        repeats=config.repeats,
-        images=bool(config.reads_images),
-    )
-
+    loader = training_loader(session, config, stores)
     seed_everything(config.seed)
     settings, architecture = config.model_dump(), describe(config, store)
-    fitted_on = accelerator.device
-    networks = create_networks(architecture, settings, store, fitted_on, backbone_weights)
+    networks = create_networks(architecture, settings, store, accelerator.device, backbone_weights)
     untrained = copy.deepcopy(networks.generator.state_dict())
     trainer = build_trainer(accelerator, networks, settings, machine, store.spec.folds)
     epochs = config.frozen_epochs  # all epochs of this stage; the decoder's come after them
     # Measures the untrained generator, so it comes before ``resume``.
     session.watch(monitoring, trainer.generator, stores, seed=config.seed, epochs=epochs)
     identity = identify(config, monitoring, stores)
-    session.resume(loader, epochs, identity=identity, state={"trainer": trainer})
+    source = PseudoMasks(store.spec, accelerator.device) if config.unlabelled else SampleSource()
+    session.resume(loader, epochs, identity=identity, state={"trainer": trainer, "source": source})
+    source.fit(labelled_loader(session, config, store, **WHOLE_BATCHES), config.seed)
     norms = RunningStatistics(accelerator, trainer.modules.values())
 
     # The order of the batches and all noise are functions of seed, epoch, step and micro-batch.
@@ -282,9 +281,12 @@ def run(
         for index, batch in session.batches(epoch):
             for micro_index, micro_batch in enumerate(batch.chunk(config.gradient_accumulation)):
                 rng = random_generator(accelerator.device, config.seed, epoch, index, micro_index)
+                samples = source.take(micro_batch)
                 with accelerator.accumulate(*trainer.modules.values()):  # sets sync_gradients
                     output = trainer.forward(
-                        micro_batch.features, micro_batch.masks, micro_batch.images, rng=rng
+                        *(samples.features, samples.masks, samples.images),
+                        weights=samples.weights,
+                        rng=rng,
                     )
                     backward(  # each loss to its parameters; a flow has none of a discriminator
                         accelerator,
@@ -294,28 +296,63 @@ def run(
                     if accelerator.sync_gradients:  # the last micro-batch
                         step_and_zero_grad(accelerator, *trainer.optimizers.values(), norms=norms)
                         trainer.after_optimizer_step()  # generator's average, WGAN's clipping
-                session.log(output.terms)  # adds to the means of the epoch
+                session.log({**output.terms, **samples.terms})  # adds to the means of the epoch
                 del output  # frees the discriminator's graph before the next forward pass
             session.save_if_due(index + 1)
         # Writes the row, may save, and stops a collapsed GAN.
         session.end_epoch({**session.take_means(), **session.measure_if_due(epoch)})
 
-    state = trainer.state_dict()  # in all processes: sharded weights are gathered
+    trained = trainer.state_dict()  # in all processes: sharded weights are gathered
     if accelerator.is_main_process:
         renew_folder(out)
         save_weights(untrained, out / "generator-initial.safetensors")
         trained_on = {"store": store.fingerprint, "features": store.spec.to_dict()}
-        save_gan(out, state, {"architecture": architecture, "training": settings, **trained_on})
+        save_gan(out, trained, {"architecture": architecture, "training": settings, **trained_on})
     session.finish()
     return session.history.rows[-1]
+
+
+def labelled_loader(
+    session: Session, config: TrainGanConfig, store: FeatureStore, **options: Any
+) -> FeatureLoader:
+    """Read the labelled training samples, without mirrored images."""
+    options = {
+        "seed": config.seed,
+        "drop_last": True,
+        "positions": store.positions("identity"),
+        "repeats": config.repeats,
+        "images": bool(config.reads_images),
+        **options,
+    }
+    return session.loader(store, config.batch_size, **options)
+
+
+def training_loader(
+    session: Session, config: TrainGanConfig, stores: Mapping[str, FeatureStore]
+) -> FeatureLoader | PairedLoader:
+    """Read the labelled samples and, with ``unlabelled``, as many unlabelled ones beside them."""
+    loader = labelled_loader(session, config, stores["train"])
+    if not config.unlabelled:
+        return loader
+    return session.paired(
+        loader,
+        stores["unlabelled"],
+        config.batch_size,
+        seed=config.seed,
+        drop_last=True,
+        images=bool(config.reads_images),
+    )
 
 
 def open_stores(
     config: TrainGanConfig, features: Features, machine: Machine, processes: int
 ) -> dict[str, FeatureStore]:
     """Open and check the stores of training and validation; errors are those of :func:`run`."""
-    stores = {split: open_split(features, split, config.layers) for split in ("train", "val")}
+    splits = ("train", "val", *(["unlabelled"] if config.unlabelled else []))
+    stores = {split: open_split(features, split, config.layers) for split in splits}
     check_store(config, stores["train"], processes)
+    if config.unlabelled:
+        check_like(stores["unlabelled"], stores["train"])
     verify_stores(*stores.values(), workers=machine.workers)
     return stores
 

@@ -204,14 +204,14 @@ def test_new_variants_and_seeds_train_only_their_decoders(
     assert reruns(edited) == {*expected, "report"}
 
 
-def test_only_variants_with_unlabelled_images_or_a_gan_read_them(edited: Path) -> None:
+def test_only_a_gan_and_variants_with_unlabelled_images_or_a_gan_read_them(edited: Path) -> None:
     params = YAML().load(edited / "params.yaml")
     params["variants"]["student"] = {"augmenter": "self-training"}
     params["compare"]["unlabelled_variants"] = ["student"]
     YAML().dump(params, edited / "params.yaml")
     assert reruns(edited) == {"train-decoder-unlabelled@student-0", "report"}
     readers = {name for name, stage in DVC.items() if "features/unlabelled" in stage["deps"]}
-    assert readers == {"train-decoder-unlabelled", "train-decoder-gan"}
+    assert readers == {"train-gan", "train-decoder-unlabelled", "train-decoder-gan"}
 
 
 def test_compiled_modules_rerun_nothing(edited: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -44,15 +43,15 @@ def training_loader(
     )
     if not variant.needs_unlabelled:
         return loader
-    unlabelled = session.loader(
+    first_epoch = config.epochs if variant.teacher_rounds else 0
+    return session.paired(
+        loader,
         stores["unlabelled"],
         config.batch_size,
         seed=seed,
         drop_last=True,
-        repeats=math.ceil(len(loader) * config.batch_size / len(stores["unlabelled"])),
+        first_epoch=first_epoch,
     )
-    first_epoch = config.epochs if variant.teacher_rounds else 0
-    return PairedLoader(loader, unlabelled, first_epoch=first_epoch)
 
 
 def extra_samples(

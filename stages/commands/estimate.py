@@ -221,13 +221,14 @@ def _estimate(
     models = sizes.model_bytes(costs, variants, seeds)
     images = bool(gan.reads_images) or any(each.backbone == "trained" for each in variants.values())
     cached = sizes.cache_bytes(spec, views, data.samples, images, variants)
+    doubled = 2 if gan.unlabelled else 1  # an unlabelled sample beside each labelled one
     micro_batches = {
-        "gan": gan.batch_size / gan.gradient_accumulation,
+        "gan": doubled * gan.batch_size / gan.gradient_accumulation,
         "decoder": decoder.batch_size / decoder.gradient_accumulation,
     }
     samples = {
         "extract": sum(row["samples"] for row in stores),
-        "gan": gan.frozen_epochs * gan.repeats * data.samples["train"],
+        "gan": doubled * gan.frozen_epochs * gan.repeats * data.samples["train"],
         "decoder": decoder.epochs * decoder.repeats * data.samples["train"] * seeds,
     }
     return {

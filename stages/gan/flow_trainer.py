@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from typing_extensions import Self, override
@@ -16,6 +15,7 @@ from featurestore import FeatureStore
 from featurestore.dataset import gather_maps
 from stages.common.distributed import draw_noise
 from stages.common.runtime import Machine
+from stages.gan.losses import weighted_mean
 from stages.gan.networks import Networks
 from stages.gan.objective import Step
 from stages.gan.trainer import Trainer
@@ -138,6 +138,7 @@ class FlowTrainer(Trainer):
         masks: Tensor,
         images: Tensor | None,
         *,
+        weights: Tensor | None = None,
         ratio: int = 1,
         rng: torch.Generator,
     ) -> Step:
@@ -150,7 +151,7 @@ class FlowTrainer(Trainer):
         now = torch.lerp(start, target, time.view(-1, 1, 1, 1))
         with self.accelerator.autocast():
             velocity = self.modules["generator"](now, time, masks.repeat(ratio, 1, 1))
-        loss = F.mse_loss(velocity, target - start)
+        loss = weighted_mean((velocity - (target - start)).square(), weights)
         return Step(target[:0], loss, torch.zeros_like(loss), {"generator/flow": loss.detach()})
 
     @override

@@ -105,6 +105,7 @@ class GanTrainer(Trainer):
         masks: Tensor,
         images: Tensor | None,
         *,
+        weights: Tensor | None = None,
         ratio: int = 1,
         rng: torch.Generator,
     ) -> Step:
@@ -122,6 +123,7 @@ class GanTrainer(Trainer):
                 real=real,
                 masks=masks,
                 images=images,
+                weights=weights,
                 folds=self.folds,
                 noise=noise,
                 rng=rng,

@@ -1,7 +1,7 @@
 """The losses of thesis section 3.2, those of its ablation (section 5.2.3), and others.
 
 A mean is over the batch of all processes: each process computes its fraction, and gradients are
-averaged.
+averaged. With weights, the mean is of each sample's value times its weight.
 """
 
 from __future__ import annotations
@@ -16,14 +16,26 @@ from torch import Tensor
 from featurestore import VOID
 from stages.common.distributed import average_over_processes
 
+
+def weighted_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Average values (k*B, ...), k draws of B samples, each times its sample's weight.
+
+    ``weights`` are (B,), 0 to 1; None: all weigh 1.
+    """
+    if weights is None:
+        return values.mean()
+    by_draw = values.flatten(1).mean(1).unflatten(0, (-1, len(weights)))
+    return (by_draw * weights).mean()
+
+
 # -- adversarial losses --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Adversarial:
-    """The terms of an adversarial loss: functions of scores, and of masks (B, h, w).
+    """The terms of an adversarial loss: functions of scores (k*B, ...), and of masks (B, h, w).
 
-    Only the segmentation loss reads the masks.
+    They return values (k*B, ...) whose mean is the term. Only the segmentation loss reads masks.
 
     Attributes
     ----------
@@ -57,8 +69,7 @@ def _balanced_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
     present = counts > 0
     balanced = counts.sum() / (torch.where(present, counts, 1) * present.sum().clamp(min=1))
     weights = F.pad(torch.where(present, balanced, 0.0), (0, 1))
-    losses = F.cross_entropy(logits, masks.long(), weights, ignore_index=VOID, reduction="sum")
-    return losses / counts.sum().clamp(min=1)
+    return _cross_entropies(logits, masks, counts.sum(), weights)
 
 
 def _generated_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
@@ -69,23 +80,23 @@ def _generated_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
 
 # Arjovsky et al. 2017.
 _WASSERSTEIN = Adversarial(
-    real=lambda scores, masks: -scores.mean(),
-    fake=lambda scores, masks: scores.mean(),
-    generator=lambda scores, masks: -scores.mean(),
+    real=lambda scores, masks: -scores,
+    fake=lambda scores, masks: scores,
+    generator=lambda scores, masks: -scores,
 )
 ADVERSARIAL = {
     # Equations 3.2 to 3.4.
     "hinge": Adversarial(
-        real=lambda scores, masks: F.relu(1 - scores).mean(),
-        fake=lambda scores, masks: F.relu(1 + scores).mean(),
-        generator=lambda scores, masks: -scores.mean(),
+        real=lambda scores, masks: F.relu(1 - scores),
+        fake=lambda scores, masks: F.relu(1 + scores),
+        generator=lambda scores, masks: -scores,
     ),
     # -log of the sigmoid (Goodfellow et al. 2014, eq. 1). The generator's gradient does not vanish
     # where the discriminator is sure (section 3).
     "non-saturating": Adversarial(
-        real=lambda scores, masks: F.softplus(-scores).mean(),
-        fake=lambda scores, masks: F.softplus(scores).mean(),
-        generator=lambda scores, masks: F.softplus(-scores).mean(),
+        real=lambda scores, masks: F.softplus(-scores),
+        fake=lambda scores, masks: F.softplus(scores),
+        generator=lambda scores, masks: F.softplus(-scores),
     ),
     "wasserstein-clip": _WASSERSTEIN,
     "wasserstein-gp": _WASSERSTEIN,
@@ -147,7 +158,9 @@ def gradient_penalty(
 # -- other losses --------------------------------------------------------------------------------
 
 
-def feature_matching(real: list[Tensor], fake: list[Tensor]) -> Tensor:
+def feature_matching(
+    real: list[Tensor], fake: list[Tensor], weights: Tensor | None = None
+) -> Tensor:
     """Compute equation 3.5: the sum over the discriminator's layers of mean absolute differences.
 
     The real side is a constant.
@@ -158,16 +171,17 @@ def feature_matching(real: list[Tensor], fake: list[Tensor]) -> Tensor:
         Each layer's activations, (B, ...).
     fake
         Those of generated features, (k*B, ...), k draws a mask.
+    weights
+        (B,) weights of the samples; None: all weigh 1.
     """
-    # (k*B, ...) -> (k, B, ...): the real side is broadcast and not copied.
     terms = [
-        (of_fake.unflatten(0, (-1, len(of_real))) - of_real.detach()).abs().mean()
+        weighted_mean((_by_draw(of_fake, of_real) - of_real.detach()).abs().flatten(0, 1), weights)
         for of_real, of_fake in zip(real, fake, strict=True)
     ]
     return torch.stack(terms).sum()
 
 
-def reconstruction(real: Tensor, fake: Tensor) -> Tensor:
+def reconstruction(real: Tensor, fake: Tensor, weights: Tensor | None = None) -> Tensor:
     """Compute the mean squared difference of generated features from real ones.
 
     Parameters
@@ -176,8 +190,16 @@ def reconstruction(real: Tensor, fake: Tensor) -> Tensor:
         (B, C, h, w).
     fake
         (k*B, C, h, w), k draws of each mask.
+    weights
+        (B,) weights of the samples; None: all weigh 1.
     """
-    return (fake.float().unflatten(0, (-1, len(real))) - real).square().mean()
+    squares = (_by_draw(fake.float(), real) - real).square()
+    return weighted_mean(squares.flatten(0, 1), weights)
+
+
+def _by_draw(fake: Tensor, real: Tensor) -> Tensor:
+    """View (k*B, ...) as (k, B, ...): the real side is then broadcast, and not copied."""
+    return fake.unflatten(0, (-1, len(real)))
 
 
 def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -205,7 +227,9 @@ def information(estimate: Tensor, z: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
-    """Compute equation 3.7: the mean over the labelled pixels of the batch; 0 if there are none.
+    """Compute values (B, H, W) whose mean is equation 3.7, over the labelled pixels of the batch.
+
+    They are 0 if no pixel is labelled.
 
     Parameters
     ----------
@@ -214,5 +238,16 @@ def cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
     masks
         (B, H, W) uint8; 255 is left out.
     """
-    total = F.cross_entropy(logits, masks.long(), ignore_index=VOID, reduction="sum")
-    return total / average_over_processes((masks != VOID).sum().float()).clamp(min=1)
+    labelled = average_over_processes((masks != VOID).sum().float())
+    return _cross_entropies(logits, masks, labelled)
+
+
+def _cross_entropies(
+    logits: Tensor, masks: Tensor, labelled: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Compute cross-entropies (B, H, W); their mean is their sum over ``labelled`` pixels.
+
+    ``weights`` (K,) weigh the classes.
+    """
+    each = F.cross_entropy(logits, masks.long(), weights, ignore_index=VOID, reduction="none")
+    return each * (each.numel() / labelled.clamp(min=1))

@@ -82,6 +82,7 @@ def forward(
     real: Tensor,
     masks: Tensor,
     images: Tensor | None,
+    weights: Tensor | None,
     folds: Folds,
     noise: Tensor,
     rng: torch.Generator,
@@ -102,6 +103,9 @@ def forward(
         (B, H, W) uint8.
     images
         (B, 3, H, W) uint8, where there is an image encoder.
+    weights
+        (B,) of the samples in all losses but the divergence, InfoGAN's and the penalties; None:
+        all weigh 1.
     folds
         Layers of the features, for the transforms.
     noise
@@ -126,7 +130,7 @@ def forward(
         regularisation = objective.lambda_kld * terms["generator/kld"]
     fake = generator(z, masks)
     if objective.lambda_rec:
-        terms["generator/reconstruction"] = losses.reconstruction(real, fake)
+        terms["generator/reconstruction"] = losses.reconstruction(real, fake, weights)
         regularisation = regularisation + objective.lambda_rec * terms["generator/reconstruction"]
 
     # Scores of both and activations of the discriminator; means over its scales.
@@ -139,9 +143,12 @@ def forward(
         ("discriminator/fake", adversarial.fake, of_fake.scores),
         ("generator/adversarial", adversarial.generator, of_fake.scores),
     ):
-        terms[name] = torch.stack([loss(each.float(), labels) for each in scores]).mean()
-    layers = [[layer.float() for layer in side.layers] for side in (of_real, of_fake)]
-    matching = losses.feature_matching(*layers) / len(of_real.scores)
+        values = [loss(each.float(), labels) for each in scores]
+        terms[name] = torch.stack([losses.weighted_mean(each, weights) for each in values]).mean()
+    layers_real, layers_fake = (
+        [layer.float() for layer in side.layers] for side in (of_real, of_fake)
+    )
+    matching = losses.feature_matching(layers_real, layers_fake, weights) / len(of_real.scores)
     terms["generator/feature_matching"] = matching
     terms |= _accuracies(objective, of_real.scores, of_fake.scores)
     discriminator_loss = terms["discriminator/real"] + terms["discriminator/fake"]

@@ -115,6 +115,7 @@ class Trainer(ABC):
         masks: Tensor,
         images: Tensor | None,
         *,
+        weights: Tensor | None = None,
         ratio: int = 1,
         rng: torch.Generator,
     ) -> Step:
@@ -128,6 +129,8 @@ class Trainer(ABC):
             (B, H, W) uint8.
         images
             (B, 3, H, W) uint8; read by an image encoder.
+        weights
+            (B,) weights of the samples, 0 to 1; None: all weigh 1.
         ratio
             Draws of z a mask.
         rng

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,6 +121,20 @@ class Session:
             "ranks": self.accelerator.num_processes,
         }
         return FeatureLoader(store, batch_size, **{**settings, **options})
+
+    def paired(
+        self,
+        loader: FeatureLoader,
+        unlabelled: FeatureStore,
+        batch_size: int,
+        *,
+        first_epoch: int = 0,
+        **options: Any,
+    ) -> PairedLoader:
+        """Read as many batches of another store beside those of a loader, from an epoch on."""
+        repeats = math.ceil(len(loader) * batch_size / len(unlabelled))
+        others = self.loader(unlabelled, batch_size, repeats=repeats, **options)
+        return PairedLoader(loader, others, first_epoch=first_epoch)
 
     def scoring_loader(self, store: FeatureStore, batch_size: int, **options: Any) -> FeatureLoader:
         """Read a store as :meth:`loader` does, all windows of an image in one process."""

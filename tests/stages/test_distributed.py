@@ -34,7 +34,7 @@ def roots(features: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
             *launcher,
             "-m",
             "tests.stages.train_in_processes",
-            "gan,oasis,flow,concat,joint",
+            "gan,oasis,flow,concat,pseudo,joint,self-training,mean-teacher",
             *paths,
             cwd=ROOT,
             OMP_NUM_THREADS="1",
@@ -44,7 +44,7 @@ def roots(features: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["two", "sharded"])
-@pytest.mark.parametrize("stage", ["gan", "oasis", "flow", "concat", "joint"])
+@pytest.mark.parametrize("stage", ["gan", "oasis", "flow", "concat", "pseudo", "joint"])
 def test_losses_and_scores_agree(roots: dict[str, Path], stage: str, how: str) -> None:
     one, two = (read_curves(roots[run] / "metrics" / stage) for run in ("one", how))
     assert one.keys() == two.keys()
@@ -53,12 +53,26 @@ def test_losses_and_scores_agree(roots: dict[str, Path], stage: str, how: str) -
         if curve.startswith("monitor"):
             continue  # counts and ratios of the generators, whose weights are compared below
         first, last = slice(0, 2), slice(2, 3)
+        one_patch = 1e-2 if "accuracy" in curve else 2e-4  # a fraction of few patches
         pd.testing.assert_series_equal(
-            two[curve][first], one[curve][first], check_exact=False, rtol=2e-3, atol=2e-4
+            two[curve][first], one[curve][first], check_exact=False, rtol=2e-3, atol=one_patch
         )
         # Adam takes a whole step even where a gradient is rounding noise, so the runs diverge.
         pd.testing.assert_series_equal(
             two[curve][last], one[curve][last], check_exact=False, rtol=5e-2, atol=2e-2
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["self-training", "mean-teacher"])
+def test_self_training_agrees(roots: dict[str, Path], stage: str) -> None:
+    one, two = (read_curves(roots[run] / "metrics" / stage) for run in ("one", "two"))
+    assert one.keys() == two.keys()
+    # Labels are drawn: where rounding moves a probability across a drawn number, a pixel's label
+    # changes. Epochs of the first round have none.
+    for curve in ("decoder/ce_real", "decoder/ce_added"):
+        pd.testing.assert_series_equal(
+            two[curve], one[curve], check_exact=False, rtol=2e-2, atol=2e-3
         )
 
 
@@ -70,6 +84,7 @@ def test_weights_agree_within_what_adam_moves(roots: dict[str, Path], how: str) 
         (load_generator, "oasis"),
         (load_generator, "flow"),
         (load_generator, "concat"),
+        (load_generator, "pseudo"),
         (load_decoder, "joint"),
         (load_generator, "joint/gan"),
     ):

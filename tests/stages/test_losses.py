@@ -15,16 +15,38 @@ MASKS = torch.zeros(1, 1, 1, dtype=torch.uint8)  # only the segmentation loss re
 def test_hinge_by_hand() -> None:
     hinge = ADVERSARIAL["hinge"]
     real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0])
-    assert hinge.real(real, MASKS) == pytest.approx((0 + 0.5 + 2) / 3)
-    assert hinge.fake(fake, MASKS) == pytest.approx((0 + 1) / 2)
-    assert hinge.generator(torch.tensor([1.0, 3.0]), MASKS) == -2
+    assert hinge.real(real, MASKS).mean() == pytest.approx((0 + 0.5 + 2) / 3)
+    assert hinge.fake(fake, MASKS).mean() == pytest.approx((0 + 1) / 2)
+    assert hinge.generator(torch.tensor([1.0, 3.0]), MASKS).mean() == -2
+
+
+def test_weights_multiply_each_draw_of_a_sample() -> None:
+    values = torch.tensor([[1.0, 3.0], [10.0, 30.0], [2.0, 2.0], [20.0, 20.0]])  # 2 draws of 2
+    weights = torch.tensor([1.0, 0.5])
+    assert losses.weighted_mean(values, weights) == (2 + 2 + 0.5 * (20 + 20)) / 4
+    assert losses.weighted_mean(values) == losses.weighted_mean(values, torch.ones(2))
+
+
+def test_a_weight_of_zero_takes_a_sample_out_of_every_loss() -> None:
+    real, fake = torch.randn(2, 3, 4, 4), torch.randn(4, 3, 4, 4)  # 2 draws of 2
+    masks = torch.randint(0, 3, (2, 4, 4), dtype=torch.uint8)
+    weights, first = torch.tensor([1.0, 0.0]), slice(None, None, 2)
+    for loss in (losses.reconstruction, lambda r, f, w=None: losses.feature_matching([r], [f], w)):
+        alone = loss(real[:1], fake[first])
+        torch.testing.assert_close(loss(real, fake, weights), alone / 2)
+    for name, loss in ADVERSARIAL.items():
+        if name == "segmentation":
+            continue  # its classes are balanced over the batch
+        alone = loss.fake(fake[first], masks[:1]).mean()
+        found = losses.weighted_mean(loss.fake(fake, masks), weights)
+        torch.testing.assert_close(found, alone / 2)
 
 
 @pytest.mark.parametrize("name", ["wasserstein-clip", "wasserstein-gp"])
 def test_wasserstein_by_hand(name: str) -> None:
     critic, scores = ADVERSARIAL[name], torch.tensor([1.0, 3.0])
-    assert critic.real(scores, MASKS) == critic.generator(scores, MASKS) == -2
-    assert critic.fake(torch.tensor([5.0]), MASKS) == 5
+    assert critic.real(scores, MASKS).mean() == critic.generator(scores, MASKS).mean() == -2
+    assert critic.fake(torch.tensor([5.0]), MASKS).mean() == 5
 
 
 def test_feature_matching_sums_layer_means_and_repeats_the_real_side() -> None:
@@ -73,9 +95,10 @@ def test_cross_entropy_is_torchs_and_zero_without_labels() -> None:
     masks = torch.randint(0, 4, (2, 3, 3), dtype=torch.uint8)
     masks[0, 0] = 255
     torch.testing.assert_close(
-        losses.cross_entropy(logits, masks), F.cross_entropy(logits, masks.long(), ignore_index=255)
+        losses.cross_entropy(logits, masks).mean(),
+        F.cross_entropy(logits, masks.long(), ignore_index=255),
     )
-    assert losses.cross_entropy(logits, torch.full_like(masks, 255)) == 0
+    assert losses.cross_entropy(logits, torch.full_like(masks, 255)).mean() == 0
 
 
 def test_gradient_penalty_of_a_linear_critic() -> None:
@@ -92,9 +115,9 @@ def test_gradient_penalty_of_a_linear_critic() -> None:
 def test_non_saturating_is_binary_cross_entropy() -> None:
     scores, loss = torch.randn(7), ADVERSARIAL["non-saturating"]
     entropy = F.binary_cross_entropy_with_logits
-    torch.testing.assert_close(loss.real(scores, MASKS), entropy(scores, torch.ones(7)))
-    torch.testing.assert_close(loss.fake(scores, MASKS), entropy(scores, torch.zeros(7)))
-    torch.testing.assert_close(loss.generator(scores, MASKS), entropy(scores, torch.ones(7)))
+    torch.testing.assert_close(loss.real(scores, MASKS).mean(), entropy(scores, torch.ones(7)))
+    torch.testing.assert_close(loss.fake(scores, MASKS).mean(), entropy(scores, torch.zeros(7)))
+    torch.testing.assert_close(loss.generator(scores, MASKS).mean(), entropy(scores, torch.ones(7)))
 
 
 def test_r1_of_a_quadratic_discriminator_by_hand() -> None:
@@ -126,9 +149,9 @@ def test_segmentation_losses_in_plain_code() -> None:
         return torch.stack(terms).mean()
 
     loss = ADVERSARIAL["segmentation"]
-    torch.testing.assert_close(loss.real(real, masks), balanced(real, masks))
+    torch.testing.assert_close(loss.real(real, masks).mean(), balanced(real, masks))
     generated = torch.full_like(masks, 3).masked_fill(masks == 255, 255).repeat(2, 1, 1).long()
     expected = F.cross_entropy(fake, generated, ignore_index=255)
-    torch.testing.assert_close(loss.fake(fake, masks), expected)
+    torch.testing.assert_close(loss.fake(fake, masks).mean(), expected)
     expected = balanced(fake, masks.repeat(2, 1, 1))
-    torch.testing.assert_close(loss.generator(fake, masks), expected)
+    torch.testing.assert_close(loss.generator(fake, masks).mean(), expected)

@@ -129,6 +129,6 @@ def test_a_variant_that_needs_unlabelled_images_refuses_a_store_without(
     with pytest.raises(SpecMismatchError) as error:
         run_decoder(tmp_path, tmp_path, STUDENT, name="s")
     assert str(error.value) == (
-        f"{tmp_path / 'unlabelled'}: holds no image; set prepare.unlabelled, or choose another"
-        " variant"
+        f"{tmp_path / 'unlabelled'}: holds no image; set prepare.unlabelled, or remove what"
+        " reads it: train_gan.unlabelled or the variant"
     )

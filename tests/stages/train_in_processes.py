@@ -12,6 +12,7 @@ from torch import nn
 from stages import train_decoder, train_gan
 from stages.augment.featuregan import FeatureGANConfig
 from stages.augment.registry import NoneConfig
+from stages.augment.self_training import SelfTrainingConfig
 from stages.common.runtime import Machine
 from stages.gan.monitor import MonitorConfig
 from stages.train_decoder import TrainDecoderConfig
@@ -25,7 +26,10 @@ GANS = {
     "flow": {"family": "flow"},
     "concat": {"conditioning": "concat"},
     "image": IMAGE_GAN,
+    "pseudo": {"unlabelled": True},
 }
+SELF_TRAINING = {"augmenter": "self-training", "rounds": 1}
+MEAN_TEACHER = {"augmenter": "self-training", "teacher": "ema"}
 
 
 class NoDropout(nn.Module):
@@ -39,7 +43,7 @@ class NoDropout(nn.Module):
 
 
 def main(stages: str, features: Path, root: Path, gan: Path, saves: int = 0) -> None:
-    """Train GANs of :data:`GANS`, a decoder and its backbone (``unfrozen``), or one with ``gan``.
+    """Train GANs of :data:`GANS`, a decoder and its backbone (``unfrozen``), or other decoders.
 
     ``saves`` above 0: die after so many saved states.
     """
@@ -87,6 +91,10 @@ def train(stage: str, features: Path, root: Path, gan: Path, checkpoint_minutes:
         if stage == "unfrozen":
             changes = {"backbone": "trained", "backbone_lr": 1e-4, "image_augment": []}
             variant = NoneConfig(augmenter="none")
+        elif stage == "self-training":
+            variant = SelfTrainingConfig(**SELF_TRAINING)
+        elif stage == "mean-teacher":
+            variant = SelfTrainingConfig(**MEAN_TEACHER)
         config = TrainDecoderConfig(**{**DECODER, "lr": 5e-4, **changes})
         train_decoder.run(config, variant, monitor, name=stage, seed=0, gan=gan, **arguments)
 
