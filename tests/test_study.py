@@ -63,6 +63,7 @@ experiments:
 
 
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
+PLANNED = json.loads((ROOT / "tests/data/studies.json").read_text())
 
 
 def runs_of(file: Path, **overrides: object) -> list[Run]:
@@ -293,10 +294,10 @@ def test_results_of_other_settings_are_missing_and_damaged_ones_are_errors(
         first.is_done(tmp_path)
 
 
-@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
-def test_a_study_plans_the_runs_that_it_planned_before(file: Path) -> None:
-    """The snapshot was taken when presets described all variants."""
-    kept = json.loads((ROOT / "tests/data/studies.json").read_text())[file.stem]
+@pytest.mark.parametrize("study", PLANNED)
+def test_a_study_plans_the_runs_that_it_planned_before(study: str) -> None:
+    """The snapshot was taken when presets described all variants; newer studies are not in it."""
+    kept, file = PLANNED[study], ROOT / "studies" / f"{study}.yaml"
     preset = flat(load_preset(read_params(file)["preset"]).plain())
     expected = {
         (experiment, label, seed): (changes["changes"], kept["variants"][number])
