@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jinja2
 import numpy as np
@@ -56,6 +56,9 @@ class CompareConfig(Config):
     gan_variants: Annotated[tuple[str, ...], Listed, Once] = Field(
         ("featuregan-1x", "featuregan-2x"), description="variants that read models/gan"
     )
+    generators: Annotated[tuple[Literal["gan"], ...], Listed, Once] = Field(
+        ("gan",), description="trained by train-gan; [] if no variant reads one"
+    )
     seeds: Annotated[tuple[Seed, ...], Listed, Field(min_length=1), Once] = Field(
         (0, 1, 2), description="every variant is trained with every seed"
     )
@@ -69,6 +72,11 @@ class CompareConfig(Config):
     def _not_empty(self) -> Self:
         if not self.names:
             raise ValueError("all lists of variants are empty; name at least one variant")
+        if self.gan_variants and not self.generators:
+            raise ValueError(
+                f"{self.gan_variants[0]} reads models/gan; set generators to [gan], or empty"
+                " gan_variants"
+            )
         return self
 
 
@@ -133,6 +141,8 @@ def run(
     write_atomically(out / "comparison.txt", f"{text}\n".encode())
     accelerator = make_accelerator(device, "no")
     train, test = featurestore.open(features / "train"), featurestore.open(features / "test")
+    # Without a GAN, as after `choose` where it did not help, its parts are left out.
+    has_gan = bool(compared.generators) and gan.is_dir()
     template = resources.files("stages.reporting").joinpath("report.html")
     page = jinja2.Template(template.read_text(encoding="utf-8"), autoescape=True).render(
         config=config,
@@ -146,8 +156,7 @@ def run(
         predictions=_predictions(config, compared, test, decoders, accelerator.device),
         **_tables(rows, tables.per_class(results), out),
         **_curves(compared, metrics, out),
-        # Without a GAN, as after `choose` where it did not help, its parts are left out.
-        **(_generated(config, train, gan, accelerator.device) if gan.is_dir() else {}),
+        **(_generated(config, train, gan, accelerator.device) if has_gan else {}),
     )
     write_atomically(out / "index.html", page.encode())
     return text
@@ -174,7 +183,7 @@ def _tables(rows: Sequence[tables.Row], by_class: pd.DataFrame, out: Path) -> di
 
 def _curves(compared: CompareConfig, metrics: Path, out: Path) -> dict[str, object]:
     """Draw the curves of all trainings, and write the mean mIoU on the validation split."""
-    gan = read_curves(metrics / "train-gan")
+    gan = read_curves(metrics / "train-gan") if compared.generators else {}
     runs = {
         name: [read_curves(metrics / f"{name}-{seed}") for seed in compared.seeds]
         for name in compared.names

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
+import click
+import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from tests.factories import call, one_line
+import featurestore
+from stages.commands.options import load_preset
+from tests.factories import SPEC, call, one_line
 
 
 @pytest.fixture
@@ -69,7 +74,8 @@ def test_the_chosen_variant_is_written_and_a_killed_choice_resumes(
     assert sum(map(len, names.values())) == 2
     assert "chosen" in names["variants"] + names["gan_variants"]
     kept = YAML(typ="safe").load(before)
-    for key in lists:
+    assert after["compare"]["generators"] == (["gan"] if names["gan_variants"] else [])
+    for key in (*lists, "generators"):
         del kept["compare"][key], after["compare"][key]
     assert after == kept
     comments = [line.split("#")[1] for line in before.splitlines() if "#" in line]
@@ -87,3 +93,26 @@ def test_a_budget_below_one_candidate_says_how_long_one_takes(project: Path) -> 
 def test_more_folds_than_images_are_refused(project: Path) -> None:
     message = one_line(call("choose", "--folds", "11", "--device", "cpu"))
     assert message == "Error: 10 training images are fewer than --folds 11; lower it"
+
+
+def test_a_class_that_only_one_fold_shows_is_left_out_of_the_mean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A decoder that is trained without this fold cannot learn the class."""
+    from stages.commands.choose import _scoring
+
+    spec = dataclasses.replace(SPEC, feature_shape=(2, 2, 2), mask_shape=(4, 4), has_images=False)
+    with featurestore.create(tmp_path / "train", spec, fingerprint="f") as writer:
+        for number, classes in enumerate(((0, 2), (0, 1), (0, 1), (0, 0))):
+            mask = np.repeat(np.uint8(classes), 8).reshape(4, 4)
+            writer.append(id=str(number), features=np.zeros((2, 2, 2), np.float32), mask=mask)
+    store = featurestore.open(tmp_path / "train")
+    params = load_preset("voc2012-lite")
+    scoring = _scoring(params, store, [np.array([0, 1]), np.array([2, 3])])
+    assert scoring.classes == [0, 1]
+    name = spec.class_names[2]
+    assert capsys.readouterr().out == (
+        f"Left out of the mean, because only one fold shows them: {name}\n"
+    )
+    with pytest.raises(click.UsageError, match="no class is in two folds; lower --folds"):
+        _scoring(params, store, [np.array([0, 1])])

@@ -207,6 +207,10 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, object], str]] = {
         {"prepare.ratios": [0.7, 0.2, 0.15]},
         "prepare: ratios must add up to 1",
     ),
+    "a variant whose GAN is not trained": (
+        {"compare.generators": []},
+        "compare: featuregan-1x reads models/gan; set generators to [gan], or empty gan_variants",
+    ),
     "an unknown variant": (
         {"compare.gan_variants": ["featuregan-3x"]},
         "compare.gan_variants: 'featuregan-3x' is not described in variants (baseline",

@@ -204,6 +204,15 @@ def test_new_variants_and_seeds_train_only_their_decoders(
     assert reruns(edited) == {*expected, "report"}
 
 
+def test_without_variants_that_read_a_gan_none_is_trained(edited: Path) -> None:
+    set_key(edited, "compare.gan_variants", [])
+    set_key(edited, "compare.generators", [])
+    with Repo(str(edited)) as repo:
+        planned = names({stage.addressing for stage in repo.index.stages})
+    assert planned == {"prepare", "extract", "train-decoder", "report"}
+    assert reruns(edited) == {"report"}
+
+
 def test_only_a_gan_and_variants_with_unlabelled_images_or_a_gan_read_them(edited: Path) -> None:
     params = YAML().load(edited / "params.yaml")
     params["variants"]["student"] = {"augmenter": "self-training"}

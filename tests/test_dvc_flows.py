@@ -89,14 +89,14 @@ def test_without_images_repro_needs_to_be_told(team: Path, tmp_path: Path) -> No
     planned = run("dvc", "repro", "--allow-missing", "--dry", "train-gan", cwd=mine).stdout
     for stage in ("prepare", "extract"):
         assert f"Stage '{stage}' didn't change, skipping" in planned
-    assert "Running stage 'train-gan'" in planned
+    assert "Running stage 'train-gan@gan'" in planned
 
 
 def test_an_experiment_pulls_what_it_needs_and_runs_what_changed(
     experiment: tuple[Path, str],
 ) -> None:
     mine, printed = experiment
-    for stage in ("prepare", "extract", "train-gan"):
+    for stage in ("prepare", "extract", "train-gan@gan"):
         assert f"Stage '{stage}' didn't change, skipping" in printed
     for stage in ("train-decoder@baseline-0", "train-decoder-gan@featuregan-1x-0", "report"):
         assert f"Running stage '{stage}'" in printed

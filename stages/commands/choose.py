@@ -199,7 +199,7 @@ def write_chosen(path: Path, chosen: Candidate) -> None:
     lists: dict[str, list[str]] = {key: [] for key in READ}
     lists["variants"] = ["baseline"] if "baseline" in document["variants"] else []
     lists[variant.listed].append(NAME)
-    compare.update(lists)
+    compare.update(lists, generators=["gan"] if lists["gan_variants"] else [])
     text = StringIO()
     yaml.dump(document, text)
     parse(PARAMS, YAML(typ="safe", pure=True).load(text.getvalue()))

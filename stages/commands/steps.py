@@ -91,6 +91,7 @@ class Steps:
         if (root / "unlabelled").is_dir():
             changes["prepare.unlabelled"] = "unlabelled"
         changes |= {"compare.variants": ["baseline"], "compare.gan_variants": []}
+        changes["compare.generators"] = []
         self._write(with_settings(load_preset(preset).plain(), {**changes, "compare.seeds": [0]}))
 
     def fit_to_images(self) -> None:
