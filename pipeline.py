@@ -96,8 +96,13 @@ def main() -> None:
 @click.argument("preset", default="quickstart")
 @click.option("--list", "list_them", is_flag=True, help="List the presets and stop.")
 @click.option("--force", is_flag=True, help="Replace a params.yaml that is there.")
+@click.option(
+    "--root",
+    type=click.Path(exists=True, file_okay=False),
+    help="Folder of the images: prepare.root. Default: the preset's.",
+)
 @params_option
-def init(preset: str, list_them: bool, force: bool, path: Path) -> None:
+def init(preset: str, list_them: bool, force: bool, root: str | None, path: Path) -> None:
     """Write params.yaml from PRESET (default: quickstart), with a comment on every key."""
     titles = {name: file.read_text("utf-8").splitlines()[0] for name, file in presets().items()}
     if list_them:
@@ -107,8 +112,11 @@ def init(preset: str, list_them: bool, force: bool, path: Path) -> None:
     params = load_preset(preset)
     if path.exists() and not force:
         raise click.UsageError(f"{path} is there already; add --force to replace it")
-    from stages.commands.params import as_yaml
+    from stages.commands.params import PARAMS, as_yaml
+    from stages.common.config import parse, with_settings
 
+    if root is not None:
+        params = parse(PARAMS, with_settings(params.plain(), {"prepare.root": root}))
     kept = ""
     written = [as_yaml(load_preset(name), title) for name, title in titles.items()]
     if path.exists() and path.read_text("utf-8") not in written:
@@ -117,7 +125,9 @@ def init(preset: str, list_them: bool, force: bool, path: Path) -> None:
         kept = f" (the old one is {before})"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(as_yaml(params, titles[preset]), "utf-8")
-    click.echo(f"wrote {path} from preset {preset}{kept}; next: `dvc repro`")
+    found = Path(params.prepare.root).is_dir()
+    following = "`dvc repro`" if found else f"set prepare.root in {path}"
+    click.echo(f"wrote {path} from preset {preset}{kept}; next: {following}")
 
 
 @main.command(short_help="Find or draw images and masks; check them all.")

@@ -127,6 +127,11 @@ def test_init_lists_and_writes_presets(tmp_path: Path, monkeypatch: pytest.Monke
     assert refused.exit_code == 2
     assert "--force" in one_line(refused)
     assert "choose from" in one_line(call("init", "nonsense", "--force"))
+    assert "next: set prepare.root in params.yaml" in call("init", "few-images", "--force").output
+    (tmp_path / "photos").mkdir()
+    written = call("init", "few-images", "--force", "--root", "photos").output
+    assert "next: `dvc repro`" in written
+    assert load_params(Path("params.yaml")).prepare.root == "photos"
 
 
 def test_params_yaml_is_what_init_writes(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ CHOOSING = 0.6  # fraction of the time left for `choose`; the rest trains and te
     default=Path("model"),
     help="Folder of the project and its results; a killed command resumes there.",
 )
-@option("--preset", default="voc2012-lite", help="Parameters to start from; `init --list`.")
+@option("--preset", default="few-images", help="Parameters to start from; `init --list`.")
 @workers_option
 @device_option
 @click.pass_context

@@ -102,6 +102,8 @@ def estimate(
         decoder_layers=decoder.layers,
     )
     costs, layers = step_cost.count(setup)
+    if not params.compare.generators:
+        del costs["gan"]
     seconds = None
     if measure:
         batches = {

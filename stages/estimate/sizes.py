@@ -98,7 +98,8 @@ def model_bytes(costs: Mapping[str, Cost], variants: Variants, seeds: int) -> in
 
     A GAN has its optimizers' state; that of a joint run has no untrained generator.
     """
-    gan, decoder = costs["gan"].weight_bytes, costs["decoder"].weight_bytes // ADAM * 4 * 2
+    gan = costs["gan"].weight_bytes if "gan" in costs else 0
+    decoder = costs["decoder"].weight_bytes // ADAM * 4 * 2
     joint = sum(1 for variant in variants.values() if _joint_ratio(variant))
     trained = sum(variant.backbone == "trained" for variant in variants.values())
     backbone = costs[TRAINED].weight_bytes // ADAM * 4 * 2 if trained else 0
@@ -150,7 +151,8 @@ def work_rows(
     Parameters
     ----------
     costs, seconds
-        Of a sample in each kind of step: counted, and measured if that was asked for.
+        Of a sample in each kind of step: counted, and measured if that was asked for. Without
+        ``gan`` in ``costs`` no GAN is trained.
     tflops
         Assumed rate in 1e12 operations a second, if hours are operations over it.
     samples
@@ -160,7 +162,8 @@ def work_rows(
     variants
         Those compared, by name.
     """
-    kinds: dict[str, Mapping[str, float]] = {"extract": {"backbone": 1}, "train-gan": {"gan": 1}}
+    kinds: dict[str, Mapping[str, float]] = {"extract": {"backbone": 1}}
+    kinds |= {"train-gan": {"gan": 1}} if "gan" in costs else {}
     for name, variant in variants.items():
         kinds[f"train-decoder: {name}"] = _steps(variant, family)
     rows: list[WorkRow] = []
