@@ -63,8 +63,9 @@ def test_the_changes_that_the_page_on_your_own_data_asks_for_are_accepted() -> N
         for section, keys in changes.items()
         for key, value in keys.items()
     }
-    params = parse(PARAMS, with_settings(load_preset("voc2012-lite").plain(), settings))
-    assert params.compare.names == ("baseline", "perturbed", "featuregan-edited")
+    params = parse(PARAMS, with_settings(load_preset("few-images").plain(), settings))
+    assert params.compare.names[0] == "baseline"
+    assert params.compare.names[-1] == "featuregan-edited"
 
 
 def test_named_variants_of_the_pages_are_described_somewhere() -> None:
