@@ -73,7 +73,7 @@ After."""
     assert made.endswith("\n\n<!-- end of tables -->\nAfter.")
     assert "\n\n163 training images" in made
     assert "; mIoU over cat:\n\n| variant | PA % |" in made
-    assert "| featuregan-1x, featuregan-2x | 61.2 | 6.8 | 0.010 | 0.10 | 1.00 |" in made
+    assert "| featuregan-1x, featuregan-2x | 163 | 61.2 | 6.8 | 0.010 | 0.10 | 1.00 |" in made
     assert with_tables(made) == made
     with pytest.raises(click.ClickException, match="no tables 'sizes', only variants, gans"):
         with_tables(page.replace("variants, gans", "sizes"))

@@ -25,7 +25,7 @@ GAN_MEASURES = {  # by key of the results: heading and format
     "monitor/coverage": ("coverage", ".2f"),
     "monitor/two_sample_accuracy": ("two-sample accuracy", ".2f"),
 }
-GAN_HEADINGS = ("GAN of", *(heading for heading, _ in GAN_MEASURES.values()))
+GAN_HEADINGS = ("GAN of", "training images", *(heading for heading, _ in GAN_MEASURES.values()))
 
 
 def as_text(compared: Sequence[Comparison]) -> str:
@@ -121,19 +121,17 @@ def _gains(sized: Mapping[int, Sequence[Row]]) -> str:
 def _gan_measures(compared: Sequence[Comparison]) -> list[list[str]]:
     """Tabulate the last measures of each GAN, by the names of the variants that start from it."""
     variants = defaultdict(list)
-    for entry in compared:
-        prefix = f"{entry.group.name}: " if len(compared) > 1 else ""
-        for variant, (first, *_) in entry.group.runs.items():
+    for group in (entry.group for entry in compared):
+        for variant, (first, *_) in group.runs.items():
             curves = first.get("gan", {})
             if set(GAN_MEASURES) <= set(curves):
-                cells = tuple(
-                    format([value for value in curves[key] if value is not None][-1], places)
-                    for key, (_, places) in GAN_MEASURES.items()
-                )
-                variants[prefix, json.dumps(curves), cells].append(variant)
-    return [
-        [f"{prefix}{', '.join(names)}", *cells] for (prefix, _, cells), names in variants.items()
-    ]
+                cells = [
+                    format([value for value in curves[name] if value is not None][-1], places)
+                    for name, (_, places) in GAN_MEASURES.items()
+                ]
+                key = (json.dumps(curves), str(group.train_images), *cells)
+                variants[key].append(variant)
+    return [[", ".join(names), *cells] for (_, *cells), names in variants.items()]
 
 
 def _gain(row: Row, usual: int) -> str:
