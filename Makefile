@@ -10,7 +10,8 @@ PYTEST = $(ACTIVATE) && python -m pytest --numprocesses logical --maxprocesses 4
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_SIZE ?= thesis
 
-.PHONY: demo test test-fast test-slow test-all gpu-tests gpu-benchmarks release-check lint install
+.PHONY: demo test test-fast test-slow test-all gpu-tests gpu-benchmarks release-check \
+	result-tables lint install
 
 demo: install            ## the whole quickstart pipeline, then its table
 	$(ACTIVATE) && dvc repro
@@ -41,6 +42,9 @@ gpu-benchmarks:          ## what a CUDA device reaches: tables and JSON in gpu-b
 
 release-check: $(VENV)/.installed-test   ## dvc.lock, metrics and reports belong to this commit
 	$(ACTIVATE) && python -m pytest tests/release_check.py
+
+result-tables: $(VENV)/.installed   ## write the tables of docs/results/ from the files in results/
+	$(ACTIVATE) && python -m benchmarks.result_tables
 
 lint: $(VENV)/.installed-test   ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -1,42 +1,19 @@
-"""Tables of docs/results/ are those of the result files, and the summary repeats their gains."""
+"""Tables of docs/results/ are those of the result files; the summary repeats their gains."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
+import click
 import pytest
 
-from stages.commands.studies import compare as command
-from stages.studies import compare as comparison
-from stages.studies.tables import as_markdown
+from benchmarks.result_tables import PAGES, PART, with_tables
 from tests.imports import ROOT
 
-SECTION = re.compile(
-    r"^(?:#+ .*|    python pipeline\.py compare results/(?:.*\\\n)*.*)$", re.MULTILINE
-)
-TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
-
-
-DETAILS = sorted((ROOT / "docs" / "results").glob("*.md"))
 GAIN = re.compile(
     r"([+-]?\d+\.\d)\**(?: points?)? \((?:95% interval )?([+-]?\d+\.\d) to ([+-]?\d+\.\d)"
 )
-
-
-def sections() -> list[tuple[str, str]]:
-    """Each ``compare`` command of the pages, and the text up to the next command or heading."""
-    found = []
-    for page in (path.read_text(encoding="utf-8") for path in DETAILS):
-        starts = list(SECTION.finditer(page))
-        ends = [*(start.start() for start in starts[1:]), len(page)]
-        found += [
-            (start[0].replace("\\\n", " ").strip(), page[start.end() : end])
-            for start, end in zip(starts, ends, strict=True)
-            if not start[0].startswith("#")
-        ]
-    return found
 
 
 def gains(path: Path) -> set[tuple[float, ...]]:
@@ -51,34 +28,52 @@ def test_the_summary_has_the_gains_of_the_detailed_pages() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("results.md", "faq.md"))]
     summary = set().union(*map(gains, pages))
     assert len(summary) >= 20
-    missing = summary - set().union(*map(gains, DETAILS))
+    missing = summary - set().union(*map(gains, PAGES))
     assert not missing, (
         f"README.md, docs/results.md or docs/faq.md has other gains: {sorted(missing)}"
     )
 
 
-@pytest.mark.parametrize(
-    ("written", "text"), sections(), ids=[written.split(" --")[0] for written, _ in sections()]
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 @pytest.mark.medium
-def test_the_page_has_the_tables_that_its_commands_write(
-    written: str, text: str, monkeypatch: pytest.MonkeyPatch
+def test_the_tables_of_a_page_are_those_of_the_result_files(
+    page: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    options = command.make_context("compare", shlex.split(written.partition("#")[0])[3:]).params
-    groups = comparison.read_groups(options["results"], options["seeds"])
-    compared = comparison.compare(
-        groups, options["classes"], options["baseline"], options["block_length"]
-    )
-    makes = {table.replace(" ", "") for table in TABLE.findall(as_markdown(compared))}
-    written_below = TABLE.findall(text)
-    assert written_below, f"there is no table below `{written}`"
-    for table in written_below:
-        if table.replace("**", "").replace(" ", "") not in makes:
-            pytest.fail(
-                f"`{written}` writes no such table into its comparison.md:\n{table}", pytrace=False
-            )
+    written = page.read_text(encoding="utf-8")
+    if with_tables(written) != written:
+        pytest.fail(f"{page.name}: run `python -m benchmarks.result_tables`", pytrace=False)
 
 
-def test_the_page_has_such_commands() -> None:
-    assert len(sections()) >= 4
+def test_every_command_has_tables() -> None:
+    parts = [part for page in PAGES for part in PART.finditer(page.read_text(encoding="utf-8"))]
+    assert sum(bool(part["arguments"]) for part in parts) >= 4
+    without = [
+        part[0]
+        for part, following in zip(parts, [*parts[1:], None], strict=True)
+        if part["arguments"] and (following is None or following["arguments"])
+    ]
+    assert without == []
+
+
+def test_tables_replace_what_is_between_the_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    page = """Before.
+
+    python pipeline.py compare results/thesis/table-4.1 \\
+        --class cat   # a comment
+
+<!-- tables: variants, gans -->
+| old |
+<!-- end of tables -->
+After."""
+    made = with_tables(page)
+    assert "| old |" not in made
+    assert made.startswith(page.partition("| old |")[0])
+    assert made.endswith("\n\n<!-- end of tables -->\nAfter.")
+    assert "\n\n163 training images" in made
+    assert "; mIoU over cat:\n\n| variant | PA % |" in made
+    assert "| featuregan-1x, featuregan-2x | 163 | 61.2 | 6.8 | 0.010 | 0.10 | 1.00 |" in made
+    assert with_tables(made) == made
+    with pytest.raises(click.ClickException, match="no tables 'sizes', only variants, gans"):
+        with_tables(page.replace("variants, gans", "sizes"))

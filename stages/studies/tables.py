@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,15 @@ from stages.studies import figures
 from stages.studies.compare import Comparison
 
 OVER_ALL = "over all classes of the test images"
+GAN_TITLE = "Generated features of the validation masks, at the end of the pretraining"
+GAN_MEASURES = {  # by key of the results: heading and format
+    "monitor/frechet": ("Fréchet distance", ".1f"),
+    "monitor/frechet_floor": ("between halves of the real features", ".1f"),
+    "monitor/diversity": ("diversity", ".3f"),
+    "monitor/coverage": ("coverage", ".2f"),
+    "monitor/two_sample_accuracy": ("two-sample accuracy", ".2f"),
+}
+GAN_HEADINGS = ("GAN of", "training images", *(heading for heading, _ in GAN_MEASURES.values()))
 
 
 def as_text(compared: Sequence[Comparison]) -> str:
@@ -30,21 +40,37 @@ def as_text(compared: Sequence[Comparison]) -> str:
 
 
 def as_markdown(compared: Sequence[Comparison]) -> str:
-    """Format the gains by number of training images, and a table for each group.
+    """Format all :func:`sections` with headings."""
+    every = [section for kind in sections(compared).values() for section in kind]
+    return "\n\n".join(f"## {title}\n\n{table}" for title, table in every) + "\n"
 
-    Where classes are named, columns over all classes follow those over the named ones.
+
+def sections(compared: Sequence[Comparison]) -> dict[str, list[tuple[str, str]]]:
+    """List titles and Markdown tables by kind.
+
+    Returns
+    -------
+    dict of list
+        ``sizes``: gains by number of training images; where classes are named, over these, then
+        over all. ``variants``: a table for each group, with columns over all classes where
+        classes are named. ``gans``: measures of the generated features. A list is empty where
+        the results do not have what it shows.
     """
-    blocks = []
+    by_size = []
     if has_curve(compared):
         about = "The baseline's mIoU, and differences to it, by number of training images"
         sized = {entry.group.train_images: entry.rows for entry in compared}
         classes = ", ".join(compared[0].classes)
-        blocks.append(f"## {about}, over {classes or 'all classes'}\n\n{_gains(sized)}")
+        by_size.append((f"{about}, over {classes or 'all classes'}", _gains(sized)))
         if classes:
             over_all = {size: [*map(tables.over_all, rows)] for size, rows in sized.items()}
-            blocks.append(f"## {about}, {OVER_ALL}\n\n{_gains(over_all)}")
-    blocks += [f"## {entry.title}\n\n{_comparison(entry)}" for entry in compared]
-    return "\n\n".join(blocks) + "\n"
+            by_size.append((f"{about}, {OVER_ALL}", _gains(over_all)))
+    measures = _gan_measures(compared)
+    return {
+        "sizes": by_size,
+        "variants": [(entry.title, _comparison(entry)) for entry in compared],
+        "gans": [(GAN_TITLE, markdown(GAN_HEADINGS, measures))] if measures else [],
+    }
 
 
 def has_curve(compared: Sequence[Comparison]) -> bool:
@@ -90,6 +116,22 @@ def _gains(sized: Mapping[int, Sequence[Row]]) -> str:
         ["variant", *columns],
         [[name, *(column.get(name, "") for column in columns.values())] for name in variants],
     )
+
+
+def _gan_measures(compared: Sequence[Comparison]) -> list[list[str]]:
+    """Tabulate the last measures of each GAN, by the names of the variants that start from it."""
+    variants = defaultdict(list)
+    for group in (entry.group for entry in compared):
+        for variant, (first, *_) in group.runs.items():
+            curves = first.get("gan", {})
+            if set(GAN_MEASURES) <= set(curves):
+                cells = [
+                    format([value for value in curves[name] if value is not None][-1], places)
+                    for name, (_, places) in GAN_MEASURES.items()
+                ]
+                key = (json.dumps(curves), str(group.train_images), *cells)
+                variants[key].append(variant)
+    return [[", ".join(names), *cells] for (_, *cells), names in variants.items()]
 
 
 def _gain(row: Row, usual: int) -> str:
