@@ -11,10 +11,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import common, train
+from benchmarks import common, peers, train
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.timing import device_intervals, read_trace, union_ms
 from benchmarks.gpu.trace import STEPS, waiting_calls
+from stages.backbones.build import build_backbone
 from tests.factories import run
 from tests.imports import ROOT
 
@@ -201,6 +202,110 @@ def test_int8_benchmark_scores_every_pair(project: Path, tmp_path: Path) -> None
         (a, b) for a in ("float16", "int8") for b in ("float16", "int8")
     ]
     assert rows[0]["difference"] == "+0.00"
+
+
+# -- benchmarks.peers ----------------------------------------------------------------------------
+
+PEERS_STUDY = """
+preset: voc2012-lite
+set:
+  prepare.dataset: folder
+  extract.input_size: 64
+  train_decoder.batch_size: 2
+  train_decoder.width: 8
+  variants.augmented: {augmenter: none, augment: [flip, translation]}
+  variants.swaps: {augmenter: class-transfer}
+seeds: [0]
+experiments:
+  all: {variants: [augmented, swaps]}
+"""
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(("stride", "dilate", "layers"), [(8, True, 4), (16, False, 3)])
+def test_peers_encoder_computes_the_features_of_the_backbone(
+    stride: int, dilate: bool, layers: int
+) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    names = ["blocks.1", "blocks.2", "blocks.4", "blocks.6"]
+    backbone = build_backbone(
+        name="efficientnet_lite0", weights="default", layers=names, dilate=dilate
+    )
+    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    for trained in (False, True):
+        network = peers.build_network(5, width=8, stride=stride, trained=trained)
+        assert network.encoder.output_stride == stride
+        trainable = {each.requires_grad for each in network.encoder.parameters()}
+        assert trainable == {trained}
+        network.train()
+        norms = [m for m in network.encoder.modules() if "BatchNorm" in type(m).__name__]
+        assert {norm.training for norm in norms} == {trained}
+        network.eval()
+        with torch.no_grad():
+            features = network.encoder(peers.normalised(images))[2:]
+            assert network(peers.normalised(images)).shape == (2, 5, 64, 96)
+        ours = backbone(images)  # at stride 16 the library dilates the last layer
+        for theirs, expected in list(zip(features, ours, strict=True))[:layers]:
+            torch.testing.assert_close(theirs, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_peers_benchmark_has_a_row_a_time_and_method(photos: Path, tmp_path: Path) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    study, file = tmp_path / "study.yaml", tmp_path / "rows.json"
+    study.write_text(PEERS_STUDY)
+    options = ["--root", str(photos), "--device", "cpu", "--class", "belt", "--json", str(file)]
+    options += ["--minutes", "0.1", "--minutes", "1e-5", "--run", "all/augmented-0"]
+    result = CliRunner().invoke(peers.main, [str(study), *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(file.read_text())
+    assert [(row["minutes"], row["method"]) for row in rows] == [
+        (minutes, method) for minutes in (1e-5, 0.1) for method in peers.METHODS
+    ]
+    for row in rows[:3]:  # no time is left after reading the images
+        assert (row["steps"], row["miou"]) == (0, None)
+    for row in rows[3:]:
+        assert row["steps"] >= 1
+        assert 6 <= row["seconds"] < 60
+        assert 0 < row["miou"] <= 1
+        assert row["miou_named"] == row["iou"]["belt"]
+
+
+def test_peers_benchmark_refuses_runs_that_it_cannot_measure(photos: Path, tmp_path: Path) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    study = tmp_path / "study.yaml"
+    study.write_text(PEERS_STUDY)
+    for name, message in (("all/swaps-0", "class-transfer"), ("all/augmented-1", "no run")):
+        arguments = [str(study), "--root", str(photos), "--run", name]
+        result = CliRunner().invoke(peers.main, arguments)
+        assert result.exit_code == 2
+        assert message in result.output
+
+
+def test_peers_benchmark_names_the_package_that_is_missing(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(PEERS_STUDY)
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
+    arguments = [str(study), "--root", str(photos), "--run", "all/augmented-0"]
+    result = CliRunner().invoke(peers.main, arguments)
+    assert result.exit_code == 1
+    assert "segmentation_models_pytorch is not installed; run pip install" in result.output
+
+
+def test_peers_first_times_are_of_the_first_training_that_is_as_good() -> None:
+    measured = {"cached": (None, 0.5, 0.4), "smp trained": (0.2, 0.4, 0.6)}
+    rows = [
+        {"run": "a", "method": method, "seconds": seconds, "miou": values[number]}
+        for number, seconds in enumerate((10.0, 20.0, 40.0))
+        for method, values in measured.items()
+    ]
+    first, second = peers.first_times(rows, "miou")
+    assert first == {
+        "run": "a", "final mIoU of": "cached", "miou": 0.4, "cached": 20.0, "smp trained": 20.0
+    }  # fmt: skip
+    assert second == {"run": "a", "final mIoU of": "smp trained", "miou": 0.6, "smp trained": 40.0}
 
 
 # -- benchmarks.gpu, on the CPU ------------------------------------------------------------------
