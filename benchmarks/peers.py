@@ -77,7 +77,7 @@ from stages.segmentation.metrics import Scores, confusion_matrices, mean_iou, sc
 from stages.studies.plan import Run, StudyConfig, plan
 from stages.train_decoder import (
     decoder_loss,
-    divide,
+    micro_batches,
     overridden,
     set_learning_rates,
     weights_of,
@@ -257,7 +257,7 @@ class Cached:
         def step(progress: float) -> None:
             number, batch = next(numbered)
             set_learning_rates(optimizer, config, progress)
-            (real,) = divide(batch, 1)
+            (real,) = micro_batches(batch, 1)
             rng = random_generator(accelerator.device, seed, number)
             (labelled,) = transform_features(variant.augment, [Labelled.of(real)], rng, spec.folds)
             with accelerator.autocast():

@@ -51,7 +51,7 @@ from stages.training.models import CONFIG_NAME, save_networks
 from stages.training.rounds import Rounds
 from stages.training.session import Session, check_batch
 from stages.training.stores import Features, check_like, open_split
-from stages.training.update import RunningStatistics, adamw, backward, step_and_zero_grad
+from stages.training.update import BatchNormGuard, adamw, backward, step_and_zero_grad
 
 
 def run(
@@ -81,10 +81,8 @@ def run(
         Stores ``train``, ``val`` and ``test``, or their folder; folder that ``train-gan`` wrote.
     out, metrics
         Folders of the results, see :func:`evaluate_and_save`; DVCLive writes to ``metrics``, too.
-    logs, machine
+    logs, machine, backbone_weights
         As for :func:`stages.train_gan.run`, which raises the same errors.
-    backbone_weights
-        Value of ``extract.weights``; only a trained backbone reads them.
     """
     config = overridden(config, variant)
     session = Session(__name__, f"{name}-{seed}", machine, config, metrics=metrics, logs=logs)
@@ -97,30 +95,30 @@ def run(
     source = feature_source(config, spec, backbone_weights, accelerator, machine)
     optimizer = optimizer_of(config, decoder, source)
     loss_of = partial(decoder_loss, wrapped, class_weights=weights_of(config, train, accelerator))
-    steps = config.epochs * (config.repeats * len(train.positions("identity")) // config.batch_size)
+    steps, accumulation = steps_of_round(config, train), config.gradient_accumulation
     context = Context(name, accelerator, train, decoder, gan, seed, steps, machine)
     augmenter, best = build_augmenter(variant, context), Best()
     loader = training_loader(session, config, stores, variant, seed, augmenter, source)
     validation = scoring_loader(session, stores["val"], config, source)
-    epochs = variant.epochs_with_batches(config.epochs)
     watched = None if source.networks else augmenter.monitored  # compared with stored features
-    session.watch(monitoring, watched, stores, seed=seed, epochs=epochs)
-    rounds = Rounds(variant.teacher_rounds, config.epochs, decoder, optimizer)
+    augmented_epochs = variant.augmented_epochs(config.epochs)
+    session.watch(monitoring, watched, stores, seed=seed, epochs=augmented_epochs)
+    rounds = Rounds(variant.teacher_rounds, config.epochs, decoder, optimizer)  # of self-training
     identity = identify(config, variant, monitoring, seed, stores, gan)
     state: dict[str, Any] = {"decoder": decoder, "source": source, "optimizer": optimizer}
     state |= {"augmenter": augmenter, "best": best}
-    session.resume(loader, rounds.total, identity=identity, state=state)
+    session.resume(loader, rounds.total_epochs, identity=identity, state=state)
     modules = (wrapped, *source.modules, *augmenter.modules)
-    norms = RunningStatistics(accelerator, modules)
-    trained = [*decoder.parameters(), *source.parameters]
+    guard = BatchNormGuard(accelerator, modules)  # in fp16: no infinite running statistics
+    decoder_parameters = [*decoder.parameters(), *source.parameters]
 
     # Random numbers depend only on seed, epoch, step, micro-batch, process and purpose.
     for epoch in session.epochs():
         decoder.train()
         for index, batch in session.batches(epoch):
-            progress = (epoch % config.epochs * len(loader) + index) / steps  # of this round
+            progress = (rounds.epoch_of_round(epoch) * len(loader) + index) / steps
             set_learning_rates(optimizer, config, progress)
-            for micro_index, micro_batch in enumerate(divide(batch, config.gradient_accumulation)):
+            for micro_index, micro_batch in enumerate(micro_batches(batch, accumulation)):
                 seeds = (seed, epoch, index, micro_index)
                 seed_everything(*seeds, rank)  # dropout
                 with accelerator.accumulate(*modules):  # sets sync_gradients
@@ -129,24 +127,25 @@ def run(
                     batches = [Labelled.of(real_batch), *added.batches]
                     rng = random_generator(accelerator.device, *seeds, FOR_TRANSFORMS, rank)
                     real, *others = transform_features(variant.augment, batches, rng, spec.folds)
+                    adjust = augmenter.adjust_logits(real.masks)  # a function of ISDA, or None
                     with accelerator.autocast():  # separate passes: BatchNorm must not mix batches
-                        loss = ce_real = loss_of(real, augmenter.adjust_logits(real.masks))  # ISDA
+                        loss = ce_real = loss_of(real, adjust)
                         with decoder.running_statistics(updated=variant.statistics == "all"):
                             ce_added = [loss_of(other) for other in others]
                     for other, cross_entropy in zip(others, ce_added, strict=True):
                         loss = loss + other.weight * cross_entropy
-                    backward(accelerator, *added.losses(loss, trained))  # with a joint GAN's
+                    backward(accelerator, *added.losses(loss, decoder_parameters))  # and the GAN's
                     if accelerator.sync_gradients:  # the last micro-batch
-                        step_and_zero_grad(accelerator, optimizer, *added.optimizers, norms=norms)
+                        step_and_zero_grad(accelerator, optimizer, *added.optimizers, guard=guard)
                         augmenter.after_optimizer_step(added)  # of a joint GAN and of ISDA
-                session.log({"decoder/ce_real": ce_real, **added.terms, **mean_of(ce_added)})
-                del added  # frees a joint GAN's graph before the next forward pass
+                session.log({"decoder/ce_real": ce_real, **added.terms, **logged_mean(ce_added)})
+                del added  # frees a discriminator's graph, which `backward` retained
             session.save_if_due(index + 1)
-        on_val = evaluate(accelerator, decoder, source.evaluated(validation), validation.store)
+        on_val = evaluate(accelerator, decoder, source.encode_all(validation), validation.store)
         best.update(on_val.miou, epoch, {"decoder": decoder, **source.networks})
-        if rounds.another_after(epoch):  # self-training: this decoder teaches the next one
-            augmenter.start_round()
-            rounds.restart(best)
+        if rounds.another_after(epoch):
+            augmenter.start_round()  # its teacher is a copy of the decoder as it is now
+            rounds.reset_training(best)  # first weights, no moments, no best epoch
         session.end_epoch(session.take_means() | val_row(on_val) | session.measure_if_due(epoch))
 
     scores = evaluate_and_save(
@@ -157,6 +156,12 @@ def run(
 
 
 # -- the loop's parts ----------------------------------------------------------------------------
+
+
+def steps_of_round(config: TrainDecoderConfig, train: FeatureStore) -> int:
+    """Count the steps of a training, or of a round; other views of an image add none."""
+    images = len(train.positions("identity"))
+    return config.epochs * (config.repeats * images // config.batch_size)
 
 
 def scoring_loader(
@@ -216,11 +221,11 @@ def augment(
     return repeat_real(constant, variant.added_weights)
 
 
-def divide(batch: Batch, count: int) -> Iterator[Batch]:
+def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
     """Divide a batch, with features in float32 and in the decoder's memory layout."""
     for samples in batch.chunk(count):
         extra, unlabelled = (
-            None if others is None else next(divide(others, 1))
+            None if others is None else next(micro_batches(others, 1))
             for others in (samples.extra, samples.unlabelled)
         )
         features = samples.features.float().contiguous(memory_format=torch.channels_last)
@@ -254,7 +259,7 @@ def decoder_loss(
     return torch.stack(losses).sum()
 
 
-def mean_of(ce_added: list[Tensor]) -> dict[str, Tensor]:
+def logged_mean(ce_added: list[Tensor]) -> dict[str, Tensor]:
     """Name the mean cross-entropy of the added batches as it is logged, if there are any."""
     return {"decoder/ce_added": torch.stack(ce_added).mean()} if ce_added else {}
 
@@ -385,8 +390,8 @@ def evaluate_and_save(
     test = session.scoring_loader(  # read only twice
         store, config.batch_size, cache="none", images=source.needs_images
     )
-    on_val = evaluate(accelerator, decoder, source.evaluated(validation), validation.store)
-    by_image = evaluate_images(accelerator, decoder, source.evaluated(test), store)
+    on_val = evaluate(accelerator, decoder, source.encode_all(validation), validation.store)
+    by_image = evaluate_images(accelerator, decoder, source.encode_all(test), store)
     scores = score(total(by_image.values(), spec.num_classes), spec.class_names)
     if main:
         renew_folder(out)
@@ -399,7 +404,7 @@ def evaluate_and_save(
         write_json(out / CONFIG_NAME, {**settings, **run, "features": spec.to_dict()})
     augmenter.save(out)
     best.restore(networks)
-    best_scores = evaluate(accelerator, decoder, source.evaluated(test), store)
+    best_scores = evaluate(accelerator, decoder, source.encode_all(test), store)
     if main:
         save_networks(networks, out, "-best")
         result = {

@@ -19,14 +19,14 @@ from stages.common.runtime import Machine, Precision, seed_everything, verify_st
 from stages.common.runtime import generator as random_generator
 from stages.gan.families import build_trainer, create_networks
 from stages.gan.monitor import MEASURED, MonitorConfig
-from stages.gan.pseudo_masks import PseudoMasks, SampleSource
 from stages.segmentation.transforms import Transform
 from stages.training.models import save_gan, save_weights
+from stages.training.pseudo_masks import PseudoMasks, SampleSource
 from stages.training.session import Session, check_batch
 from stages.training.stores import Features, check_like, open_split
-from stages.training.update import RunningStatistics, backward, step_and_zero_grad
+from stages.training.update import BatchNormGuard, backward, step_and_zero_grad
 
-WHOLE_BATCHES = {"rank": 0, "ranks": 1, "cache": "none"}  # in every process
+EVERY_PROCESS_READS_ALL = {"rank": 0, "ranks": 1, "cache": "none"}  # in every process
 LEAST_SIDE = 8  # of the feature maps that a discriminator sees
 # Keys that a generator of images, and one without SPADE, do not read.
 OTHERS_THAN_IMAGE = (
@@ -266,14 +266,17 @@ def run(
     networks = create_networks(architecture, settings, store, accelerator.device, backbone_weights)
     untrained = copy.deepcopy(networks.generator.state_dict())
     trainer = build_trainer(accelerator, networks, settings, machine, store.spec.folds)
-    epochs = config.frozen_epochs  # all epochs of this stage; the decoder's come after them
+    epochs = config.frozen_epochs  # no decoder learns yet
     # Measures the untrained generator, so it comes before ``resume``.
     session.watch(monitoring, trainer.generator, stores, seed=config.seed, epochs=epochs)
     identity = identify(config, monitoring, stores)
     source = PseudoMasks(store.spec, accelerator.device) if config.unlabelled else SampleSource()
     session.resume(loader, epochs, identity=identity, state={"trainer": trainer, "source": source})
-    source.fit(labelled_loader(session, config, store, **WHOLE_BATCHES), config.seed)
-    norms = RunningStatistics(accelerator, trainer.modules.values())
+    source.fit_unless_restored(
+        labelled_loader(session, config, store, **EVERY_PROCESS_READS_ALL), config.seed
+    )
+    # In fp16: a batch that overflows must leave no infinite running statistics.
+    guard = BatchNormGuard(accelerator, trainer.modules.values())
 
     # The order of the batches and all noise are functions of seed, epoch, step and micro-batch.
     # All processes draw the noise of the whole batch, and ``forward`` takes this process's part.
@@ -281,23 +284,24 @@ def run(
         for index, batch in session.batches(epoch):
             for micro_index, micro_batch in enumerate(batch.chunk(config.gradient_accumulation)):
                 rng = random_generator(accelerator.device, config.seed, epoch, index, micro_index)
-                samples = source.take(micro_batch)
+                samples = source.take(micro_batch)  # with `unlabelled` twice as many
                 with accelerator.accumulate(*trainer.modules.values()):  # sets sync_gradients
                     output = trainer.forward(
                         *(samples.features, samples.masks, samples.images),
                         weights=samples.weights,
                         rng=rng,
                     )
-                    backward(  # each loss to its parameters; a flow has none of a discriminator
+                    backward(  # Algorithm 1: both gradients before either step
                         accelerator,
+                        # Flow matching has no discriminator; without parameters it is left out.
                         (output.discriminator_loss, trainer.discriminator_parameters),
                         (output.generator_loss, trainer.generator_parameters),
                     )
                     if accelerator.sync_gradients:  # the last micro-batch
-                        step_and_zero_grad(accelerator, *trainer.optimizers.values(), norms=norms)
+                        step_and_zero_grad(accelerator, *trainer.optimizers.values(), guard=guard)
                         trainer.after_optimizer_step()  # generator's average, WGAN's clipping
                 session.log({**output.terms, **samples.terms})  # adds to the means of the epoch
-                del output  # frees the discriminator's graph before the next forward pass
+                del output  # frees the discriminator's graph, which `backward` retained
             session.save_if_due(index + 1)
         # Writes the row, may save, and stops a collapsed GAN.
         session.end_epoch({**session.take_means(), **session.measure_if_due(epoch)})

@@ -107,7 +107,7 @@ class VariantConfig(DecoderOverrides):
         """Number of batches that the decoder sees in addition to each real one."""
         return len(self.added_weights)
 
-    def epochs_with_batches(self, epochs: int) -> int:
+    def augmented_epochs(self, epochs: int) -> int:
         """Count the epochs in which batches are added, and a joint GAN learns."""
         return math.ceil(round(self.until * epochs, 6))  # 55.000000000000006 is 55
 

@@ -25,7 +25,7 @@ def training_loader(
     source: StoredFeatures,
 ) -> FeatureLoader | PairedLoader:
     """Read the training samples, and the augmenter's, in an order that depends on the seed."""
-    store, epochs = stores["train"], variant.epochs_with_batches(config.epochs)
+    store, epochs = stores["train"], variant.augmented_epochs(config.epochs)
     loader = session.loader(
         store,
         config.batch_size,

@@ -46,7 +46,7 @@ class StoredFeatures:
         """Return a training batch with the features that the decoder learns from."""
         return batch
 
-    def evaluated(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+    def encode_all(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """Return batches with the features that the decoder is scored on."""
         return batches
 
@@ -111,7 +111,7 @@ class TrainedBackbone(StoredFeatures):
         return replace(batch, features=features, masks=masks, images=images)
 
     @override
-    def evaluated(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def encode_all(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         return recomputed(self.network, batches)
 
 

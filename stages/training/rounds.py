@@ -26,15 +26,19 @@ class Rounds:
     def __init__(
         self, further: int, epochs: int, decoder: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
-        self.epochs, self.total = epochs, epochs * (1 + further)
+        self.epochs, self.total_epochs = epochs, epochs * (1 + further)
         self._decoder, self._optimizer = decoder, optimizer
         self._initial = copy.deepcopy(decoder.state_dict()) if further else {}
 
     def another_after(self, epoch: int) -> bool:
         """Return whether a round ends with this epoch, and another one follows."""
-        return (epoch + 1) % self.epochs == 0 and epoch + 1 < self.total
+        return (epoch + 1) % self.epochs == 0 and epoch + 1 < self.total_epochs
 
-    def restart(self, best: Best) -> None:
+    def epoch_of_round(self, epoch: int) -> int:
+        """Return the number of an epoch within its round."""
+        return epoch % self.epochs
+
+    def reset_training(self, best: Best) -> None:
         """Give the decoder its first weights, and forget the optimizer's moments and the best."""
         self._decoder.load_state_dict(self._initial)
         self._optimizer.state.clear()

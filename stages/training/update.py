@@ -63,7 +63,7 @@ def backward(accelerator: Accelerator, *losses: Loss) -> None:
         _restore_grads(others, gradients)
 
 
-class RunningStatistics:
+class BatchNormGuard:
     """Running statistics of BatchNorm, kept from an overflow in fp16.
 
     The loss scale skips the step of a batch that overflows. The forward pass of that batch has
@@ -96,7 +96,7 @@ class RunningStatistics:
 def step_and_zero_grad(
     accelerator: Accelerator,
     *optimizers: torch.optim.Optimizer,
-    norms: RunningStatistics | None = None,
+    guard: BatchNormGuard | None = None,
 ) -> None:
     """Step all optimizers, clear their gradients, and keep running statistics finite, if given.
 
@@ -109,8 +109,8 @@ def step_and_zero_grad(
         scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad()
-    if norms is not None:
-        norms.keep_finite()
+    if guard is not None:
+        guard.keep_finite()
 
 
 def _detach_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:

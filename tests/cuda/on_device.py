@@ -24,7 +24,7 @@ from stages import train_gan as gan_stage
 from stages.augment.registry import Variant
 from stages.common.runtime import Machine
 from stages.gan.monitor import MonitorConfig
-from stages.training.update import RunningStatistics
+from stages.training.update import BatchNormGuard
 from tests.factories import DECODER, GAN, MONITOR, SPEC
 
 ALL_TRANSFORMS = ["flip", "translation", "cutout", "channel_dropout", "copy_paste"]
@@ -303,7 +303,7 @@ def recorded(stage: ModuleType) -> Iterator[list[Update]]:
     take_step = stage.step_and_zero_grad
 
     def step(
-        accelerator: Accelerator, *optimizers: torch.optim.Optimizer, norms: RunningStatistics
+        accelerator: Accelerator, *optimizers: torch.optim.Optimizer, guard: BatchNormGuard
     ) -> None:
         scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
         parameters = [
@@ -316,7 +316,7 @@ def recorded(stage: ModuleType) -> Iterator[list[Update]]:
             for group in parameters
         ]
         before = _copied(parameters)
-        take_step(accelerator, *optimizers, norms=norms)
+        take_step(accelerator, *optimizers, guard=guard)
         updates.append(Update(_copied(gradients), before, _copied(parameters), rates, scale))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -25,7 +25,7 @@ from stages.common.errors import ConfigError, DivergenceError
 from stages.models.decoder import Decoder
 from stages.training import session
 from stages.training.models import OPTIMIZERS_NAME
-from stages.training.update import RunningStatistics
+from stages.training.update import BatchNormGuard
 from tests.factories import SPEC, run_decoder, run_gan
 
 pytestmark = pytest.mark.medium
@@ -250,7 +250,7 @@ def test_running_statistics_stay_as_they_were_before_an_overflow(updated: bool) 
     decoder = Decoder(head="linear", in_channels=3, num_classes=2).train()
     norm = decoder.head[0]
     scaler = SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))
-    statistics = RunningStatistics(scaler, [decoder])
+    statistics = BatchNormGuard(scaler, [decoder])
     features = torch.rand(2, 3, 8, 8)
     decoder(features)
     statistics.keep_finite()
@@ -262,7 +262,7 @@ def test_running_statistics_stay_as_they_were_before_an_overflow(updated: bool) 
     statistics.keep_finite()
     assert norm.running_mean.equal(before[0])
     assert norm.running_var.equal(before[1])
-    without_scale = RunningStatistics(SimpleNamespace(scaler=None), [decoder])
+    without_scale = BatchNormGuard(SimpleNamespace(scaler=None), [decoder])
     decoder(torch.full_like(features, math.inf))
     without_scale.keep_finite()  # other precisions end with an error
     assert not norm.running_mean.isfinite().any()

@@ -10,7 +10,7 @@ import torch
 import featurestore
 from featurestore import SpecMismatchError
 from featurestore.dataset import Batch, FeatureLoader
-from stages.gan.pseudo_masks import PseudoMasks, SampleSource
+from stages.training.pseudo_masks import PseudoMasks, SampleSource
 from tests.factories import files, run_gan, stop_after
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def fitted(features: Path) -> PseudoMasks:
     store = featurestore.open(features / "train")
     source = PseudoMasks(store.spec, CPU)
-    source.fit(FeatureLoader(store, 5, seed=0, drop_last=True, workers=0), seed=0)
+    source.fit_unless_restored(FeatureLoader(store, 5, seed=0, drop_last=True, workers=0), seed=0)
     return source
 
 

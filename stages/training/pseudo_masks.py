@@ -53,7 +53,7 @@ class Samples:
 class SampleSource:
     """The labelled samples of each batch, all of weight 1."""
 
-    def fit(self, loader: FeatureLoader, seed: int) -> None:
+    def fit_unless_restored(self, loader: FeatureLoader, seed: int) -> None:
         """Learn what :meth:`take` needs from labelled samples, unless it is known.
 
         Parameters
@@ -100,7 +100,7 @@ class PseudoMasks(SampleSource):
         self.fitted = False
 
     @override
-    def fit(self, loader: FeatureLoader, seed: int) -> None:
+    def fit_unless_restored(self, loader: FeatureLoader, seed: int) -> None:
         if self.fitted:
             return
         optimizer = adamw({self.decoder: LR}, (0.9, 0.999), weight_decay=0.0)
