@@ -11,7 +11,7 @@ GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_SIZE ?= thesis
 
 .PHONY: demo test test-fast test-slow test-all gpu-tests gpu-benchmarks release-check \
-	result-tables lint install
+	result-tables lint docs install
 
 demo: install            ## the whole quickstart pipeline, then its table
 	$(ACTIVATE) && dvc repro
@@ -49,6 +49,9 @@ result-tables: $(VENV)/.installed   ## write the tables of docs/results/ from th
 lint: $(VENV)/.installed-test   ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+docs: $(VENV)/.installed-docs   ## the site, docs/_build/index.html; a broken link is an error
+	$(ACTIVATE) && sphinx-build --fail-on-warning --fresh-env --quiet -c docs . docs/_build
+
 install: $(VENV)/.installed     ## .venv with all that the pipeline needs
 
 $(VENV)/.installed: setup.cfg
@@ -58,4 +61,8 @@ $(VENV)/.installed: setup.cfg
 
 $(VENV)/.installed-test: setup.cfg $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.installed-docs: setup.cfg $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@

@@ -33,7 +33,7 @@ class Layer:
 
     @property
     def group(self) -> str:
-        """HDF5 group of the layer's datasets: ``layers/NAME``; empty is the file's root."""
+        """HDF5 group of the layer's datasets, ``layers/NAME``; empty is the file's root."""
         return f"{LAYERS}/{self.name}" if self.name else ""
 
     def dataset(self, name: str) -> str:

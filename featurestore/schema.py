@@ -182,7 +182,7 @@ class StoreSpec:
 
     @property
     def pixel_names(self) -> tuple[str, ...]:
-        """Names of the datasets of (H, W) pixels: ``masks``, and ``images`` where stored."""
+        """Names of the datasets of (H, W) pixels, ``masks``, and ``images`` where stored."""
         return (MASKS, IMAGES) if self.has_images else (MASKS,)
 
     @property
@@ -200,7 +200,7 @@ class StoreSpec:
 
     @property
     def feature_names(self) -> tuple[str, ...]:
-        """Path of each layer's features in a shard: ``features``, or ``layers/NAME/features``."""
+        """Path of each layer's features in a shard, ``features``, or ``layers/NAME/features``."""
         return tuple(layer.dataset(FEATURES) for layer in self.layers)
 
     @property
@@ -237,7 +237,7 @@ class StoreSpec:
 
     @property
     def sample_bytes(self) -> int:
-        """Bytes of a sample: features, mask, and image where stored; before lossless packing."""
+        """Bytes of a sample (features, mask, and image where stored), before lossless packing."""
         pixels = self.mask_shape[0] * self.mask_shape[1]
         features = sum(layout.sample_bytes for layout in self.layouts.values())
         return features + pixels * (4 if self.has_images else 1)
@@ -355,7 +355,7 @@ class StoreSpec:
 
     @property
     def format_version(self) -> int:
-        """Version of the format: 2 with named layers or native strides, else 1."""
+        """Version of the format, 2 with named layers or native strides, else 1."""
         return LAYERED_VERSION if self.layer_names or self.native_strides else FORMAT_VERSION
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Links of the pages lead to files; keys of augmenters are described; citations are listed."""
+"""Links of the pages lead somewhere; keys of augmenters are described; citations are listed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,32 @@ from stages.common.config import parse, with_settings
 from tests.imports import ROOT
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+LINKED = [*PAGES, *sorted((ROOT / "docs" / "results").glob("*.md")), ROOT / "results" / "README.md"]
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 CITATION = re.compile(r"([A-Z][\w-]+(?: et al\.| and [A-Z]\w+)),? \(?((?:19|20)\d\d[a-z]?)\b")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
-    local = [target.partition("#")[0] for target in targets if not target.startswith("http")]
-    assert [target for target in local if target and not (page.parent / target).exists()] == []
+def anchors(page: Path) -> list[str]:
+    """Anchors that GitHub, and the site, give to the headings of a page."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#{1,4} (.+)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if not target.startswith("http"):
+            name, _, anchor = target.partition("#")
+            file = page.parent / name if name else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_has_no_two_headings_of_one_anchor(page: Path) -> None:
+    if page.name != "CHANGELOG.md":  # whose releases have sections of the same names
+        assert len(set(anchors(page))) == len(anchors(page))
 
 
 def test_every_key_of_an_augmenter_is_described() -> None:

@@ -63,7 +63,7 @@ class DecoderOverrides(Config):
 class VariantConfig(DecoderOverrides):
     """Keys of every entry of section ``variants``; each augmenter adds further keys."""
 
-    augmenter: str
+    augmenter: str = Field(description="what adds features, images or a loss to each step")
     augment: Annotated[tuple[Transform, ...], Listed, Once] = Field(
         (), description="transforms of real and added features, before the decoder"
     )

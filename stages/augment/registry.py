@@ -62,7 +62,9 @@ class CombinedConfig(VariantConfig):
     """Augmenters that are applied together."""
 
     augmenter: Literal["combined"]
-    of: Annotated[tuple[Member, ...], Listed, Field(min_length=2)]
+    of: Annotated[tuple[Member, ...], Listed] = Field(
+        min_length=2, description="augmenters, each with its own keys"
+    )
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
