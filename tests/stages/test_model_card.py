@@ -240,6 +240,16 @@ def test_the_licence_is_the_one_that_a_library_names(
     assert licence.endswith(CHECK)
 
 
+def test_a_trained_backbone_is_named_as_such(model: Model, moved: Path, tmp_path: Path) -> None:
+    config = read_config(moved)
+    (moved / "config.json").write_text(json.dumps({**config, "backbone": "trained"}))
+    text = card_of(model, Source(moved), tmp_path / "m.onnx")
+    backbone = table(text, "Backbone")
+    assert backbone["name"] == ["`efficientnet_lite0`, trained with the decoder"]
+    assert backbone["sha256 before training"] == [f"`{model.spec.weights_digest}`"]
+    assert backbone["licence of the weights"][0].startswith("unknown")
+
+
 @pytest.mark.parametrize("file", ["m.pth", "m.safetensors", "m.pt2", "m.onnx"])
 def test_the_code_is_python_for_every_format(
     model: Model, moved: Path, tmp_path: Path, file: str
