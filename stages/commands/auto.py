@@ -64,4 +64,5 @@ def auto(
         images = str(root / "unlabelled")
         steps.run("predict", decoder, images, "--out", "predictions", *device_of, once=True)
     steps.run("export", decoder, "--format", "torch-export", "--out", "chosen.pt2", once=True)
-    click.echo(f"{steps.out}: done in {as_time(steps.seconds)}; reports/index.html, chosen.pt2")
+    results = "reports/index.html, chosen.pt2 and its model card chosen.md"
+    click.echo(f"{steps.out}: done in {as_time(steps.seconds)}; {results}")

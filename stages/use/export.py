@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from featurestore import StoreSpec
-from featurestore.files import sync
+from featurestore.files import sync, write_atomically, writing
 from stages.backbones.backbone import BackboneError
 from stages.backbones.map_network import MapNetwork
 from stages.common.errors import ConfigError, DataError
 from stages.common.runtime import progress
 from stages.training.models import load_backbone, load_decoder, read_config, read_spec
+from stages.use import model_card
 from stages.use.export_formats import (
     FORMATS,
     MIN_SIDE,
@@ -38,8 +39,10 @@ class Exported:
     ----------
     path
         The file.
+    card
+        Its model card, a Markdown file beside it.
     bytes
-        Its size.
+        Size of the exported file.
     sizes
         (H, W) that it was checked at.
     difference
@@ -49,6 +52,7 @@ class Exported:
     """
 
     path: Path
+    card: Path
     bytes: int
     sizes: tuple[Size, ...]
     difference: float
@@ -63,8 +67,11 @@ def run(
     backbone_weights: str = "default",
     weights: str = "decoder",
     size: Size | None = None,
+    scores: Path | None = None,
 ) -> Exported:
-    """Export a trained decoder with its backbone; the file is checked before it gets its name.
+    """Export a trained decoder with its backbone, and write a model card beside the file.
+
+    The file is checked before it gets its name.
 
     Parameters
     ----------
@@ -81,20 +88,26 @@ def run(
     size
         (H, W) of the images in pixels. Default: any size; that of training for transformers, and
         for several layers.
+    scores
+        Folder of the scores for the card: of ``train-decoder`` or ``evaluate``. Default: the
+        project's ``metrics/NAME``, if it has scores of this decoder.
 
     Raises
     ------
     ConfigError
-        When the format cannot hold this model, or a library that writes it is missing.
+        When the format cannot hold this model, a library that writes it is missing, or ``scores``
+        has no scores of this decoder.
     DataError
-        When there is no trained decoder, the backbone has other weights, or the file's logits are
-        not the model's.
+        When there is no trained decoder, the backbone has other weights, a file of scores is
+        damaged, or the file's logits are not the model's.
     """
     check_options(format, out, size)
     spec, head = read_spec(decoder), load_decoder(decoder, weights=weights)
     architecture = read_config(decoder)["architecture"]
     if format == "torchvision":
         torchvision_name(spec, architecture)
+    source = model_card.Source(decoder, weights, backbone_weights, scores)
+    model_card.find_scores(source, read_config(decoder))  # before minutes of tracing
     backbone = load_backbone(decoder, weights=weights, backbone_weights=backbone_weights)
     if not backbone.any_size:
         size = size or spec.mask_shape
@@ -105,19 +118,26 @@ def run(
     model = Model(backbone, head, spec, architecture, size)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.stem}.partial{out.suffix}")
+    card, metadata = out.with_suffix(model_card.SUFFIX), describe(backbone, format)
     try:
         with progress((), f"export: {out.name}", 3, "step") as bar:
-            FORMATS[format].write(model, partial, describe(backbone, format))
+            FORMATS[format].write(model, partial, metadata)
             bar.update()
             runner = FORMATS[format].open(partial, model)
             bar.update()
             difference, largest = compare(runner, model, out)
             bar.update()
+        text = model_card.render(
+            source, model, partial, name=out.name, format=format, metadata=metadata
+        )
+        with writing(card):
+            write_atomically(card, text.encode())
         os.replace(partial, out)
         sync(out.parent)
     finally:
         partial.unlink(missing_ok=True)
-    return Exported(out, out.stat().st_size, check_sizes(spec, size), difference, largest)
+    sizes = check_sizes(spec, size)
+    return Exported(out, card, out.stat().st_size, sizes, difference, largest)
 
 
 def check_options(format: str, out: Path, size: Size | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import timm
 import torch
 import torchvision
 from click.testing import CliRunner, Result
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.layers import Conv2dSame
@@ -125,7 +127,11 @@ def lite0_decoder(lite0: Backbone, tmp_path_factory: pytest.TempPathFactory) -> 
 )
 @pytest.mark.medium
 def test_torchvision_loads_every_tensor_and_computes_equal_logits(
-    resnet: tuple[Path, Backbone], tmp_path: Path, head: str, suffix: str
+    resnet: tuple[Path, Backbone],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    head: str,
+    suffix: str,
 ) -> None:
     weights, backbone = resnet
     folder = write_decoder(
@@ -157,7 +163,16 @@ def test_torchvision_loads_every_tensor_and_computes_equal_logits(
     expected = load_decoder(folder)(torch.from_numpy(cached), size=(64, 64))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert done.difference <= 1e-4 * done.largest
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["decoder", "features", out.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["decoder", "features", "model.md", out.name]
+    )
+    # The code of the model card; PNG keeps the pixels.
+    Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(tmp_path / "photo.png")
+    card = (tmp_path / "model.md").read_text("utf-8").replace("photo.jpg", "photo.png")
+    names: dict[str, Tensor] = {}
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)
+    torch.testing.assert_close(names["logits"], logits[:1], rtol=1e-4, atol=1e-4)
     if suffix == ".safetensors":
         with safe_open(out, "pt") as file:
             assert json.loads(file.metadata()["class_names"]) == list(CLASSES)
