@@ -94,7 +94,7 @@ def test_types_and_defaults_are_in_words(
 
 def test_presets_are_named_at_the_keys_that_they_change(generated: dict[str, Any]) -> None:
     entry = entries(generated["parameters"]())["prepare.dataset"]
-    assert "In presets: `camvid-lite` `camvid`, `quickstart` `wastesim`" in entry
+    assert "In presets: `camvid-lite` `camvid`, `few-images-gpu` `auto`" in entry
 
 
 def test_every_command_and_option_has_an_entry(generated: dict[str, Any]) -> None:
