@@ -62,7 +62,11 @@ def auto(
     steps.run("evaluate", decoder, "features/test", "--out", "evaluation", *device_of, once=True)
     if (root / "unlabelled").is_dir():
         images = str(root / "unlabelled")
-        steps.run("predict", decoder, images, "--out", "predictions", *device_of, once=True)
-    steps.run("export", decoder, "--format", "torch-export", "--out", "chosen.pt2", once=True)
+        steps.run(
+            "predict", decoder, images, "--out", "predictions", "--force", *device_of, once=True
+        )
+    steps.run(
+        "export", decoder, "--format", "torch-export", "--out", "chosen.pt2", "--force", once=True
+    )
     results = "reports/index.html, chosen.pt2 and its model card chosen.md"
     click.echo(f"{steps.out}: done in {as_time(steps.seconds)}; {results}")
