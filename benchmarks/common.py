@@ -6,15 +6,22 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
+import click
 import h5py
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import TypeAdapter
 
 from stages.backbones.backbone import Backbone
 from stages.backbones.build import build_backbone
+from stages.commands.options import load_preset
+from stages.commands.params import PARAMS
+from stages.common.config import parse, read_params
+from stages.studies.plan import Run, StudyConfig, plan
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -44,6 +51,24 @@ def backbone_for(name: str, scratch: Path) -> Backbone:
         torch.save(state, weights)
     backbone = build_backbone(name=name, weights=weights)
     return backbone.to(memory_format=torch.channels_last)
+
+
+def find_run(study: Path, name: str, root: Path) -> Run:
+    """Return a run of a study, with the data set in ``root``.
+
+    Raises
+    ------
+    click.UsageError
+        When the study has no such run.
+    """
+    config = parse(TypeAdapter(StudyConfig), read_params(study), "study")
+    preset = load_preset(config.preset).plain()
+    runs = plan(config, preset, {"prepare.root": str(root)}, partial(parse, PARAMS))
+    for run in runs:
+        if run.name == name:
+            return run
+    names = ", ".join(run.name for run in runs)
+    raise click.UsageError(f"{study}: there is no run {name!r}; choose from {names}")
 
 
 def read_back(files: list[Path]) -> None:

@@ -30,7 +30,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from benchmarks import common
@@ -52,9 +51,8 @@ from stages.augment.base import Labelled, VariantConfig, transform_features
 from stages.backbones import efficientnet_lite0
 from stages.backbones.timm_backbone import HEAD
 from stages.backbones.weights import fit
-from stages.commands.options import load_preset
 from stages.commands.params import PARAMS, Params
-from stages.common.config import parse, read_params
+from stages.common.config import parse
 from stages.common.runtime import (
     distribute,
     make_accelerator,
@@ -74,7 +72,7 @@ from stages.models.decoder import Decoder
 from stages.segmentation.evaluation import evaluate
 from stages.segmentation.image_transforms import ImageTransform, build_transform
 from stages.segmentation.metrics import Scores, confusion_matrices, mean_iou, score
-from stages.studies.plan import Run, StudyConfig, plan
+from stages.studies.plan import Run
 from stages.train_decoder import (
     decoder_loss,
     micro_batches,
@@ -434,13 +432,7 @@ def find_run(study: Path, name: str, root: Path) -> Run:
     click.UsageError
         When the study has no such run, or the benchmark cannot measure it.
     """
-    config = parse(TypeAdapter(StudyConfig), read_params(study), "study")
-    preset = load_preset(config.preset).plain()
-    runs = plan(config, preset, {"prepare.root": str(root)}, partial(parse, PARAMS))
-    run = next((run for run in runs if run.name == name), None)
-    if run is None:
-        names = ", ".join(run.name for run in runs)
-        raise click.UsageError(f"{study}: there is no run {name!r}; choose from {names}")
+    run = common.find_run(study, name, root)
     params = parse(PARAMS, run.params)
     variant = params.variants[run.variant]
     measured = {

@@ -202,7 +202,7 @@ def our_steps(
             batches = [Labelled.of(batch), *added.batches]
             losses = torch.stack([decoder_loss(called, each) for each in batches])
         trained = list(decoder.parameters())
-        backward(trainer.accelerator, *added.losses(losses.sum(), trained))
+        backward(trainer.accelerator, *added.losses_with_parameters(losses.sum(), trained))
         step_and_zero_grad(trainer.accelerator, optimizer, *added.optimizers)
         augmenter.after_optimizer_step(added)
 

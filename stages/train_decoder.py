@@ -87,7 +87,7 @@ def run(
     config = overridden(config, variant)
     session = Session(__name__, f"{name}-{seed}", machine, config, metrics=metrics, logs=logs)
     accelerator, rank = session.accelerator, session.accelerator.process_index
-    stores = open_stores(config, variant, name, features, machine, accelerator.num_processes)
+    stores = open_checked(config, variant, name, features, machine, accelerator.num_processes)
     train, spec = stores["train"], stores["train"].spec
     seed_everything(seed)  # variants of a seed start with the same weights
     decoder = Decoder(**describe(config, spec))
@@ -95,49 +95,49 @@ def run(
     source = feature_source(config, spec, backbone_weights, accelerator, machine)
     optimizer = optimizer_of(config, decoder, source)
     loss_of = partial(decoder_loss, wrapped, class_weights=weights_of(config, train, accelerator))
-    steps, accumulation = steps_of_round(config, train), config.gradient_accumulation
+    steps, accumulation = steps_of_training(config, train), config.gradient_accumulation
     context = Context(name, accelerator, train, decoder, gan, seed, steps, machine)
     augmenter, best = build_augmenter(variant, context), Best()
     loader = training_loader(session, config, stores, variant, seed, augmenter, source)
     validation = scoring_loader(session, stores["val"], config, source)
-    watched = None if source.networks else augmenter.monitored  # compared with stored features
-    augmented_epochs = variant.augmented_epochs(config.epochs)
-    session.watch(monitoring, watched, stores, seed=seed, epochs=augmented_epochs)
-    rounds = Rounds(variant.teacher_rounds, config.epochs, decoder, optimizer)  # of self-training
+    watched = None if source.networks else augmenter.monitored  # the monitor needs stored features
+    augmented_epochs = variant.augmented_epochs(config.epochs)  # before the variant's "until"
+    session.watch(monitoring, watched, stores, seed=seed, epochs=augmented_epochs)  # before resume
+    rounds = Rounds(1 + variant.teacher_rounds, config.epochs, decoder, optimizer)  # before resume
     identity = identify(config, variant, monitoring, seed, stores, gan)
     state: dict[str, Any] = {"decoder": decoder, "source": source, "optimizer": optimizer}
     state |= {"augmenter": augmenter, "best": best}
     session.resume(loader, rounds.total_epochs, identity=identity, state=state)
     modules = (wrapped, *source.modules, *augmenter.modules)
     guard = BatchNormGuard(accelerator, modules)  # in fp16: no infinite running statistics
-    decoder_parameters = [*decoder.parameters(), *source.parameters]
+    decoder_parameters = [*decoder.parameters(), *source.parameters]  # source: trained backbone
 
     # Random numbers depend only on seed, epoch, step, micro-batch, process and purpose.
     for epoch in session.epochs():
         decoder.train()
         for index, batch in session.batches(epoch):
-            progress = (rounds.epoch_of_round(epoch) * len(loader) + index) / steps
+            progress = (rounds.epoch_of_round(epoch) * len(loader) + index) / steps  # of this round
             set_learning_rates(optimizer, config, progress)
             for micro_index, micro_batch in enumerate(micro_batches(batch, accumulation)):
                 seeds = (seed, epoch, index, micro_index)
-                seed_everything(*seeds, rank)  # dropout
+                seed_everything(*seeds, rank)  # dropout and image transforms
                 with accelerator.accumulate(*modules):  # sets sync_gradients
                     real_batch = source.encode(micro_batch)  # only a trained backbone changes it
-                    added = augment(augmenter, variant, real_batch, progress, seeds)
+                    added = augment_or_repeat(augmenter, variant, real_batch, progress, seeds)
                     batches = [Labelled.of(real_batch), *added.batches]
                     rng = random_generator(accelerator.device, *seeds, FOR_TRANSFORMS, rank)
                     real, *others = transform_features(variant.augment, batches, rng, spec.folds)
-                    adjust = augmenter.adjust_logits(real.masks)  # a function of ISDA, or None
+                    adjust = augmenter.adjust_logits(real.masks)  # ISDA (Wang et al. 2019), or None
                     with accelerator.autocast():  # separate passes: BatchNorm must not mix batches
                         loss = ce_real = loss_of(real, adjust)
                         with decoder.running_statistics(updated=variant.statistics == "all"):
                             ce_added = [loss_of(other) for other in others]
                     for other, cross_entropy in zip(others, ce_added, strict=True):
                         loss = loss + other.weight * cross_entropy
-                    backward(accelerator, *added.losses(loss, decoder_parameters))  # and the GAN's
+                    backward(accelerator, *added.losses_with_parameters(loss, decoder_parameters))
                     if accelerator.sync_gradients:  # the last micro-batch
                         step_and_zero_grad(accelerator, optimizer, *added.optimizers, guard=guard)
-                        augmenter.after_optimizer_step(added)  # of a joint GAN and of ISDA
+                        augmenter.after_optimizer_step(added)  # EMA teacher, joint GAN, ISDA
                 session.log({"decoder/ce_real": ce_real, **added.terms, **logged_mean(ce_added)})
                 del added  # frees a discriminator's graph, which `backward` retained
             session.save_if_due(index + 1)
@@ -158,7 +158,7 @@ def run(
 # -- the loop's parts ----------------------------------------------------------------------------
 
 
-def steps_of_round(config: TrainDecoderConfig, train: FeatureStore) -> int:
+def steps_of_training(config: TrainDecoderConfig, train: FeatureStore) -> int:
     """Count the steps of a training, or of a round; other views of an image add none."""
     images = len(train.positions("identity"))
     return config.epochs * (config.repeats * images // config.batch_size)
@@ -204,7 +204,7 @@ def optimizer_of(
     return adamw(rates, config.betas, config.weight_decay)
 
 
-def augment(
+def augment_or_repeat(
     augmenter: Augmenter,
     variant: VariantConfig,
     real: Batch,
@@ -315,7 +315,7 @@ def identify(
     }
 
 
-def open_stores(
+def open_checked(
     config: TrainDecoderConfig,
     variant: VariantConfig,
     name: str,

@@ -258,14 +258,14 @@ def run(
     """
     session = Session(__name__, "train-gan", machine, config, metrics=metrics, logs=logs)
     accelerator = session.accelerator
-    stores = open_stores(config, features, machine, accelerator.num_processes)
+    stores = open_checked(config, features, machine, accelerator.num_processes)
     store = stores["train"]
     loader = training_loader(session, config, stores)
     seed_everything(config.seed)
     settings, architecture = config.model_dump(), describe(config, store)
     networks = create_networks(architecture, settings, store, accelerator.device, backbone_weights)
     untrained = copy.deepcopy(networks.generator.state_dict())
-    trainer = build_trainer(accelerator, networks, settings, machine, store.spec.folds)
+    trainer = build_trainer(accelerator, networks, settings, machine, store.spec.folds)  # for flips
     epochs = config.frozen_epochs  # no decoder learns yet
     # Measures the untrained generator, so it comes before ``resume``.
     session.watch(monitoring, trainer.generator, stores, seed=config.seed, epochs=epochs)
@@ -288,7 +288,7 @@ def run(
                 with accelerator.accumulate(*trainer.modules.values()):  # sets sync_gradients
                     output = trainer.forward(
                         *(samples.features, samples.masks, samples.images),
-                        weights=samples.weights,
+                        weights=samples.weights,  # confidence in pseudo-masks; None: all 1
                         rng=rng,
                     )
                     backward(  # Algorithm 1: both gradients before either step
@@ -300,7 +300,7 @@ def run(
                     if accelerator.sync_gradients:  # the last micro-batch
                         step_and_zero_grad(accelerator, *trainer.optimizers.values(), guard=guard)
                         trainer.after_optimizer_step()  # generator's average, WGAN's clipping
-                session.log({**output.terms, **samples.terms})  # adds to the means of the epoch
+                session.log({**output.terms, **samples.logged})  # adds to the means of the epoch
                 del output  # frees the discriminator's graph, which `backward` retained
             session.save_if_due(index + 1)
         # Writes the row, may save, and stops a collapsed GAN.
@@ -309,7 +309,7 @@ def run(
     trained = trainer.state_dict()  # in all processes: sharded weights are gathered
     if accelerator.is_main_process:
         renew_folder(out)
-        save_weights(untrained, out / "generator-initial.safetensors")
+        save_weights(untrained, out / "generator-initial.safetensors")  # the report compares it
         trained_on = {"store": store.fingerprint, "features": store.spec.to_dict()}
         save_gan(out, trained, {"architecture": architecture, "training": settings, **trained_on})
     session.finish()
@@ -348,7 +348,7 @@ def training_loader(
     )
 
 
-def open_stores(
+def open_checked(
     config: TrainGanConfig, features: Features, machine: Machine, processes: int
 ) -> dict[str, FeatureStore]:
     """Open and check the stores of training and validation; errors are those of :func:`run`."""

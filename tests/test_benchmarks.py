@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import common, peers, train
+from benchmarks import choice, common, peers, train
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.timing import device_intervals, read_trace, union_ms
 from benchmarks.gpu.trace import STEPS, waiting_calls
@@ -306,6 +306,42 @@ def test_peers_first_times_are_of_the_first_training_that_is_as_good() -> None:
         "run": "a", "final mIoU of": "cached", "miou": 0.4, "cached": 20.0, "smp trained": 20.0
     }  # fmt: skip
     assert second == {"run": "a", "final mIoU of": "smp trained", "miou": 0.6, "smp trained": 40.0}
+
+
+# -- benchmarks.choice ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_choice_benchmark_tests_every_candidate_and_names_the_regret(
+    photos: Path, tmp_path: Path
+) -> None:
+    study, file = tmp_path / "study.yaml", tmp_path / "rows.json"
+    study.write_text(PEERS_STUDY.replace("set:\n", "set:\n  train_decoder.epochs: 1\n", 1))
+    options = ["--root", str(photos), "--run", "all/augmented-0", "--folds", "2"]
+    options += ["--scratch", str(tmp_path / "scratch"), "--device", "cpu", "--workers", "0"]
+    result = CliRunner().invoke(
+        choice.main, [str(study), *options, "--json", str(file)], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    rows = json.loads(file.read_text())
+    assert [row["chosen"] for row in rows] == ["yes"] + [""] * (len(rows) - 1)
+    assert rows[0]["folds"] == 2
+    assert all(0 <= row["test"] <= 100 for row in rows)
+    assert sum("difference" not in row for row in rows) == 1  # the baseline
+    best = max(row["test"] for row in rows)
+    assert f"regret in all/augmented-0: {best - rows[0]['test']:.2f} points" in result.output
+
+
+def test_choice_benchmark_compares_with_the_candidate_that_is_best_on_average() -> None:
+    rows = [
+        {"case": case, "candidate": name, "test": test, "chosen": "yes" if name == chosen else ""}
+        for case, chosen, scores in (
+            ("a", "x", {"x": 50.0, "y": 52.0, "z": 40.0}),
+            ("b", "z", {"x": 30.0, "y": 33.0, "z": 35.0}),
+        )
+        for name, test in scores.items()
+    ]
+    assert choice.regrets(rows) == ("y", {"a": 2.0, "b": -2.0})
 
 
 # -- benchmarks.gpu, on the CPU ------------------------------------------------------------------

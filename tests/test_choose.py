@@ -99,7 +99,7 @@ def test_a_class_that_only_one_fold_shows_is_left_out_of_the_mean(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A decoder that is trained without this fold cannot learn the class."""
-    from stages.commands.choose import _scoring
+    from stages.commands.choose import scoring_of
 
     spec = dataclasses.replace(SPEC, feature_shape=(2, 2, 2), mask_shape=(4, 4), has_images=False)
     with featurestore.create(tmp_path / "train", spec, fingerprint="f") as writer:
@@ -108,11 +108,11 @@ def test_a_class_that_only_one_fold_shows_is_left_out_of_the_mean(
             writer.append(id=str(number), features=np.zeros((2, 2, 2), np.float32), mask=mask)
     store = featurestore.open(tmp_path / "train")
     params = load_preset("voc2012-lite")
-    scoring = _scoring(params, store, [np.array([0, 1]), np.array([2, 3])])
+    scoring = scoring_of(params, store, [np.array([0, 1]), np.array([2, 3])])
     assert scoring.classes == [0, 1]
     name = spec.class_names[2]
     assert capsys.readouterr().out == (
         f"Left out of the mean, because only one fold shows them: {name}\n"
     )
     with pytest.raises(click.UsageError, match="no class is in two folds; lower --folds"):
-        _scoring(params, store, [np.array([0, 1])])
+        scoring_of(params, store, [np.array([0, 1])])

@@ -214,7 +214,9 @@ class Augmented:
     discriminator_losses: Sequence[Loss] = ()
     optimizers: Sequence[torch.optim.Optimizer] = ()
 
-    def losses(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Loss]:
+    def losses_with_parameters(
+        self, loss: Tensor, parameters: Sequence[nn.Parameter]
+    ) -> list[Loss]:
         """List what to back-propagate, in this order, each loss with the parameters it trains.
 
         Parameters

@@ -69,10 +69,10 @@ def choose(path: Path, budget: float, folds: int, gan: bool, write: bool, **mach
         raise click.UsageError(f"{count} training images are fewer than --folds {folds}; lower it")
     parts = divide(count, folds, seed=params.prepare.split_seed, block_length=block_length)
     training = FoldTraining(params, Machine(**machine), stores, parts)
-    scoring = _scoring(params, stores["train"], parts)
+    scoring = scoring_of(params, stores["train"], parts)
     spec = stores["train"].spec.select(params.train_decoder.layers)
     candidates = without_gan(params.train_decoder, spec, unlabelled="unlabelled" in stores)
-    clock = _Clock(training, budget)
+    clock = Clock(training, budget)
     clock.check(candidates[0])
     click.echo(f"{len(candidates)} candidates, {folds} folds of {count} images")
     trials = choosing.halve(candidates, folds, clock.run, scoring)
@@ -90,7 +90,7 @@ def choose(path: Path, budget: float, folds: int, gan: bool, write: bool, **mach
         click.echo(f"{path}: variants.{NAME} is {chosen.name}; next: `dvc repro`")
 
 
-def _scoring(params: Params, train: FeatureStore, folds: Sequence[Any]) -> Scoring:
+def scoring_of(params: Params, train: FeatureStore, folds: Sequence[Any]) -> Scoring:
     """Choose the classes of the mean: those that a decoder can learn whichever fold is left out.
 
     Raises
@@ -118,7 +118,7 @@ def _scoring(params: Params, train: FeatureStore, folds: Sequence[Any]) -> Scori
     return Scoring(len(names), classes, params.report.block_length)
 
 
-class _Clock:
+class Clock:
     """Runs candidates while the budget lasts."""
 
     def __init__(self, training: FoldTraining, budget: float) -> None:
@@ -149,7 +149,7 @@ class _Clock:
 
 
 def _with_gan(
-    training: FoldTraining, clock: _Clock, trials: list[Trial], best: Trial
+    training: FoldTraining, clock: Clock, trials: list[Trial], best: Trial
 ) -> list[Trial]:
     """Test FeatureGAN on top of the best candidate, once its cost is printed."""
     folds, epochs = len(training.folds), training.params.train_gan.frozen_epochs

@@ -59,7 +59,8 @@ class FoldTraining:
     machine
         How this machine computes; ``scratch`` holds results and unfinished trainings.
     stores
-        ``train``, ``val`` and, where there are unlabelled images, ``unlabelled``.
+        ``train``, ``val`` and, where there are unlabelled images, ``unlabelled``. For trainings on
+        all images also ``test``.
     folds
         Numbers of each fold's images, among the samples of view ``identity``.
     seconds
@@ -73,11 +74,15 @@ class FoldTraining:
     seconds: float = field(default=0.0, init=False)
     _counted: set[Path] = field(default_factory=set, init=False)
 
-    def test(self, candidate: Candidate, fold: int, *, epochs: int = 0) -> tuple[Images, float]:
+    def test(
+        self, candidate: Candidate, fold: int | None, *, epochs: int = 0
+    ) -> tuple[Images, float]:
         """Train a candidate without a fold, and predict the fold's images.
 
         Parameters
         ----------
+        fold
+            None: train it on all images, and predict the test images.
         epochs
             In place of ``train_decoder.epochs``, to see how long one takes; 0: all.
 
@@ -98,7 +103,7 @@ class FoldTraining:
                 config,
                 variant,
                 self.params.monitor,
-                name=f"fold {fold + 1}, {candidate.name}",
+                name=f"{'test' if fold is None else f'fold {fold + 1}'}, {candidate.name}",
                 seed=self.params.compare.seeds[0],
                 features=self._stores(fold),
                 gan=gan,
@@ -136,12 +141,14 @@ class FoldTraining:
         config = self.params.train_gan
         return config.model_copy(update={"frozen_epochs": epochs or config.frozen_epochs})
 
-    def _gan(self, fold: int, epochs: int = 0) -> Path:
+    def _gan(self, fold: int | None, epochs: int = 0) -> Path:
         key = self._key("train_gan", fold, config=self._gan_config(epochs))
         return self.machine.scratch / "choose" / f"gan-{key}"
 
-    def _stores(self, fold: int) -> dict[str, FeatureStore]:
+    def _stores(self, fold: int | None) -> Mapping[str, FeatureStore]:
         """Return the stores of a training: the fold is its test split; all views of it are out."""
+        if fold is None:
+            return self.stores
         train = self.stores["train"]
         identity, ids = train.positions("identity"), train.ids
         tested = {ids[position] for position in identity[self.folds[fold]]}
@@ -152,7 +159,7 @@ class FoldTraining:
             "test": SubsetStore(train, identity[self.folds[fold]]),
         }
 
-    def _key(self, stage: str, fold: int, **settings: Any) -> str:
+    def _key(self, stage: str, fold: int | None, **settings: Any) -> str:
         """Return a name for all that a result depends on."""
         plain = {
             name: value.model_dump(mode="json") if hasattr(value, "model_dump") else value
@@ -160,7 +167,7 @@ class FoldTraining:
         }
         return featurestore.fingerprint(
             stores=[store.fingerprint for store in self.stores.values()],
-            fold=self.folds[fold].tolist(),
+            fold=None if fold is None else self.folds[fold].tolist(),
             seed=self.params.compare.seeds[0],
             code=imports_digest(f"stages.{stage}"),
             torch=torch.__version__,

@@ -209,7 +209,7 @@ def source_digest(*modules: ModuleType) -> str:
 
 
 def seed_everything(*seeds: int) -> None:
-    """Seed the global generators, from which only initial weights and dropout are drawn."""
+    """Seed the global generators: of initial weights, dropout and image transforms."""
     torch.manual_seed(_mixed(seeds))
 
 

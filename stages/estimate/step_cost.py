@@ -219,7 +219,7 @@ class Workload:
         seen = [self.features, *(each.features for each in added.batches)]
         losses = torch.stack([self.decoder_loss(features) for features in seen])
         trained = list(self.decoder.parameters())
-        backward(self.joint.accelerator, *added.losses(losses.sum(), trained))
+        backward(self.joint.accelerator, *added.losses_with_parameters(losses.sum(), trained))
 
 
 def count(setup: Setup) -> tuple[dict[str, Cost], list[Layer]]:

@@ -39,7 +39,7 @@ class Samples:
         (B, C, h, w), (B, H, W) uint8 and (B, 3, H, W) uint8; images may be None.
     weights
         (B,) weights of the samples, 0 to 1; None: all weigh 1.
-    terms
+    logged
         Values for the logs.
     """
 
@@ -47,7 +47,7 @@ class Samples:
     masks: Tensor
     images: Tensor | None
     weights: Tensor | None
-    terms: dict[str, Tensor]
+    logged: dict[str, Tensor]
 
 
 class SampleSource:

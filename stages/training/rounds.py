@@ -15,8 +15,8 @@ class Rounds:
 
     Parameters
     ----------
-    further
-        Number of rounds after the first training; 0: none.
+    count
+        Number of rounds, the first training included; 1: only this one.
     epochs
         Epochs of each round.
     decoder, optimizer
@@ -24,11 +24,11 @@ class Rounds:
     """
 
     def __init__(
-        self, further: int, epochs: int, decoder: nn.Module, optimizer: torch.optim.Optimizer
+        self, count: int, epochs: int, decoder: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
-        self.epochs, self.total_epochs = epochs, epochs * (1 + further)
+        self.epochs, self.total_epochs = epochs, epochs * count
         self._decoder, self._optimizer = decoder, optimizer
-        self._initial = copy.deepcopy(decoder.state_dict()) if further else {}
+        self._initial = copy.deepcopy(decoder.state_dict()) if count > 1 else {}
 
     def another_after(self, epoch: int) -> bool:
         """Return whether a round ends with this epoch, and another one follows."""
