@@ -109,7 +109,7 @@ def run(
     state |= {"augmenter": augmenter, "best": best}
     session.resume(loader, rounds.total_epochs, identity=identity, state=state)
     modules = (wrapped, *source.modules, *augmenter.modules)
-    guard = BatchNormGuard(accelerator, modules)  # in fp16: no infinite running statistics
+    guard = BatchNormGuard(accelerator, modules)  # after resume; in fp16: no infinite statistics
     decoder_parameters = [*decoder.parameters(), *source.parameters]  # source: trained backbone
 
     # Random numbers depend only on seed, epoch, step, micro-batch, process and purpose.
@@ -119,7 +119,7 @@ def run(
             progress = (rounds.epoch_of_round(epoch) * len(loader) + index) / steps  # of this round
             set_learning_rates(optimizer, config, progress)
             for micro_index, micro_batch in enumerate(micro_batches(batch, accumulation)):
-                seeds = (seed, epoch, index, micro_index)
+                seeds = (seed, epoch, index, micro_index)  # the augmenter adds its own rank
                 seed_everything(*seeds, rank)  # dropout and image transforms
                 with accelerator.accumulate(*modules):  # sets sync_gradients
                     real_batch = source.encode(micro_batch)  # only a trained backbone changes it

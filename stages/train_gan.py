@@ -267,15 +267,15 @@ def run(
     untrained = copy.deepcopy(networks.generator.state_dict())
     trainer = build_trainer(accelerator, networks, settings, machine, store.spec.folds)  # for flips
     epochs = config.frozen_epochs  # no decoder learns yet
-    # Measures the untrained generator, so it comes before ``resume``.
+    # Measures the untrained generator, or its average: so before ``resume``.
     session.watch(monitoring, trainer.generator, stores, seed=config.seed, epochs=epochs)
     identity = identify(config, monitoring, stores)
     source = PseudoMasks(store.spec, accelerator.device) if config.unlabelled else SampleSource()
     session.resume(loader, epochs, identity=identity, state={"trainer": trainer, "source": source})
-    source.fit_unless_restored(
+    source.fit_unless_restored(  # the linear decoder that predicts pseudo-masks
         labelled_loader(session, config, store, **EVERY_PROCESS_READS_ALL), config.seed
     )
-    # In fp16: a batch that overflows must leave no infinite running statistics.
+    # After ``resume``: it copies statistics. In fp16 an overflow must leave no infinite ones.
     guard = BatchNormGuard(accelerator, trainer.modules.values())
 
     # The order of the batches and all noise are functions of seed, epoch, step and micro-batch.
