@@ -53,13 +53,22 @@ def test_losses_and_scores_agree(roots: dict[str, Path], stage: str, how: str) -
         if curve.startswith("monitor"):
             continue  # counts and ratios of the generators, whose weights are compared below
         first, last = slice(0, 2), slice(2, 3)
-        one_patch = 1e-2 if "accuracy" in curve else 2e-4  # a fraction of few patches
+        # Rounding changes the class of single pixels of pseudo-masks, and patches near 0.
+        loose = 2e-2 if stage == "pseudo" else 1e-2 if "accuracy" in curve else 0
         pd.testing.assert_series_equal(
-            two[curve][first], one[curve][first], check_exact=False, rtol=2e-3, atol=one_patch
+            two[curve][first],
+            one[curve][first],
+            check_exact=False,
+            rtol=2e-3 + loose,
+            atol=2e-4 + loose,
         )
         # Adam takes a whole step even where a gradient is rounding noise, so the runs diverge.
         pd.testing.assert_series_equal(
-            two[curve][last], one[curve][last], check_exact=False, rtol=5e-2, atol=2e-2
+            two[curve][last],
+            one[curve][last],
+            check_exact=False,
+            rtol=5e-2 + 4 * loose,
+            atol=2e-2 + loose,
         )
 
 
