@@ -7,10 +7,10 @@ A run of the study names images, splits, layers and number of steps; each run is
 sees the training images and the budget; FeatureGAN is not tried. Then every candidate is trained on
 all training images and scored on the test images. A killed command resumes in ``--scratch``.
 
-Columns: mIoU in cross-validation (``folds`` of them) and on test, the difference on test to the
-baseline with its 95% interval, and whether ``choose`` chose it. The regret of a case is the test
-mIoU of the best fixed candidate, the one with the highest mean over all cases, less that of the
-choice. All in points.
+Columns, in points: mIoU in cross-validation (of ``folds`` folds) and on test; the difference on
+test to the baseline, with its 95% interval; whether ``choose`` chose the candidate. The best fixed
+candidate has the highest mean test mIoU over all cases. The regret of a case is its test mIoU less
+that of the choice.
 """
 
 from __future__ import annotations

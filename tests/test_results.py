@@ -41,8 +41,7 @@ def test_the_tables_of_a_page_are_those_of_the_result_files(
 ) -> None:
     monkeypatch.chdir(ROOT)
     written = page.read_text(encoding="utf-8")
-    if with_tables(written) != written:
-        pytest.fail(f"{page.name}: run `python -m benchmarks.result_tables`", pytrace=False)
+    assert with_tables(written) == written, f"{page.name}: run `make result-tables`"
 
 
 def test_every_command_has_tables() -> None:

@@ -53,8 +53,9 @@ def test_losses_and_scores_agree(roots: dict[str, Path], stage: str, how: str) -
         if curve.startswith("monitor"):
             continue  # counts and ratios of the generators, whose weights are compared below
         first, last = slice(0, 2), slice(2, 3)
-        # Rounding changes the class of single pixels of pseudo-masks, and patches near 0.
-        loose = 2e-2 if stage == "pseudo" else 1e-2 if "accuracy" in curve else 0
+        # Sharded, the GAN with pseudo-masks parts by 1% after two epochs and by 6% after three. The
+        # cause is not known: in two whole replicas it agrees as the others do.
+        loose = 2e-2 if (stage, how) == ("pseudo", "sharded") else 0
         pd.testing.assert_series_equal(
             two[curve][first],
             one[curve][first],
