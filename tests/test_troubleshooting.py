@@ -39,7 +39,7 @@ def texts() -> tuple[str, ...]:
 
 
 def test_the_page_has_its_tables() -> None:
-    assert len(QUOTES) > 60
+    assert len(QUOTES) > 20
     assert len(set(QUOTES)) == len(QUOTES)
 
 
