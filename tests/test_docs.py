@@ -18,6 +18,8 @@ from tests.imports import ROOT
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, *sorted((ROOT / "docs" / "results").glob("*.md")), ROOT / "results" / "README.md"]
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+TABLES = re.compile(r"<!-- tables: .*?<!-- end of tables -->", re.DOTALL)
+MOST_WORDS = 15_000
 CITATION = re.compile(r"([A-Z][\w-]+(?: et al\.| and [A-Z]\w+)),? \(?((?:19|20)\d\d[a-z]?)\b")
 
 
@@ -42,6 +44,30 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 def test_a_page_has_no_two_headings_of_one_anchor(page: Path) -> None:
     if page.name != "CHANGELOG.md":  # whose releases have sections of the same names
         assert len(set(anchors(page))) == len(anchors(page))
+
+
+def words(page: Path) -> int:
+    """Count the words of a page outside code blocks and generated tables."""
+    text = TABLES.sub("", FENCE.sub("", page.read_text(encoding="utf-8")))
+    lines = [line for line in text.splitlines() if not line.startswith("    ")]
+    return sum(any(map(str.isalnum, word)) for word in re.split(r"[\s|]+", "\n".join(lines)))
+
+
+def test_the_pages_are_short() -> None:
+    """All pages but two logs: the lab log, and the changes by release."""
+    counts = {
+        page: words(page) for page in LINKED if page.name not in ("lab-log.md", "CHANGELOG.md")
+    }
+    assert sum(counts.values()) <= MOST_WORDS, counts
+
+
+def test_words_are_counted_outside_code_and_generated_tables(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Two words — here.\n\n    a code block\n\n```sh\ncode\n```\n\n| a | b-c |\n|---|---|\n\n"
+        "<!-- tables: sizes -->\n\n| x | y |\n\n<!-- end of tables -->\n"
+    )
+    assert words(page) == 5
 
 
 def test_every_key_of_an_augmenter_is_described() -> None:

