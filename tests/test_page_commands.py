@@ -32,7 +32,7 @@ PAGES = [
 MARKS = ("<!-- download -->", "<!-- cluster -->")
 PROGRAMS = (
     *("python", "python3", "pip", "dvc", "make", "git", "torchrun", "accelerate", "srun"),
-    *("export", "parallel", "xargs", "cat", "mkdir", "cp"),
+    *("export", "parallel", "xargs", "cat", "mv"),
 )
 SMALL = {  # in every preset: a few steps on small images
     "extract.input_size": 64,
