@@ -99,7 +99,8 @@ def main() -> None:
 @click.option(
     "--root",
     type=click.Path(exists=True, file_okay=False),
-    help="Folder of the images: prepare.root. Default: the preset's.",
+    help="Folder of the images: prepare.root. Default: the preset's. Its subfolder unlabelled, if"
+    " there is one, is used without labels.",
 )
 @params_option
 def init(preset: str, list_them: bool, force: bool, root: str | None, path: Path) -> None:
@@ -116,7 +117,12 @@ def init(preset: str, list_them: bool, force: bool, root: str | None, path: Path
     from stages.common.config import parse, with_settings
 
     if root is not None:
-        params = parse(PARAMS, with_settings(params.plain(), {"prepare.root": root}))
+        changes: dict[str, object] = {"prepare.root": root}
+        if (Path(root) / "unlabelled").is_dir():
+            changes["prepare.unlabelled"] = "unlabelled"
+            if "self-training" in params.variants:
+                changes["compare.unlabelled_variants"] = ["self-training"]
+        params = parse(PARAMS, with_settings(params.plain(), changes))
     kept = ""
     written = [as_yaml(load_preset(name), title) for name, title in titles.items()]
     if path.exists() and path.read_text("utf-8") not in written:

@@ -131,7 +131,14 @@ def test_init_lists_and_writes_presets(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "photos").mkdir()
     written = call("init", "few-images", "--force", "--root", "photos").output
     assert "next: `dvc repro`" in written
-    assert load_params(Path("params.yaml")).prepare.root == "photos"
+    params = load_params(Path("params.yaml"))
+    assert (params.prepare.root, params.prepare.unlabelled) == ("photos", "")
+    (tmp_path / "photos" / "unlabelled").mkdir()
+    for preset, students in (("few-images", ("self-training",)), ("voc2012-lite", ())):
+        call("init", preset, "--force", "--root", "photos")
+        params = load_params(Path("params.yaml"))
+        assert params.prepare.unlabelled == "unlabelled"
+        assert params.compare.unlabelled_variants == students
 
 
 def test_params_yaml_is_what_init_writes(tmp_path: Path) -> None:
