@@ -190,7 +190,7 @@ def _title(group: Group, classes: Sequence[str], absent: Sequence[str], block_le
     return "".join(
         [
             f"{group.name}: {group.train_images} training images",
-            f", made by {versions} versions of the sources" if versions > 1 else "",
+            f", runs of {versions} versions of the sources" if versions > 1 else "",
             f"; mIoU over {tested}" if classes else "",
             f" (the test images have no {missing})" if missing else "",
             f"; intervals over blocks of {block_length} test images" if block_length > 1 else "",

@@ -58,13 +58,13 @@ def variants_of_studies() -> dict[str, dict[str, Any]]:
 
     Without those that train the backbone: the stores of these tests come from none.
     """
-    plains = [load_preset(name).model_dump(mode="json") for name in presets()]
+    plains = [load_preset(name).plain() for name in presets()]
     plains.append(read_params(ROOT / "params.yaml"))
     for file in sorted((ROOT / "studies").glob("*.yaml")):
         if "experiments" not in (values := read_params(file)):
             continue  # a list of images
         study = StudyConfig.model_validate(values)
-        preset = load_preset(study.preset).model_dump(mode="json")
+        preset = load_preset(study.preset).plain()
         for experiment in study.experiments.values():
             plains.append(with_settings(preset, {**study.set, **experiment.set}))
     found: dict[str, tuple[str, dict[str, Any]]] = {}
