@@ -87,7 +87,7 @@ class TrainGanConfig(Config):
     nef: int = Field(64, ge=1, description="image encoder width")
     init_gain: float = Field(0.02, gt=0, description="gain of the weights' initialization")
     feature_scale: Literal["channel", "global", "none"] = Field(
-        "channel", description="features are divided by deviations before the GAN"
+        "channel", description="features are divided by root mean squares before the GAN"
     )
     adversarial_loss: Literal[
         "hinge", "non-saturating", "wasserstein-clip", "wasserstein-gp", "segmentation"

@@ -36,7 +36,7 @@ class GanTrainer(Trainer):
     folds
         Layers of the features, for ``diffaugment``; see :mod:`stages.segmentation.folds`.
     generator_lr, discriminator_lr, betas
-        Of the Adams (thesis: 2e-4, 8e-4, (0, 0.9)).
+        Of the Adams: 2e-4 and 8e-4 in the thesis, (0, 0.9) in SPADE.
     ema_decay, machine
         See :class:`stages.gan.trainer.Trainer`.
     """
