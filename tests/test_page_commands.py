@@ -4,10 +4,12 @@ A block is indented, begins with a known program, and is left out where the line
 ``<!-- download -->`` (it needs a download, or data that is not here) or ``<!-- cluster -->`` (it
 needs a GPU or several machines). What takes hours is only checked: the options of benchmarks are
 parsed, the missing runs of studies are listed, tests are collected, ``make`` prints its commands.
+``test_results.py`` runs the ``compare`` commands of docs/results/.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import shlex
@@ -135,18 +137,19 @@ def parse_options(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patch:
         patch.chdir(folder)
         main: click.Command = importlib.import_module(name).main
-        try:
-            context = main.make_context(module, arguments)
-        except click.exceptions.Exit:  # --help
-            return
         if isinstance(main, click.Group):
-            main.resolve_command(context, [*context._protected_args, *context.args])
+            module, *arguments = arguments
+            main = main.commands[module]
+        with contextlib.suppress(click.exceptions.Exit):  # --help
+            main.make_context(module, arguments)
 
 
-def script(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def script(page: Path, block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return what bash runs of a block, once the options of its benchmarks are parsed."""
     lines = []
     for line in block.splitlines():
+        if page.parent.name == "results" and line.startswith("python pipeline.py compare "):
+            continue
         if line.startswith("python -m benchmarks."):
             parse_options(line, folder, monkeypatch)
         elif line.startswith("python pipeline.py study "):
@@ -171,7 +174,7 @@ def test_the_commands_of_a_page_run(
     target = tmp_path / "project"
     shutil.copytree(workspace, target, symlinks=True)
     for block in blocks:
-        commands = script(block, target, monkeypatch)
+        commands = script(page, block, target, monkeypatch)
         run("bash", "-euxo", "pipefail", "-c", commands, cwd=target, OMP_NUM_THREADS="1")
 
 
