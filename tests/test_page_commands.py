@@ -4,7 +4,7 @@ A block is indented, begins with a known program, and is left out where the line
 ``<!-- download -->`` (it needs a download, or data that is not here) or ``<!-- cluster -->`` (it
 needs a GPU or several machines). What takes hours is only checked: the options of benchmarks are
 parsed, the missing runs of studies are listed, tests are collected, ``make`` prints its commands.
-``test_results.py`` runs the ``compare`` commands of docs/results/.
+Budgets of hours are minutes. ``test_results.py`` runs the ``compare`` commands of docs/results/.
 """
 
 from __future__ import annotations
@@ -159,7 +159,10 @@ def script(page: Path, block: str, folder: Path, monkeypatch: pytest.MonkeyPatch
         elif line.startswith("make "):
             lines.append(line.replace("make ", "make --dry-run ", 1))
         elif not line.startswith("pip install "):
-            lines.append(line.replace("/big/disk", str(folder.parent)))
+            line = line.replace("/big/disk", str(folder.parent))
+            lines.append(
+                line.replace("--budget 2h", "--budget 2m").replace("--budget 1h", "--budget 30s")
+            )
     return "\n".join(["exec < <(yes)", *lines])  # some commands of DVC ask
 
 
