@@ -9,8 +9,8 @@ all training images and scored on the test images. A killed command resumes in `
 
 Columns, in points: mIoU in cross-validation (of ``folds`` folds) and on test; the difference on
 test to the baseline, with its 95% interval; whether ``choose`` chose the candidate. The best fixed
-candidate has the highest mean test mIoU over all cases. The regret of a case is its test mIoU less
-that of the choice.
+candidate has the highest mean test mIoU over all cases. The regret of a case is its test mIoU
+less the choice's.
 """
 
 from __future__ import annotations
