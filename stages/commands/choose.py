@@ -73,7 +73,7 @@ def choose(path: Path, budget: float, folds: int, gan: bool, write: bool, **mach
     spec = stores["train"].spec.select(params.train_decoder.layers)
     candidates = without_gan(params.train_decoder, spec, unlabelled="unlabelled" in stores)
     clock = Clock(training, budget)
-    clock.check(candidates[0])
+    candidates = clock.affordable(candidates)
     click.echo(f"{len(candidates)} candidates, {folds} folds of {count} images")
     trials = choosing.halve(candidates, folds, clock.run, scoring)
     best, baseline = trials[0], next(t for t in trials if t.candidate is candidates[0])
@@ -124,21 +124,55 @@ class Clock:
     def __init__(self, training: FoldTraining, budget: float) -> None:
         self.training, self.budget = training, budget
         self._seconds: dict[str, float] = {}  # by candidate, of its last fold
+        self._plain: dict[str, float] = {}  # by decoder, without an addition, from one epoch
 
-    def check(self, candidate: Candidate) -> None:
-        """Time an epoch of a candidate; refuse a budget that its folds do not fit into."""
+    def affordable(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Leave out the most expensive candidates where the budget does not last for all.
+
+        The budget must last for all folds of the first candidate, the baseline, and for the first
+        folds of the others. An epoch of each decoder is timed.
+
+        Returns
+        -------
+        list of Candidate
+            The baseline, then the others, the fastest first.
+
+        Raises
+        ------
+        click.UsageError
+            When the budget is too small for the baseline.
+        """
+        from stages.studies.choose import RUNGS, folds_of_rung
+
         epochs, folds = self.training.params.train_decoder.epochs, len(self.training.folds)
-        _, seconds = self.training.test(candidate, 0, epochs=1)
-        self._epochs = seconds * epochs
-        if folds * self._epochs > self.budget:
+        for candidate in (each for each in candidates if not each.extends):
+            _, seconds = self.training.test(candidate, 0, epochs=1)
+            self._plain[candidate.variant["decoder"]] = seconds * epochs
+        baseline, *others = candidates
+        if (needed := folds * self.expected(baseline)) > self.budget:
             raise click.UsageError(
                 f"--budget {as_time(self.budget)} is too small for one candidate, which takes about"
-                f" {as_time(folds * self._epochs)} on {folds} folds"
+                f" {as_time(needed)} on {folds} folds"
             )
+        kept, count = [baseline], folds_of_rung(RUNGS[0][0], folds)
+        for candidate in sorted(others, key=self.expected):
+            needed += count * self.expected(candidate)
+            if needed <= self.budget:
+                kept.append(candidate)
+            else:
+                more = as_time(count * self.expected(candidate))
+                click.echo(f"Left out, because it takes about {more} more: {candidate.name}")
+        return kept
 
     def expected(self, candidate: Candidate) -> float:
         """Return the seconds that a fold of a candidate takes."""
-        return self._seconds.get(candidate.name, self._epochs)
+        from stages.augment.registry import VARIANTS
+        from stages.common.config import parse
+        from stages.estimate.sizes import decoder_passes
+
+        variant = parse(VARIANTS, {"v": candidate.variant}, "variants")["v"]
+        plain = self._plain[candidate.variant["decoder"]]
+        return self._seconds.get(candidate.name, decoder_passes(variant) * plain)
 
     def run(self, candidate: Candidate, fold: int) -> Images | None:
         """Train a candidate without a fold; None where the budget does not last for it."""

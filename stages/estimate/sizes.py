@@ -188,6 +188,11 @@ def work_rows(
     return [*rows, total]
 
 
+def decoder_passes(variant: VariantConfig) -> float:
+    """Return how many times as much the decoder computes as in a training on real batches."""
+    return _steps(variant, "gan").get("decoder", 0.0)
+
+
 def _steps(variant: VariantConfig, family: str) -> dict[str, float]:
     """Return how many steps of each kind a sample takes in the training of a decoder.
 

@@ -95,6 +95,7 @@ def halve(
         Number of folds.
     run
         Trains a candidate without a fold and predicts its images; None: there is no time left.
+        Folds that some candidates lack are not compared, but for the first fold.
 
     Returns
     -------
@@ -106,18 +107,23 @@ def halve(
     for fraction, kept in RUNGS:
         count = max(1, math.ceil(kept * len(trials)))
         alive = ranked(alive, range(tested), scoring)[:count] if tested else alive
-        wanted = max(tested, math.ceil(fraction * folds))
+        wanted = max(tested, folds_of_rung(fraction, folds))
         alive += [trials[0]] if trials[0] not in alive else []
         for fold in range(tested, wanted):
             for trial in alive:
                 images = run(trial.candidate, fold)
                 if images is None:
-                    for each in alive:  # only whole folds are compared
+                    for each in alive if fold else ():  # compare whole folds, if there is one
                         each.folds.pop(fold, None)
                     return ranked(trials, range(folds), scoring)
                 trial.folds[fold] = images
         tested = wanted
     return ranked(trials, range(folds), scoring)
+
+
+def folds_of_rung(fraction: float, folds: int) -> int:
+    """Return how many folds the candidates of a rung are tested on."""
+    return max(1, math.ceil(fraction * folds))
 
 
 def ranked(trials: Sequence[Trial], folds: Sequence[int], scoring: Scoring) -> list[Trial]:

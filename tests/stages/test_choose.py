@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import click
 import numpy as np
 import pytest
 
+from stages.commands.choose import Clock
 from stages.commands.fold_training import divide
 from stages.studies.candidates import Candidate, extended
 from stages.studies.choose import Images, Scoring, halve, reasons, table
@@ -58,6 +62,61 @@ def test_a_fold_that_the_budget_cuts_short_is_not_compared() -> None:
     trials = halve(candidates(8), 5, run, SCORING)
     assert {len(trial.folds) for trial in trials} == {1}
     assert trials[0].candidate.name == "5"
+
+
+def test_a_first_fold_that_the_budget_cuts_short_decides_between_those_it_tested() -> None:
+    left = 5
+
+    def run(candidate: Candidate, fold: int) -> Images | None:
+        nonlocal left
+        left -= 1
+        return None if left < 0 else predictions(fold, 0.9 if candidate.name == "3" else 0.5)
+
+    trials = halve(candidates(8), 5, run, SCORING)
+    assert [len(trial.folds) for trial in trials] == [1] * 5 + [0] * 3
+    assert trials[0].candidate.name == "3"
+
+
+class TimedTraining:
+    """Trainings of 10 epochs on 5 folds; an epoch of `linear` takes 1 s, of `deeplab` 2 s."""
+
+    params = SimpleNamespace(train_decoder=SimpleNamespace(epochs=10))
+    folds = range(5)
+
+    def test(self, candidate: Candidate, fold: int, *, epochs: int) -> tuple[Images, float]:
+        return {}, epochs * {"linear": 1.0, "deeplab": 2.0}[candidate.variant["decoder"]]
+
+
+def heads() -> list[Candidate]:
+    """`deeplab` (20 s a fold) and `linear` (10 s), alone, and with class swaps: twice as long."""
+    plain = [Candidate(name, {"augmenter": "none", "decoder": name}) for name in TIMED]
+    swaps = [extended(each, "class swaps", [{"augmenter": "class-transfer"}]) for each in plain]
+    return [plain[0], swaps[0], plain[1], swaps[1]]
+
+
+TIMED = ("deeplab", "linear")
+
+
+@pytest.mark.parametrize(
+    ("budget", "kept"),
+    [
+        (219, ["deeplab", "linear", "linear + class swaps"]),  # 100 + 2 * 10 + 2 * 20
+        (240, ["deeplab", "linear", "linear + class swaps", "deeplab + class swaps"]),  # + 2 * 40
+        (100, ["deeplab"]),
+    ],
+)
+def test_candidates_that_the_budget_cannot_pay_are_left_out(
+    budget: float, kept: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(TimedTraining(), budget)  # type: ignore[arg-type]
+    assert [each.name for each in clock.affordable(heads())] == kept
+    told = [line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(kept + told) == sorted(each.name for each in heads())
+
+
+def test_a_budget_below_the_baseline_is_refused() -> None:
+    with pytest.raises(click.UsageError, match="takes about 1.7m on 5 folds"):
+        Clock(TimedTraining(), 99).affordable(heads())  # type: ignore[arg-type]
 
 
 def test_sentences_name_additions_that_help_hurt_or_cannot_be_measured() -> None:
