@@ -50,7 +50,7 @@ class Pipeline(click.Group):
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Commands in the order in which they are defined."""
+        """List commands in the order of definition."""
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:

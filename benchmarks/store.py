@@ -4,9 +4,9 @@
 
 The features are those of real images (a ResNet's weights are random: nothing is downloaded).
 Every method runs in separate processes, in turns, and reads all samples in shuffled order, in
-several passes, into one reused buffer. The median pass counts. Files are dropped from the page
-cache and read back into it before, so that the kernel keeps all of them alike; ``--cold`` drops
-them before each pass.
+several passes, into one reused buffer. The median pass counts. Before the passes
+files are dropped from the page cache and read back: all methods start equally cached. ``--cold``
+drops them before each pass.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@
 
 Samples are features (C, 32, 32) float16 of which half are zero, a mask and an image of 256 x 256.
 ``threads`` prepares samples in one thread a core and writes them in another, as ``extract`` does.
-The limit of a place is the lower of two rates: plain ``write`` and ``fsync`` of equal bytes, and
-all that a writer must compute, ``write, sha256, statistics``, in one thread a core that waits for
-no other. ``extract`` is the stage, in separate processes. Its backbone costs nothing and gives C
-channels. The number of samples is announced, as ``extract`` does. All implementations of a
-place run in turns, and the median of the rounds counts.
+The limit of a place is the lower of two rates. One is plain ``write`` and ``fsync`` of equal bytes.
+The other is all that a writer must compute, ``write, sha256, statistics``, in one thread per core.
+``extract`` is the stage, in separate processes. Its backbone costs nothing and gives C channels.
+The number of samples is announced, as ``extract`` does. All implementations of a place run in
+turns, and the median of the rounds counts.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class BatchOrder:
     batch_size
         Samples a batch, of all ranks together.
     seed
-        Of the shuffle, which differs in each epoch; None (default): in the store's order.
+        Seed of the shuffle; each epoch shuffles anew. None (default): in the store's order.
     drop_last
         Leave out a last batch that is not full; default: False.
     repeats

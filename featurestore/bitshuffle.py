@@ -28,7 +28,7 @@ def check_filters(dataset: h5py.Dataset, codec: str) -> None:
     Raises
     ------
     ValueError
-        When chunks or filters are others.
+        When chunks or filters differ from the format's.
     """
     storage = dataset.id.get_create_plist()
     filters = [storage.get_filter(number) for number in range(storage.get_nfilters())]

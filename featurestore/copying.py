@@ -1,4 +1,4 @@
-"""Copying rows of an array into a batch, past the processor's caches where it does not fit them."""
+"""Copying rows of an array into a batch; large batches bypass the processor's caches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-LARGE = 8 << 20  # bytes; the batches of this size that a loader reads ahead fill a last-level cache
+LARGE = 8 << 20  # bytes; a loader's batches of this size fill the last-level cache
 LINE = 64  # bytes of a cache line, and of the widest store instruction
 
 

@@ -107,14 +107,14 @@ def assemble(layers: Sequence[torch.Tensor], spec: StoreSpec) -> torch.Tensor:
     -------
     torch.Tensor
         (B, C, h, w). The only layer is returned as it is, unless it is folded. Otherwise float32,
-        channels last in memory: coarser layers are upsampled bilinearly, and finer ones folded,
-        ``pixel_unshuffle``: channel c*r*r + y*r + x has row y and column x of each square of
-        stored channel c.
+        channels last in memory: coarser layers are upsampled bilinearly, and finer ones folded.
+        Folding is ``pixel_unshuffle``: channel c*r*r + y*r + x is pixel (y, x) of each square of
+        channel c.
     """
     folds = [factor for _, factor in spec.folds]
     if folds == [1]:
         return layers[0]
-    # Of the layer that the grid is taken from: the finest after folding.
+    # The grid is that of the finest layer after folding.
     sides = [layer.shape[1] // factor for layer, factor in zip(spec.layers, folds, strict=True)]
     finest = sides.index(max(sides))
     size = [side // folds[finest] for side in layers[finest].shape[2:]]
@@ -273,7 +273,7 @@ class FeatureLoader:
             out = tensors[name].numpy()
             if resident is None:
                 self.store.gather(name, positions, out=out)
-            else:  # PyTorch would start more threads beside the loader's
+            else:  # not PyTorch, which would start further threads
                 take_rows(resident.numpy(), rows, out, past_caches=out.nbytes >= LARGE)
         return tensors
 
@@ -284,7 +284,7 @@ class FeatureLoader:
         return {name: tensor[rows] for name, tensor in self._resident.items()}
 
     def _empty(self, name: str, samples: int) -> torch.Tensor:
-        """Uninitialised host memory for a batch of a dataset, page-locked if it goes to a GPU."""
+        """Allocate host memory for a batch of a dataset, page-locked if it goes to a GPU."""
         shape, dtype = self.store.spec.row(name)
         if self.device.type == "cuda":  # PyTorch uses page-locked memory again by itself
             return torch.empty((samples, *shape), dtype=getattr(torch, dtype), pin_memory=True)
@@ -313,9 +313,9 @@ class FeatureLoader:
         def read(rows: slice) -> None:
             for name, tensor in self._resident.items():
                 on_cpu = tensor[rows].numpy() if device.type == "cpu" else None
-                read = self.store.gather(name, self._read_positions[rows], out=on_cpu)
+                gathered = self.store.gather(name, self._read_positions[rows], out=on_cpu)
                 if on_cpu is None:
-                    tensor[rows].copy_(torch.from_numpy(read))
+                    tensor[rows].copy_(torch.from_numpy(gathered))
 
         pieces = [slice(start, min(start + 8, count)) for start in range(0, count, 8)]
         list(prefetch(read, pieces, workers=self.workers))
@@ -329,7 +329,7 @@ class PairedLoader:
     labelled
         Gives the batches and their number.
     unlabelled
-        Has at least as many batches an epoch.
+        Has no fewer batches per epoch.
     first_epoch
         Epoch from which the other loader is read; default: 0.
     """
@@ -378,7 +378,7 @@ def copied_ahead(batches: Iterable[Tensors], device: torch.device) -> Iterator[T
             moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             return moved, copying.record_event()
 
-    # The pair of a copy and the next one exists once the next one has started.
+    # A copy is yielded only after the next one has started.
     for started, _ in itertools.pairwise(itertools.chain(map(copy, batches), [None])):
         assert started is not None
         batch, copied = started

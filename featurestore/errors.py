@@ -17,15 +17,13 @@ class OneLineError(Exception):
     def __init__(
         self, place: object, message: str, *, expected: object = None, actual: object = None
     ) -> None:
-        text = (
-            f"{place}: {message}"  # may quote a file from anywhere: no line break, no escape code
-        )
+        text = f"{place}: {message}"  # quoted text may hold line breaks and escape codes
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
         self.expected = expected
         self.actual = actual
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle text and attributes; unpickling must not call ``__init__``, which needs others."""
+        """Pickle text and attributes; ``__init__`` has other arguments."""
         return type(self).__new__, (type(self), *self.args), self.__dict__
 
 

@@ -1,4 +1,4 @@
-"""Files: writing and moving that is finished or has no effect, and hashes."""
+"""Files: atomic writing and moving, and hashes."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def allow_open_files(shards: int) -> None:
 
 
 def file_state(path: Path) -> tuple[int, int, int] | None:
-    """Inode, size and time of the last change of a file; None where there is no file."""
+    """Read inode, size and time of the last change of a file; None: there is no file."""
     with suppress(OSError):
         status = path.stat()
         return status.st_ino, status.st_size, status.st_mtime_ns

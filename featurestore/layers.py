@@ -42,9 +42,9 @@ class Layer:
 
 
 def grid_size(layers: Sequence[Layer], image_size: Size) -> Size:
-    """Find the grid (h, w) of the layers of images (H, W): of the finest of stride 8 or more.
+    """Find the grid (h, w) for images (H, W): the size of the finest layer of stride 8 or more.
 
-    Where all layers are finer, it is the grid of stride 8.
+    Where all layers are finer, the grid has stride 8.
     """
     sizes = [layer.shape[1:] for layer in layers]
     coarse = [size for size in sizes if size[0] * GRID_STRIDE <= image_size[0]]
@@ -52,7 +52,7 @@ def grid_size(layers: Sequence[Layer], image_size: Size) -> Size:
 
 
 def fold(layer: Layer, grid: Size) -> int:
-    """Compute r, the layer's pixels a pixel of the grid along each side; 1: it is not folded.
+    """Compute r, layer pixels per grid pixel along each side; 1: the layer is not folded.
 
     Raises
     ------

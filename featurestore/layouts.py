@@ -48,7 +48,7 @@ class Layout:
     mapped
         Whether the file is mapped; otherwise its datasets are read through h5py.
     largest_ratio
-        Most bytes of a sample for one byte in the file; 1: :attr:`sample_bytes` is exact.
+        Largest number of sample bytes per file byte; 1: :attr:`sample_bytes` is exact.
     """
 
     shape: tuple[int, int, int]
@@ -109,7 +109,7 @@ class Layout:
 
 
 class PackedZeros(Layout):
-    """``zeros``: a bit for each value says whether it is zero; the other values follow. Lossless.
+    """``zeros``: a bit for each value says whether it is zero; nonzero values follow. Lossless.
 
     ``feature_bits`` (N, ceil(C·h·w / 8)) uint8: bit i % 8 (of value 2**(i % 8)) of byte i // 8 is
     set where value i is not +0.0. ``feature_values`` holds the values of all samples with set
@@ -254,7 +254,7 @@ def _kernels() -> dict[str, Callable[..., int]]:
         for position in range(len(words)):
             # Always written, kept only where not zero: no branch that the processor must predict.
             values[taken] = words[position]
-            present = words[position] != 0  # by its bits: -0.0 is kept, so that every bit is
+            present = words[position] != 0  # compares bits: -0.0 is kept, so packing is exact
             bits[position >> 3] |= present << (position & 7)
             taken += present
         return taken

@@ -29,7 +29,7 @@ def prefetch(
     function
         Called with each item.
     items
-        Taken as the results are.
+        Taken one at a time.
     workers
         Threads; 0 computes each result when the caller asks for it.
     ahead

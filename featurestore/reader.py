@@ -209,11 +209,11 @@ class FeatureStore:
         return selected
 
     def mask(self, position: int) -> np.ndarray:
-        """(H, W) uint8 mask."""
+        """Read a mask, (H, W) uint8."""
         return self._read(MASKS, position)
 
     def image(self, position: int) -> np.ndarray:
-        """(H, W, 3) uint8 image.
+        """Read an image, (H, W, 3) uint8.
 
         Raises
         ------
@@ -295,15 +295,15 @@ class FeatureStore:
         return [view for shard in self._all_shards() for view in shard.views]
 
     def positions(self, view: str) -> np.ndarray:
-        """(n,) int64 positions of the samples of a view, such as ``identity``, ascending."""
+        """Find the ascending (n,) int64 positions of a view, such as ``identity``."""
         return np.flatnonzero(np.array(self.views) == view)
 
     @property
     def stats(self) -> Statistics:
         """Statistics of each class, and of each channel of the assembled map.
 
-        Channels folded from one stored channel share its statistics. Those of a single shard, and
-        of a subset, are computed on first use.
+        Channels folded from one stored channel share its statistics. Statistics of a single
+        shard or a subset are computed on first use.
         """
         stored = self._stored_spec
         if self._statistics is None:

@@ -413,7 +413,7 @@ def check_version(version: object, path: Path) -> None:
             f"format version {version!r}, but this library reads versions {FORMAT_VERSION} and"
             f" {LAYERED_VERSION}; write the store again",
             path=path,
-            expected=FORMAT_VERSION,
+            expected=(FORMAT_VERSION, LAYERED_VERSION),
             actual=version,
         )
 

@@ -30,9 +30,9 @@ from featurestore.prepared_sample import PreparedSample
 from featurestore.schema import IDS, VIEWS, StoreSpec, check_version
 from featurestore.statistics import Statistics
 
-# Datasets start on a cache line, but not on a memory page. NumPy's buffers start 16 bytes into a
-# page, and a processor that copies to 16 bytes further into a page than it reads from waits for
-# its own writes ("4K aliasing"), at a third of the speed.
+# Datasets start on a cache line, but not on a memory page: NumPy's buffers start 16 bytes into a
+# page. Copying to an address 16 bytes further into its page is three times slower: the processor
+# waits for its own writes ("4K aliasing").
 ALIGNMENT = 4096 + 64
 # From this version of the file format on (2016), HDF5's own structures carry checksums: damage in
 # them is an error and not a crash. Chunks carry one through the fletcher32 filter.
@@ -303,7 +303,7 @@ class ShardWriter:
             self._starts[name] = dataset.id.get_offset()  # known once a row is written
 
     def shortened(self) -> ShardWriter:
-        """Copy the rows into a file of just their number, at the end of an open-ended store."""
+        """Copy the rows into a file of exact size: the last shard of an open-ended store."""
         exact = ShardWriter(self.path, self.spec, len(self))
         try:
             for row in range(len(self)):

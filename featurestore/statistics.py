@@ -190,7 +190,7 @@ def _kernel() -> Callable[..., None]:
     """Compile the loop over float16 numbers on first use; it runs without Python's lock."""
     import numba
 
-    # Sums in any order are faster. Sums of float16 values are exact in float64, of squares nearly.
+    # Any order is faster. In float64 sums of float16 are exact, of squares nearly exact.
     @numba.njit(nogil=True, fastmath={"reassoc"})
     def measure(
         words: np.ndarray,

@@ -68,8 +68,8 @@ def create(
     spec
         Properties of every sample.
     scratch
-        Folder for shards until the store is whole; on the file system of ``path`` publishing is
-        one rename. Default: a hidden folder beside ``path``.
+        Folder of unpublished shards. If it is on the file system of ``path``, publishing is one
+        rename. Default: a hidden folder beside ``path``.
     fingerprint
         Identity of everything the store is made from (:func:`featurestore.fingerprint`). With
         it, :meth:`StoreWriter.resume` reuses the shards that an interrupted writer of an equal
@@ -82,7 +82,7 @@ def create(
         Number of this process, and of all processes that write the store together into one
         scratch folder; shard i belongs to rank i mod ``ranks``. More than one need a fingerprint
         and :meth:`StoreWriter.resume`. Rank 0 must be created first, holds the lock and
-        publishes; its block must end after the last sample of the others. Default: 0 of 1.
+        publishes; its block must end after every other rank's last sample. Default: 0 of 1.
 
     Raises
     ------
@@ -106,7 +106,7 @@ def create(
 class StoreWriter:
     """Collects samples into shards; see :func:`create`.
 
-    Samples go to disk one by one, so memory does not depend on their number (with ``zeros`` it
+    Samples go to disk one by one, so the writer's memory does not grow with them (with ``zeros`` it
     holds the values of one shard). A full shard gets its name, and a small JSON file beside it, its
     receipt, with its hash and statistics. Threads hash and rename up to two full shards while the
     next one is written. A killed writer loses at most three shards.
@@ -191,7 +191,7 @@ class StoreWriter:
         Raises
         ------
         StoreWriteError
-            When they do not fit on the disk.
+            When the samples do not fit on the disk.
         """
         size = self.samples_per_shard
         self._announced = samples
@@ -338,7 +338,7 @@ class StoreWriter:
     def _await_finished(self, at_most: int = 0) -> None:
         """Wait until at most ``at_most`` full shards are unfinished."""
         while len(self._finishing) > at_most:
-            self._finishing[0].result()  # after an error it stays, and stops a publication, too
+            self._finishing[0].result()  # a failed one stays, and prevents publication
             self._finishing.popleft()
 
     def _reusable(self, span: range, *, hashed: bool) -> tuple[ShardRecord, Statistics] | None:
@@ -373,7 +373,7 @@ class StoreWriter:
                 self._publish()
 
     def _leave_scratch(self, *, complete: bool) -> None:
-        """Remove what nobody can reuse; an error of the block is the one to raise."""
+        """Remove unusable files, write missing receipts; the block's error takes precedence."""
         if self._shard is not None:
             with suppress(OSError, RuntimeError):
                 self._shard.discard()

@@ -77,8 +77,8 @@ class ExtractConfig(Config):
     )
     views: Annotated[tuple[ViewName, ...], Listed, Once] = Field(
         ("identity",),
-        description="identity | hflip | rotate | crop | colour | random-K (K random mixtures);"
-        " of training images, for view: random; hflip-views reads hflip",
+        description="identity | hflip | rotate | crop | colour | random-K (K random mixtures)"
+        " of training images; read by view: random and by hflip-views",
     )
     view_seed: Seed = Field(0, description="seed of rotate, crop, colour and random-K")
     compute: Literal["fp32", "bf16"] = Field("fp32", description="precision of the backbone")
@@ -234,7 +234,7 @@ def _identity(
 ) -> str:
     """Hash all that the bytes of a store depend on."""
     return featurestore.fingerprint(
-        format_version=featurestore.FORMAT_VERSION,
+        format_version=featurestore.FORMAT_VERSION,  # the spec tells a layered store
         spec=spec.to_dict(),
         batch_size=config.batch_size,
         samples=[each.identity for each in samples],

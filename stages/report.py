@@ -87,15 +87,15 @@ class ReportConfig(Config):
         (), description="classes of the mIoU; empty: all"
     )
     block_length: int = Field(
-        1, ge=1, description="consecutive test images a bootstrap block; about 20 for video"
+        1, ge=1, description="consecutive test images per bootstrap block; about 20 for video"
     )
     pictures: int = Field(4, ge=1, le=50, description="test images with predictions shown")
-    umap_points: int = Field(1000, ge=50, description="feature vectors, real and generated each")
+    umap_points: int = Field(1000, ge=50, description="real vectors, and as many generated ones")
     umap_neighbors: int = Field(15, ge=2, description="neighbors in UMAP")
     umap_min_dist: float = Field(0.1, ge=0, le=1, description="smallest distance in UMAP")
     grid_samples: int = Field(8, ge=1, le=32, description="masks in the feature grids")
     grid_channels: int = Field(12, ge=1, description="channels in the feature grids")
-    seed: Seed = Field(0, description="seed of the choices above")
+    seed: Seed = Field(0, description="seed of the chosen images, masks and vectors")
 
 
 def run(

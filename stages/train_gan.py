@@ -26,7 +26,7 @@ from stages.training.session import Session, check_batch
 from stages.training.stores import Features, check_like, open_split
 from stages.training.update import BatchNormGuard, backward, step_and_zero_grad
 
-EVERY_PROCESS_READS_ALL = {"rank": 0, "ranks": 1, "cache": "none"}  # in every process
+EVERY_PROCESS_READS_ALL = {"rank": 0, "ranks": 1, "cache": "none"}
 LEAST_SIDE = 8  # of the feature maps that a discriminator sees
 # Keys that a generator of images, and one without SPADE, do not read.
 OTHERS_THAN_IMAGE = (
@@ -59,7 +59,7 @@ class TrainGanConfig(Config):
     flow_width: int = Field(64, ge=2, description="channels of a flow's blocks")
     flow_steps: int = Field(16, ge=1, description="steps of a flow's integration")
     frozen_epochs: int = Field(75, ge=1, description="epochs before any decoder is trained")
-    repeats: int = Field(1, ge=1, description="repeats of the training samples an epoch")
+    repeats: int = Field(1, ge=1, description="repeats of the training samples per epoch")
     batch_size: int = Field(32, ge=2, description="samples a step")
     gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step, to save memory")
     z_dim: int = Field(256, ge=0, description="length of the noise vector; 0: no noise")
@@ -75,7 +75,7 @@ class TrainGanConfig(Config):
     ndf: int = Field(64, ge=1, description="discriminator width")
     discriminator_layers: int = Field(3, ge=2, le=5, description="layers of a discriminator")
     discriminator_scales: int = Field(
-        1, ge=1, le=2, description="discriminators, each at half size"
+        1, ge=1, le=2, description="discriminators; the second sees half the size"
     )
     projection_channels: int = Field(
         0, ge=0, description="random mixtures that the discriminator sees; 0: all channels"
@@ -95,7 +95,7 @@ class TrainGanConfig(Config):
     lambda_feat: float = Field(7.0, ge=0, description="weight of feature matching")
     lambda_kld: float = Field(0.05, ge=0, description="weight of the image encoder's divergence")
     kld_reduction: Literal["mean", "sum"] = Field(
-        "mean", description="of the divergence over the batch; SPADE has the sum"
+        "mean", description="divergence over the batch: averaged, or summed (SPADE)"
     )
     lambda_info: float = Field(
         0.0, ge=0, description="weight of InfoGAN's loss, the error of an estimated z; 0: off"
@@ -108,7 +108,7 @@ class TrainGanConfig(Config):
         (), description="transforms before the discriminator"
     )
     ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="decay of the generator's average a step; 0: off"
+        0.0, ge=0, lt=1, description="decay of the generator's average per step; 0: off"
     )
     unlabelled: bool = Field(
         False, description="also learn from unlabelled images, with masks of a linear decoder"

@@ -16,7 +16,8 @@ from tests.imports import ROOT
 
 REMEDY = "run `make demo` and commit dvc.lock, metrics/ and reports/"
 PARAMS = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
-VARIANTS = [*PARAMS["compare"]["variants"], *PARAMS["compare"]["gan_variants"]]
+COMPARED = ("variants", "unlabelled_variants", "gan_variants")
+VARIANTS = [name for key in COMPARED for name in PARAMS["compare"][key]]
 
 
 def test_lock_belongs_to_sources_parameters_metrics_and_reports(

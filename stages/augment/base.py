@@ -71,10 +71,13 @@ class VariantConfig(DecoderOverrides):
         "identity", description="random: each real sample is one of its stored views"
     )
     statistics: Literal["all", "real"] = Field(
-        "all", description="batches in the decoder's running BatchNorm statistics"
+        "all", description="batches that update BatchNorm's running statistics"
     )
     until: float = Field(
-        1.0, gt=0, le=1, description="fraction of the steps with added batches; then real ones"
+        1.0,
+        gt=0,
+        le=1,
+        description="fraction of the steps with added batches; afterwards: real ones",
     )
 
     @model_validator(mode="after")

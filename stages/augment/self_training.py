@@ -41,7 +41,7 @@ class SelfTrainingConfig(SourceConfig):
         2, ge=1, le=10, description="further trainings, each with the last decoder as the teacher"
     )
     ema_decay: float = Field(
-        0.99, gt=0, lt=1, description="decay of the average a step, reached as 1 - 1 / step"
+        0.99, gt=0, lt=1, description="decay of the average per step, at most 1 - 1 / step"
     )
 
     needs_stored_features: ClassVar[bool] = True

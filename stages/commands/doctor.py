@@ -47,8 +47,8 @@ def doctor(
 ) -> None:
     """Check all images and masks of FOLDER, and print what is wrong and what to change.
 
-    Problems stop `prepare`; findings are doubts, which it prints in short. The exit code is 0
-    without problems, 1 with problems (--strict: or findings), and 2 for wrong parameters.
+    Problems stop `prepare`; findings are doubts, which `prepare` prints in short. The exit code is
+    0 without problems, 1 with problems (--strict: or findings), and 2 for wrong parameters.
     """
     config = default_config(folder)
     if path is not None:

@@ -30,7 +30,7 @@ def _changes(context: click.Context, parameter: click.Parameter, value: str) -> 
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Samples a mask, each with other noise.",
+    help="Samples per mask, with different noise.",
 )
 @click.option(
     "--seed",

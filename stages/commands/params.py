@@ -62,7 +62,7 @@ class Params(Config):
     prepare: PrepareConfig = Field(PrepareConfig(), description="images and masks")
     extract: ExtractConfig = Field(ExtractConfig(), description="frozen backbone and its features")
     train_gan: TrainGanConfig = Field(TrainGanConfig(), description="FeatureGAN, before decoders")
-    monitor: MonitorConfig = Field(MonitorConfig(), description="of the GAN, on masks of val")
+    monitor: MonitorConfig = Field(MonitorConfig(), description="measures the GAN on masks of val")
     train_decoder: TrainDecoderConfig = Field(
         TrainDecoderConfig(), description="what all decoders have in common"
     )
@@ -134,7 +134,7 @@ class Params(Config):
             check_variant(variant, name)
 
     def _check_names(self) -> None:
-        """Refuse a compared variant without description, or in the list of the other stage."""
+        """Refuse a compared variant without description, or in the wrong list."""
         for key in ("variants", "unlabelled_variants", "gan_variants"):
             for name in getattr(self.compare, key):
                 if name not in self.variants:

@@ -48,7 +48,7 @@ class Steps:
     def run(self, command: str, *arguments: str, once: bool = False) -> None:
         """Print and run a command; exit with its code if it fails.
 
-        ``once``: not again, as long as the features and the parameters are those of before.
+        ``once``: skip a finished command while features and parameters are unchanged.
         """
         written = shlex.join([command, *arguments])
         key, inputs = _name(command, arguments), self._inputs() if once else ""

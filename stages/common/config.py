@@ -159,7 +159,7 @@ def reason(problem: ErrorDetails) -> str:
 
 
 def _way(values: object, location: tuple[int | str, ...]) -> list[int | str]:
-    """Drop names from a location that no file holds: pydantic adds the kind chosen of a union."""
+    """Drop the tags of unions from a location: pydantic adds them, and no file holds them."""
     keys: list[int | str] = []
     place: Any = values
     for name in location:

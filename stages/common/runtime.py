@@ -199,7 +199,7 @@ def check_batch_divides(batch_size: int, processes: int, micro_batches: int, key
 
 
 def source_digest(*modules: ModuleType) -> str:
-    """Compute the sha256 of modules and packages: work of other code is never resumed."""
+    """Compute the sha256 of the source files of modules and packages."""
     sha = hashlib.sha256()
     for module in modules:
         file = Path(module.__file__ or "")
@@ -259,7 +259,7 @@ def verify_stores(*stores: FeatureStore, workers: int) -> None:
 
 
 def has_sound_store(path: Path, identity: str, scratch: Path, workers: int) -> bool:
-    """Whether ``path`` has a sound store of these inputs; leftovers in ``scratch`` are removed.
+    """Return whether ``path`` has a sound store of these inputs; clear leftovers in ``scratch``.
 
     Raises
     ------

@@ -94,7 +94,7 @@ def readable(path: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def _own_limit() -> Iterator[None]:
-    """Lift Pillow's limit of pixels, which is one for all threads, until the last one leaves."""
+    """Lift Pillow's pixel limit, which all threads share, until the last thread leaves."""
     with _lifting:
         _limits.append(Image.MAX_IMAGE_PIXELS)
         Image.MAX_IMAGE_PIXELS = None

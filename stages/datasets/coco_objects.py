@@ -24,7 +24,7 @@ Locate = Callable[[coco.Annotations, str], tuple[str, Path]]
 
 
 def require_pycocotools(dataset: str) -> None:
-    """Miss the optional library before anything is read.
+    """Require the optional pycocotools before anything is read.
 
     Raises
     ------

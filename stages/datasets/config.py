@@ -65,7 +65,10 @@ class PrepareConfig(Config):
     )
     split_seed: Seed = Field(0, description="seed of the random split and of train_fraction")
     train_fraction: float = Field(
-        1.0, gt=0, le=1, description="fraction of the training images; smaller ones are nested"
+        1.0,
+        gt=0,
+        le=1,
+        description="fraction of the training images; smaller fractions are subsets",
     )
     fold: str = Field(
         "",
@@ -75,18 +78,18 @@ class PrepareConfig(Config):
     )
     unlabelled: str = Field(
         "",
-        description="images without labels: a folder in root, or left-out, those that "
+        description="folder in root of images without labels; left-out: images that "
         "train_fraction leaves out; empty: none",
     )
     classes: Annotated[tuple[ClassLine, ...], Listed] = Field(
         (),
-        description="folder, labelme and CVAT's: `- name: [red, green, blue]` a line, in the order "
-        "of the classes; empty: read from the files in root",
+        description="datasets folder, labelme, CVAT's: `- name: [red, green, blue]` per class, in "
+        "their order; empty: read from the files in root",
     )
     mask_pattern: str = Field(
         "{name}",
-        description="folder: name of an image's mask; {name} is the image's without its suffix, "
-        "{file} with it",
+        description="dataset folder: name of an image's mask; {name} is the image's name without "
+        "suffix, {file} with suffix",
     )
     remap: dict[str, str | None] = Field(
         {},
@@ -94,24 +97,24 @@ class PrepareConfig(Config):
         "`old: void` makes their pixels void",
     )
     void_index: int = Field(
-        255, ge=1, le=255, description="folder: mask value of pixels without a label"
+        255, ge=1, le=255, description="dataset folder: value of pixels without a label"
     )
     binary: bool = Field(
-        False, description="folder: masks hold 0 and 255, and 255 is the second of two classes"
+        False, description="dataset folder: masks hold 0 and 255, the second of two classes"
     )
     transparent: Literal["refuse", "void"] = Field(
-        "refuse", description="folder: transparent pixels of masks"
+        "refuse", description="dataset folder: transparent pixels of masks"
     )
     exif: Literal["apply", "ignore"] = Field(
         "apply",
-        description="how masks were drawn on images with an EXIF orientation. apply: on the turned "
-        "image; ignore: on the stored pixels, and they are turned with their image",
+        description="masks of images with an EXIF orientation. apply: drawn on the turned image; "
+        "ignore: drawn on the stored pixels, so masks are turned too",
     )
     copies: Literal["error", "warn"] = Field(
         "error", description="files of equal bytes in two splits, such as train and test"
     )
     max_pixels: int = Field(
-        MAX_PIXELS, ge=1, description="most pixels of an image; refuses larger ones unread"
+        MAX_PIXELS, ge=1, description="largest number of pixels; larger images are refused unread"
     )
     wastesim: WastesimConfig = Field(WastesimConfig(), description="drawn scenes")
 

@@ -92,7 +92,7 @@ def read_masks(
         read_colours,
     )
     problem = _problem_with_colours(labels)
-    # Greys of the list whose number is another class: of them nobody can tell what they mean.
+    # A grey of the list whose value is also the index of another class is ambiguous.
     doubtful = {
         value
         for value, index in by_value.table.items()
@@ -134,7 +134,7 @@ def _pairs(root: Path, config: PrepareConfig) -> list[Pair]:
 def _is_index(
     grey: np.ndarray, colours: np.ndarray, known: Mapping[int, int], doubtful: set[int]
 ) -> bool:
-    """Whether greys (H, W) of a data set with colours are class indices.
+    """Return whether greys (H, W) of a data set with colours are class indices.
 
     Some grey must be none of the known colours, and all must mean one class by either reading.
     Black is no sign: it is also the colour of what nobody painted.

@@ -159,6 +159,15 @@ def check_pair(
     )
     pixels = np.bincount(read.mask.reshape(-1), minlength=256)
     findings, wrong = _doubts_of_mask(pair, read.mask, pixels, layout.classes)
+    if not _is_mask(pair) and pixels[0] == read.mask.size:
+        findings.append(
+            Finding(
+                "images without an outline",
+                pair.image,
+                f"has no outline, so all of it is {layout.classes.names[0]!r}; where it is not "
+                "labelled yet, leave it out of the export",
+            )
+        )
     turned = read.orientation != 1
     keeps_size = read.orientation not in QUARTER_TURNS or entry.width == entry.height
     if turned and keeps_size and _is_mask(pair) and config.exif == "apply":

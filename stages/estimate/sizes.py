@@ -197,7 +197,7 @@ def _steps(variant: VariantConfig, family: str) -> dict[str, float]:
     """Return how many steps of each kind a sample takes in the training of a decoder.
 
     Other augmenters cost little beside the decoder. After ``until`` real batches take the place of
-    generated ones. A teacher costs a forward pass, a third of a step, and has no first round.
+    generated ones. A teacher costs a forward pass, a third of a step, except in the first training.
     """
     ratio, real, rounds = _joint_ratio(variant), 1.0 + variant.added_batches, variant.teacher_rounds
     kinds = {
@@ -215,8 +215,8 @@ def _steps(variant: VariantConfig, family: str) -> dict[str, float]:
 def _generated(variant: VariantConfig, family: str) -> float:
     """Return how many batches a frozen generator makes beside each real one.
 
-    For a class swap a GAN generates from the old and the new mask; a flow integrates half of its
-    way twice.
+    For a class swap a GAN generates from the old and the new mask; a flow takes
+    half of its steps twice.
     """
     if isinstance(variant, CombinedConfig):
         return sum(_generated(member, family) for member in variant.of)

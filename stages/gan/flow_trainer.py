@@ -22,8 +22,8 @@ from stages.gan.trainer import Trainer
 from stages.models.flow_generator import FlowGenerator
 from stages.segmentation.folds import Folds
 
-VECTORS = 20_000  # from which the principal components are computed
-MAPS = 500  # from which their spectrum is
+VECTORS = 20_000  # number of vectors that the principal components are computed from
+MAPS = 500  # number of maps that the spectrum of the components is computed from
 
 
 def principal_components(

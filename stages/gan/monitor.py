@@ -82,19 +82,19 @@ class MonitorConfig(Config):
     )
     on_collapse: Literal["warn", "stop"] = Field("warn", description="what a collapse does")
     min_variance_ratio: float = Field(
-        0.1, ge=0, le=1, description="collapse below it: variance within classes, generated to real"
+        0.1, ge=0, le=1, description="collapse below: variance within classes, generated / real"
     )
     min_coverage: float = Field(
-        0.02, ge=0, le=1, description="collapse below it: fraction of real features covered"
+        0.02, ge=0, le=1, description="collapse below: fraction of real features covered"
     )
     min_consistency: float = Field(
-        0.25, ge=0, le=1, description="collapse below it: consistency with the masks, to real"
+        0.25, ge=0, le=1, description="collapse below: consistency with masks, generated / real"
     )
     max_frechet: float = Field(
-        1.5, ge=1, description="collapse above it: Fréchet distance, to the one at the start"
+        1.5, ge=1, description="collapse above: Fréchet distance / its initial value"
     )
     max_accuracy: float = Field(
-        0.99, ge=0.5, le=1, description="collapse above it: discriminator accuracy, real and fake"
+        0.99, ge=0.5, le=1, description="collapse above: discriminator accuracy, real and fake"
     )
 
 
@@ -270,7 +270,7 @@ class Monitor:
         }
 
     def due(self, epoch: int, epochs: int) -> bool:
-        """Whether to measure after this epoch: every N epochs, and after the last."""
+        """Return whether to measure after this epoch: every N epochs, and after the last."""
         every = self.config.every
         return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
 

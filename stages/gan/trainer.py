@@ -91,7 +91,7 @@ class Trainer(ABC):
 
     @staticmethod
     def fit(networks: Networks, store: FeatureStore, settings: Mapping[str, Any]) -> None:
-        """Fit what fresh networks know of a store's features before the training starts."""
+        """Fit fresh networks' statistics to a store's features before the training."""
 
     @classmethod
     @abstractmethod

@@ -27,7 +27,7 @@ def predict(accelerator: Accelerator, decoder: Decoder, batch: Batch) -> Tensor:
 
     Logits are upsampled in float32, as a decoder in use does: in bfloat16 a pixel in a thousand has
     two highest logits. A few samples are upsampled at a time, because the logits of a whole batch
-    at the masks' size may take gigabytes; on a CPU one, which fits into its caches.
+    at the masks' size may take gigabytes. A CPU upsamples one sample, which fits into its caches.
 
     Returns
     -------

@@ -57,8 +57,7 @@ class Runner:
         File descriptor of the lock on ``root``. Stages inherit their locks: a stage that outlives
         a killed study still holds them.
     runs
-        All runs of the study. A further run must be made of the same images as those that have a
-        result.
+        All runs of the study. All must have the images of earlier results.
     """
 
     root: Path
@@ -83,7 +82,7 @@ class Runner:
     ) -> Iterator[Runner]:
         """Lock ``root`` until the block ends.
 
-        ``shared``: only against whole studies; other processes may make other runs in ``root``.
+        ``shared``: exclude whole studies only; other processes may make other runs in ``root``.
 
         Raises
         ------

@@ -17,8 +17,8 @@ from stages.segmentation.image_transforms import ImageTransform
 class TrainDecoderConfig(Config):
     """Section ``train_decoder`` of params.yaml: what all decoders have in common."""
 
-    epochs: int = Field(50, ge=1, description="epochs; after the GAN's frozen_epochs")
-    repeats: int = Field(1, ge=1, description="repeats of the training samples an epoch")
+    epochs: int = Field(50, ge=1, description="epochs, besides the GAN's frozen_epochs")
+    repeats: int = Field(1, ge=1, description="repeats of the training samples per epoch")
     batch_size: int = Field(
         32, ge=2, description="samples a step; BatchNorm after global pooling needs two"
     )

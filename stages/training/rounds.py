@@ -16,7 +16,7 @@ class Rounds:
     Parameters
     ----------
     count
-        Number of rounds, the first training included; 1: only this one.
+        Number of trainings, the first included; 1: no rounds.
     epochs
         Epochs of each round.
     decoder, optimizer

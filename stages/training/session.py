@@ -62,7 +62,7 @@ class TrainingConfig(Protocol):
 
 
 class Session:
-    """One run of a training stage; an interrupted one resumes at its last saved step, bit for bit.
+    """One run of a training stage; an interrupted one resumes at its last saved step.
 
     Parameters
     ----------

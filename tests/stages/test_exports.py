@@ -532,6 +532,16 @@ def test_cvats_shapes(tmp_path: Path, case: str) -> None:
     assert summary["palette"] == [[0, 0, 0], list(COLOURS["cat"]), list(COLOURS["dog"])]
 
 
+def test_an_image_that_nobody_has_labelled_yet_is_a_finding(tmp_path: Path) -> None:
+    root = tmp_path / "export"
+    make_cvat_xml(root)
+    summary, _ = prepared(root, tmp_path / "labelled", "cvat-xml")
+    assert summary["findings"] == {}
+    rewrite_first(root, "")
+    summary, _ = prepared(root, tmp_path / "not-labelled", "cvat-xml")
+    assert summary["findings"] == {"images without an outline": 1}
+
+
 def test_cvats_polygons_are_those_of_its_mask_export(tmp_path: Path) -> None:
     """CVAT draws its masks with pycocotools; along the border a pixel may differ."""
     rng = np.random.default_rng(0)
