@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import choice, common, peers, train
+from benchmarks import choice, common, peer_methods, peers, train
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.timing import device_intervals, read_trace, union_ms
 from benchmarks.gpu.trace import STEPS, waiting_calls
@@ -233,7 +233,7 @@ def test_peers_encoder_computes_the_features_of_the_backbone(
     )
     images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
     for trained in (False, True):
-        network = peers.build_network(5, width=8, stride=stride, trained=trained)
+        network = peer_methods.build_network(5, width=8, stride=stride, trained=trained)
         assert network.encoder.output_stride == stride
         trainable = {each.requires_grad for each in network.encoder.parameters()}
         assert trainable == {trained}
@@ -242,8 +242,8 @@ def test_peers_encoder_computes_the_features_of_the_backbone(
         assert {norm.training for norm in norms} == {trained}
         network.eval()
         with torch.no_grad():
-            features = network.encoder(peers.normalised(images))[2:]
-            assert network(peers.normalised(images)).shape == (2, 5, 64, 96)
+            features = network.encoder(peer_methods.normalised(images))[2:]
+            assert network(peer_methods.normalised(images)).shape == (2, 5, 64, 96)
         ours = backbone(images)  # at stride 16 the library dilates the last layer
         for theirs, expected in list(zip(features, ours, strict=True))[:layers]:
             torch.testing.assert_close(theirs, expected, rtol=1e-3, atol=1e-4)
@@ -260,7 +260,7 @@ def test_peers_benchmark_has_a_row_a_time_and_method(photos: Path, tmp_path: Pat
     assert result.exit_code == 0, result.output
     rows = json.loads(file.read_text())
     assert [(row["minutes"], row["method"]) for row in rows] == [
-        (minutes, method) for minutes in (1e-5, 0.1) for method in peers.METHODS
+        (minutes, method) for minutes in (1e-5, 0.1) for method in peer_methods.METHODS
     ]
     for row in rows[:3]:  # no time is left after reading the images
         assert (row["steps"], row["miou"]) == (0, None)
