@@ -124,13 +124,13 @@ class Clock:
     def __init__(self, training: FoldTraining, budget: float) -> None:
         self.training, self.budget = training, budget
         self._seconds: dict[str, float] = {}  # by candidate, of its last fold
-        self._plain: dict[str, float] = {}  # by decoder, without an addition, from one epoch
+        self._plain: dict[str, float] = {}  # by decoder, without an addition
 
     def affordable(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Leave out the most expensive candidates where the budget does not last for all.
 
         The budget must last for all folds of the first candidate, the baseline, and for the first
-        folds of the others. An epoch of each decoder is timed.
+        folds of the others. Trainings of one and of two epochs of each decoder are timed.
 
         Returns
         -------
@@ -146,8 +146,8 @@ class Clock:
 
         epochs, folds = self.training.params.train_decoder.epochs, len(self.training.folds)
         for candidate in (each for each in candidates if not each.extends):
-            _, seconds = self.training.test(candidate, 0, epochs=1)
-            self._plain[candidate.variant["decoder"]] = seconds * epochs
+            one, two = (self.training.test(candidate, 0, epochs=count)[1] for count in (1, 2))
+            self._plain[candidate.variant["decoder"]] = one + (epochs - 1) * max(0.0, two - one)
         baseline, *others = candidates
         if (needed := folds * self.expected(baseline)) > self.budget:
             raise click.UsageError(
