@@ -30,6 +30,7 @@ from stages.commands.options import (
     training_options,
     workers_option,
 )
+from stages.commands.params import fitting_repeats
 from stages.commands.stores import inspect, verify
 from stages.commands.studies import compare, study
 from stages.commands.use import evaluate, predict
@@ -150,6 +151,13 @@ def prepare(path: Path, scratch: Path, workers: int, download: bool) -> None:
     sizes = ", ".join(f"{split} {part['images']}" for split, part in summary["splits"].items())
     classes = len(summary["classes"])
     click.echo(f"{DATASET}: {summary['images']} images ({sizes}), {classes} classes, all checked")
+    images, repeats = summary["splits"]["train"]["images"], params.train_decoder.repeats
+    fitting = fitting_repeats(images)
+    if repeats > 1 and not fitting / 1.5 < repeats < fitting * 1.5:
+        click.echo(
+            f"{path}: {images} training images: set repeats in train_gan and train_decoder to"
+            f" {fitting}, which makes epochs of {fitting * images} samples (now {repeats * images})"
+        )
     params.check_classes(summary["classes"])  # before features and a GAN are made in vain
 
 

@@ -537,6 +537,21 @@ def test_variants_that_the_classes_do_not_suffice_for_are_refused_by_prepare(
     assert call("prepare").exit_code == 0
 
 
+@pytest.mark.parametrize(("repeats", "told"), [(1, False), (60, False), (200, True), (8, True)])
+def test_prepare_tells_the_repeats_that_fit_the_images(
+    params: Path, photos: Path, repeats: int, told: bool
+) -> None:
+    """Six training images: 50 repeats make epochs of 300 samples; 1 is the thesis's setting."""
+    change(params, {"train_decoder.repeats": repeats})
+    result = call("prepare")
+    assert result.exit_code == 0
+    line = (
+        f"params.yaml: 6 training images: set repeats in train_gan and train_decoder to 50, which "
+        f"makes epochs of 300 samples (now {6 * repeats})"
+    )
+    assert (line in result.output) == told
+
+
 def test_a_full_disk_is_one_line(
     params: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

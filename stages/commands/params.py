@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from io import StringIO
@@ -28,6 +29,7 @@ from stages.train_gan import TrainGanConfig
 WIDTH, COMMENTS = 100, 36  # columns of params.yaml, and where its comments begin
 AUGMENT = ["flip", "translation", "channel_dropout", "cutout"]
 GENERATED = {"augmenter": "featuregan", "statistics": "real"}
+SAMPLES = 300  # that an epoch reads at least, by repeating few images
 READ = {  # what the variants of each list of section compare read
     "variants": "features only",
     "unlabelled_variants": "features/unlabelled",
@@ -238,6 +240,11 @@ def _draws(variant: VariantConfig) -> int:
 
 
 PARAMS = TypeAdapter(Params)
+
+
+def fitting_repeats(images: int) -> int:
+    """Return the repeats of so many training images that make epochs of at least 300 samples."""
+    return max(1, math.ceil(SAMPLES / images))
 
 
 def read_preset(path: Path) -> Params:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import subprocess
 import sys
@@ -17,12 +16,11 @@ from featurestore import fingerprint
 from featurestore.files import file_sha256, write_atomically
 from stages.commands.doctor import default_config
 from stages.commands.options import load_preset
-from stages.commands.params import PARAMS, READ, as_yaml
+from stages.commands.params import PARAMS, READ, as_yaml, fitting_repeats
 from stages.common.config import Plain, parse, read_params, with_settings
 from stages.common.runtime import write_json
 from stages.common.sources import ROOT
 
-SAMPLES = 300  # training samples that an epoch reads at least, by repeating the images
 STATE = "auto.json"
 
 
@@ -97,7 +95,7 @@ class Steps:
     def fit_to_images(self) -> None:
         """Repeat few images, so that an epoch has enough steps; only before a choice is made."""
         summary = json.loads((self.out / "dataset" / "summary.json").read_text("utf-8"))
-        repeats = max(1, math.ceil(SAMPLES / summary["splits"]["train"]["images"]))
+        repeats = fitting_repeats(summary["splits"]["train"]["images"])
         plain = read_params(self.out / "params.yaml")
         if "chosen" not in plain["variants"]:
             changes = {"train_gan.repeats": repeats, "train_decoder.repeats": repeats}
