@@ -30,7 +30,6 @@ from stages.commands.options import (
     training_options,
     workers_option,
 )
-from stages.commands.params import fitting_repeats
 from stages.commands.stores import inspect, verify
 from stages.commands.studies import compare, study
 from stages.commands.use import evaluate, predict
@@ -145,6 +144,7 @@ def init(preset: str, list_them: bool, force: bool, root: str | None, path: Path
 def prepare(path: Path, scratch: Path, workers: int, download: bool) -> None:
     """Find or draw the images and masks, check every one, write dataset/manifest.csv."""
     params = load_params(path)
+    from stages.commands.params import fitting_repeats
     from stages.prepare import run
 
     summary = run(params.prepare, out=DATASET, scratch=scratch, workers=workers, download=download)

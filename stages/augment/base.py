@@ -21,7 +21,7 @@ from featurestore.dataset import Batch
 from stages.common.config import Config, LayerName, Listed, Once
 from stages.common.runtime import Machine
 from stages.common.runtime import generator as random_generator
-from stages.models.decoder import Decoder
+from stages.models.decoder import Decoder, Head
 from stages.models.feature_generator import FeatureGenerator
 from stages.segmentation import transforms
 from stages.segmentation.class_statistics import ClassStatistics
@@ -38,9 +38,7 @@ State = dict[str, Any]  # what a resumed training restores: tensors and plain va
 class DecoderOverrides(Config):
     """Keys of ``train_decoder`` that a variant may set for itself; default: as in that section."""
 
-    decoder: Literal["linear", "deeplab", "fcn", "deeplabv3plus"] | None = Field(
-        None, description="head"
-    )
+    decoder: Head | None = Field(None, description="head")
     layers: Annotated[tuple[LayerName, ...], Listed, Once] | None = Field(
         None, description="stored layers that the decoder reads"
     )

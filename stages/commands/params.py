@@ -23,11 +23,11 @@ from stages.datasets.config import PrepareConfig
 from stages.extract import ExtractConfig, check_spec
 from stages.gan.monitor import MonitorConfig
 from stages.report import CompareConfig, ReportConfig
+from stages.segmentation import transforms
 from stages.train_decoder import TrainDecoderConfig
 from stages.train_gan import TrainGanConfig
 
 WIDTH, COMMENTS = 100, 36  # columns of params.yaml, and where its comments begin
-AUGMENT = ["flip", "translation", "channel_dropout", "cutout"]
 GENERATED = {"augmenter": "featuregan", "statistics": "real"}
 SAMPLES = 300  # that an epoch reads at least, by repeating few images
 READ = {  # what the variants of each list of section compare read
@@ -39,10 +39,10 @@ DEFAULT_VARIANTS = VARIANTS.validate_python(
     {
         "baseline": {"augmenter": "none"},
         "duplicate": {"augmenter": "duplicate"},
-        "perturbed": {"augmenter": "none", "augment": AUGMENT},
+        "perturbed": {"augmenter": "none", "augment": transforms.USUAL},
         "class-transfer-perturbed": {
             "augmenter": "class-transfer",
-            "augment": AUGMENT,
+            "augment": transforms.USUAL,
             "statistics": "real",
         },
         "featuregan-1x": GENERATED,

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import shutil
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+
+
+def commit() -> str:
+    """Describe this code's commit, with ``-dirty`` after changes; empty outside a checkout."""
+    # An installed copy has no .git: a repository around it is another project's.
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return ""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def file_of(module: str) -> Path | None:

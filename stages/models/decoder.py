@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Literal, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from stages.models.deeplabv3plus import DeepLabV3Plus
 Adjust = Callable[[Tensor, Tensor, nn.Conv2d], Tensor]
 
 
-# Heads, each with the probability that its dropout drops a value: of DINOv3's linear head, of
-# torchvision's two, and of the authors' DeepLabv3+.
-DROPOUT = {"linear": 0.1, "deeplab": 0.5, "fcn": 0.1, "deeplabv3plus": 0.1}
+Head = Literal["linear", "deeplab", "fcn", "deeplabv3plus"]
+# Probability that the dropout of a head drops a value: of DINOv3's linear head, of torchvision's
+# two, and of the authors' DeepLabv3+.
+DROPOUT: dict[str, float] = {"linear": 0.1, "deeplab": 0.5, "fcn": 0.1, "deeplabv3plus": 0.1}
 
 
 class Decoder(nn.Module):

@@ -27,6 +27,7 @@ PASTE_SHIFT = 1 / 4  # largest shift as a fraction of a side
 
 Groups = list[Tensor]  # each (k, B, C, h, w), k draws of B masks
 Transform = Literal["flip", "translation", "cutout", "channel_dropout", "copy_paste"]
+USUAL: tuple[Transform, ...] = ("flip", "translation", "channel_dropout", "cutout")
 
 
 def augment(

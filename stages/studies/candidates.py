@@ -12,9 +12,9 @@ from typing import Any
 
 from featurestore import StoreSpec
 from stages.models.deeplabv3plus import has_pyramid
+from stages.segmentation import transforms
 from stages.training.decoder_config import TrainDecoderConfig
 
-AUGMENT = ("flip", "translation", "channel_dropout", "cutout")
 OF_AUGMENTERS = ("augmenter", "of")
 # Rates that cross-validation chose on Pascal VOC and CamVid: docs/results.md.
 RATES = {"linear": 4e-3, "deeplabv3plus": 2e-3, "deeplab": 5e-4}
@@ -75,7 +75,7 @@ def without_gan(
         plain = Candidate(head, {"augmenter": "none", **own})
         augmented = Candidate(
             f"{head}, augmented",
-            {**plain.variant, "augment": list(AUGMENT)},
+            {**plain.variant, "augment": list(transforms.USUAL)},
             head,
             "Feature augmentation",
         )

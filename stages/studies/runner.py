@@ -32,6 +32,7 @@ from featurestore import FeatureStore
 from featurestore.lock import UNSUPPORTED
 from stages.common.errors import DataError
 from stages.common.runtime import on_cpu, source_digest, write_json
+from stages.common.sources import commit
 from stages.common.windows import image_name
 from stages.data.manifest import SPLITS, read_manifest
 from stages.reporting.curves import OF_A_GAN, read_curves
@@ -179,7 +180,7 @@ class Runner:
             "settings": _settings(run),
             "made_with": {
                 **sources,
-                "commit": _commit(),
+                "commit": commit(),
                 "torch": torch.__version__,
                 "device": "cpu" if on_cpu(device) else torch.cuda.get_device_name(),
                 "threads": self.threads,
@@ -368,15 +369,6 @@ def _locked(
 def _sources() -> str:
     """Digest the code that a stage started now would run."""
     return source_digest(stages, featurestore)[:16]
-
-
-def _commit() -> str:
-    """Describe this code's commit, with ``-dirty`` after changes; empty outside a checkout."""
-    # An installed copy has no .git: a repository around it is another project's.
-    if not (CODE / ".git").exists() or shutil.which("git") is None:
-        return ""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    return subprocess.run(command, cwd=CODE, capture_output=True, text=True).stdout.strip()
 
 
 def data_content(dataset: Path, stores: Mapping[str, FeatureStore]) -> list[object]:

@@ -10,6 +10,7 @@ from featurestore import FeatureStore, StoreSpec
 from stages.common.config import Beta, Config, LayerName, Listed, Once
 from stages.common.errors import ConfigError
 from stages.common.runtime import Precision
+from stages.models.decoder import Head
 from stages.models.deeplabv3plus import has_pyramid
 from stages.segmentation.image_transforms import ImageTransform
 
@@ -26,7 +27,7 @@ class TrainDecoderConfig(Config):
     layers: Annotated[tuple[LayerName, ...], Listed, Once] = Field(
         (), description="stored layers that the decoder reads; []: all"
     )
-    decoder: Literal["linear", "deeplab", "fcn", "deeplabv3plus"] = Field(
+    decoder: Head = Field(
         "deeplab", description="head; deeplabv3plus needs a layer finer than the grid"
     )
     width: int = Field(256, ge=1, description="channels of the deeplab heads")

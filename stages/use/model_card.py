@@ -8,8 +8,6 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -27,7 +25,7 @@ from stages.backbones import efficientnet_lite0
 from stages.backbones.build import ALIASES, PREFIX
 from stages.backbones.resnet import RESNETS
 from stages.common.errors import ConfigError
-from stages.common.sources import ROOT
+from stages.common.sources import commit
 from stages.common.text_table import markdown, percent
 from stages.common.windows import image_name
 from stages.data.manifest import SPLITS, SUMMARY_NAME
@@ -245,15 +243,10 @@ def _software() -> str:
         version = importlib.metadata.version("featuregan")
     except importlib.metadata.PackageNotFoundError:
         version = "of unknown version"
-    commit = "of unknown commit"
-    # An installed copy has no .git: a repository around it is another project's.
-    if (ROOT / ".git").exists() and shutil.which("git"):
-        command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        commit = f"commit `{found.stdout.strip()}`" if found.stdout.strip() else commit
+    described = f"commit `{found}`" if (found := commit()) else "of unknown commit"
     python, today = platform.python_version(), datetime.datetime.now(datetime.timezone.utc).date()
     libraries = f"PyTorch {torch.__version__}, Python {python}"
-    return f"FeatureGAN {version}, {commit}, {libraries}, on {today} (UTC)"
+    return f"FeatureGAN {version}, {described}, {libraries}, on {today} (UTC)"
 
 
 # -- parts of the page -----------------------------------------------------------------------------
