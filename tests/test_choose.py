@@ -45,7 +45,7 @@ def test_the_chosen_variant_is_written_and_a_killed_choice_resumes(
             assert not tested & learned
             assert len(tested | learned) == 10
             calls.append(options.get("name", "gan"))
-            if len(calls) == 5:
+            if len(calls) == 7:
                 raise KeyboardInterrupt
             return runs[stage](*arguments, features=features, **options)
 
@@ -56,12 +56,12 @@ def test_the_chosen_variant_is_written_and_a_killed_choice_resumes(
     options = ("choose", "--folds", "2", "--device", "cpu", "--workers", "0")
     assert call(*options).exit_code != 0
     assert (project / "params.yaml").read_text() == before
-    first = calls[:4]
+    first = calls[:6]
     result = call(*options)
     assert result.exit_code == 0, result.output
-    assert calls[4] == calls[5]  # the interrupted one
-    assert len(calls) == len(set(calls)) + 1 + 2 + 2  # and two timed epochs, three GANs
-    assert not set(first) & set(calls[5:])
+    assert calls[6] == calls[7]  # the interrupted one
+    assert len(calls) == len(set(calls)) + 1 + 3 + 2  # and three timed epochs, three GANs
+    assert not set(first) & set(calls[7:])
     lines = result.output.splitlines()
     assert any(line.startswith("FeatureGAN takes about") for line in lines)
     assert any("over deeplab" in line or "over linear" in line for line in lines)

@@ -145,8 +145,9 @@ class Clock:
         from stages.studies.choose import RUNGS, folds_of_rung
 
         epochs, folds = self.training.params.train_decoder.epochs, len(self.training.folds)
+        self.training.test(candidates[0], 0, epochs=1)  # compiles and loads what later ones find
         for candidate in (each for each in candidates if not each.extends):
-            one, two = (self.training.test(candidate, 0, epochs=count)[1] for count in (1, 2))
+            one, two = (self.training.test(candidate, 1, epochs=count)[1] for count in (1, 2))
             self._plain[candidate.variant["decoder"]] = one + (epochs - 1) * max(0.0, two - one)
         baseline, *others = candidates
         if (needed := folds * self.expected(baseline)) > self.budget:
