@@ -149,7 +149,7 @@ class FoldTraining:
         """Return the stores of a training: the fold is its test split; all views of it are out.
 
         Only the monitor of a GAN reads ``val``. Without it one sample is left: nothing here reads
-        the scores on ``val`` after each epoch, which would take a fifth of the time.
+        the scores on ``val`` that each epoch ends with.
         """
         val = self.stores["val"]
         stores = {**self.stores, "val": val if monitored else SubsetStore(val, [0])}

@@ -215,8 +215,8 @@ def _steps(variant: VariantConfig, family: str) -> dict[str, float]:
 def _generated(variant: VariantConfig, family: str) -> float:
     """Return how many batches a frozen generator makes beside each real one.
 
-    For a class swap a GAN generates from the old and the new mask; a flow takes
-    half of its steps twice.
+    For a class swap a GAN generates from the old and the new mask; a flow takes half of its steps
+    twice.
     """
     if isinstance(variant, CombinedConfig):
         return sum(_generated(member, family) for member in variant.of)
